@@ -1,0 +1,164 @@
+//! Aligned memory that an I/O operation can own while the kernel works on it.
+
+use std::{
+    alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
+    fmt,
+    ops::Range,
+    ptr::NonNull,
+    rc::Rc,
+};
+
+/// Alignment of every buffer: enough for direct I/O on any block size up to a page.
+pub const ALIGNMENT: usize = 4096;
+
+/// A window on a shared, page-aligned allocation.
+///
+/// Cloning and slicing are cheap and share the bytes; an operation in flight holds a clone, so the
+/// memory outlives it whatever becomes of its future. A `Buf` never leaves its thread. The bytes
+/// are reached by copying only: no reference into the memory exists while the kernel writes it.
+#[derive(Clone)]
+pub struct Buf {
+    owner: Rc<Allocation>,
+    start: usize,
+    len: usize,
+}
+
+struct Allocation {
+    ptr: NonNull<u8>,
+    layout: Layout,
+}
+
+impl Buf {
+    /// Allocates `len` zeroed bytes.
+    #[must_use]
+    pub fn zeroed(len: usize) -> Self {
+        let layout = Layout::from_size_align(len.max(1), ALIGNMENT).expect("length is far below isize::MAX");
+        // SAFETY: the layout's size is at least one byte.
+        let ptr = unsafe { alloc_zeroed(layout) };
+        let Some(ptr) = NonNull::new(ptr) else { handle_alloc_error(layout) };
+        Self { owner: Rc::new(Allocation { ptr, layout }), start: 0, len }
+    }
+
+    /// Allocates a copy of `bytes`.
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Self {
+        let buf = Self::zeroed(bytes.len());
+        buf.copy_from(0, bytes);
+        buf
+    }
+
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the window is empty.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The window's part `range`, sharing the memory.
+    ///
+    /// # Panics
+    /// When `range` does not lie inside the window.
+    #[must_use]
+    pub fn slice(&self, range: Range<usize>) -> Self {
+        assert!(range.start <= range.end && range.end <= self.len, "slice {range:?} of {} bytes", self.len);
+        Self { owner: Rc::clone(&self.owner), start: self.start + range.start, len: range.end - range.start }
+    }
+
+    /// Copies bytes from `at` on into `out`.
+    ///
+    /// # Panics
+    /// When the range does not lie inside the window.
+    pub fn copy_to(&self, at: usize, out: &mut [u8]) {
+        let from = self.slice(at..at + out.len());
+        // SAFETY: `from` lies inside the allocation that it keeps alive, `out` is exclusive and
+        // distinct from it, because no reference into an allocation is ever handed out.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), out.as_mut_ptr(), out.len()) }
+    }
+
+    /// Copies `bytes` in from `at` on.
+    ///
+    /// # Panics
+    /// When the range does not lie inside the window.
+    pub fn copy_from(&self, at: usize, bytes: &[u8]) {
+        let to = self.slice(at..at + bytes.len());
+        // SAFETY: as in `copy_to`, with the directions exchanged.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.as_ptr(), bytes.len()) }
+    }
+
+    /// Copies the whole of `from` in at `at`; the two may share memory.
+    ///
+    /// # Panics
+    /// When the range does not lie inside the window.
+    pub fn copy_from_buf(&self, at: usize, from: &Buf) {
+        let to = self.slice(at..at + from.len);
+        // SAFETY: both windows lie inside allocations that are alive; `copy` allows overlap.
+        unsafe { std::ptr::copy(from.as_ptr(), to.as_ptr(), from.len) }
+    }
+
+    /// Sets every byte.
+    pub fn fill(&self, byte: u8) {
+        // SAFETY: the window lies inside the allocation that it keeps alive.
+        unsafe { std::ptr::write_bytes(self.as_ptr(), byte, self.len) }
+    }
+
+    /// A copy of the bytes.
+    #[must_use]
+    pub fn to_vec(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.len];
+        self.copy_to(0, &mut bytes);
+        bytes
+    }
+
+    /// Where the window begins, for the kernel.
+    pub(crate) fn as_ptr(&self) -> *mut u8 {
+        // SAFETY: `start` is at most the allocation's size: every constructor and `slice` keep it so.
+        unsafe { self.owner.ptr.as_ptr().add(self.start) }
+    }
+
+    /// The window's address, for a kernel interface that takes it as a number.
+    #[must_use]
+    pub fn address(&self) -> u64 {
+        self.as_ptr() as u64
+    }
+}
+
+impl fmt::Debug for Buf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Buf({} bytes)", self.len)
+    }
+}
+
+impl Drop for Allocation {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `Buf::zeroed` with this layout, and this is the last owner.
+        unsafe { dealloc(self.ptr.as_ptr(), self.layout) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slices_share_their_bytes_and_outlive_the_whole() {
+        let whole = Buf::zeroed(8192);
+        let part = whole.slice(512..1024);
+        whole.copy_from(510, &[7; 4]);
+        assert_eq!(part.to_vec()[..3], [7, 7, 0]);
+        drop(whole);
+        part.fill(9);
+        assert!(part.to_vec().iter().all(|&b| b == 9));
+        assert_eq!(part.address() % 512, 0);
+    }
+
+    #[test]
+    #[should_panic(expected = "slice")]
+    fn a_slice_beyond_the_window_is_refused() {
+        let _ = Buf::zeroed(16).slice(0..17);
+    }
+}

@@ -1,0 +1,72 @@
+//! The one boundary between the engine and storage.
+//!
+//! Every byte that the engine reads or writes passes [`Io`]. There are two implementations: the
+//! io_uring of a serving thread ([`uring`]) and files in memory ([`mem`]). An `Io` belongs to one
+//! thread; the files it names belong to the [`Storage`] that opened them and are shared by all
+//! threads, so a [`FileId`] means the same file on every ring.
+//!
+//! Contract of every operation: the future may be dropped at any time; the kernel may then still
+//! carry the operation out, and the buffer stays alive until it has. Completion of a write says
+//! nothing about durability: only a [`Io::sync`] *issued after* the write completed does.
+
+mod buf;
+pub mod exact;
+pub mod mem;
+
+pub use buf::Buf;
+
+use std::{future::Future, io, path::Path};
+
+/// Names an open file, in the order in which its [`Storage`] opened them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct FileId(pub u32);
+
+/// What a file is opened for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Reads only; the file is never changed.
+    ReadOnly,
+    /// Reads and writes.
+    ReadWrite,
+}
+
+/// Opens files. Used while an image is opened, never on the serving path, so it may block.
+pub trait Storage: Send + Sync {
+    /// Opens an existing file.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn open(&self, path: &Path, access: Access) -> io::Result<FileId>;
+
+    /// The file's length in bytes (the capacity, for a block device).
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn len(&self, file: FileId) -> io::Result<u64>;
+}
+
+/// Asynchronous file operations of one thread. Offsets and lengths are bytes; when the file is
+/// open for direct I/O they must be multiples of 512, as must the buffer's address.
+pub trait Io {
+    /// Reads into `buf` from `at`; returns the bytes read, fewer than asked for only at the end of
+    /// the file or where the kernel stopped early.
+    fn read(&self, file: FileId, at: u64, buf: Buf) -> impl Future<Output = io::Result<usize>>;
+
+    /// Writes `buf` at `at`; returns the bytes written.
+    fn write(&self, file: FileId, at: u64, buf: Buf) -> impl Future<Output = io::Result<usize>>;
+
+    /// Makes every write that completed before this call durable, with the file length that is
+    /// needed to read it back (fdatasync).
+    fn sync(&self, file: FileId) -> impl Future<Output = io::Result<()>>;
+
+    /// Allocates space for the range and extends the file over it; bytes not written before read
+    /// as zeros. `Unsupported` where the file system cannot.
+    fn allocate(&self, file: FileId, at: u64, len: u64) -> impl Future<Output = io::Result<()>>;
+
+    /// Deallocates the range, which then reads as zeros; the length stays. `Unsupported` where the
+    /// file system cannot.
+    fn punch_hole(&self, file: FileId, at: u64, len: u64) -> impl Future<Output = io::Result<()>>;
+
+    /// Sets the file's length.
+    fn set_len(&self, file: FileId, len: u64) -> impl Future<Output = io::Result<()>>;
+}
