@@ -129,6 +129,7 @@ impl fmt::Display for Kernel {
 }
 
 /// A kernel in the cache: its image and its modules, with `modules.dep` made by depmod.
+#[derive(Debug)]
 pub(crate) struct UnpackedKernel {
     /// What `uname -r` says in it.
     pub release: String,

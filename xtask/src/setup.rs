@@ -51,14 +51,13 @@ const ALWAYS: [Requirement; 8] = [
     plain("e2fsprogs", Probe::Program("mkfs.ext4")),
     plain("kmod", Probe::Program("depmod")),
     plain("dmsetup", Probe::Program("dmsetup")),
-    plain("zstd", Probe::Program("zstd")),
+    plain("fdisk", Probe::Program("sfdisk")),
     qemu("qemu-utils", Probe::Program("qemu-img")),
 ];
 
 /// What the virtual machine needs besides.
-const MACHINE: [Requirement; 4] = [
+const MACHINE: [Requirement; 3] = [
     plain("busybox-static", Probe::Program("busybox")),
-    plain("cpio", Probe::Program("cpio")),
     plain("xz-utils", Probe::Program("xz")),
     qemu("qemu-system-x86", Probe::Program("qemu-system-x86_64")),
 ];
