@@ -1,6 +1,7 @@
 //! The project's automation. This file only dispatches; each command is a file of its own.
 
 mod apt;
+mod demo;
 mod kernel;
 mod place;
 mod process;
@@ -22,6 +23,8 @@ struct Cli {
 enum Task {
     /// Install what is missing on this machine and fetch the kernels
     Setup(setup::Options),
+    /// Serve an image as a real block device, use it, and let QEMU judge the result
+    Demo(demo::Options),
     /// A shell, or one command, in a throw-away virtual machine with a ublk driver
     Vm(vm::Options),
 }
@@ -29,6 +32,7 @@ enum Task {
 fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Task::Setup(options) => setup::command(&options).map(|()| ExitCode::SUCCESS),
+        Task::Demo(options) => demo::command(&options),
         Task::Vm(options) => vm::command(&options),
     };
     result.unwrap_or_else(|error| {

@@ -99,10 +99,11 @@ impl PrivateApt {
     /// Fails without root, naming the command that a person with root could run.
     pub(crate) fn install(&self, packages: &[&str], suite: Option<&str>) -> Result<()> {
         let mut install = self.command("apt-get")?;
-        install.args(["-y", "--no-install-recommends", "--no-remove", "-oDPkg::Lock::Timeout=300"]);
+        install.args(["-q", "-y", "--no-install-recommends", "--no-remove", "-oDPkg::Lock::Timeout=300"]);
         install.args(suite.map(|suite| format!("-t={suite}")));
         install.arg("install").args(packages);
-        run(as_root(&install)?.env("DEBIAN_FRONTEND", "noninteractive"))
+        // apt's own account of its work is of interest only when it fails.
+        capture(as_root(&install)?.env("DEBIAN_FRONTEND", "noninteractive")).map(drop)
     }
 
     fn create(name: &str) -> Result<Self> {

@@ -29,7 +29,7 @@ const RESULTS_BYTES: u64 = 4 << 30;
 const POLL: Duration = Duration::from_millis(20);
 
 /// A disk beyond the ones that every machine has.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) struct Disk {
     /// Seen in the guest as /dev/disk/NAME.
     pub name: String,
@@ -131,6 +131,9 @@ impl Machine<'_> {
         } else {
             qemu.args(["-chardev", "stdio,id=script,signal=off"]).stdin(Stdio::null()).stdout(Stdio::piped());
         }
+        if self.console == Console::Silent {
+            qemu.stderr(Stdio::null());
+        }
         Ok(qemu)
     }
 
@@ -206,7 +209,7 @@ fn wait(child: &mut Child, limit: Duration) -> Result<Ended> {
 }
 
 /// Keeps all of `pipe`, and passes it on when the console is streamed.
-fn collect(mut pipe: impl Read + Send + 'static, console: Console) -> thread::JoinHandle<Vec<u8>> {
+pub(crate) fn collect(mut pipe: impl Read + Send + 'static, console: Console) -> thread::JoinHandle<Vec<u8>> {
     thread::spawn(move || {
         let mut all = Vec::new();
         let mut buffer = [0; 8192];
