@@ -1,2 +1,42 @@
-//! Placeholder.
-fn main() {}
+//! The project's automation. This file only dispatches; each command is a file of its own.
+
+mod apt;
+mod demo;
+mod kernel;
+mod place;
+mod process;
+mod setup;
+mod vm;
+mod workspace;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The project's automation", max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what is missing on this machine and fetch the kernels
+    Setup(setup::Options),
+    /// Serve an image as a real block device, use it, and let QEMU judge the result
+    Demo(demo::Options),
+    /// A shell, or one command, in a throw-away virtual machine with a ublk driver
+    Vm(vm::Options),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Task::Setup(options) => setup::command(&options).map(|()| ExitCode::SUCCESS),
+        Task::Demo(options) => demo::command(&options),
+        Task::Vm(options) => vm::command(&options),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("xtask: {error:#}");
+        ExitCode::FAILURE
+    })
+}
