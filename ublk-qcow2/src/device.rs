@@ -246,7 +246,8 @@ fn check_params(wanted: &sys::ublk_params, taken: &sys::ublk_params) -> Result<(
     let (w, t) = (&wanted.basic, &taken.basic);
     let (wd, td) = (&wanted.discard, &taken.discard);
     let fields = [
-        ("types", u64::from(wanted.types), u64::from(taken.types)),
+        // The driver adds the kinds that only it can fill in.
+        ("types", u64::from(wanted.types), u64::from(wanted.types & taken.types)),
         ("attrs", w.attrs.into(), t.attrs.into()),
         ("logical_bs_shift", w.logical_bs_shift.into(), t.logical_bs_shift.into()),
         ("max_sectors", w.max_sectors.into(), t.max_sectors.into()),
