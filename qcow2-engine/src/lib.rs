@@ -1,2 +1,3 @@
 //! Placeholder.
+pub mod exec;
 pub mod io;
