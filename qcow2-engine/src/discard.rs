@@ -31,16 +31,17 @@ impl<I: Io> Lane<I> {
     /// cannot say "zero".
     pub async fn discard(&self, at: u64, len: u64) -> Result<()> {
         self.check_range(at, len)?;
-        let _in_flight = self.enter().await;
-        self.begin_mutation().await?;
         if !self.image().can_discard() {
             return Err(Error::NotSupported {
                 file: Arc::clone(&self.image().top().name),
                 reason: "a version 2 image with a backing file cannot discard",
             });
         }
-        let clusters = self.image().whole_clusters(at, len);
-        self.zero_clusters(clusters, ZeroMode::Unmap).await
+        self.in_flight(async {
+            self.begin_mutation().await?;
+            self.zero_clusters(self.image().whole_clusters(at, len), ZeroMode::Unmap).await
+        })
+        .await
     }
 
     /// Makes the range read as zeros. Offset and length are multiples of 512 bytes.
@@ -49,8 +50,14 @@ impl<I: Io> Lane<I> {
     /// As for a write.
     pub async fn write_zeroes(&self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
         self.check_range(at, len)?;
-        let _in_flight = self.enter().await;
-        self.begin_mutation().await?;
+        self.in_flight(async {
+            self.begin_mutation().await?;
+            self.write_zeroes_entered(at, len, mode).await
+        })
+        .await
+    }
+
+    async fn write_zeroes_entered(&self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
         let image = self.image();
         let bits = image.geometry().cluster_bits;
         let keeps_bytes = image.geometry().version == Version::V2 && (mode == ZeroMode::Keep || !image.can_discard());

@@ -65,10 +65,6 @@ impl Slots {
         self.0[index].store(IDLE, std::sync::atomic::Ordering::Release);
     }
 
-    pub(crate) fn len(&self) -> usize {
-        self.0.len()
-    }
-
     fn all_after(&self, epoch: Epoch) -> bool {
         self.0.iter().map(|slot| slot.load(SeqCst)).all(|began| began == IDLE || began > epoch.0)
     }

@@ -123,8 +123,8 @@ pub enum Error {
         /// Why.
         reason: &'static str,
     },
-    /// Whoever wrote the metadata back went away before the end; a later flush tries again.
-    #[error("{file}: the flush was interrupted")]
+    /// Whoever wrote the metadata back went away before the end: what is on disk is not known.
+    #[error("{file}: a flush was interrupted; close and reopen the image")]
     Interrupted {
         /// The file's name.
         file: Arc<str>,
@@ -176,8 +176,7 @@ impl Error {
             Self::OutOfRange { .. } => ErrorKind::OutOfRange,
             Self::ReadOnly { .. } => ErrorKind::ReadOnly,
             Self::TooLarge { .. } => ErrorKind::TooLarge,
-            Self::Interrupted { .. } => ErrorKind::Io(None),
-            Self::Poisoned { .. } => ErrorKind::Poisoned,
+            Self::Interrupted { .. } | Self::Poisoned { .. } => ErrorKind::Poisoned,
         }
     }
 }

@@ -192,7 +192,7 @@ impl<I: Io> Lane<I> {
     }
 
     /// A completed fdatasync, or the end of the image's service.
-    async fn barrier(&self) -> Result<()> {
+    pub(crate) async fn barrier(&self) -> Result<()> {
         let image = self.image();
         let file = image.top().file;
         self.io().sync(file).await.map_err(|source| {
@@ -274,7 +274,10 @@ impl Lead<'_> {
 
 impl Drop for Lead<'_> {
     fn drop(&mut self) {
-        self.finish(Some(Error::Interrupted { file: Arc::clone(&self.image.top().name) }));
+        // Page writes may be under way that nobody waits for; they must not land on newer ones.
+        let error = Error::Interrupted { file: Arc::clone(&self.image.top().name) };
+        self.image.flusher.poison(error.clone());
+        self.finish(Some(error));
     }
 }
 

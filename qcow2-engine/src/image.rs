@@ -5,8 +5,7 @@ use crate::{
     epoch::Epochs,
     error::{Error, Result},
     flush::Flusher,
-    io::{FileId, Io, exact},
-    io::Buf,
+    io::{Buf, FileId, Io, exact},
     lane::Lane,
     layer::{Layer, Qcow2Layer},
     locks::RangeLocks,
@@ -31,6 +30,8 @@ pub struct Image {
     pub(crate) flusher: Flusher,
     pub(crate) autoclear: Autoclear,
     pub(crate) read_only: bool,
+    /// The file's length when it was opened: never cut shorter than that.
+    pub(crate) opened_len: u64,
     /// Guest clusters whose mapping is being changed.
     pub(crate) mappings: RangeLocks,
     /// L1 entries whose table is being made or copied.

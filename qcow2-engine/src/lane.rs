@@ -2,7 +2,7 @@
 //!
 //! A lane joins an [`Image`], which all threads share, to the [`Io`] of one thread, and counts the
 //! requests that this thread has in flight. The operations themselves are in the modules named
-//! after them; each begins with [`Lane::enter`].
+//! after them; each runs inside [`Lane::in_flight`].
 
 use crate::{
     alloc::reserve::LaneSpace,
@@ -13,7 +13,7 @@ use crate::{
 };
 use std::{
     cell::RefCell,
-    future::poll_fn,
+    future::{Future, poll_fn},
     rc::Rc,
     sync::Arc,
     task::{Poll, Waker},
@@ -33,12 +33,6 @@ struct Inner<I> {
 struct FreeSlots {
     indices: Vec<usize>,
     waiting: Vec<Waker>,
-}
-
-/// A request in flight: what it may touch is not reused until this is dropped.
-pub(crate) struct InFlight<'a, I> {
-    lane: &'a Inner<I>,
-    index: usize,
 }
 
 impl<I> Clone for Lane<I> {
@@ -83,8 +77,10 @@ impl<I: Io> Lane<I> {
         self.0.number
     }
 
-    /// Begins a request.
-    pub(crate) async fn enter(&self) -> InFlight<'_, I> {
+    /// Carries a request out: what it may touch is not reused until it ends. A request whose future
+    /// is dropped half-way never ends, because the kernel may still work on it; then nothing that is
+    /// freed later is reused until the image is opened again.
+    pub(crate) async fn in_flight<T>(&self, request: impl Future<Output = T>) -> T {
         let inner = &*self.0;
         let index = poll_fn(|context| {
             let mut free = inner.free.borrow_mut();
@@ -98,7 +94,15 @@ impl<I: Io> Lane<I> {
         })
         .await;
         inner.image.epochs.enter(&inner.slots, index);
-        InFlight { lane: inner, index }
+        let output = request.await;
+        inner.slots.leave(index);
+        let waiting = {
+            let mut free = inner.free.borrow_mut();
+            free.indices.push(index);
+            std::mem::take(&mut free.waiting)
+        };
+        waiting.into_iter().for_each(Waker::wake);
+        output
     }
 
     /// Checks that a request lies inside the virtual disk.
@@ -108,18 +112,6 @@ impl<I: Io> Lane<I> {
             Some(end) if end <= size => Ok(()),
             _ => Err(Error::OutOfRange { at, len, size }),
         }
-    }
-}
-
-impl<I> Drop for InFlight<'_, I> {
-    fn drop(&mut self) {
-        self.lane.slots.leave(self.index);
-        let waiting = {
-            let mut free = self.lane.free.borrow_mut();
-            free.indices.push(self.index);
-            std::mem::take(&mut free.waiting)
-        };
-        waiting.into_iter().for_each(Waker::wake);
     }
 }
 

@@ -18,9 +18,11 @@ impl<I: Io> Lane<I> {
     /// buffer's content is then undefined.
     pub async fn read(&self, at: u64, buf: Buf) -> Result<()> {
         self.check_range(at, buf.len() as u64)?;
-        let _in_flight = self.enter().await;
-        let extents = self.resolve(at, buf.len() as u64).await?;
-        self.fill(&extents, &buf).await
+        self.in_flight(async {
+            let extents = self.resolve(at, buf.len() as u64).await?;
+            self.fill(&extents, &buf).await
+        })
+        .await
     }
 
     /// Where the bytes of a range are, for a caller who moves them.
@@ -29,8 +31,7 @@ impl<I: Io> Lane<I> {
     /// As [`Self::read`].
     pub async fn map(&self, at: u64, len: u64) -> Result<Extents> {
         self.check_range(at, len)?;
-        let _in_flight = self.enter().await;
-        self.resolve(at, len).await
+        self.in_flight(self.resolve(at, len)).await
     }
 
     /// Reads all extents into the buffer that they cover together.

@@ -52,9 +52,11 @@ impl<I: Io> Lane<I> {
     /// operation on an image file. Sectors of the range then hold their old or the new data.
     pub async fn write(&self, at: u64, buf: Buf) -> Result<()> {
         self.check_range(at, buf.len() as u64)?;
-        let _in_flight = self.enter().await;
-        self.begin_mutation().await?;
-        self.write_entered(at, buf).await
+        self.in_flight(async {
+            self.begin_mutation().await?;
+            self.write_entered(at, buf).await
+        })
+        .await
     }
 
     /// [`Self::write`], from inside a request.
@@ -136,8 +138,9 @@ impl<I: Io> Lane<I> {
 
     /// Finds a place for the first of `count` guest clusters, and as many more as fit in a row.
     async fn place(&self, first: u64, count: u64) -> Result<Placement<'_>> {
+        let bits = self.image().geometry().cluster_bits;
         let kept = |mapping| match mapping {
-            Mapping::Zero { host: Some(host), copied: true } => Some(host.0),
+            Mapping::Zero { host: Some(host), copied: true } => Some(host.0 >> bits),
             _ => None,
         };
         if let Some(host) = kept(self.mapping(first).await?) {

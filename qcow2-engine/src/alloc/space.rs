@@ -11,7 +11,7 @@ use crate::{
     meta::Meta,
     order::rules::{Page, Rule},
 };
-use qcow2_format::{HostOffset, MAX_REFTABLE_BYTES, header};
+use qcow2_format::{HostOffset, geometry::MAX_REFTABLE_BYTES, header};
 use std::{ops::Range, sync::Arc};
 
 /// Free space as seen by the allocator. Clusters are counted from the start of the file.
@@ -139,8 +139,8 @@ impl Meta {
             self.graph.touch(page);
             self.graph.require(Rule::table_before_header(page));
         }
-        self.header.set_u64(header::REFCOUNT_TABLE_OFFSET, table_at);
-        self.header.set_u32(header::REFCOUNT_TABLE_CLUSTERS_OFFSET, plan.table_clusters as u32);
+        self.header.set_u64(header::REFCOUNT_TABLE_OFFSET as usize, table_at);
+        self.header.set_u32(header::REFCOUNT_TABLE_CLUSTERS_OFFSET as usize, plan.table_clusters as u32);
         self.graph.touch(Page::Header);
         let old = old_at >> self.geometry.cluster_bits;
         self.space.fixed.retain(|fixed| fixed.start != old);
