@@ -253,6 +253,9 @@ impl Header {
     pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
         self.check_expressible()?;
         let mut body = extension::encode(self)?;
+        if self.backing_file.as_ref().is_some_and(Vec::is_empty) {
+            return Err(FormatError::BackingNameEmpty);
+        }
         let name = self.backing_file.as_deref().unwrap_or_default();
         if name.len() as u64 > MAX_BACKING_NAME_BYTES {
             let len = name.len() as u64;

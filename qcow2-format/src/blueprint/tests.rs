@@ -99,6 +99,7 @@ fn names_that_no_reader_would_accept_are_refused() {
         Blueprint::new(&CreateOptions { backing, cluster_bits: 9, ..CreateOptions::default() })
     };
     assert!(with(b"base.qcow2", "qcow2").is_ok());
+    assert_eq!(with(b"", "raw").unwrap_err(), FormatError::BackingNameEmpty);
     assert!(matches!(with(b"a\0b", "raw"), Err(FormatError::BackingNameNul { .. })));
     assert!(matches!(with(b"base", "r\0w"), Err(FormatError::ExtensionText { .. })));
     assert!(matches!(with(&[b'x'; 1024], "raw"), Err(FormatError::BackingNameLength { .. })));
