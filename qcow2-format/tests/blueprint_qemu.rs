@@ -1,5 +1,7 @@
 //! New images as QEMU sees them: clean, with the properties that were asked for.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests, where a panic is the verdict")]
+
 mod common;
 
 use common::{info, qemu_is_there, run};

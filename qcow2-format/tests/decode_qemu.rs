@@ -4,6 +4,8 @@
 //! references to each host cluster, and compare with the refcounts that QEMU has written. One bit
 //! read wrongly in an L1, L2, compressed, snapshot, bitmap or refcount entry breaks the sum.
 
+#![allow(clippy::unwrap_used, reason = "helpers of tests, where a panic is the verdict")]
+
 mod common;
 
 use common::{info, qemu_is_there, run, try_run};
