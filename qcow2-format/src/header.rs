@@ -1,7 +1,7 @@
 //! The header: what an image is, where its tables are, which features it uses.
 //!
 //! [`Header`] is the checked form. Decoding and its limits are in `validate.rs`, header extensions
-//! in [`extension`](crate::extension); this module holds the type, the feature bits, the questions
+//! in [`extension`]; this module holds the type, the feature bits, the questions
 //! that can be asked of a header, and the way back to bytes. What lies behind the table offsets is
 //! not looked at.
 

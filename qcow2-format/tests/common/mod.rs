@@ -18,7 +18,7 @@ pub(crate) fn qemu_is_there(test: &str) -> bool {
     there
 }
 
-/// Runs a tool in `dir`; the arguments are separated by spaces.
+/// Runs a tool in `dir`.
 pub(crate) fn try_run(dir: &Path, tool: &str, args: &[&str]) -> Output {
     Command::new(tool).current_dir(dir).args(args).output().expect("the tool starts")
 }
