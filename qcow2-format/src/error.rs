@@ -204,6 +204,9 @@ pub enum FormatError {
         /// Largest allowed at this offset.
         max: u64,
     },
+    /// A backing file was asked for, but its name is empty.
+    #[error("the backing file name is empty")]
+    BackingNameEmpty,
     /// The backing file name holds a NUL byte, which no path does.
     #[error("the backing file name at byte {offset} contains a NUL byte")]
     BackingNameNul {

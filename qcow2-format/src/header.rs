@@ -1,7 +1,7 @@
 //! The header: what an image is, where its tables are, which features it uses.
 //!
 //! [`Header`] is the checked form. Decoding and its limits are in `validate.rs`, header extensions
-//! in [`extension`](crate::extension); this module holds the type, the feature bits, the questions
+//! in [`extension`]; this module holds the type, the feature bits, the questions
 //! that can be asked of a header, and the way back to bytes. What lies behind the table offsets is
 //! not looked at.
 
@@ -253,6 +253,9 @@ impl Header {
     pub fn encode(&self) -> Result<Vec<u8>, FormatError> {
         self.check_expressible()?;
         let mut body = extension::encode(self)?;
+        if self.backing_file.as_ref().is_some_and(Vec::is_empty) {
+            return Err(FormatError::BackingNameEmpty);
+        }
         let name = self.backing_file.as_deref().unwrap_or_default();
         if name.len() as u64 > MAX_BACKING_NAME_BYTES {
             let len = name.len() as u64;

@@ -59,7 +59,8 @@ pub struct Snapshot {
 pub enum TableExtent {
     /// The table is exactly this many bytes long, without padding after the last entry.
     Complete(u64),
-    /// To find out, at least this many bytes from its start are needed.
+    /// To find out, at least this many bytes from its start are needed. Each question starts from
+    /// the first entry again, so a reader had better double what it has, too.
     NeedsAtLeast(u64),
 }
 
