@@ -8,9 +8,8 @@
 use crate::{
     control::{Control, ControlError},
     device::{self, Device, DeviceError, Shape},
-    engine::{self, Image, OpenOptions},
     queue::{self, Notice, Queue, QueueError},
-    request::device_sectors,
+    request::{Bounds, device_sectors},
     runfile::{Record, RunFile, RunFileError},
 };
 use nix::{
@@ -19,6 +18,7 @@ use nix::{
     sys::signal::{SigSet, Signal},
 };
 use qcow2_engine::{
+    Image, Lane, OpenOptions,
     exec::block_on,
     io::{Files, files::Caching, uring::Uring},
 };
@@ -34,8 +34,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Submission slots of the ring that opens the image.
-const OPENING_RING: u32 = 64;
+/// Submission slots of the ring with which this thread opens and closes the image.
+const OWN_RING: u32 = 64;
 /// How long the queues may take until all of them fetch.
 const FETCH_WAIT: Duration = Duration::from_secs(30);
 /// How long the queues may take to finish their requests, write back and end, once the device has
@@ -60,8 +60,10 @@ pub(crate) struct Config {
 /// Why a server could not start, or not end cleanly.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ServeError {
-    #[error("cannot open {}: {source}", .path.display())]
-    Open { path: PathBuf, source: engine::Error },
+    #[error("cannot open the image: {0}")]
+    Open(#[source] qcow2_engine::Error),
+    #[error("cannot close the image: {0}")]
+    Close(#[source] qcow2_engine::Error),
     #[error("{}: the image is empty, and a block device cannot be", .0.display())]
     Empty(PathBuf),
     #[error(transparent)]
@@ -105,8 +107,8 @@ pub(crate) fn run(
     let image = open_image(config, &files)?;
     let shape = shape_of(&image, config)?;
 
-    let request = device::Request { id: config.id, queues: config.queues, depth: config.depth };
-    let mut device = Device::add(control, &request)?;
+    let wanted = device::Request { id: config.id, queues: config.queues, depth: config.depth };
+    let mut device = Device::add(control, &wanted)?;
     device.describe(&shape)?;
     let run_file = RunFile::create(record(config, &device, &shape))?;
     let service = Service { image, files, char_device: Arc::new(device.open_char()?) };
@@ -121,11 +123,13 @@ pub(crate) fn run(
 
     let stopped = device.stop().map_err(ServeError::from);
     let drained = queues.drain(if stopped.is_ok() { DRAIN_WAIT } else { HOPELESS_DRAIN_WAIT });
+    // While a queue may still be at work the image cannot be closed; it is then as after a crash.
+    let closed = if drained.is_ok() { close_image(&service) } else { Ok(()) };
     // The driver deletes a device when nobody has it open.
     drop(service);
     let deleted = device.delete().map_err(ServeError::from);
     // A failed queue is the cause of whatever else went wrong.
-    let result = drained.and(served).and(stopped).and(deleted);
+    let result = drained.and(served).and(stopped).and(closed).and(deleted);
     match &result {
         Ok(()) => run_file.remove(),
         Err(error) => run_file.fail(error.to_string()),
@@ -141,11 +145,22 @@ struct Service {
 }
 
 fn open_image(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {
-    let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
-    let options = OpenOptions { read_only: config.read_only, cache_bytes: config.cache_bytes };
-    block_on(&ring, Image::open(&ring, files, &config.image, options))
+    let ring = Uring::new(Arc::clone(files), OWN_RING).map_err(ServeError::SetUp)?;
+    let options = OpenOptions {
+        read_only: config.read_only,
+        cache_bytes: config.cache_bytes,
+        ..OpenOptions::default()
+    };
+    block_on(&ring, Image::open(&ring, &**files, &config.image, &options))
         .map_err(ServeError::SetUp)?
-        .map_err(|source| ServeError::Open { path: config.image.clone(), source })
+        .map_err(ServeError::Open)
+}
+
+/// Writes back what is dirty and gives reserved space back.
+fn close_image(service: &Service) -> Result<(), ServeError> {
+    let ring = Uring::new(Arc::clone(&service.files), OWN_RING).map_err(ServeError::SetUp)?;
+    let lane = Lane::new(&service.image, ring.clone(), 1);
+    block_on(&ring, lane.close()).map_err(ServeError::SetUp)?.map_err(ServeError::Close)
 }
 
 fn shape_of(image: &Image, config: &Config) -> Result<Shape, ServeError> {
@@ -153,7 +168,13 @@ fn shape_of(image: &Image, config: &Config) -> Result<Shape, ServeError> {
     if sectors == 0 {
         return Err(ServeError::Empty(config.image.clone()));
     }
-    Ok(Shape { sectors, cluster_bytes: image.cluster_bytes(), read_only: image.is_read_only() })
+    Ok(Shape {
+        sectors,
+        // At most 2 MiB.
+        cluster_bytes: image.geometry().cluster_size() as u32,
+        read_only: image.is_read_only(),
+        can_discard: image.can_discard(),
+    })
 }
 
 fn record(config: &Config, device: &Device, shape: &Shape) -> Record {
@@ -199,7 +220,10 @@ impl Queues {
             let queue = Queue {
                 index,
                 depth: device.depth(),
-                max_io_bytes: device.max_io_bytes(),
+                bounds: Bounds {
+                    sectors: device_sectors(service.image.virtual_size()),
+                    buffer_bytes: device.max_io_bytes(),
+                },
                 char_device: Arc::clone(&service.char_device),
                 image: Arc::clone(&service.image),
                 files: Arc::clone(&service.files),

@@ -6,18 +6,18 @@
 //! commands and the image's I/O, so a loop turn is one system call. Nothing here blocks.
 //!
 //! The end: once the device is stopped every fetch comes back with ENODEV. A tag that is at work
-//! finishes its request first and learns it from its commit. When all tasks have ended the lane is
-//! closed: what is dirty is written back and reserved space is given up.
+//! finishes its request first and learns it from its commit. Closing the image is left to who has
+//! seen all queues end.
 
 use crate::{
-    engine::{self, Image, Lane, ZeroMode},
     errno::errno,
-    request::{DecodeError, Range, Request},
+    request::{Bounds, DecodeError, Range, Request},
 };
 use io_uring::{opcode, types};
 use libublk::sys;
 use memmap2::{MmapOptions, MmapRaw};
 use qcow2_engine::{
+    Error, Image, Lane, ZeroMode,
     exec::Executor,
     io::{
         Buf, Files,
@@ -44,8 +44,7 @@ const ABORTED: i32 = -sys::UBLK_IO_RES_ABORT;
 pub(crate) struct Queue {
     pub(crate) index: u16,
     pub(crate) depth: u16,
-    /// The largest request in bytes.
-    pub(crate) max_io_bytes: u32,
+    pub(crate) bounds: Bounds,
     pub(crate) char_device: Arc<File>,
     pub(crate) image: Arc<Image>,
     pub(crate) files: Arc<Files>,
@@ -60,8 +59,6 @@ pub(crate) enum QueueError {
     Ring(io::Error),
     #[error("the driver refused to fetch requests: {0}")]
     Fetch(io::Error),
-    #[error("closing the image failed: {0}")]
-    Close(engine::Error),
     #[error("its thread panicked")]
     Panicked,
 }
@@ -86,8 +83,8 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
     let context = Rc::new(Context {
         index: queue.index,
         target: registered.target(),
-        lane: queue.image.lane(ring.clone(), queue.depth),
-        image_size: queue.image.virtual_size(),
+        lane: Lane::new(&queue.image, ring.clone(), queue.depth.into()),
+        bounds: queue.bounds,
         ring: ring.clone(),
         descriptors,
         errors: Cell::new(0),
@@ -97,14 +94,14 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
 
     let executor = Executor::new(ring.clone());
     for tag in 0..queue.depth {
-        executor.spawn(Rc::clone(&context).serve_tag(tag, Buf::zeroed(queue.max_io_bytes as usize)));
+        executor.spawn(Rc::clone(&context).serve_tag(tag, Buf::zeroed(queue.bounds.buffer_bytes as usize)));
     }
     executor.spawn(Rc::clone(&context).report_fetching());
     executor.run().map_err(QueueError::Ring)?;
-    if let Some(failure) = context.failure.take() {
-        return Err(QueueError::Fetch(failure));
+    match context.failure.take() {
+        None => Ok(()),
+        Some(failure) => Err(QueueError::Fetch(failure)),
     }
-    executor.block_on(context.lane.close()).map_err(QueueError::Ring)?.map_err(QueueError::Close)
 }
 
 /// What the tags of a queue share.
@@ -112,7 +109,7 @@ struct Context {
     index: u16,
     target: Target,
     lane: Lane<Uring>,
-    image_size: u64,
+    bounds: Bounds,
     ring: Uring,
     descriptors: Descriptors,
     errors: Cell<u64>,
@@ -152,12 +149,12 @@ impl Context {
     /// Serves the tag's request. Returns what the kernel wants to hear: the bytes moved (0 for
     /// requests that move none) or a negative errno.
     async fn serve_request(&self, tag: u16, buf: &Buf) -> i32 {
-        let request = match Request::decode(&self.descriptors.get(tag), self.image_size) {
+        let request = match Request::decode(&self.descriptors.get(tag), self.bounds) {
             Ok(request) => request,
             Err(error) => return self.refuse(error),
         };
         match self.carry_out(request, buf).await {
-            // At most `max_io_bytes`.
+            // At most the buffer's length.
             Ok(bytes) => bytes as i32,
             Err(error) => {
                 self.report(&format_args!("{request:?}: {error}"));
@@ -166,29 +163,26 @@ impl Context {
         }
     }
 
-    async fn carry_out(&self, request: Request, buf: &Buf) -> Result<u64, engine::Error> {
+    /// Has the engine carry a request out. Returns the bytes moved.
+    async fn carry_out(&self, request: Request, buf: &Buf) -> Result<u64, Error> {
         let lane = &self.lane;
         match request {
             Request::Read(range) => {
-                let (inside, beyond) = split(buf, range);
-                lane.read(range.at, inside).await?;
-                if let Some(beyond) = beyond {
-                    beyond.fill(0);
-                }
+                lane.read(range.at, part(buf, range)).await?;
                 return Ok(range.len);
             }
             Request::Write { range, fua } => {
-                lane.write(range.at, split(buf, range).0).await?;
+                lane.write(range.at, part(buf, range)).await?;
                 if fua {
                     lane.flush().await?;
                 }
                 return Ok(range.len);
             }
             Request::Flush => lane.flush().await?,
-            Request::Discard(range) => lane.discard(range.at, range.inside).await?,
+            Request::Discard(range) => lane.discard(range.at, range.len).await?,
             Request::WriteZeroes { range, unmap } => {
                 let mode = if unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
-                lane.write_zeroes(range.at, range.inside, mode).await?;
+                lane.write_zeroes(range.at, range.len, mode).await?;
             }
         }
         Ok(0)
@@ -215,7 +209,7 @@ impl Context {
         self.report(&error);
         match error {
             DecodeError::Operation(_) => -libc::EOPNOTSUPP,
-            DecodeError::OutOfRange { .. } => -libc::EIO,
+            DecodeError::OutOfRange { .. } | DecodeError::TooLong(_) => -libc::EIO,
         }
     }
 
@@ -229,11 +223,9 @@ impl Context {
     }
 }
 
-/// The parts of a tag's buffer that hold the range's bytes inside the image and beyond its end.
-fn split(buf: &Buf, range: Range) -> (Buf, Option<Buf>) {
-    // The lengths are bounded by max_sectors, so by the buffer's length.
-    let (inside, len) = (range.inside as usize, range.len as usize);
-    (buf.slice(0..inside), (inside < len).then(|| buf.slice(inside..len)))
+/// The part of a tag's buffer that holds the range's data; decoding has made sure that it has room.
+fn part(buf: &Buf, range: Range) -> Buf {
+    buf.slice(0..range.len as usize)
 }
 
 /// The request descriptors of a queue, which the kernel writes before it completes a fetch.
@@ -281,15 +273,6 @@ fn become_io_flusher() {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_part_beyond_the_image_is_split_off() {
-        let buf = Buf::zeroed(4096);
-        let (inside, beyond) = split(&buf, Range { at: 0, len: 1024, inside: 1024 });
-        assert_eq!((inside.len(), beyond.is_none()), (1024, true));
-        let (inside, beyond) = split(&buf, Range { at: 0, len: 1024, inside: 612 });
-        assert_eq!((inside.len(), beyond.map(|beyond| beyond.len())), (612, Some(412)));
-    }
 
     #[test]
     fn the_command_area_is_laid_out_as_the_kernel_reads_it() {
