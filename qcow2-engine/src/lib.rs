@@ -11,6 +11,7 @@
 mod alloc;
 mod backing;
 mod cache;
+pub mod check;
 mod close;
 mod decompress;
 mod discard;
@@ -19,6 +20,7 @@ mod error;
 pub mod exec;
 mod flush;
 mod image;
+pub mod inspect;
 pub mod io;
 mod lane;
 mod layer;
@@ -33,6 +35,7 @@ mod resolve;
 mod write;
 
 pub use backing::{Format, MAX_CHAIN};
+pub use check::{CheckOptions, CheckReport, Repair, check};
 pub use discard::ZeroMode;
 pub use error::{Error, ErrorKind, Result};
 pub use image::Image;
