@@ -3,7 +3,8 @@
 //! them, so that both always agree.
 //!
 //! Damage does not hide references more than it must: an entry with reserved bits still refers to
-//! its cluster, as it does for QEMU.
+//! its cluster, as it does for QEMU. But it is not repaired: a table with such an entry may be no
+//! table at all, and what is written over it may be somebody's data.
 
 use qcow2_format::{
     CompressedRange, Corruption, ExtendedEntry, Geometry, L1Entry, Mapping, Version,
@@ -80,17 +81,12 @@ impl Rules {
             Ok(entry) => return JudgedL1 { table: table(entry), damage: None, repaired: None },
             Err(damage) => damage,
         };
-        let candidate = match damage {
-            Corruption::ReservedBits { .. } => Some(raw & (COPIED | OFFSET)),
+        let repaired = match damage {
             Corruption::CopiedWithoutOffset { .. } => Some(0),
             _ => None,
         };
-        match candidate.map(|raw| (raw, decode(raw))) {
-            Some((raw, Ok(entry))) => {
-                JudgedL1 { table: table(entry), damage: Some(damage), repaired: Some(raw) }
-            }
-            _ => JudgedL1 { table: None, damage: Some(damage), repaired: None },
-        }
+        let read_as = repaired.unwrap_or(raw & (COPIED | OFFSET));
+        JudgedL1 { table: decode(read_as).ok().and_then(table), damage: Some(damage), repaired }
     }
 
     pub(super) fn judge(&self, slot: Slot) -> Judged {
@@ -157,10 +153,6 @@ impl Rules {
             Corruption::CopiedWithoutOffset { .. } | Corruption::CompressedCopied { .. } => {
                 with(slot.entry & !COPIED)
             }
-            Corruption::ReservedBits { .. } if slot.entry & COMPRESSED == 0 => {
-                let zero = if self.geometry.extended_l2 { ZERO } else { 0 };
-                with(slot.entry & !(RESERVED | zero))
-            }
             // It reads as zeros, wherever its cluster is.
             Corruption::Misaligned { entry: EntryKind::L2, .. } if slot.entry & ZERO != 0 => with(ZERO),
             _ => None,
@@ -171,6 +163,10 @@ impl Rules {
     /// The entry without what is wrong with it, to find the cluster that it may refer to.
     fn read_leniently(&self, slot: Slot, damage: Corruption) -> Slot {
         match damage {
+            Corruption::ReservedBits { .. } if slot.entry & COMPRESSED == 0 => {
+                let zero = if self.geometry.extended_l2 { ZERO } else { 0 };
+                Slot { entry: slot.entry & !(RESERVED | zero), ..slot }
+            }
             Corruption::ZeroFlagInVersion2 { .. } => Slot { entry: slot.entry & !ZERO, ..slot },
             // Over the header: a reference to nothing that could be lost.
             Corruption::CompressedInHeader { .. } => Slot { entry: 0, bitmap: 0 },
@@ -227,7 +223,7 @@ mod tests {
         for (entry, repaired) in [
             (COPIED, Some(0)),
             (COPIED | ZERO, Some(ZERO)),
-            (1 << 57 | COPIED | 0x5_0000, Some(COPIED | 0x5_0000)),
+            (1 << 57 | COPIED | 0x5_0000, None),
             (0x5_0200 | ZERO, Some(ZERO)),
             (0x5_0200, None),
             (COMPRESSED | COPIED | 0x5_0000, Some(COMPRESSED | 0x5_0000)),
@@ -235,8 +231,10 @@ mod tests {
             let judged = rules.judge(slot(entry));
             assert!(judged.damage.is_some(), "{entry:#x}");
             assert_eq!(judged.repaired, repaired.map(slot), "{entry:#x}");
-            assert_eq!(judged.target == Target::Unknown, repaired.is_none(), "{entry:#x}");
         }
+        assert_eq!(rules.judge(slot(0x5_0200)).target, Target::Unknown);
+        let reserved = rules.judge(slot(1 << 57 | COPIED | 0x5_0000));
+        assert_eq!(reserved.target, Target::Cluster { host: 0x5_0000, copied: true });
         assert_eq!(rules.judge_l1(COPIED).repaired, Some(0));
         assert_eq!(rules.judge_l1(0x5_0200).repaired, None);
         assert_eq!(rules.judge_l1(0x5_0001).table, Some((0x5_0000, false)));

@@ -33,9 +33,10 @@ pub(super) async fn run(file: &mut ImageFile<'_, impl Io>, survey: &mut Survey) 
     if survey.hides_references {
         return Ok(Some("the refcounts are not rebuilt: damaged tables may hide references"));
     }
-    if survey.stuck_entries {
+    if survey.stuck_entries || !survey.doubtful.is_empty() {
         return Ok(Some("the refcounts are not rebuilt: the file would grow over what entries refer to"));
     }
+    drop_lost_blocks(file, survey).await?;
     survey.release_old_structure(file);
     let Some(plan) = Plan::make(survey) else {
         return Ok(Some("the refcounts are not rebuilt: the file is too large for a refcount table"));
@@ -55,6 +56,26 @@ pub(super) async fn run(file: &mut ImageFile<'_, impl Io>, survey: &mut Survey) 
     survey.refcounts = Refcounts::new(*survey.geometry(), blocks);
     file.file_len = file.file_len.max(plan.clusters().end << bits);
     Ok(None)
+}
+
+/// Clears the old table's entries that name blocks beyond the end of the file: it is about to grow
+/// over them. Without a block all counts are 0, which is what they are already.
+async fn drop_lost_blocks(file: &ImageFile<'_, impl Io>, survey: &Survey) -> Result<()> {
+    let geometry = survey.geometry();
+    let at = file.header().refcount_table.0;
+    let len = u64::from(file.header().refcount_table_clusters) * geometry.cluster_size();
+    let old = file.read(at, len).await?;
+    let mut new = old.clone();
+    for entry in new.chunks_exact_mut(TABLE_ENTRY_BYTES as usize) {
+        let raw = u64::from_be_bytes((&*entry).try_into().unwrap_or_default());
+        if let Ok(Some(block)) = RefcountTableEntry::decode(raw, geometry)
+            && survey.rules.is_beyond_file(block.0, geometry.cluster_size())
+        {
+            entry.fill(0);
+        }
+    }
+    file.write_changes(at, &old, &new).await?;
+    file.sync().await
 }
 
 impl Survey {

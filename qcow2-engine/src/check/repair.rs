@@ -61,6 +61,9 @@ pub(super) async fn run(
     repair: Repair,
 ) -> Result<Vec<&'static str>> {
     let mut refused = Vec::new();
+    if repair == Repair::All && !survey.doubtful.is_empty() {
+        refused.push("L2 tables with entries that make no sense, or that overlap data, are left as they are");
+    }
     let had_corruptions = survey.findings.corruptions > 0;
     if repair == Repair::All && had_corruptions {
         edit_tables(file, &mut survey, Pass::Entries).await?;
@@ -150,10 +153,10 @@ async fn edit_tables(file: &ImageFile<'_, impl Io>, survey: &mut Survey, pass: P
 }
 
 impl Survey {
-    /// Whether an L2 table is that and nothing else.
+    /// Whether an L2 table is that and nothing else, as far as can be known.
     fn is_l2_table(&self, host: u64) -> bool {
         let cluster = host >> self.geometry().cluster_bits;
-        Owner::metadata(self.owners.get(cluster)) == Some(Owner::L2)
+        Owner::metadata(self.owners.get(cluster)) == Some(Owner::L2) && !self.doubtful.contains(&host)
     }
 
     /// Whether the copied flag of an entry that names `host` has to change.

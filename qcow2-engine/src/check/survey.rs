@@ -24,7 +24,10 @@ use qcow2_format::{
     geometry::TABLE_ENTRY_BYTES,
     header,
 };
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+};
 
 /// Entries of a bitmap table that are read at a time: 1 MiB.
 const BITMAP_ENTRIES: u64 = (1 << 20) / TABLE_ENTRY_BYTES;
@@ -84,6 +87,9 @@ pub(super) struct Survey {
     pub(super) needs_rebuild: bool,
     /// Damage that no repair undoes hides references: what seems unused may not be.
     pub(super) hides_references: bool,
+    /// L2 tables that may be something else: entries that cannot be, or clusters of data. They are
+    /// never written to.
+    pub(super) doubtful: HashSet<u64>,
     /// L2 tables are beyond the end of the file; a repair of all drops them.
     pub(super) lost_tables: bool,
     /// There are entries beyond the end of the file that cannot be cleared.
@@ -115,6 +121,7 @@ impl Survey {
             claimed_blocks: Vec::new(),
             needs_rebuild: false,
             hides_references: false,
+            doubtful: HashSet::new(),
             lost_tables: false,
             stuck_entries: false,
         };
@@ -153,6 +160,9 @@ impl Survey {
                 Some(other) => {
                     is_alone = false;
                     let host = cluster << geometry.cluster_bits;
+                    if other == Owner::L2 {
+                        self.doubtful.insert(host);
+                    }
                     let remedy = Remedy::None("the content of one of the two is lost; only the refcount is raised");
                     self.findings.corruption(holder, at, Problem::Overlap { host, owner, other }, remedy);
                 }
@@ -267,6 +277,7 @@ impl Survey {
             Ok(BitmapTableEntry::Zeros | BitmapTableEntry::Ones) => {}
             Ok(BitmapTableEntry::Data(host)) if self.rules.is_beyond_file(host.0, len) => {
                 self.findings.corruption(holder, at, Problem::BeyondFile { owner, host: host.0, len }, remedy);
+                self.stuck_entries = true;
             }
             Ok(BitmapTableEntry::Data(host)) => {
                 self.claim(Claim { holder, at, owner, host: host.0, len }, 1);

@@ -128,6 +128,10 @@ impl Survey {
             if let Some(source) = judged.damage {
                 let remedy = entry_remedy(judged.repaired.is_some());
                 self.findings.corruption(Owner::L2, at, Problem::Entry(source), remedy);
+                if judged.repaired.is_none() {
+                    self.hides_references = true;
+                    self.doubtful.insert(walk.table);
+                }
             }
             if walk.is_active {
                 self.count_guest_cluster(&judged, &mut expected);
@@ -148,11 +152,7 @@ impl Survey {
     ) -> Result<()> {
         let holder = Owner::L2;
         let (owner, host, len) = match target {
-            Target::Nothing => return Ok(()),
-            Target::Unknown => {
-                self.hides_references = true;
-                return Ok(());
-            }
+            Target::Nothing | Target::Unknown => return Ok(()),
             Target::External { copied } => {
                 if walk.is_active && !copied {
                     self.wrong_flag(holder, at, 0, 1, copied);
