@@ -1,2 +1,54 @@
-//! Placeholder.
-fn main() {}
+//! The project's automation. This file only dispatches; each command is a file of its own.
+
+mod apt;
+mod demo;
+mod dist;
+mod kernel;
+mod place;
+mod process;
+mod setup;
+mod test;
+mod test_compat;
+mod vm;
+mod workspace;
+
+use clap::{Parser, Subcommand};
+use std::process::ExitCode;
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", about = "The project's automation", max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Install what is missing on this machine and fetch the kernels
+    Setup(setup::Options),
+    /// Serve an image as a real block device, use it, and let QEMU judge the result
+    Demo(demo::Options),
+    /// Everything that must hold before a change is merged
+    Test(test::Options),
+    /// The full compatibility matrix on both kernels
+    TestCompat(test_compat::Options),
+    /// The release binary in a tarball
+    Dist,
+    /// A shell, or one command, in a throw-away virtual machine with a ublk driver
+    Vm(vm::Options),
+}
+
+fn main() -> ExitCode {
+    let result = match Cli::parse().command {
+        Task::Setup(options) => setup::command(&options).map(|()| ExitCode::SUCCESS),
+        Task::Demo(options) => demo::command(&options),
+        Task::Test(options) => test::command(&options),
+        Task::TestCompat(options) => test_compat::command(&options),
+        Task::Dist => dist::command().map(|()| ExitCode::SUCCESS),
+        Task::Vm(options) => vm::command(&options),
+    };
+    result.unwrap_or_else(|error| {
+        eprintln!("xtask: {error:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,246 @@
+//! apt under a private state: its own source list, package lists and cache, the machine's own left as they are.
+//!
+//! Two states exist. `host` repeats all of the machine's sources and adds `<codename>-backports`; packages are
+//! installed through it. `kernels` holds only the suites that the kernels come from; packages are downloaded and
+//! unpacked from it, never installed. Signatures are always verified, with the keys of the machine's Debian entry.
+
+pub(crate) mod sources;
+
+use crate::{
+    process::{capture, find_program, output, program, run, said, show},
+    workspace,
+};
+use anyhow::{Context, Result, bail};
+use sources::Source;
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// Names a Debian mirror, for machines whose own apt sources have none.
+pub(crate) const MIRROR_ENV: &str = "UBLK_QCOW2_DEBIAN_MIRROR";
+const ETC_APT: &str = "/etc/apt";
+const DEBIAN_KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+/// What a fetch of lists puts up with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Tolerance {
+    /// The machine's other sources may be out of order: that is not our business.
+    ForeignSourcesMayFail,
+    /// Every list is one that we need.
+    None,
+}
+
+/// A private apt state in one directory of the cache.
+pub(crate) struct PrivateApt {
+    dir: PathBuf,
+}
+
+impl PrivateApt {
+    /// The machine's own sources plus its release's backports; its lists are fetched anew.
+    ///
+    /// # Errors
+    /// Fails when there is no apt, no Debian source, or the lists cannot be fetched.
+    pub(crate) fn host() -> Result<Self> {
+        let apt = Self::create("host")?;
+        let files = sources::source_files(Path::new(ETC_APT))?;
+        for file in &files {
+            if let Some(name) = file.file_name() {
+                fs::copy(file, apt.parts().join(name))
+                    .with_context(|| format!("cannot copy {}", file.display()))?;
+            }
+        }
+        if let Some(codename) = debian_codename() {
+            apt.write_source(&debian_source()?.with_suites(&[&format!("{codename}-backports")]))?;
+        }
+        apt.update(Tolerance::ForeignSourcesMayFail)?;
+        Ok(apt)
+    }
+
+    /// Only `suites`, from the mirror of the machine's Debian entry; the lists are fetched anew.
+    ///
+    /// # Errors
+    /// Fails as [`PrivateApt::host`] does.
+    pub(crate) fn only(name: &str, suites: &[&str]) -> Result<Self> {
+        let apt = Self::create(name)?;
+        let source = debian_source()?;
+        apt.write_source(&source.with_suites(suites))?;
+        let Err(error) = apt.update(Tolerance::None) else { return Ok(apt) };
+        if !format!("{error:#}").contains("NO_PUBKEY") {
+            return Err(error);
+        }
+        // The installed keyring is older than the suite. Its successor is signed by a key that we do have.
+        let signed_by = newer_keyring(&apt.dir)?;
+        apt.write_source(&Source { signed_by: Some(signed_by), ..source }.with_suites(suites))?;
+        apt.update(Tolerance::None)?;
+        Ok(apt)
+    }
+
+    /// Names of the packages that match the extended regular expression `pattern`.
+    ///
+    /// # Errors
+    /// Fails when apt-cache does.
+    pub(crate) fn search(&self, pattern: &str) -> Result<Vec<String>> {
+        let text = capture(self.command("apt-cache")?.args(["search", "--names-only", pattern]))?;
+        Ok(text.lines().filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect())
+    }
+
+    /// Downloads `packages` into `into` and checks them against the signed lists.
+    ///
+    /// # Errors
+    /// Fails when a package is unknown or cannot be fetched.
+    pub(crate) fn download(&self, packages: &[String], into: &Path) -> Result<()> {
+        capture(self.command("apt-get")?.arg("download").args(packages).current_dir(into)).map(drop)
+    }
+
+    /// Installs `packages` on this machine, from `suite` when one is named.
+    ///
+    /// # Errors
+    /// Fails without root, naming the command that a person with root could run.
+    pub(crate) fn install(&self, packages: &[&str], suite: Option<&str>) -> Result<()> {
+        let mut install = self.command("apt-get")?;
+        install.args(["-q", "-y", "--no-install-recommends", "--no-remove", "-oDPkg::Lock::Timeout=300"]);
+        install.args(suite.map(|suite| format!("-t={suite}")));
+        install.arg("install").args(packages);
+        // apt's own account of its work is of interest only when it fails.
+        capture(as_root(&install)?.env("DEBIAN_FRONTEND", "noninteractive")).map(drop)
+    }
+
+    fn create(name: &str) -> Result<Self> {
+        if find_program("apt-get").is_none() {
+            bail!("this machine has no apt");
+        }
+        let dir = workspace::cache()?.join("apt").join(name);
+        let apt = Self { dir };
+        match fs::remove_dir_all(apt.parts()) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error.into()),
+            _ => {}
+        }
+        for sub in ["parts", "lists/partial", "cache/archives/partial"] {
+            fs::create_dir_all(apt.dir.join(sub))
+                .with_context(|| format!("cannot create {}", apt.dir.display()))?;
+        }
+        Ok(apt)
+    }
+
+    fn parts(&self) -> PathBuf {
+        self.dir.join("parts")
+    }
+
+    fn write_source(&self, deb822: &str) -> Result<()> {
+        let path = self.parts().join("ublk-qcow2-xtask.sources");
+        fs::write(&path, deb822).with_context(|| format!("cannot write {}", path.display()))
+    }
+
+    fn update(&self, tolerance: Tolerance) -> Result<()> {
+        let mut update = self.command("apt-get")?;
+        if tolerance == Tolerance::None {
+            update.arg("-oAPT::Update::Error-Mode=any");
+        }
+        update.args(["-qq", "-oAcquire::Retries=3", "update"]);
+        let finished = output(&mut update)?;
+        if !finished.status.success() {
+            bail!("`{}` failed:\n{}", show(&update), said(&finished));
+        }
+        Ok(())
+    }
+
+    /// `apt-get` or `apt-cache` with every path of its state redirected. No update hook of the machine runs.
+    fn command(&self, tool: &str) -> Result<Command> {
+        let mut command = program(tool)?;
+        let dir = |sub: &str| self.dir.join(sub).display().to_string();
+        command
+            .arg("-oDir::Etc::SourceList=/dev/null")
+            .arg(format!("-oDir::Etc::SourceParts={}", dir("parts")))
+            .arg(format!("-oDir::State::Lists={}", dir("lists")))
+            .arg(format!("-oDir::Cache={}", dir("cache")))
+            .arg("-oAPT::Sandbox::User=root"); // the cache may be where apt's own user cannot look
+        command.env("LC_ALL", "C");
+        Ok(command)
+    }
+}
+
+/// The code name when this is Debian itself: `bookworm`, `trixie`.
+pub(crate) fn debian_codename() -> Option<String> {
+    let text = fs::read_to_string("/etc/os-release").ok()?;
+    let field = |name: &str| {
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+            .map(|value| value.trim_matches('"').to_owned())
+    };
+    if field("ID")? == "debian" { field("VERSION_CODENAME") } else { None }
+}
+
+/// The installed version of an apt package, or None.
+pub(crate) fn installed_version(package: &str) -> Option<String> {
+    let mut query = program("dpkg-query").ok()?;
+    let text = capture(query.args(["-W", "-f=${db:Status-Status} ${Version}", package])).ok()?;
+    text.strip_prefix("installed ").map(str::to_owned)
+}
+
+/// `command`, or `sudo command` when we are not root and sudo asks for no password.
+fn as_root(command: &Command) -> Result<Command> {
+    if is_root() {
+        let mut same = Command::new(command.get_program());
+        same.args(command.get_args());
+        return Ok(same);
+    }
+    if let Some(sudo) = find_program("sudo")
+        && output(Command::new(&sudo).args(["-n", "true"])).is_ok_and(|done| done.status.success())
+    {
+        let mut with = Command::new(sudo);
+        with.args(["-n", "DEBIAN_FRONTEND=noninteractive"])
+            .arg(command.get_program())
+            .args(command.get_args());
+        return Ok(with);
+    }
+    bail!("installing packages needs root; run this as root, then repeat:\n  {}", show(command))
+}
+
+/// Whether we run as root, by the owner of our own /proc entry.
+pub(crate) fn is_root() -> bool {
+    use std::os::unix::fs::MetadataExt;
+    fs::metadata("/proc/self").is_ok_and(|meta| meta.uid() == 0)
+}
+
+/// The machine's own Debian entry, or the mirror that the user named.
+fn debian_source() -> Result<Source> {
+    if let Ok(mirror) = env::var(MIRROR_ENV) {
+        return Ok(Source {
+            uris: vec![mirror],
+            suites: Vec::new(),
+            signed_by: Some(DEBIAN_KEYRING.to_owned()),
+        });
+    }
+    let codename = debian_codename().with_context(|| {
+        format!("this is not Debian: set {MIRROR_ENV} to a Debian mirror and install debian-archive-keyring")
+    })?;
+    let found = sources::read(&sources::source_files(Path::new(ETC_APT))?)?
+        .into_iter()
+        .find(|source| source.suites.contains(&codename))
+        .with_context(|| {
+            format!("no source in {ETC_APT} has the suite `{codename}`; set {MIRROR_ENV} to a Debian mirror")
+        })?;
+    Ok(found)
+}
+
+/// Fetches the newest archive keyring from the machine's own release, unpacked beside the state `dir`.
+fn newer_keyring(dir: &Path) -> Result<String> {
+    let host = PrivateApt::host()?;
+    host.download(&["debian-archive-keyring".to_owned()], dir)?;
+    let package = fs::read_dir(dir)?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| path.extension().is_some_and(|ext| ext == "deb"))
+        .context("apt downloaded no debian-archive-keyring")?;
+    let root = dir.join("keyring");
+    run(program("dpkg-deb")?.arg("-x").arg(&package).arg(&root))?;
+    fs::remove_file(&package)?;
+    let keyrings = root.join("usr/share/keyrings");
+    ["debian-archive-keyring.gpg", "debian-archive-keyring.pgp"]
+        .iter()
+        .map(|name| keyrings.join(name))
+        .find(|path| path.exists())
+        .map(|path| path.display().to_string())
+        .context("the debian-archive-keyring package holds no keyring")
+}

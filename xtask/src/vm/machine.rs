@@ -1,0 +1,295 @@
+//! One run of the throw-away machine: from a kernel, a payload and disks to an exit status.
+//!
+//! The guest's side is guest/init.sh. The contract between the two: disks carry serial names (`payload`, `scratch`,
+//! `results`, and the caller's); the payload disk is a cpio archive that holds /payload/run; that script's output
+//! comes through the virtio console, kernel messages through the first serial port, and the line `exit N` through
+//! the second. A machine never outlives xtask: QEMU is told to die with its parent.
+
+use super::{accel::Accel, initramfs, tree::Tree};
+use crate::{
+    kernel::UnpackedKernel,
+    process::{program, run},
+    workspace,
+};
+use anyhow::{Context, Result, bail};
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, BufWriter, Read, Write},
+    os::unix::fs::OpenOptionsExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// The status by which guest/init.sh says that the machine itself is broken and nothing has run.
+const STATUS_BROKEN: i32 = 125;
+/// Room for what a run brings back. The file is sparse.
+const RESULTS_BYTES: u64 = 4 << 30;
+const POLL: Duration = Duration::from_millis(20);
+
+/// A disk beyond the ones that every machine has.
+#[derive(Debug, Clone)]
+pub(crate) struct Disk {
+    /// Seen in the guest as /dev/disk/NAME.
+    pub name: String,
+    /// A raw file; its length counts, rounded up to 512 bytes.
+    pub path: PathBuf,
+    /// Whether the guest may write to it.
+    pub access: Access,
+}
+
+/// What a guest may do to a disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    ReadOnly,
+    ReadWrite,
+}
+
+/// Who talks to the guest's console.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Console {
+    /// The user's terminal, both ways.
+    Interactive,
+    /// The script's output is passed on as it comes.
+    Streamed,
+    /// The script's output is only kept.
+    Silent,
+}
+
+/// Everything about a run but the payload.
+#[derive(Debug)]
+pub(crate) struct Machine<'a> {
+    pub kernel: &'a UnpackedKernel,
+    pub accel: Accel,
+    pub memory_mib: u32,
+    /// Size of the sparse scratch disk, ext4, mounted at /scratch.
+    pub scratch_gib: u32,
+    pub disks: Vec<Disk>,
+    pub console: Console,
+    pub time_limit: Duration,
+    /// The host directory that receives what the script left in /results.
+    pub results: Option<PathBuf>,
+}
+
+/// How a run ended.
+pub(crate) struct Finished {
+    /// The script's exit status.
+    pub status: i32,
+    /// All that the script wrote; empty for an interactive run.
+    pub output: Vec<u8>,
+}
+
+impl Machine<'_> {
+    /// Boots, runs /payload/run of `payload`, powers off.
+    ///
+    /// # Errors
+    /// Fails when the machine does not start, does not get as far as the script, panics, or exceeds its time.
+    /// A script that fails is not an error here.
+    pub(crate) fn run(&self, payload: &Tree) -> Result<Finished> {
+        let initramfs = initramfs::ensure(self.kernel)?;
+        let dir = RunDir::create()?;
+        payload
+            .write_cpio(BufWriter::new(File::create(dir.file("payload"))?))
+            .context("cannot write the payload")?;
+        pad_to_sector(&dir.file("payload"))?;
+        make_scratch(&dir.file("scratch"), self.scratch_gib)?;
+        File::create(dir.file("results"))?.set_len(RESULTS_BYTES)?;
+
+        let mut child = self.qemu(&dir, &initramfs)?.spawn().context("cannot start QEMU")?;
+        let output = child.stdout.take().map(|pipe| collect(pipe, self.console));
+        let ended = wait(&mut child, self.time_limit)?;
+        let output = output.map_or_else(Vec::new, |thread| thread.join().unwrap_or_default());
+        let status = self.judge(ended, &dir, &output)?;
+
+        if let Some(results) = &self.results {
+            fs::create_dir_all(results)?;
+            run(program("tar")?
+                .arg("-xf")
+                .arg(dir.file("results"))
+                .arg("-C")
+                .arg(results)
+                .arg("--no-same-owner"))?;
+        }
+        Ok(Finished { status, output })
+    }
+
+    fn qemu(&self, dir: &RunDir, initramfs: &Path) -> Result<Command> {
+        // setpriv replaces itself by QEMU, which then dies with us even when we are killed.
+        let mut qemu = program("setpriv")?;
+        qemu.args(["--pdeathsig", "KILL"]).arg(program("qemu-system-x86_64")?.get_program());
+        qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-machine", "q35"]);
+        qemu.args(self.accel.arguments());
+        qemu.args(["-m", &format!("{}M", self.memory_mib)]);
+        qemu.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(initramfs);
+        qemu.args([
+            "-append",
+            "console=ttyS0 loglevel=4 panic=-1 oops=panic mitigations=off nowatchdog random.trust_cpu=on",
+        ]);
+        qemu.arg("-serial").arg(format!("file:{}", dir.shown("kernel.log")));
+        qemu.arg("-serial").arg(format!("file:{}", dir.shown("status")));
+        qemu.args(["-device", "virtio-serial-pci", "-device", "virtconsole,chardev=script"]);
+
+        for (name, access) in
+            [("payload", Access::ReadOnly), ("scratch", Access::ReadWrite), ("results", Access::ReadWrite)]
+        {
+            add_disk(&mut qemu, &Disk { name: name.to_owned(), path: dir.file(name), access });
+        }
+        for disk in &self.disks {
+            add_disk(&mut qemu, disk);
+        }
+        if self.console == Console::Interactive {
+            qemu.args([
+                "-chardev",
+                "stdio,id=script,signal=off,mux=on",
+                "-mon",
+                "chardev=script,mode=readline",
+            ]);
+        } else {
+            qemu.args(["-chardev", "stdio,id=script,signal=off"]).stdin(Stdio::null()).stdout(Stdio::piped());
+        }
+        if self.console == Console::Silent {
+            qemu.stderr(Stdio::null());
+        }
+        Ok(qemu)
+    }
+
+    /// The script's status, or why there is none.
+    fn judge(&self, ended: Ended, dir: &RunDir, output: &[u8]) -> Result<i32> {
+        let log = fs::read(dir.file("kernel.log"))
+            .map_or_else(|_| String::new(), |log| String::from_utf8_lossy(&log).into_owned());
+        let shown = || {
+            if log.trim().is_empty() {
+                String::from(" (it said nothing)")
+            } else {
+                format!(":\n{}", tail(&log, 60))
+            }
+        };
+        if let Ended::OutOfTime = ended {
+            let so_far = String::from_utf8_lossy(output);
+            bail!(
+                "the machine was stopped after {} s; last output:\n{}\nkernel messages{}",
+                self.time_limit.as_secs(),
+                tail(&so_far, 10),
+                shown()
+            );
+        }
+        let reported = fs::read_to_string(dir.file("status")).unwrap_or_default();
+        let status = reported.lines().find_map(|line| line.trim().strip_prefix("exit ")?.parse().ok());
+        match status {
+            Some(STATUS_BROKEN) => bail!("the machine could not run anything; its console{}", shown()),
+            Some(status) => Ok(status),
+            None if log.contains("Kernel panic") => bail!("the machine's kernel panicked{}", shown()),
+            None => bail!("the machine ended without a result; its console{}", shown()),
+        }
+    }
+}
+
+fn add_disk(qemu: &mut Command, disk: &Disk) {
+    let Disk { name, path, access } = disk;
+    let cache = if takes_direct_io(path) { "none" } else { "writeback" };
+    let read_only = if *access == Access::ReadOnly { "on" } else { "off" };
+    let path = path.display().to_string().replace(',', ",,");
+    qemu.arg("-drive").arg(format!(
+        "if=none,id={name},format=raw,cache={cache},discard=unmap,read-only={read_only},file={path}"
+    ));
+    qemu.arg("-device").arg(format!("virtio-blk-pci,drive={name},serial={name}"));
+}
+
+/// Whether the file system of `path` takes O_DIRECT; tmpfs, for one, may not.
+fn takes_direct_io(path: &Path) -> bool {
+    OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path).is_ok()
+}
+
+fn pad_to_sector(path: &Path) -> Result<()> {
+    let file = OpenOptions::new().write(true).open(path)?;
+    let len = file.metadata()?.len();
+    Ok(file.set_len(len.next_multiple_of(4096))?)
+}
+
+fn make_scratch(path: &Path, gib: u32) -> Result<()> {
+    File::create(path)?.set_len(u64::from(gib) << 30)?;
+    crate::process::capture(program("mkfs.ext4")?.args(["-q", "-F", "-m", "0", "-E", "nodiscard"]).arg(path))
+        .map(drop)
+}
+
+enum Ended {
+    ByItself,
+    OutOfTime,
+}
+
+fn wait(child: &mut Child, limit: Duration) -> Result<Ended> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if child.try_wait()?.is_some() {
+            return Ok(Ended::ByItself);
+        }
+        if Instant::now() >= deadline {
+            child.kill().context("cannot stop QEMU")?;
+            child.wait()?;
+            return Ok(Ended::OutOfTime);
+        }
+        thread::sleep(POLL);
+    }
+}
+
+/// Keeps all of `pipe`, and passes it on when the console is streamed.
+pub(crate) fn collect(mut pipe: impl Read + Send + 'static, console: Console) -> thread::JoinHandle<Vec<u8>> {
+    thread::spawn(move || {
+        let mut all = Vec::new();
+        let mut buffer = [0; 8192];
+        while let Ok(len @ 1..) = pipe.read(&mut buffer) {
+            all.extend_from_slice(&buffer[..len]);
+            if console == Console::Streamed {
+                let mut stdout = io::stdout().lock();
+                // Nobody may be listening any more; the run goes on all the same.
+                let _ = stdout.write_all(&buffer[..len]).and_then(|()| stdout.flush());
+            }
+        }
+        all
+    })
+}
+
+fn tail(text: &str, lines: usize) -> String {
+    let all: Vec<_> = text.lines().map(str::trim_end).collect();
+    all[all.len().saturating_sub(lines)..].join("\n")
+}
+
+/// The files of one run, removed with it. What a killed xtask left behind goes when the next run starts.
+struct RunDir {
+    dir: tempfile::TempDir,
+    _lock: File,
+}
+
+impl RunDir {
+    fn create() -> Result<Self> {
+        let runs = workspace::cache()?.join("runs");
+        fs::create_dir_all(&runs)?;
+        let _guard = workspace::lock("runs")?;
+        sweep(&runs)?;
+        let dir = tempfile::Builder::new().prefix("run-").tempdir_in(&runs)?;
+        let lock = File::create(dir.path().join("lock"))?;
+        lock.lock()?;
+        Ok(Self { dir, _lock: lock })
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn shown(&self, name: &str) -> String {
+        self.file(name).display().to_string().replace(',', ",,")
+    }
+}
+
+/// Removes the runs whose owner is gone: nobody holds their lock.
+fn sweep(runs: &Path) -> Result<()> {
+    for entry in fs::read_dir(runs)? {
+        let path = entry?.path();
+        let abandoned = File::open(path.join("lock")).is_ok_and(|lock| lock.try_lock().is_ok());
+        if abandoned {
+            fs::remove_dir_all(&path).with_context(|| format!("cannot remove {}", path.display()))?;
+        }
+    }
+    Ok(())
+}
