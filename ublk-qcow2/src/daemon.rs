@@ -8,9 +8,8 @@
 use crate::{
     control::{Control, ControlError},
     device::{self, Device, DeviceError, Shape},
-    engine::{self, Image, OpenOptions},
     queue::{self, Notice, Queue, QueueError},
-    request::device_sectors,
+    request::{device_sectors, device_size},
     runfile::{Record, RunFile, RunFileError},
 };
 use nix::{
@@ -19,6 +18,7 @@ use nix::{
     sys::signal::{SigSet, Signal},
 };
 use qcow2_engine::{
+    Format, Image, Lane, OpenOptions,
     exec::block_on,
     io::{Files, files::Caching, uring::Uring},
 };
@@ -55,13 +55,16 @@ pub(crate) struct Config {
     pub(crate) read_only: bool,
     pub(crate) cache_bytes: u64,
     pub(crate) caching: Caching,
+    pub(crate) backing_format: Option<Format>,
 }
 
 /// Why a server could not start, or not end cleanly.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ServeError {
-    #[error("cannot open {}: {source}", .path.display())]
-    Open { path: PathBuf, source: engine::Error },
+    #[error(transparent)]
+    Open(qcow2_engine::Error),
+    #[error("closing the image failed: {0}")]
+    Close(qcow2_engine::Error),
     #[error("{}: the image is empty, and a block device cannot be", .0.display())]
     Empty(PathBuf),
     #[error(transparent)]
@@ -121,11 +124,13 @@ pub(crate) fn run(
 
     let stopped = device.stop().map_err(ServeError::from);
     let drained = queues.drain(if stopped.is_ok() { DRAIN_WAIT } else { HOPELESS_DRAIN_WAIT });
+    // A queue that has not ended may still write.
+    let closed = if drained.is_ok() { close_image(&service) } else { Ok(()) };
     // The driver deletes a device when nobody has it open.
     drop(service);
     let deleted = device.delete().map_err(ServeError::from);
     // A failed queue is the cause of whatever else went wrong.
-    let result = drained.and(served).and(stopped).and(deleted);
+    let result = drained.and(served).and(closed).and(stopped).and(deleted);
     match &result {
         Ok(()) => run_file.remove(),
         Err(error) => run_file.fail(error.to_string()),
@@ -142,18 +147,35 @@ struct Service {
 
 fn open_image(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {
     let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
-    let options = OpenOptions { read_only: config.read_only, cache_bytes: config.cache_bytes };
-    block_on(&ring, Image::open(&ring, files, &config.image, options))
+    let options = OpenOptions {
+        read_only: config.read_only,
+        cache_bytes: config.cache_bytes,
+        backing_format: config.backing_format,
+    };
+    block_on(&ring, Image::open(&ring, &**files, &config.image, &options))
         .map_err(ServeError::SetUp)?
-        .map_err(|source| ServeError::Open { path: config.image.clone(), source })
+        .map_err(ServeError::Open)
+}
+
+/// Makes everything durable and leaves no leak, when all queues have ended.
+fn close_image(service: &Service) -> Result<(), ServeError> {
+    let ring = Uring::new(Arc::clone(&service.files), OPENING_RING).map_err(ServeError::SetUp)?;
+    let lane = Lane::new(&service.image, ring.clone(), 1);
+    block_on(&ring, lane.close()).map_err(ServeError::SetUp)?.map_err(ServeError::Close)
 }
 
 fn shape_of(image: &Image, config: &Config) -> Result<Shape, ServeError> {
-    let sectors = device_sectors(image.virtual_size());
+    let sectors = device_sectors(device_size(image));
     if sectors == 0 {
         return Err(ServeError::Empty(config.image.clone()));
     }
-    Ok(Shape { sectors, cluster_bytes: image.cluster_bytes(), read_only: image.is_read_only() })
+    Ok(Shape {
+        sectors,
+        // At most 2 MiB.
+        cluster_bytes: image.geometry().cluster_size() as u32,
+        read_only: image.is_read_only(),
+        can_discard: image.can_discard(),
+    })
 }
 
 fn record(config: &Config, device: &Device, shape: &Shape) -> Record {

@@ -47,6 +47,7 @@ pub(crate) struct Shape {
     /// The image's cluster size in bytes, a power of two: what a discard should cover.
     pub(crate) cluster_bytes: u32,
     pub(crate) read_only: bool,
+    pub(crate) can_discard: bool,
 }
 
 /// Why a device could not be made.
@@ -232,7 +233,7 @@ fn params(shape: &Shape, max_io_bytes: u32) -> sys::ublk_params {
         params.types |= sys::UBLK_PARAM_TYPE_DISCARD;
         params.discard = sys::ublk_param_discard {
             discard_granularity: shape.cluster_bytes,
-            max_discard_sectors: MAX_DISCARD_SECTORS,
+            max_discard_sectors: if shape.can_discard { MAX_DISCARD_SECTORS } else { 0 },
             max_write_zeroes_sectors: MAX_DISCARD_SECTORS,
             max_discard_segments: 1,
             ..Default::default()
@@ -265,7 +266,7 @@ fn check_params(wanted: &sys::ublk_params, taken: &sys::ublk_params) -> Result<(
 mod tests {
     use super::*;
 
-    const SHAPE: Shape = Shape { sectors: 2048, cluster_bytes: 65536, read_only: false };
+    const SHAPE: Shape = Shape { sectors: 2048, cluster_bytes: 65536, read_only: false, can_discard: true };
 
     #[test]
     fn limits_follow_the_image() {

@@ -11,7 +11,6 @@ mod control;
 mod daemon;
 mod detach;
 mod device;
-mod engine;
 mod errno;
 mod queue;
 mod request;

@@ -6,18 +6,18 @@
 //! commands and the image's I/O, so a loop turn is one system call. Nothing here blocks.
 //!
 //! The end: once the device is stopped every fetch comes back with ENODEV. A tag that is at work
-//! finishes its request first and learns it from its commit. When all tasks have ended the lane is
-//! closed: what is dirty is written back and reserved space is given up.
+//! finishes its request first and learns it from its commit. When all queues have ended the daemon
+//! closes the image.
 
 use crate::{
-    engine::{self, Image, Lane, ZeroMode},
     errno::errno,
-    request::{DecodeError, Range, Request},
+    request::{DecodeError, Range, Request, device_size},
 };
 use io_uring::{opcode, types};
 use libublk::sys;
 use memmap2::{MmapOptions, MmapRaw};
 use qcow2_engine::{
+    Error, Image, Lane, ZeroMode,
     exec::Executor,
     io::{
         Buf, Files,
@@ -27,14 +27,20 @@ use qcow2_engine::{
 use std::{
     cell::{Cell, RefCell},
     fs::File,
+    future::{Future, poll_fn},
     io,
     os::fd::AsFd,
+    pin::pin,
     rc::Rc,
     sync::Arc,
+    task::{Poll, Waker},
+    time::Duration,
 };
 
 /// Failed requests that a queue reports one by one; from then on only powers of two are.
 const REPORTED_ERRORS: u64 = 16;
+/// Between two passes of write-back and of giving freed clusters back.
+const MAINTENANCE_PAUSE: Duration = Duration::from_secs(1);
 /// From linux/prctl.h; missing in the crate libc.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 /// The kernel's result for a command of a stopped queue.
@@ -60,8 +66,6 @@ pub(crate) enum QueueError {
     Ring(io::Error),
     #[error("the driver refused to fetch requests: {0}")]
     Fetch(io::Error),
-    #[error("closing the image failed: {0}")]
-    Close(engine::Error),
     #[error("its thread panicked")]
     Panicked,
 }
@@ -86,8 +90,10 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
     let context = Rc::new(Context {
         index: queue.index,
         target: registered.target(),
-        lane: queue.image.lane(ring.clone(), queue.depth),
-        image_size: queue.image.virtual_size(),
+        serving: Cell::new(queue.depth),
+        drained: RefCell::new(None),
+        lane: Lane::new(&queue.image, ring.clone(), usize::from(queue.depth)),
+        image_size: device_size(&queue.image),
         ring: ring.clone(),
         descriptors,
         errors: Cell::new(0),
@@ -100,17 +106,21 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
         executor.spawn(Rc::clone(&context).serve_tag(tag, Buf::zeroed(queue.max_io_bytes as usize)));
     }
     executor.spawn(Rc::clone(&context).report_fetching());
-    executor.run().map_err(QueueError::Ring)?;
-    if let Some(failure) = context.failure.take() {
-        return Err(QueueError::Fetch(failure));
+    if queue.index == 0 {
+        executor.spawn(Rc::clone(&context).maintain());
     }
-    executor.block_on(context.lane.close()).map_err(QueueError::Ring)?.map_err(QueueError::Close)
+    executor.run().map_err(QueueError::Ring)?;
+    context.failure.take().map_or(Ok(()), |failure| Err(QueueError::Fetch(failure)))
 }
 
 /// What the tags of a queue share.
 struct Context {
     index: u16,
     target: Target,
+    /// Tags whose task has not ended.
+    serving: Cell<u16>,
+    /// Whoever waits for the last tag to end.
+    drained: RefCell<Option<Waker>>,
     lane: Lane<Uring>,
     image_size: u64,
     ring: Uring,
@@ -121,8 +131,36 @@ struct Context {
 }
 
 impl Context {
-    /// The life of one tag.
     async fn serve_tag(self: Rc<Self>, tag: u16, buf: Buf) {
+        self.fetch_and_serve(tag, buf).await;
+        self.serving.set(self.serving.get() - 1);
+        if let (0, Some(waiting)) = (self.serving.get(), self.drained.take()) {
+            waiting.wake();
+        }
+    }
+
+    /// The image's own work, beside the requests, until the last tag has ended.
+    async fn maintain(self: Rc<Self>) {
+        loop {
+            let mut pause = pin!(self.ring.sleep(MAINTENANCE_PAUSE));
+            let goes_on = poll_fn(|task| {
+                if self.serving.get() == 0 {
+                    return Poll::Ready(false);
+                }
+                self.drained.replace(Some(task.waker().clone()));
+                pause.as_mut().poll(task).map(|_| true)
+            });
+            if !goes_on.await {
+                return;
+            }
+            if let Err(error) = self.lane.maintain().await {
+                self.report(&format_args!("maintenance: {error}"));
+            }
+        }
+    }
+
+    /// The life of one tag.
+    async fn fetch_and_serve(&self, tag: u16, buf: Buf) {
         let mut command = self.command(sys::UBLK_U_IO_FETCH_REQ, tag, 0, &buf);
         loop {
             match command.await {
@@ -166,7 +204,7 @@ impl Context {
         }
     }
 
-    async fn carry_out(&self, request: Request, buf: &Buf) -> Result<u64, engine::Error> {
+    async fn carry_out(&self, request: Request, buf: &Buf) -> Result<u64, Error> {
         let lane = &self.lane;
         match request {
             Request::Read(range) => {

@@ -7,6 +7,7 @@
 //! written to them is dropped.
 
 use libublk::sys;
+use qcow2_engine::Image;
 
 /// Bytes per sector, as a shift.
 const SECTOR_SHIFT: u32 = 9;
@@ -49,6 +50,11 @@ pub(crate) enum DecodeError {
     Operation(u32),
     #[error("{sectors} sectors from sector {start} on exceed the device")]
     OutOfRange { start: u64, sectors: u32 },
+}
+
+/// Bytes of the device that serves an image: its virtual size, rounded up to whole sectors.
+pub(crate) fn device_size(image: &Image) -> u64 {
+    image.virtual_size().next_multiple_of(1 << SECTOR_SHIFT)
 }
 
 /// Number of sectors of a device that holds `size` bytes.
