@@ -109,7 +109,9 @@ impl Qcow2Layer {
         let guest = slice * self.slice_entries() << self.geometry.cluster_bits;
         Ok(match self.l1_entry(guest)? {
             L1Entry::Unallocated => None,
-            L1Entry::Table { offset, .. } => Some(offset.0 + slice % self.slices_per_table() * self.slice_bytes()),
+            L1Entry::Table { offset, .. } => {
+                Some(offset.0 + slice % self.slices_per_table() * self.slice_bytes())
+            }
         })
     }
 

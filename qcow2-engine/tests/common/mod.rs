@@ -88,12 +88,7 @@ impl Mirror {
             run(self.lane.read(at, buf.clone())).expect("read");
             let found = buf.to_vec();
             if let Some(wrong) = found.iter().zip(expected).position(|(found, expected)| found != expected) {
-                panic!(
-                    "byte {} is {:#x}, not {:#x}",
-                    at as usize + wrong,
-                    found[wrong],
-                    expected[wrong]
-                );
+                panic!("byte {} is {:#x}, not {:#x}", at as usize + wrong, found[wrong], expected[wrong]);
             }
         }
     }
@@ -114,8 +109,11 @@ impl Mirror {
 }
 
 fn qemu_img(args: &[&str], files: &[&Path]) {
-    let output =
-        Command::new("qemu-img").args(args).args(files).output().expect("qemu-img is installed: cargo xtask setup");
+    let output = Command::new("qemu-img")
+        .args(args)
+        .args(files)
+        .output()
+        .expect("qemu-img is installed: cargo xtask setup");
     let text = [output.stdout, output.stderr].concat();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&text));
 }
