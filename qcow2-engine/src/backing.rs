@@ -73,7 +73,9 @@ fn literal_path(name: &[u8]) -> std::result::Result<&Path, String> {
     let before_slash = name.split(|&byte| byte == b'/').next().unwrap_or_default();
     if before_slash.contains(&b':') {
         let shown = String::from_utf8_lossy(name);
-        return Err(format!("backing file '{shown}' is not a plain path; protocols and json: are not served"));
+        return Err(format!(
+            "backing file '{shown}' is not a plain path; protocols and json: are not served"
+        ));
     }
     Ok(Path::new(OsStr::from_bytes(name)))
 }

@@ -38,7 +38,9 @@ fn unzstd(input: &[u8], len: usize) -> io::Result<Vec<u8>> {
     let mut decoder = zstd::stream::read::Decoder::with_buffer(input)?.single_frame();
     decoder.window_log_max(ZSTD_WINDOW_LOG_MAX)?;
     let mut output = vec![0; len];
-    decoder.read_exact(&mut output).map_err(|error| invalid(format!("the frame is damaged or too short: {error}")))?;
+    decoder
+        .read_exact(&mut output)
+        .map_err(|error| invalid(format!("the frame is damaged or too short: {error}")))?;
     Ok(output)
 }
 

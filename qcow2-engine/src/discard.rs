@@ -60,7 +60,8 @@ impl<I: Io> Lane<I> {
     async fn write_zeroes_entered(&self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
         let image = self.image();
         let bits = image.geometry().cluster_bits;
-        let keeps_bytes = image.geometry().version == Version::V2 && (mode == ZeroMode::Keep || !image.can_discard());
+        let keeps_bytes =
+            image.geometry().version == Version::V2 && (mode == ZeroMode::Keep || !image.can_discard());
         let clusters = if keeps_bytes { 0..0 } else { image.whole_clusters(at, len) };
         if clusters.is_empty() {
             return self.write_zero_bytes(at..at + len).await;
@@ -134,7 +135,9 @@ impl Image {
     fn zeroed(&self, old: Mapping, mode: ZeroMode) -> Option<Mapping> {
         match (old, mode) {
             (Mapping::Unallocated, _) if self.layers.len() == 1 => None,
-            (Mapping::Zero { host: None, .. }, _) | (Mapping::Zero { copied: true, .. }, ZeroMode::Keep) => None,
+            (Mapping::Zero { host: None, .. }, _) | (Mapping::Zero { copied: true, .. }, ZeroMode::Keep) => {
+                None
+            }
             (Mapping::Data { host, copied: true }, ZeroMode::Keep) => {
                 Some(Mapping::Zero { host: Some(host), copied: true })
             }

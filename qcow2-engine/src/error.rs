@@ -172,7 +172,9 @@ impl Error {
             Self::Format { .. } | Self::Corrupt { .. } | Self::Refcount { .. } | Self::Decompress { .. } => {
                 ErrorKind::Corrupt
             }
-            Self::Unsupported { .. } | Self::Backing { .. } | Self::NotSupported { .. } => ErrorKind::Unsupported,
+            Self::Unsupported { .. } | Self::Backing { .. } | Self::NotSupported { .. } => {
+                ErrorKind::Unsupported
+            }
             Self::OutOfRange { .. } => ErrorKind::OutOfRange,
             Self::ReadOnly { .. } => ErrorKind::ReadOnly,
             Self::TooLarge { .. } => ErrorKind::TooLarge,

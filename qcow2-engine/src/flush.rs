@@ -238,7 +238,8 @@ impl Image {
             Page::L1(page) => {
                 let per_page = (layer.slice_bytes() / 8) as usize;
                 let entries = &layer.l1[page as usize * per_page..][..per_page];
-                let bytes = entries.iter().flat_map(|entry| entry.load(Ordering::Acquire).to_be_bytes()).collect();
+                let bytes =
+                    entries.iter().flat_map(|entry| entry.load(Ordering::Acquire).to_be_bytes()).collect();
                 Copy { at: layer.l1_at + page * layer.slice_bytes(), bytes }
             }
             Page::Header => Copy { at: 0, bytes: meta.header.0.clone() },
@@ -282,7 +283,10 @@ impl Drop for Lead<'_> {
 }
 
 fn table_page(refcounts: &Refcounts, page: u64) -> Copy {
-    Copy { at: refcounts.table_place().0 + page * refcounts.page_bytes(), bytes: refcounts.table_page_copy(page) }
+    Copy {
+        at: refcounts.table_place().0 + page * refcounts.page_bytes(),
+        bytes: refcounts.table_page_copy(page),
+    }
 }
 
 /// Joins copies, sorted by place, that touch each other.

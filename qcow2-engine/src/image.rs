@@ -96,7 +96,13 @@ impl Image {
         resolve::resolve(&self.layers, &self.cache, 0, at, len)
     }
 
-    pub(crate) fn io_error(&self, operation: &'static str, file: FileId, at: u64, source: io::Error) -> Error {
+    pub(crate) fn io_error(
+        &self,
+        operation: &'static str,
+        file: FileId,
+        at: u64,
+        source: io::Error,
+    ) -> Error {
         let layer = self.layers.iter().find(|layer| layer.file() == file);
         let name = layer.map_or_else(|| Arc::from("?"), |layer| Arc::clone(layer.name()));
         Error::Io { operation, file: name, at, source: Arc::new(source) }
@@ -134,7 +140,9 @@ impl<I: Io> Lane<I> {
                 if layer.slice_location(key.slice)? != Some(at) {
                     continue;
                 }
-                let entries = bytes.chunks_exact(8).map(|entry| u64::from_be_bytes(entry.try_into().unwrap_or_default()));
+                let entries = bytes
+                    .chunks_exact(8)
+                    .map(|entry| u64::from_be_bytes(entry.try_into().unwrap_or_default()));
                 image.cache.insert(key, entries)
             };
             if inserted {
@@ -160,7 +168,8 @@ impl<I: Io> Lane<I> {
         let bytes = self.read_page(image.top().file, at, len).await?;
         let mut meta = image.meta.lock();
         let meta = &mut *meta;
-        meta.refcounts.insert(page, bytes.into(), |page| meta.graph.holds(crate::order::rules::Page::Refcount(page)));
+        meta.refcounts
+            .insert(page, bytes.into(), |page| meta.graph.holds(crate::order::rules::Page::Refcount(page)));
         Ok(())
     }
 

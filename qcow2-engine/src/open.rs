@@ -89,9 +89,11 @@ impl Image {
             }
             let opened = open_file(storage, &backing.path, Access::ReadOnly)?;
             layers.push(match backing.format {
-                Format::Raw => {
-                    Layer::Raw(RawLayer { file: opened.file, name: opened.name, len: opened.len.next_multiple_of(512) })
-                }
+                Format::Raw => Layer::Raw(RawLayer {
+                    file: opened.file,
+                    name: opened.name,
+                    len: opened.len.next_multiple_of(512),
+                }),
                 Format::Qcow2 => {
                     let (header, _) = read_header(io, &opened).await?;
                     next = backing::of(&header, &opened.path, options.backing_format)?;
@@ -99,7 +101,8 @@ impl Image {
                 }
             });
         }
-        let refcount_table = if options.read_only { Vec::new() } else { read_refcount_table(io, &top, &header).await? };
+        let refcount_table =
+            if options.read_only { Vec::new() } else { read_refcount_table(io, &top, &header).await? };
         Ok(Arc::new(Self::assemble(layers, &top, &header, first_page, refcount_table, options)))
     }
 
@@ -205,7 +208,9 @@ impl Opened {
     /// Reads `len` bytes, rounded up to whole sectors for direct I/O.
     async fn read(&self, io: &impl Io, operation: &'static str, at: u64, len: usize) -> Result<Vec<u8>> {
         let buf = Buf::zeroed(len.next_multiple_of(512));
-        exact::read_zero_extended(io, self.file, at, &buf).await.map_err(|source| self.failed(operation, at, source))?;
+        exact::read_zero_extended(io, self.file, at, &buf)
+            .await
+            .map_err(|source| self.failed(operation, at, source))?;
         let mut bytes = buf.to_vec();
         bytes.truncate(len);
         Ok(bytes)

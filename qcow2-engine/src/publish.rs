@@ -106,7 +106,8 @@ impl<I: Io> Lane<I> {
 impl Image {
     /// Points an L1 entry at a table whose content is in the file, though not yet durable.
     fn publish_table(&self, meta: &mut Meta, index: u64, cluster: u64) {
-        let entry = L1Entry::Table { offset: HostOffset(cluster << self.geometry().cluster_bits), copied: true };
+        let entry =
+            L1Entry::Table { offset: HostOffset(cluster << self.geometry().cluster_bits), copied: true };
         self.top().l1[index as usize].store(entry.encode(), Ordering::Release);
         let page = self.l1_page(index);
         meta.graph.require(Rule::table_content_before_l1(page));

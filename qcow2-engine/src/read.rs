@@ -68,15 +68,20 @@ impl<I: Io> Lane<I> {
         let layer = self.image().qcow2_layer(layer);
         // Whole sectors around the compressed bytes, for direct I/O.
         let start = range.offset & !511;
-        let buf = Buf::zeroed((range.offset + range.len).next_multiple_of(512).saturating_sub(start) as usize);
-        exact::read_zero_extended(self.io(), layer.file, start, &buf)
-            .await
-            .map_err(|source| self.image().io_error("read of a compressed cluster", layer.file, start, source))?;
+        let buf =
+            Buf::zeroed((range.offset + range.len).next_multiple_of(512).saturating_sub(start) as usize);
+        exact::read_zero_extended(self.io(), layer.file, start, &buf).await.map_err(|source| {
+            self.image().io_error("read of a compressed cluster", layer.file, start, source)
+        })?;
         let bytes = buf.to_vec();
         let skip = (range.offset - start) as usize;
         let len = layer.geometry.cluster_size() as usize;
-        decompress::cluster(layer.compression, &bytes[skip..skip + range.len as usize], len).map_err(|reason| {
-            Error::Decompress { file: Arc::clone(&layer.name), at: range.offset, reason: reason.to_string() }
-        })
+        decompress::cluster(layer.compression, &bytes[skip..skip + range.len as usize], len).map_err(
+            |reason| Error::Decompress {
+                file: Arc::clone(&layer.name),
+                at: range.offset,
+                reason: reason.to_string(),
+            },
+        )
     }
 }

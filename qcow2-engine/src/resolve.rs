@@ -128,7 +128,8 @@ fn resolve_step(
             Layer::Qcow2(layer) => layer,
         };
         // A shorter backing file reads as zeros beyond its end; what is below it does not show.
-        let Some(rest) = layer.geometry.virtual_size.next_multiple_of(512).checked_sub(at).filter(|&rest| rest > 0)
+        let Some(rest) =
+            layer.geometry.virtual_size.next_multiple_of(512).checked_sub(at).filter(|&rest| rest > 0)
         else {
             return Ok(Extent::Zero { len });
         };

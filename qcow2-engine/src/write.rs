@@ -178,9 +178,10 @@ impl<I: Io> Lane<I> {
         let start = guest.start << bits;
         let edges = self.edges(start..guest.end << bits, at..at + payload.len() as u64, fresh).await?;
         placement.begin_writing();
-        let writes = edges.into_iter().chain([(at, payload)]).map(|(at, bytes)| async move {
-            self.write_in_place(host + (at - start), &bytes).await
-        });
+        let writes = edges
+            .into_iter()
+            .chain([(at, payload)])
+            .map(|(at, bytes)| async move { self.write_in_place(host + (at - start), &bytes).await });
         let written: Result<()> = join_all(writes).await.into_iter().collect();
         placement.end_writing();
         written?;
@@ -195,7 +196,8 @@ impl<I: Io> Lane<I> {
             if edge.is_empty() {
                 continue;
             }
-            let inside = edge.end.min(self.image().virtual_size().next_multiple_of(512)).saturating_sub(edge.start);
+            let inside =
+                edge.end.min(self.image().virtual_size().next_multiple_of(512)).saturating_sub(edge.start);
             let extents = self.resolve(edge.start, inside).await?;
             if fresh && extents.iter().all(|extent| matches!(extent, Extent::Zero { .. })) {
                 continue;

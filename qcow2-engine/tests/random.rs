@@ -30,9 +30,8 @@ fn op(sectors: u64) -> impl Strategy<Value = Op> {
 }
 
 fn geometry() -> impl Strategy<Value = (u32, Version, u32)> {
-    (prop_oneof![Just(9_u32), Just(10), Just(12), Just(16), Just(21)], 0..=6_u32, any::<bool>()).prop_map(
-        |(bits, order, v2)| if v2 { (bits, Version::V2, 4) } else { (bits, Version::V3, order) },
-    )
+    (prop_oneof![Just(9_u32), Just(10), Just(12), Just(16), Just(21)], 0..=6_u32, any::<bool>())
+        .prop_map(|(bits, order, v2)| if v2 { (bits, Version::V2, 4) } else { (bits, Version::V3, order) })
 }
 
 const DISK: u64 = 3 << 20;

@@ -46,6 +46,9 @@ pub(crate) struct AddArgs {
     /// How the image file is read and written.
     #[arg(long, value_enum, default_value_t = IoMode::Auto)]
     pub(crate) io: IoMode,
+    /// Format of backing files where the image does not say it: qcow2 or raw. It is never guessed.
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) backing_format: Option<qcow2_engine::Format>,
     /// Stay in the foreground; SIGINT or SIGTERM detaches.
     #[arg(long)]
     pub(crate) foreground: bool,

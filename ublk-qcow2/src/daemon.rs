@@ -18,7 +18,7 @@ use nix::{
     sys::signal::{SigSet, Signal},
 };
 use qcow2_engine::{
-    Image, Lane, OpenOptions,
+    Format, Image, Lane, OpenOptions,
     exec::block_on,
     io::{Files, files::Caching, uring::Uring},
 };
@@ -34,8 +34,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Submission slots of the ring with which this thread opens and closes the image.
-const OWN_RING: u32 = 64;
+/// Submission slots of the ring that opens the image.
+const OPENING_RING: u32 = 64;
 /// How long the queues may take until all of them fetch.
 const FETCH_WAIT: Duration = Duration::from_secs(30);
 /// How long the queues may take to finish their requests, write back and end, once the device has
@@ -55,15 +55,16 @@ pub(crate) struct Config {
     pub(crate) read_only: bool,
     pub(crate) cache_bytes: u64,
     pub(crate) caching: Caching,
+    pub(crate) backing_format: Option<Format>,
 }
 
 /// Why a server could not start, or not end cleanly.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ServeError {
-    #[error("cannot open the image: {0}")]
-    Open(#[source] qcow2_engine::Error),
-    #[error("cannot close the image: {0}")]
-    Close(#[source] qcow2_engine::Error),
+    #[error(transparent)]
+    Open(qcow2_engine::Error),
+    #[error("closing the image failed: {0}")]
+    Close(qcow2_engine::Error),
     #[error("{}: the image is empty, and a block device cannot be", .0.display())]
     Empty(PathBuf),
     #[error(transparent)]
@@ -113,26 +114,22 @@ pub(crate) fn run(
     let run_file = RunFile::create(record(config, &device, &shape))?;
     let service = Service { image, files, char_device: Arc::new(device.open_char()?) };
     let mut queues = Queues::new(events);
-    let served = queues
-        .start(&service, &device, &to_events)
-        .and_then(|()| queues.start_device(&mut device))
-        .and_then(|()| {
-            announce(&device::block_path(device.id()), device.id()).map_err(ServeError::Unannounced)
-        })
-        .and_then(|()| queues.wait_for_end());
+    let started = queues.bring_up(&service, &mut device, &to_events, announce);
+    let is_announced = started.is_ok();
+    let served = started.and_then(|()| queues.wait_for_end());
 
     let stopped = device.stop().map_err(ServeError::from);
     let drained = queues.drain(if stopped.is_ok() { DRAIN_WAIT } else { HOPELESS_DRAIN_WAIT });
-    // While a queue may still be at work the image cannot be closed; it is then as after a crash.
+    // While a queue may still write the image cannot be closed; it is then as after a crash.
     let closed = if drained.is_ok() { close_image(&service) } else { Ok(()) };
     // The driver deletes a device when nobody has it open.
     drop(service);
     let deleted = device.delete().map_err(ServeError::from);
     // A failed queue is the cause of whatever else went wrong.
-    let result = drained.and(served).and(stopped).and(closed).and(deleted);
-    match &result {
-        Ok(()) => run_file.remove(),
-        Err(error) => run_file.fail(error.to_string()),
+    let result = drained.and(served).and(closed).and(stopped).and(deleted);
+    // Before the announcement the one who waits for it learns of the error; after, `del` does.
+    if let (Err(error), true) = (&result, is_announced) {
+        run_file.fail(error.to_string());
     }
     result
 }
@@ -145,20 +142,20 @@ struct Service {
 }
 
 fn open_image(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {
-    let ring = Uring::new(Arc::clone(files), OWN_RING).map_err(ServeError::SetUp)?;
+    let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
     let options = OpenOptions {
         read_only: config.read_only,
         cache_bytes: config.cache_bytes,
-        ..OpenOptions::default()
+        backing_format: config.backing_format,
     };
     block_on(&ring, Image::open(&ring, &**files, &config.image, &options))
         .map_err(ServeError::SetUp)?
         .map_err(ServeError::Open)
 }
 
-/// Writes back what is dirty and gives reserved space back.
+/// Makes everything durable and leaves no leak, when all queues have ended.
 fn close_image(service: &Service) -> Result<(), ServeError> {
-    let ring = Uring::new(Arc::clone(&service.files), OWN_RING).map_err(ServeError::SetUp)?;
+    let ring = Uring::new(Arc::clone(&service.files), OPENING_RING).map_err(ServeError::SetUp)?;
     let lane = Lane::new(&service.image, ring.clone(), 1);
     block_on(&ring, lane.close()).map_err(ServeError::SetUp)?.map_err(ServeError::Close)
 }
@@ -207,6 +204,19 @@ impl Queues {
     fn new(events: Receiver<Event>) -> Self {
         let (threads, failure, signal) = (Vec::new(), None, None);
         Self { events, threads, running: 0, fetching: 0, is_failing: false, failure, signal }
+    }
+
+    /// Brings the device into service and says so.
+    fn bring_up(
+        &mut self,
+        service: &Service,
+        device: &mut Device,
+        to_events: &Sender<Event>,
+        announce: impl FnOnce(&Path, u32) -> io::Result<()>,
+    ) -> Result<(), ServeError> {
+        self.start(service, device, to_events)?;
+        self.start_device(device)?;
+        announce(&device::block_path(device.id()), device.id()).map_err(ServeError::Unannounced)
     }
 
     /// Starts a thread per queue, and returns when all of them fetch.

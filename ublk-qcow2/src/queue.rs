@@ -6,8 +6,8 @@
 //! commands and the image's I/O, so a loop turn is one system call. Nothing here blocks.
 //!
 //! The end: once the device is stopped every fetch comes back with ENODEV. A tag that is at work
-//! finishes its request first and learns it from its commit. Closing the image is left to who has
-//! seen all queues end.
+//! finishes its request first and learns it from its commit. When all queues have ended the daemon
+//! closes the image.
 
 use crate::{
     errno::errno,
@@ -27,14 +27,20 @@ use qcow2_engine::{
 use std::{
     cell::{Cell, RefCell},
     fs::File,
+    future::{Future, poll_fn},
     io,
     os::fd::AsFd,
+    pin::pin,
     rc::Rc,
     sync::Arc,
+    task::{Poll, Waker},
+    time::Duration,
 };
 
 /// Failed requests that a queue reports one by one; from then on only powers of two are.
 const REPORTED_ERRORS: u64 = 16;
+/// Between two passes of write-back and of giving freed clusters back.
+const MAINTENANCE_PAUSE: Duration = Duration::from_secs(1);
 /// From linux/prctl.h; missing in the crate libc.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 /// The kernel's result for a command of a stopped queue.
@@ -83,7 +89,9 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
     let context = Rc::new(Context {
         index: queue.index,
         target: registered.target(),
-        lane: Lane::new(&queue.image, ring.clone(), queue.depth.into()),
+        serving: Cell::new(queue.depth),
+        drained: RefCell::new(None),
+        lane: Lane::new(&queue.image, ring.clone(), usize::from(queue.depth)),
         bounds: queue.bounds,
         ring: ring.clone(),
         descriptors,
@@ -97,17 +105,21 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
         executor.spawn(Rc::clone(&context).serve_tag(tag, Buf::zeroed(queue.bounds.buffer_bytes as usize)));
     }
     executor.spawn(Rc::clone(&context).report_fetching());
-    executor.run().map_err(QueueError::Ring)?;
-    match context.failure.take() {
-        None => Ok(()),
-        Some(failure) => Err(QueueError::Fetch(failure)),
+    if queue.index == 0 {
+        executor.spawn(Rc::clone(&context).maintain());
     }
+    executor.run().map_err(QueueError::Ring)?;
+    context.failure.take().map_or(Ok(()), |failure| Err(QueueError::Fetch(failure)))
 }
 
 /// What the tags of a queue share.
 struct Context {
     index: u16,
     target: Target,
+    /// Tags whose task has not ended.
+    serving: Cell<u16>,
+    /// Whoever waits for the last tag to end.
+    drained: RefCell<Option<Waker>>,
     lane: Lane<Uring>,
     bounds: Bounds,
     ring: Uring,
@@ -118,8 +130,36 @@ struct Context {
 }
 
 impl Context {
-    /// The life of one tag.
     async fn serve_tag(self: Rc<Self>, tag: u16, buf: Buf) {
+        self.fetch_and_serve(tag, buf).await;
+        self.serving.set(self.serving.get() - 1);
+        if let (0, Some(waiting)) = (self.serving.get(), self.drained.take()) {
+            waiting.wake();
+        }
+    }
+
+    /// The image's own work, beside the requests, until the last tag has ended.
+    async fn maintain(self: Rc<Self>) {
+        loop {
+            let mut pause = pin!(self.ring.sleep(MAINTENANCE_PAUSE));
+            let goes_on = poll_fn(|task| {
+                if self.serving.get() == 0 {
+                    return Poll::Ready(false);
+                }
+                self.drained.replace(Some(task.waker().clone()));
+                pause.as_mut().poll(task).map(|_| true)
+            });
+            if !goes_on.await {
+                return;
+            }
+            if let Err(error) = self.lane.maintain().await {
+                self.report(&format_args!("maintenance: {error}"));
+            }
+        }
+    }
+
+    /// The life of one tag.
+    async fn fetch_and_serve(&self, tag: u16, buf: Buf) {
         let mut command = self.command(sys::UBLK_U_IO_FETCH_REQ, tag, 0, &buf);
         loop {
             match command.await {

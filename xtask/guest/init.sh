@@ -42,7 +42,8 @@ for block in /sys/block/vd*; do
     [ -n "$serial" ] && ln -s "/dev/${block##*/}" "/dev/disk/$serial"
 done
 
-cd / && cpio -idmu <"$(readlink -f /dev/disk/payload)" 2>/dev/null || broken "the payload cannot be unpacked"
+cd / || broken "no root directory"
+cpio -idmu <"$(readlink -f /dev/disk/payload)" 2>/tmp/cpio.err || broken "the payload: $(cat /tmp/cpio.err)"
 [ -x /payload/run ] || broken "the payload has no /payload/run"
 if [ -e /dev/disk/scratch ]; then
     mount -t ext4 -o discard /dev/disk/scratch /scratch || broken "no scratch file system"

@@ -33,7 +33,7 @@ must() {
 # attach ARGUMENTS…: ublk-qcow2 add; leaves the device's path in DEVICE
 attach() {
     local output
-    output=$(ublk-qcow2 add "$@" 2>"$SCRATCH/add.err") || {
+    output=$(timeout 60 ublk-qcow2 add "$@" 2>"$SCRATCH/add.err") || {
         sed 's/^/       | /' "$SCRATCH/add.err"
         fail "ublk-qcow2 add $* failed"
     }
@@ -45,7 +45,7 @@ attach() {
 # detach: ublk-qcow2 del of DEVICE
 detach() {
     local id=${DEVICE#/dev/ublkb} output
-    output=$(ublk-qcow2 del -n "$id" 2>&1) || {
+    output=$(timeout 60 ublk-qcow2 del -n "$id" 2>&1) || {
         printf '%s\n' "$output" | sed 's/^/       | /'
         fail "ublk-qcow2 del -n $id failed"
     }
@@ -53,12 +53,15 @@ detach() {
     DEVICE=
 }
 
+# the_end: the last line of a story that went well
+the_end() { echo "demo passed: $step_count steps, all of them seen to hold"; }
+
 # Leaves nothing behind on a host, however the story ends.
 cleanup() {
     local mounted
     for mounted in "$SCRATCH"/mnt*; do
-        mountpoint -q "$mounted" 2>/dev/null && umount "$mounted"
+        umount "$mounted" 2>/dev/null
     done
-    [ -n "$DEVICE" ] && ublk-qcow2 del -n "${DEVICE#/dev/ublkb}" >/dev/null 2>&1
+    [ -n "$DEVICE" ] && timeout 60 ublk-qcow2 del -n "${DEVICE#/dev/ublkb}" >/dev/null 2>&1
 }
 trap cleanup EXIT

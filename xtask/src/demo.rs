@@ -71,7 +71,8 @@ struct Link {
 /// The image and its backing files, top first, by their absolute paths.
 fn chain_of(image: &Path) -> Result<Vec<Link>> {
     let image = std::path::absolute(image)?;
-    let text = capture(program("qemu-img")?.args(["info", "-U", "--backing-chain", "--output=json"]).arg(&image))?;
+    let text =
+        capture(program("qemu-img")?.args(["info", "-U", "--backing-chain", "--output=json"]).arg(&image))?;
     let chain: serde_json::Value = serde_json::from_str(&text).context("qemu-img info wrote no JSON")?;
     let mut links = Vec::new();
     for info in chain.as_array().context("qemu-img info wrote no list")? {

@@ -167,9 +167,10 @@ fn unify_lib(root: &Path) -> Result<()> {
     }
 }
 
-/// The first run of dotted numbers in a name, then the numbers after it: an order for versions in package names.
+/// The numbers of the version in a package name, an order for versions; `-cloud-amd64` is no part of it.
 fn digits(name: &str) -> Vec<u32> {
-    name.split(|c: char| !c.is_ascii_digit()).filter_map(|run| run.parse().ok()).collect()
+    let version = name.split("-cloud").next().unwrap_or(name);
+    version.split(|c: char| !c.is_ascii_digit()).filter_map(|run| run.parse().ok()).collect()
 }
 
 #[cfg(test)]
@@ -178,7 +179,7 @@ mod tests {
 
     #[test]
     fn versions_in_package_names_are_ordered_as_numbers() {
-        let mut names = vec![
+        let mut names = [
             "linux-image-6.12.90+deb12.1-cloud-amd64",
             "linux-image-6.12.9+deb12-cloud-amd64",
             "linux-image-6.12.90+deb12-cloud-amd64",

@@ -2,10 +2,13 @@
 
 mod apt;
 mod demo;
+mod dist;
 mod kernel;
 mod place;
 mod process;
 mod setup;
+mod test;
+mod test_compat;
 mod vm;
 mod workspace;
 
@@ -25,6 +28,12 @@ enum Task {
     Setup(setup::Options),
     /// Serve an image as a real block device, use it, and let QEMU judge the result
     Demo(demo::Options),
+    /// Everything that must hold before a change is merged
+    Test(test::Options),
+    /// The full compatibility matrix on both kernels
+    TestCompat(test_compat::Options),
+    /// The release binary in a tarball
+    Dist,
     /// A shell, or one command, in a throw-away virtual machine with a ublk driver
     Vm(vm::Options),
 }
@@ -33,6 +42,9 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Task::Setup(options) => setup::command(&options).map(|()| ExitCode::SUCCESS),
         Task::Demo(options) => demo::command(&options),
+        Task::Test(options) => test::command(&options),
+        Task::TestCompat(options) => test_compat::command(&options),
+        Task::Dist => dist::command().map(|()| ExitCode::SUCCESS),
         Task::Vm(options) => vm::command(&options),
     };
     result.unwrap_or_else(|error| {

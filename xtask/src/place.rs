@@ -38,11 +38,11 @@ const MEMORY_MIB: u32 = 4096;
 /// # Errors
 /// Fails when the control device is missing or may not be opened.
 pub(crate) fn host_driver() -> Result<()> {
-    if !Path::new(CONTROL_DEVICE).exists() {
-        if let Some(modprobe) = find_program("modprobe") {
-            // A host that has the module but has not loaded it yet. Its refusal shows below.
-            let _ = crate::process::output(std::process::Command::new(modprobe).args(["-q", "ublk_drv"]));
-        }
+    if !Path::new(CONTROL_DEVICE).exists()
+        && let Some(modprobe) = find_program("modprobe")
+    {
+        // A host that has the module but has not loaded it yet. Its refusal shows below.
+        let _ = crate::process::output(std::process::Command::new(modprobe).args(["-q", "ublk_drv"]));
     }
     OpenOptions::new()
         .read(true)
@@ -150,7 +150,8 @@ impl<'a> Job<'a> {
     }
 
     fn run_in_machine(&self, kernel: Kernel) -> Result<Finished> {
-        let kernel = kernel.unpacked()?.context("the kernel has not been fetched; run `cargo xtask setup`")?;
+        let kernel =
+            kernel.unpacked()?.context("the kernel has not been fetched; run `cargo xtask setup`")?;
         let mut payload = Tree::default();
         for program in &self.programs {
             vm::send(&mut payload, program, None)?;
@@ -187,7 +188,8 @@ impl<'a> Job<'a> {
     fn run_on_host(&self) -> Result<Finished> {
         let base = workspace::cache()?;
         let dir = tempfile::Builder::new().prefix("host-run-").tempdir_in(&base)?;
-        let (bin, scratch, results) = (dir.path().join("bin"), dir.path().join("scratch"), dir.path().join("results"));
+        let (bin, scratch, results) =
+            (dir.path().join("bin"), dir.path().join("scratch"), dir.path().join("results"));
         for sub in [&bin, &scratch, &results] {
             fs::create_dir(sub)?;
         }
@@ -200,10 +202,15 @@ impl<'a> Job<'a> {
         // timeout(1) stops the script together with its children.
         let mut shell = program("timeout")?;
         shell.args(["--kill-after=10", &self.time_limit.as_secs().to_string(), "bash"]).arg(&script);
-        shell.env("PATH", host_path(&bin)?).env("SCRATCH", &scratch).env("RESULTS", &results).current_dir(&scratch);
+        shell
+            .env("PATH", host_path(&bin)?)
+            .env("SCRATCH", &scratch)
+            .env("RESULTS", &results)
+            .current_dir(&scratch);
         shell.envs(self.variables.iter().map(|(name, value)| (name, value)));
         shell.envs(self.disks.iter().map(|disk| (format!("DISK_{}", disk.name), &disk.path)));
-        let mut child = shell.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("cannot start timeout")?;
+        let mut child =
+            shell.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("cannot start timeout")?;
         let output = child.stdout.take().map(|pipe| collect(pipe, self.console));
         let status = child.wait()?;
         let output = output.map_or_else(Vec::new, |thread| thread.join().unwrap_or_default());

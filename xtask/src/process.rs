@@ -55,7 +55,8 @@ pub(crate) fn capture(command: &mut Command) -> Result<String> {
     if !output.status.success() {
         bail!("`{}` failed: {}\n{}", show(command), output.status, said(&output));
     }
-    String::from_utf8(output.stdout).with_context(|| format!("`{}` wrote something other than text", show(command)))
+    String::from_utf8(output.stdout)
+        .with_context(|| format!("`{}` wrote something other than text", show(command)))
 }
 
 /// Runs `command` to its end, whatever its exit status, and collects both streams.
@@ -109,7 +110,8 @@ mod tests {
 
     #[test]
     fn a_failure_names_the_command_and_its_words() {
-        let error = capture(Command::new("sh").args(["-c", "echo no luck >&2; exit 3"])).unwrap_err().to_string();
+        let error =
+            capture(Command::new("sh").args(["-c", "echo no luck >&2; exit 3"])).unwrap_err().to_string();
         assert!(error.contains("no luck") && error.contains("sh -c"), "{error}");
     }
 }

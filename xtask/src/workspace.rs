@@ -28,8 +28,9 @@ pub(crate) fn root() -> &'static Path {
 pub(crate) fn cache() -> Result<PathBuf> {
     let dir = env::var_os(CACHE_ENV).map_or_else(|| root().join(".cache/vm"), PathBuf::from);
     let dir = std::path::absolute(&dir).with_context(|| format!("bad cache directory {}", dir.display()))?;
-    fs::create_dir_all(&dir)
-        .with_context(|| format!("cannot create the cache {}; set {CACHE_ENV} to a writable directory", dir.display()))?;
+    fs::create_dir_all(&dir).with_context(|| {
+        format!("cannot create the cache {}; set {CACHE_ENV} to a writable directory", dir.display())
+    })?;
     Ok(dir)
 }
 

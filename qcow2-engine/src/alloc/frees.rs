@@ -38,7 +38,8 @@ impl Frees {
         max: usize,
     ) -> Vec<Free> {
         // Both stamps only ever grow along the queue.
-        let ready = self.0.iter().take(max).take_while(|free| free.cut <= durable_cut && has_passed(free.epoch));
+        let ready =
+            self.0.iter().take(max).take_while(|free| free.cut <= durable_cut && has_passed(free.epoch));
         let count = ready.count();
         self.0.drain(..count).collect()
     }

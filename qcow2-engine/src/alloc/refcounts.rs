@@ -52,7 +52,13 @@ pub(crate) enum Place {
 }
 
 impl Refcounts {
-    pub(crate) fn new(file: Arc<str>, geometry: Geometry, table: Vec<u64>, table_at: u64, limit: usize) -> Self {
+    pub(crate) fn new(
+        file: Arc<str>,
+        geometry: Geometry,
+        table: Vec<u64>,
+        table_at: u64,
+        limit: usize,
+    ) -> Self {
         Self { file, geometry, table, table_at, pages: HashMap::new(), limit }
     }
 
@@ -99,7 +105,7 @@ impl Refcounts {
         RefcountTableEntry::decode(raw, &self.geometry).map_err(|source| Error::Corrupt {
             file: Arc::clone(&self.file),
             table: "refcount table",
-            at: block * self.geometry.refcounts_per_block() << self.geometry.cluster_bits,
+            at: (block * self.geometry.refcounts_per_block()) << self.geometry.cluster_bits,
             source,
         })
     }
@@ -157,7 +163,9 @@ impl Refcounts {
         let Some(resident) = self.pages.get_mut(&page) else { return Count::Needs(page) };
         resident.used = true;
         let is_free = |cluster: u64| refcount::get(&resident.bytes, order, (cluster - first) as usize) == 0;
-        let Some(start) = (from.max(first)..end).find(|&cluster| is_free(cluster)) else { return Count::Is(None) };
+        let Some(start) = (from.max(first)..end).find(|&cluster| is_free(cluster)) else {
+            return Count::Is(None);
+        };
         let stop = (start..end.min(start.saturating_add(max))).find(|&cluster| !is_free(cluster));
         Count::Is(Some(start..stop.unwrap_or_else(|| end.min(start.saturating_add(max)))))
     }

@@ -155,7 +155,9 @@ impl<I: Io> Lane<I> {
         };
         match self.extend_file(&run).await {
             Ok(()) => return Ok(run),
-            Err(error) if error.kind() != ErrorKind::NoSpace || run.clusters.end - run.clusters.start <= max => {
+            Err(error)
+                if error.kind() != ErrorKind::NoSpace || run.clusters.end - run.clusters.start <= max =>
+            {
                 image.meta.lock().unmapped(run.clusters);
                 return Err(error);
             }

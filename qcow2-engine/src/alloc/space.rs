@@ -81,7 +81,9 @@ impl Meta {
 
     /// Moves the cursor over a run that is taken; says whether it is fresh.
     fn claim(&mut self, run: Range<u64>) -> Result<bool> {
-        if let Some(fixed) = self.space.fixed.iter().find(|fixed| fixed.start < run.end && run.start < fixed.end) {
+        if let Some(fixed) =
+            self.space.fixed.iter().find(|fixed| fixed.start < run.end && run.start < fixed.end)
+        {
             return Err(Error::Refcount {
                 file: Arc::clone(&self.file),
                 at: fixed.start.max(run.start) << self.geometry.cluster_bits,
@@ -118,7 +120,8 @@ impl Meta {
     fn grow_refcount_table(&mut self, base: u64) -> Result<()> {
         let (old_at, old_entries) = self.refcounts.table_place();
         let per_cluster = self.geometry.cluster_size() / 8;
-        let plan = plan_table(base, old_entries / per_cluster, per_cluster, self.geometry.refcounts_per_block());
+        let plan =
+            plan_table(base, old_entries / per_cluster, per_cluster, self.geometry.refcounts_per_block());
         if plan.table_clusters << self.geometry.cluster_bits > MAX_REFTABLE_BYTES {
             return Err(Error::TooLarge {
                 file: Arc::clone(&self.file),
@@ -127,14 +130,16 @@ impl Meta {
         }
         let end = base + plan.blocks + plan.table_clusters;
         self.claim(base..end)?;
-        let table_at = base + plan.blocks << self.geometry.cluster_bits;
+        let table_at = (base + plan.blocks) << self.geometry.cluster_bits;
         self.refcounts.move_table(table_at, (plan.table_clusters * per_cluster) as usize);
         let first_block = self.refcounts.block_of(base);
         for index in 0..plan.blocks {
             self.add_refcount_block(first_block + index, base + index);
         }
         self.count_once(base..end);
-        for block in (0..plan.table_clusters * per_cluster).step_by((self.refcounts.page_bytes() / 8) as usize) {
+        for block in
+            (0..plan.table_clusters * per_cluster).step_by((self.refcounts.page_bytes() / 8) as usize)
+        {
             let page = Page::RefcountTable(self.refcounts.table_page(block));
             self.graph.touch(page);
             self.graph.require(Rule::table_before_header(page));

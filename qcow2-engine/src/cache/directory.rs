@@ -20,7 +20,8 @@ pub(crate) struct Directory {
 impl Directory {
     /// A directory for the slices `0..slices`.
     pub(crate) fn new(slices: u64) -> Self {
-        let chunks = usize::try_from(slices.div_ceil(CHUNK as u64)).expect("bounded by the L1 table's size limit");
+        let chunks =
+            usize::try_from(slices.div_ceil(CHUNK as u64)).expect("bounded by the L1 table's size limit");
         Self { chunks: (0..chunks).map(|_| OnceLock::new()).collect() }
     }
 
@@ -38,7 +39,8 @@ impl Directory {
     pub(crate) fn set(&self, slice: u64, slot: Option<usize>) {
         let (chunk, within) = split(slice);
         let chunk = self.chunks[chunk].get_or_init(|| (0..CHUNK).map(|_| AtomicU32::new(ABSENT)).collect());
-        let value = slot.map_or(ABSENT, |slot| u32::try_from(slot + 1).expect("bounded by the cache's slot count"));
+        let value =
+            slot.map_or(ABSENT, |slot| u32::try_from(slot + 1).expect("bounded by the cache's slot count"));
         chunk[within].store(value, Ordering::Release);
     }
 }

@@ -64,7 +64,9 @@ impl SliceKey {
 impl SliceCache {
     /// A cache of `bytes` for layers with the given numbers of slices.
     pub(crate) fn new(bytes: u64, slices_per_layer: &[u64]) -> Self {
-        let slots = usize::try_from(bytes / SLICE_BYTES).unwrap_or(usize::MAX).clamp(MIN_SLOTS, u32::MAX as usize - 1);
+        let slots = usize::try_from(bytes / SLICE_BYTES)
+            .unwrap_or(usize::MAX)
+            .clamp(MIN_SLOTS, u32::MAX as usize - 1);
         Self {
             slots: (0..slots).map(|_| Slot::empty()).collect(),
             directories: slices_per_layer.iter().map(|&count| Directory::new(count)).collect(),
@@ -135,7 +137,9 @@ impl SliceCache {
     /// The bytes of a resident slice as they go to disk: `len` of them.
     pub(crate) fn bytes(&self, key: SliceKey, len: usize) -> Option<Vec<u8>> {
         let entries = self.slot_of(key)?.entries();
-        Some(entries[..len / 8].iter().flat_map(|entry| entry.load(Ordering::Acquire).to_be_bytes()).collect())
+        Some(
+            entries[..len / 8].iter().flat_map(|entry| entry.load(Ordering::Acquire).to_be_bytes()).collect(),
+        )
     }
 
     fn slot_of(&self, key: SliceKey) -> Option<&Slot> {

@@ -115,7 +115,9 @@ fn depth(
         .iter()
         .map(|before| match before {
             Before::Payload => 1,
-            Before::Page(before) if edges.contains_key(before) => depth(*before, edges, placed, budget - 1) + 1,
+            Before::Page(before) if edges.contains_key(before) => {
+                depth(*before, edges, placed, budget - 1) + 1
+            }
             Before::Page(_) => 0,
         })
         .max()

@@ -52,6 +52,7 @@ fn config(args: &AddArgs) -> Result<Config, CommandError> {
         depth: args.depth,
         read_only: args.read_only,
         cache_bytes: args.cache_size,
+        backing_format: args.backing_format,
         caching: match args.io {
             IoMode::Auto => Caching::Auto,
             IoMode::Direct => Caching::Direct,

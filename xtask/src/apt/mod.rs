@@ -47,7 +47,8 @@ impl PrivateApt {
         let files = sources::source_files(Path::new(ETC_APT))?;
         for file in &files {
             if let Some(name) = file.file_name() {
-                fs::copy(file, apt.parts().join(name)).with_context(|| format!("cannot copy {}", file.display()))?;
+                fs::copy(file, apt.parts().join(name))
+                    .with_context(|| format!("cannot copy {}", file.display()))?;
             }
         }
         if let Some(codename) = debian_codename() {
@@ -117,7 +118,8 @@ impl PrivateApt {
             _ => {}
         }
         for sub in ["parts", "lists/partial", "cache/archives/partial"] {
-            fs::create_dir_all(apt.dir.join(sub)).with_context(|| format!("cannot create {}", apt.dir.display()))?;
+            fs::create_dir_all(apt.dir.join(sub))
+                .with_context(|| format!("cannot create {}", apt.dir.display()))?;
         }
         Ok(apt)
     }
@@ -163,7 +165,9 @@ impl PrivateApt {
 pub(crate) fn debian_codename() -> Option<String> {
     let text = fs::read_to_string("/etc/os-release").ok()?;
     let field = |name: &str| {
-        text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('=')).map(|value| value.trim_matches('"').to_owned())
+        text.lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix('='))
+            .map(|value| value.trim_matches('"').to_owned())
     };
     if field("ID")? == "debian" { field("VERSION_CODENAME") } else { None }
 }
@@ -182,12 +186,14 @@ fn as_root(command: &Command) -> Result<Command> {
         same.args(command.get_args());
         return Ok(same);
     }
-    if let Some(sudo) = find_program("sudo") {
-        if output(Command::new(&sudo).args(["-n", "true"])).is_ok_and(|done| done.status.success()) {
-            let mut with = Command::new(sudo);
-            with.args(["-n", "DEBIAN_FRONTEND=noninteractive"]).arg(command.get_program()).args(command.get_args());
-            return Ok(with);
-        }
+    if let Some(sudo) = find_program("sudo")
+        && output(Command::new(&sudo).args(["-n", "true"])).is_ok_and(|done| done.status.success())
+    {
+        let mut with = Command::new(sudo);
+        with.args(["-n", "DEBIAN_FRONTEND=noninteractive"])
+            .arg(command.get_program())
+            .args(command.get_args());
+        return Ok(with);
     }
     bail!("installing packages needs root; run this as root, then repeat:\n  {}", show(command))
 }
@@ -201,7 +207,11 @@ pub(crate) fn is_root() -> bool {
 /// The machine's own Debian entry, or the mirror that the user named.
 fn debian_source() -> Result<Source> {
     if let Ok(mirror) = env::var(MIRROR_ENV) {
-        return Ok(Source { uris: vec![mirror], suites: Vec::new(), signed_by: Some(DEBIAN_KEYRING.to_owned()) });
+        return Ok(Source {
+            uris: vec![mirror],
+            suites: Vec::new(),
+            signed_by: Some(DEBIAN_KEYRING.to_owned()),
+        });
     }
     let codename = debian_codename().with_context(|| {
         format!("this is not Debian: set {MIRROR_ENV} to a Debian mirror and install debian-archive-keyring")

@@ -110,13 +110,19 @@ fn stanza(lines: &[&str]) -> Option<Source> {
         }
     }
     let field = |name: &str| fields.iter().find(|(field, _)| field == name).map(|(_, value)| value.as_str());
-    let words = |name: &str| field(name).unwrap_or_default().split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let words = |name: &str| {
+        field(name).unwrap_or_default().split_whitespace().map(str::to_owned).collect::<Vec<_>>()
+    };
 
     let disabled = field("enabled").is_some_and(|value| matches!(value, "no" | "false" | "0"));
     if disabled || !words("types").iter().any(|kind| kind == "deb") {
         return None;
     }
-    Some(Source { uris: words("uris"), suites: words("suites"), signed_by: field("signed-by").map(str::to_owned) })
+    Some(Source {
+        uris: words("uris"),
+        suites: words("suites"),
+        signed_by: field("signed-by").map(str::to_owned),
+    })
 }
 
 #[cfg(test)]

@@ -34,7 +34,8 @@ impl Accel {
         if OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
             return Ok(Self::Emulated);
         }
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").context("this machine has no boot id")?;
+        let boot =
+            fs::read_to_string("/proc/sys/kernel/random/boot_id").context("this machine has no boot id")?;
         let _lock = workspace::lock("accel")?;
         let path = workspace::cache()?.join("accel");
         let known = fs::read_to_string(&path).unwrap_or_default();

@@ -41,10 +41,17 @@ impl<W: Write> Writer<W> {
     ///
     /// # Errors
     /// Fails when the content is 4 GiB or more, which the format cannot say, and when `out` does.
-    pub(crate) fn entry(&mut self, path: &str, kind: Kind, permissions: u32, content: &[u8]) -> io::Result<()> {
+    pub(crate) fn entry(
+        &mut self,
+        path: &str,
+        kind: Kind,
+        permissions: u32,
+        content: &[u8],
+    ) -> io::Result<()> {
         self.inode += 1;
-        let size = u32::try_from(content.len())
-            .map_err(|_| io::Error::new(io::ErrorKind::FileTooLarge, format!("{path} is too large for cpio")))?;
+        let size = u32::try_from(content.len()).map_err(|_| {
+            io::Error::new(io::ErrorKind::FileTooLarge, format!("{path} is too large for cpio"))
+        })?;
         let (major, minor) = if let Kind::CharDevice(major, minor) = kind { (major, minor) } else { (0, 0) };
         let links = if kind == Kind::Directory { 2 } else { 1 };
         let name_size = path.len() as u32 + 1; // with its NUL

@@ -15,8 +15,22 @@ use std::{
 
 /// Programs that the guest lanes cannot do without.
 const NEEDED: [&str; 16] = [
-    "bash", "fio", "qemu-img", "qemu-io", "qemu-nbd", "mkfs.xfs", "xfs_repair", "xfs_io", "mkfs.ext4", "e2fsck",
-    "dumpe2fs", "dmsetup", "blkdiscard", "lsblk", "blockdev", "sfdisk",
+    "bash",
+    "fio",
+    "qemu-img",
+    "qemu-io",
+    "qemu-nbd",
+    "mkfs.xfs",
+    "xfs_repair",
+    "xfs_io",
+    "mkfs.ext4",
+    "e2fsck",
+    "dumpe2fs",
+    "dmsetup",
+    "blkdiscard",
+    "lsblk",
+    "blockdev",
+    "sfdisk",
 ];
 /// Programs that are taken along where the host has them.
 const WELCOME: [&str; 8] =
@@ -27,8 +41,25 @@ const FIO_ENGINES: [&str; 2] = ["/usr/lib/x86_64-linux-gnu/fio", "/usr/lib/fio"]
 const ON_DEMAND_LIBRARIES: [&str; 1] = ["/usr/lib/x86_64-linux-gnu/libgcc_s.so.1"];
 /// Kernel modules; one that is built in has no file and is passed over.
 const MODULES: [&str; 19] = [
-    "ublk_drv", "nbd", "virtio_pci", "virtio_blk", "virtio_console", "ext4", "xfs", "crc32c_generic", "crc32c-intel",
-    "null_blk", "brd", "loop", "dm-mod", "dm-flakey", "dm-log-writes", "dm-snapshot", "vfat", "overlay", "btrfs",
+    "ublk_drv",
+    "nbd",
+    "virtio_pci",
+    "virtio_blk",
+    "virtio_console",
+    "ext4",
+    "xfs",
+    "crc32c_generic",
+    "crc32c-intel",
+    "null_blk",
+    "brd",
+    "loop",
+    "dm-mod",
+    "dm-flakey",
+    "dm-log-writes",
+    "dm-snapshot",
+    "vfat",
+    "overlay",
+    "btrfs",
 ];
 /// Without these there is no run at all, built in or not; the guest proves the rest.
 const MODULES_ALWAYS_FILES: [&str; 2] = ["ublk_drv", "virtio_blk"];
@@ -71,13 +102,18 @@ fn remove_older(dir: &Path, release: &str) -> Result<()> {
 
 fn tree(kernel: &UnpackedKernel) -> Result<Tree> {
     let mut tree = Tree::root();
-    for dir in ["proc", "sys", "tmp", "run", "mnt", "scratch", "payload", "results", "var/tmp", "etc", "root"] {
+    for dir in ["proc", "sys", "tmp", "run", "mnt", "scratch", "payload", "results", "var/tmp", "etc", "root"]
+    {
         tree.directory(dir);
     }
     tree.symlink("var/run", "/run");
     tree.symlink("var/lock", "/run/lock"); // qemu-nbd insists on it
     tree.text("init", INIT, 0o755);
-    tree.text("etc/passwd", "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n", 0o644);
+    tree.text(
+        "etc/passwd",
+        "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n",
+        0o644,
+    );
     tree.text("etc/group", "root:x:0:\ndisk:x:6:\nnogroup:x:65534:\n", 0o644);
     add_programs(&mut tree)?;
     add_modules(&mut tree, kernel)?;
@@ -169,7 +205,8 @@ mod tests {
 
     #[test]
     fn modules_dep_is_found_by_either_spelling() {
-        let parsed = ModuleDependencies::parse("kernel/md/dm-flakey.ko.xz: kernel/md/dm-mod.ko.xz\nkernel/a.ko:\n");
+        let parsed =
+            ModuleDependencies::parse("kernel/md/dm-flakey.ko.xz: kernel/md/dm-mod.ko.xz\nkernel/a.ko:\n");
         let file = parsed.by_name[&canonical("dm-flakey")];
         assert_eq!(file, "kernel/md/dm-flakey.ko.xz");
         assert_eq!(parsed.needs[file], ["kernel/md/dm-mod.ko.xz"]);

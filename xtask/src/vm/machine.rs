@@ -89,7 +89,9 @@ impl Machine<'_> {
     pub(crate) fn run(&self, payload: &Tree) -> Result<Finished> {
         let initramfs = initramfs::ensure(self.kernel)?;
         let dir = RunDir::create()?;
-        payload.write_cpio(BufWriter::new(File::create(dir.file("payload"))?)).context("cannot write the payload")?;
+        payload
+            .write_cpio(BufWriter::new(File::create(dir.file("payload"))?))
+            .context("cannot write the payload")?;
         pad_to_sector(&dir.file("payload"))?;
         make_scratch(&dir.file("scratch"), self.scratch_gib)?;
         File::create(dir.file("results"))?.set_len(RESULTS_BYTES)?;
@@ -102,7 +104,12 @@ impl Machine<'_> {
 
         if let Some(results) = &self.results {
             fs::create_dir_all(results)?;
-            run(program("tar")?.arg("-xf").arg(dir.file("results")).arg("-C").arg(results).arg("--no-same-owner"))?;
+            run(program("tar")?
+                .arg("-xf")
+                .arg(dir.file("results"))
+                .arg("-C")
+                .arg(results)
+                .arg("--no-same-owner"))?;
         }
         Ok(Finished { status, output })
     }
@@ -115,19 +122,29 @@ impl Machine<'_> {
         qemu.args(self.accel.arguments());
         qemu.args(["-m", &format!("{}M", self.memory_mib)]);
         qemu.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(initramfs);
-        qemu.args(["-append", "console=ttyS0 loglevel=4 panic=-1 oops=panic mitigations=off nowatchdog random.trust_cpu=on"]);
+        qemu.args([
+            "-append",
+            "console=ttyS0 loglevel=4 panic=-1 oops=panic mitigations=off nowatchdog random.trust_cpu=on",
+        ]);
         qemu.arg("-serial").arg(format!("file:{}", dir.shown("kernel.log")));
         qemu.arg("-serial").arg(format!("file:{}", dir.shown("status")));
         qemu.args(["-device", "virtio-serial-pci", "-device", "virtconsole,chardev=script"]);
 
-        for (name, access) in [("payload", Access::ReadOnly), ("scratch", Access::ReadWrite), ("results", Access::ReadWrite)] {
+        for (name, access) in
+            [("payload", Access::ReadOnly), ("scratch", Access::ReadWrite), ("results", Access::ReadWrite)]
+        {
             add_disk(&mut qemu, &Disk { name: name.to_owned(), path: dir.file(name), access });
         }
         for disk in &self.disks {
             add_disk(&mut qemu, disk);
         }
         if self.console == Console::Interactive {
-            qemu.args(["-chardev", "stdio,id=script,signal=off,mux=on", "-mon", "chardev=script,mode=readline"]);
+            qemu.args([
+                "-chardev",
+                "stdio,id=script,signal=off,mux=on",
+                "-mon",
+                "chardev=script,mode=readline",
+            ]);
         } else {
             qemu.args(["-chardev", "stdio,id=script,signal=off"]).stdin(Stdio::null()).stdout(Stdio::piped());
         }
@@ -139,8 +156,15 @@ impl Machine<'_> {
 
     /// The script's status, or why there is none.
     fn judge(&self, ended: Ended, dir: &RunDir, output: &[u8]) -> Result<i32> {
-        let log = fs::read(dir.file("kernel.log")).map_or_else(|_| String::new(), |log| String::from_utf8_lossy(&log).into_owned());
-        let shown = || if log.trim().is_empty() { String::from(" (it said nothing)") } else { format!(":\n{}", tail(&log, 60)) };
+        let log = fs::read(dir.file("kernel.log"))
+            .map_or_else(|_| String::new(), |log| String::from_utf8_lossy(&log).into_owned());
+        let shown = || {
+            if log.trim().is_empty() {
+                String::from(" (it said nothing)")
+            } else {
+                format!(":\n{}", tail(&log, 60))
+            }
+        };
         if let Ended::OutOfTime = ended {
             let so_far = String::from_utf8_lossy(output);
             bail!(
@@ -185,7 +209,8 @@ fn pad_to_sector(path: &Path) -> Result<()> {
 
 fn make_scratch(path: &Path, gib: u32) -> Result<()> {
     File::create(path)?.set_len(u64::from(gib) << 30)?;
-    crate::process::capture(program("mkfs.ext4")?.args(["-q", "-F", "-m", "0", "-E", "nodiscard"]).arg(path)).map(drop)
+    crate::process::capture(program("mkfs.ext4")?.args(["-q", "-F", "-m", "0", "-E", "nodiscard"]).arg(path))
+        .map(drop)
 }
 
 enum Ended {

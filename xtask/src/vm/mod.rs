@@ -75,7 +75,11 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
         scratch_gib: options.scratch,
         disks: options.disk.iter().map(|word| parse_disk(word)).collect::<Result<_>>()?,
         console: if interactive { Console::Interactive } else { Console::Streamed },
-        time_limit: if interactive { Duration::from_secs(30 * 86_400) } else { Duration::from_secs(options.time_limit) },
+        time_limit: if interactive {
+            Duration::from_secs(30 * 86_400)
+        } else {
+            Duration::from_secs(options.time_limit)
+        },
         results: options.results.clone(),
     };
     let finished = machine.run(&payload(options, interactive)?)?;
@@ -85,7 +89,8 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
 fn payload(options: &Options, interactive: bool) -> Result<Tree> {
     let mut tree = Tree::default();
     for word in &options.send {
-        let (source, dest) = word.split_once(':').map_or((word.as_str(), None), |(source, dest)| (source, Some(dest)));
+        let (source, dest) =
+            word.split_once(':').map_or((word.as_str(), None), |(source, dest)| (source, Some(dest)));
         send(&mut tree, Path::new(source), dest)?;
     }
     if options.build {
@@ -111,7 +116,8 @@ fn payload(options: &Options, interactive: bool) -> Result<Tree> {
 /// # Errors
 /// Fails when it does not exist.
 pub(crate) fn send(tree: &mut Tree, source: &Path, dest: Option<&str>) -> Result<()> {
-    let name = source.file_name().with_context(|| format!("{} has no name", source.display()))?.to_string_lossy();
+    let name =
+        source.file_name().with_context(|| format!("{} has no name", source.display()))?.to_string_lossy();
     let dest = dest.map_or_else(|| format!("payload/bin/{name}"), str::to_owned);
     if source.is_dir() {
         return tree.host_directory(&dest, source);

@@ -28,7 +28,10 @@ enum Node {
     Host(PathBuf),
     /// A host file that is unpacked on the way: `.xz` or `.zst`.
     Compressed(PathBuf),
-    Text { content: String, permissions: u32 },
+    Text {
+        content: String,
+        permissions: u32,
+    },
 }
 
 /// Guest paths, without a leading slash, and what is there.
@@ -169,13 +172,21 @@ impl Tree {
             match node {
                 Node::Directory => writer.entry(path, Kind::Directory, 0o755, &[])?,
                 Node::Symlink(target) => writer.entry(path, Kind::Symlink, 0o777, target.as_bytes())?,
-                Node::CharDevice(major, minor) => writer.entry(path, Kind::CharDevice(*major, *minor), 0o666, &[])?,
+                Node::CharDevice(major, minor) => {
+                    writer.entry(path, Kind::CharDevice(*major, *minor), 0o666, &[])?
+                }
                 Node::Text { content, permissions } => {
                     writer.entry(path, Kind::Regular, *permissions, content.as_bytes())?;
                 }
                 Node::Host(source) => {
-                    let bytes = fs::read(source).with_context(|| format!("cannot read {}", source.display()))?;
-                    writer.entry(path, Kind::Regular, examine(source)?.permissions().mode() & 0o777, &bytes)?;
+                    let bytes =
+                        fs::read(source).with_context(|| format!("cannot read {}", source.display()))?;
+                    writer.entry(
+                        path,
+                        Kind::Regular,
+                        examine(source)?.permissions().mode() & 0o777,
+                        &bytes,
+                    )?;
                 }
                 Node::Compressed(source) => writer.entry(path, Kind::Regular, 0o644, &unpack(source)?)?,
             }

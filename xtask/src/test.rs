@@ -1,0 +1,223 @@
+//! `cargo xtask test`: everything that must hold before a change is merged, and one plain line that counts it.
+//!
+//! Lanes run one after the other and none is skipped: a lane that cannot run counts as failed and says why. The
+//! device lane is shared with `test_compat`.
+
+use crate::{
+    kernel::Kernel,
+    place::{Job, Place},
+    process::{capture, find_program, run, show},
+    vm::machine::{Console, collect},
+    workspace::{build_release, cargo},
+};
+use anyhow::{Context, Result, bail};
+use std::{
+    fmt,
+    iter::Sum,
+    process::{Command, ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+/// The quick matrix takes a few minutes in an emulated machine.
+const QUICK_LIMIT: Duration = Duration::from_secs(1200);
+
+/// Options of `cargo xtask test`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Options {
+    /// Run the device tests in the virtual machine with this kernel, even where the host could
+    #[arg(long, value_enum)]
+    kernel: Option<Kernel>,
+}
+
+/// Runs `cargo xtask test`.
+///
+/// # Errors
+/// Fails only when setup does; what the lanes find is in the exit code.
+pub(crate) fn command(options: &Options) -> Result<ExitCode> {
+    let place = Place::choose(options.kernel);
+    place.prepare()?;
+    component("fmt", "rustfmt")?;
+    component("clippy", "clippy")?;
+
+    let mut report = Report::default();
+    report.lane("rustfmt", || check(cargo().args(["fmt", "--all", "--check"])));
+    report.lane("clippy", || {
+        check(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))
+    });
+    report.lane("rustdoc", || {
+        check(cargo().args(["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
+    });
+    report.lane("cargo test", || {
+        let (succeeded, output) = streamed(cargo().args(["test", "--workspace", "--no-fail-fast"]))?;
+        count_of_cargo_test(&output).confirmed_by(succeeded)
+    });
+    report.lane(&format!("device tests on {place}"), || device_lane(place, Matrix::Quick));
+    Ok(report.finish())
+}
+
+/// How much of the compatibility matrix runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Matrix {
+    Quick,
+    /// May take this long.
+    Full(Duration),
+}
+
+/// Runs qemu-compat against the real device.
+///
+/// # Errors
+/// Fails when it cannot run or its account is not whole: no summary, no case, or a status that contradicts it.
+pub(crate) fn device_lane(place: Place, matrix: Matrix) -> Result<Count> {
+    let product = build_release("ublk-qcow2", "ublk-qcow2")?;
+    let kit = build_release("qemu-compat", "qemu-compat")?;
+    let (flag, limit) = match matrix {
+        Matrix::Quick => ("--quick", QUICK_LIMIT),
+        Matrix::Full(limit) => ("--full", limit),
+    };
+    let script = format!("exec qemu-compat run {flag} --binary \"$(command -v ublk-qcow2)\" 2>&1\n");
+    let finished = Job::new(&script, limit).program(&product).program(&kit).run(place)?;
+    let output = String::from_utf8_lossy(&finished.output);
+    let count = summary_of_kit(&output)
+        .with_context(|| format!("qemu-compat ended with status {} and no summary", finished.status))?;
+    count.confirmed_by(finished.status == 0)
+}
+
+/// Tests that passed and failed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Count {
+    pub passed: u64,
+    pub failed: u64,
+}
+
+impl Count {
+    /// Holds the count against the exit status that came with it.
+    fn confirmed_by(self, succeeded: bool) -> Result<Self> {
+        match (succeeded, self.failed) {
+            (true, 0) if self.passed == 0 => bail!("not one test ran"),
+            (true, 0) | (false, 1..) => Ok(self),
+            (true, failed) => bail!("{failed} tests failed and yet the command succeeded"),
+            (false, 0) => bail!("the command failed though no test did: it was cut short, or did not build"),
+        }
+    }
+}
+
+impl Sum for Count {
+    fn sum<I: Iterator<Item = Self>>(iter: I) -> Self {
+        iter.fold(Self::default(), |a, b| Self { passed: a.passed + b.passed, failed: a.failed + b.failed })
+    }
+}
+
+impl fmt::Display for Count {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} passed, {} failed", self.passed, self.failed)
+    }
+}
+
+/// What the lanes found.
+#[derive(Default)]
+pub(crate) struct Report {
+    lanes: Vec<(String, Count, Duration)>,
+}
+
+impl Report {
+    /// Runs one lane. An error is one failure, told at once.
+    pub(crate) fn lane(&mut self, name: &str, lane: impl FnOnce() -> Result<Count>) {
+        println!("=== {name}");
+        let start = Instant::now();
+        let count = lane().unwrap_or_else(|error| {
+            println!("FAILED: {name}: {error:#}");
+            Count { passed: 0, failed: 1 }
+        });
+        self.lanes.push((name.to_owned(), count, start.elapsed()));
+    }
+
+    /// Prints the account, its last line being the total alone.
+    pub(crate) fn finish(self) -> ExitCode {
+        println!("===");
+        for (name, count, time) in &self.lanes {
+            println!("{:>5} s  {name}: {count}", time.as_secs());
+        }
+        let total: Count = self.lanes.iter().map(|(_, count, _)| *count).sum();
+        println!("{total}");
+        if total.failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+}
+
+/// A command that passes or fails as a whole.
+fn check(command: &mut Command) -> Result<Count> {
+    run(command)?;
+    Ok(Count { passed: 1, failed: 0 })
+}
+
+/// Runs `command`, shows its output as it comes, and keeps it. Says whether it succeeded.
+fn streamed(command: &mut Command) -> Result<(bool, String)> {
+    let shown = show(command);
+    let mut child =
+        command.stdout(Stdio::piped()).spawn().with_context(|| format!("cannot start `{shown}`"))?;
+    let output = child.stdout.take().map(|pipe| collect(pipe, Console::Streamed));
+    let status = child.wait()?;
+    let output = output.map_or_else(Vec::new, |thread| thread.join().unwrap_or_default());
+    Ok((status.success(), String::from_utf8_lossy(&output).into_owned()))
+}
+
+/// Adds up the lines `test result: ok. 3 passed; 0 failed; …`.
+fn count_of_cargo_test(output: &str) -> Count {
+    output
+        .lines()
+        .filter_map(|line| {
+            let (_, counts) = line.strip_prefix("test result: ")?.split_once(". ")?;
+            let number =
+                |what: &str| counts.split("; ").find_map(|part| part.strip_suffix(what)?.trim().parse().ok());
+            Some(Count { passed: number("passed")?, failed: number("failed")? })
+        })
+        .sum()
+}
+
+/// The last line `N passed, N failed`.
+fn summary_of_kit(output: &str) -> Option<Count> {
+    output.lines().rev().find_map(|line| {
+        let (passed, failed) = line.trim().split_once(" passed, ")?;
+        Some(Count { passed: passed.parse().ok()?, failed: failed.strip_suffix(" failed")?.parse().ok()? })
+    })
+}
+
+/// Sees to it that cargo has a subcommand that a minimal toolchain lacks.
+fn component(subcommand: &str, name: &str) -> Result<()> {
+    if capture(cargo().args([subcommand, "--version"])).is_ok() {
+        return Ok(());
+    }
+    if let Some(rustup) = find_program("rustup") {
+        run(Command::new(rustup).args(["component", "add", name]))?;
+        return Ok(());
+    }
+    bail!("the toolchain lacks {name}; install it, for instance with `rustup component add {name}`")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cargo_test_results_are_added_up() {
+        let output = "running 3 tests\ntest result: ok. 3 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out\n\
+                      test result: FAILED. 2 passed; 4 failed; 0 ignored; 0 measured; 0 filtered out\n";
+        assert_eq!(count_of_cargo_test(output), Count { passed: 5, failed: 4 });
+    }
+
+    #[test]
+    fn the_last_summary_of_the_kit_counts_and_carriage_returns_do_not() {
+        let output = "case 1 passed, 2 failed ok\n1 passed, 0 failed\r\n7 passed, 2 failed\r\nbye\r\n";
+        assert_eq!(summary_of_kit(output), Some(Count { passed: 7, failed: 2 }));
+        assert_eq!(summary_of_kit("nothing"), None);
+    }
+
+    #[test]
+    fn a_count_that_contradicts_its_status_is_an_error() {
+        let count = |passed, failed| Count { passed, failed };
+        assert!(count(3, 0).confirmed_by(true).is_ok());
+        assert!(count(3, 1).confirmed_by(false).is_ok());
+        assert!(count(0, 0).confirmed_by(true).is_err());
+        assert!(count(3, 0).confirmed_by(false).is_err());
+        assert!(count(3, 1).confirmed_by(true).is_err());
+    }
+}
