@@ -13,6 +13,7 @@ mod backing;
 mod cache;
 pub mod check;
 mod close;
+pub mod create;
 mod decompress;
 mod discard;
 mod epoch;
@@ -36,6 +37,7 @@ mod write;
 
 pub use backing::{Format, MAX_CHAIN};
 pub use check::{CheckOptions, CheckReport, Repair, check};
+pub use create::Preallocation;
 pub use discard::ZeroMode;
 pub use error::{Error, ErrorKind, Result};
 pub use image::Image;
