@@ -32,7 +32,7 @@ pub enum Preallocation {
 ///
 /// # Errors
 /// Options outside the format's limits, preallocation of an overlay (the file is as it was); failed
-/// I/O (the file is no image, or one that is not wholly preallocated, and had better be removed).
+/// I/O (the file is empty, or holds nothing that could be taken for an image).
 pub async fn create<I: Io>(
     io: &I,
     storage: &(impl Storage + ?Sized),
@@ -50,21 +50,39 @@ pub async fn create<I: Io>(
     let open_failed = |source| Error::Open { path: path.to_owned(), source: Arc::new(source) };
     let file = storage.open(path, Access::ReadWrite).map_err(open_failed)?;
     let capacity = storage.len(file).map_err(open_failed)?;
-    let new = NewFile { io, file };
-    new.write(&blueprint, capacity).await.map_err(|source| Error::Io {
+    let failed = |source| Error::Io {
         operation: "creation",
         file: Arc::clone(&name),
         at: 0,
         source: Arc::new(source),
-    })?;
-    if preallocation != Preallocation::Off {
-        let io = Sparse { io, may_allocate: preallocation == Preallocation::Falloc };
-        let image = Image::open(&io, storage, path, &OpenOptions::default()).await?;
-        let lane = Lane::new(&image, io, 1);
-        lane.preallocate().await?;
-        lane.close().await?;
+    };
+    let new = NewFile { io, file };
+    new.wipe(capacity).await.map_err(failed)?;
+    let made = async {
+        new.write(&blueprint, capacity).await.map_err(failed)?;
+        match preallocation {
+            Preallocation::Off => Ok(()),
+            Preallocation::Metadata => preallocate(Sparse { io, may_allocate: false }, storage, path).await,
+            Preallocation::Falloc => preallocate(Sparse { io, may_allocate: true }, storage, path).await,
+        }
+    };
+    let made = made.await;
+    if made.is_err() {
+        // Nothing that could be taken for an image stays; if that fails too, the first error counts.
+        let _ = io.set_len(file, 0).await;
     }
-    Ok(())
+    made
+}
+
+async fn preallocate<I: Io>(
+    io: Sparse<'_, I>,
+    storage: &(impl Storage + ?Sized),
+    path: &Path,
+) -> Result<()> {
+    let image = Image::open(&io, storage, path, &OpenOptions::default()).await?;
+    let lane = Lane::new(&image, io, 1);
+    lane.preallocate().await?;
+    lane.close().await
 }
 
 /// Size of the virtual disk that an overlay's backing file shows, in bytes. The overlay need not
@@ -95,11 +113,16 @@ struct NewFile<'a, I> {
 }
 
 impl<I: Io> NewFile<'_, I> {
-    async fn write(&self, blueprint: &Blueprint, capacity: u64) -> io::Result<()> {
-        if capacity > 0 {
-            exact::write_all(self.io, self.file, 0, &Buf::zeroed(SECTOR as usize)).await?;
-            self.io.sync(self.file).await?;
+    /// Makes what the file holds unreadable as an image.
+    async fn wipe(&self, capacity: u64) -> io::Result<()> {
+        if capacity == 0 {
+            return Ok(());
         }
+        exact::write_all(self.io, self.file, 0, &Buf::zeroed(SECTOR as usize)).await?;
+        self.io.sync(self.file).await
+    }
+
+    async fn write(&self, blueprint: &Blueprint, capacity: u64) -> io::Result<()> {
         self.make_room(blueprint, capacity).await?;
         let mut writes = blueprint.writes();
         let header = writes.next();
