@@ -171,6 +171,11 @@ mod tests {
     }
 
     #[test]
+    fn r4_table_content_before_l1() {
+        assert_eq!(waves(&[Rule::table_content_before_l1(L1)], &[]), [vec![], vec![L1]]);
+    }
+
+    #[test]
     fn r4_l2_before_l1() {
         assert_eq!(waves(&[Rule::l2_before_l1(SLICE, L1)], &[SLICE]), [[SLICE], [L1]]);
     }
