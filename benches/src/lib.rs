@@ -38,7 +38,8 @@ pub fn run<T>(future: impl Future<Output = T>) -> T {
 #[must_use]
 pub fn image(virtual_size: u64, cache_bytes: u64) -> (Arc<Image>, Lane<MemFiles>) {
     let files = MemFiles::default();
-    let blueprint = Blueprint::new(&CreateOptions { virtual_size, ..CreateOptions::default() }).expect("sound options");
+    let blueprint =
+        Blueprint::new(&CreateOptions { virtual_size, ..CreateOptions::default() }).expect("sound options");
     let mut bytes = vec![0; blueprint.file_len() as usize];
     for (at, part) in blueprint.writes() {
         bytes[at as usize..at as usize + part.len()].copy_from_slice(&part);

@@ -90,7 +90,7 @@ fn r6_a_flush_is_covered_by_a_cut_that_began_after_it() {
 fn the_documented_number_of_barriers() {
     let (io, lane) = gated();
     io.allowed.set(u32::MAX);
-    let mut barriers = |at| {
+    let barriers = |at| {
         common::run(lane.write(at, Buf::from_bytes(&[7; 65536]))).unwrap();
         let before = io.issued.get();
         common::run(lane.flush()).unwrap();

@@ -119,24 +119,30 @@ pub fn simulate(fixture: &Fixture, case: &Case, totals: &mut Totals) -> Result<(
             .copied()
             .filter(|request| fixture.can_discard || !matches!(request, Request::Discard(..)));
         let has_faults = case.fault.is_some();
-        play(lane.clone(), Rc::clone(&life.model), requests.collect(), first, has_faults)
+        let player = Player {
+            lane: lane.clone(),
+            model: Rc::clone(&life.model),
+            cluster_sectors: fixture.cluster_sectors,
+        };
+        play(player, requests.collect(), first, has_faults)
     });
     let tasks = tasks.collect();
     life.drive(tasks, true)?;
     life.end(&lanes[0], case)
 }
 
-/// Carries requests out, one after the other, and tells the model.
-fn play(
+/// What carries requests out and tells the model.
+struct Player {
     lane: Lane<Disk>,
     model: Rc<RefCell<Model>>,
-    requests: Vec<Request>,
-    first: u32,
-    has_faults: bool,
-) -> Task {
+    cluster_sectors: usize,
+}
+
+/// Carries requests out, one after the other.
+fn play(player: Player, requests: Vec<Request>, first: u32, has_faults: bool) -> Task {
     Box::pin(async move {
         for (number, request) in (first..).zip(requests) {
-            let outcome = carry_out(&lane, &model, number, request).await;
+            let outcome = carry_out(&player, number, request).await;
             if let (Err(error), false) = (outcome, has_faults) {
                 return Err(format!("{request:?} failed: {error}"));
             }
@@ -145,13 +151,9 @@ fn play(
     })
 }
 
-async fn carry_out(
-    lane: &Lane<Disk>,
-    model: &RefCell<Model>,
-    number: u32,
-    request: Request,
-) -> Result<(), Error> {
-    let sectors = request.sectors();
+async fn carry_out(player: &Player, number: u32, request: Request) -> Result<(), Error> {
+    let Player { lane, model, cluster_sectors } = player;
+    let sectors = request.sectors(*cluster_sectors);
     let is_write = matches!(request, Request::Write(..));
     let value = |sector: usize| {
         if is_write { Value::Stamp { request: number, sector: sector as u32 } } else { Value::Zero }

@@ -1,7 +1,7 @@
 //! What is simulated: images in every initial state, and sequences of requests on them.
 //!
-//! The images are made by the real qemu-img and qemu-io, with clusters of 1 KiB so that tables are
-//! small, a cluster still has two sectors, and a few requests cross every kind of boundary.
+//! The images are made by the real qemu-img and qemu-io, with clusters of 1 KiB, mostly, so that tables
+//! are small, a cluster still has two sectors, and a few requests cross every kind of boundary.
 
 use super::{model::Value, rng::Rng};
 use std::{
@@ -12,7 +12,6 @@ use std::{
 
 /// Sectors of the virtual disk: two L2 tables and a bit.
 pub const SECTORS: usize = 2 * 256 + 8;
-const CLUSTER_SECTORS: usize = 2;
 
 /// The state of every cluster before the first request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,17 +54,22 @@ pub struct Variant {
     pub refcount_bits: u32,
     /// The compatible feature bit.
     pub lazy_refcounts: bool,
+    /// Sectors of a cluster.
+    pub cluster_sectors: usize,
 }
 
 impl Variant {
     /// The variants that are simulated.
-    pub const ALL: [Self; 5] = [
-        Self { compat: "1.1", refcount_bits: 16, lazy_refcounts: false },
-        Self { compat: "1.1", refcount_bits: 1, lazy_refcounts: false },
-        Self { compat: "1.1", refcount_bits: 64, lazy_refcounts: false },
-        Self { compat: "0.10", refcount_bits: 16, lazy_refcounts: false },
-        Self { compat: "1.1", refcount_bits: 16, lazy_refcounts: true },
+    pub const ALL: [Self; 6] = [
+        Self::COMMON,
+        Self { refcount_bits: 1, ..Self::COMMON },
+        Self { refcount_bits: 64, ..Self::COMMON },
+        Self { compat: "0.10", ..Self::COMMON },
+        Self { lazy_refcounts: true, ..Self::COMMON },
+        // A refcount block counts 64 clusters only: new ones are made all the time.
+        Self { refcount_bits: 64, cluster_sectors: 1, ..Self::COMMON },
     ];
+    const COMMON: Self = Self { compat: "1.1", refcount_bits: 16, lazy_refcounts: false, cluster_sectors: 2 };
 
     /// Whether QEMU can make an image of this variant in this state.
     #[must_use]
@@ -90,6 +94,8 @@ pub struct Fixture {
     pub backing: Option<Vec<u8>>,
     /// The content of the virtual disk.
     pub content: Vec<Value>,
+    /// Sectors of a cluster.
+    pub cluster_sectors: usize,
     /// Whether it can discard: not with version 2 and a backing file.
     pub can_discard: bool,
 }
@@ -137,14 +143,14 @@ impl Request {
         }
     }
 
-    /// The sectors whose content it changes.
+    /// The sectors whose content it changes, on an image with clusters of this size.
     #[must_use]
-    pub fn sectors(&self) -> std::ops::Range<usize> {
+    pub fn sectors(&self, cluster_sectors: usize) -> std::ops::Range<usize> {
         match *self {
             Self::Write(at, count) | Self::Zero(at, count, _) => at..at + count,
             Self::Discard(at, count) => {
-                let first = at.next_multiple_of(CLUSTER_SECTORS);
-                let end = (at + count) / CLUSTER_SECTORS * CLUSTER_SECTORS;
+                let first = at.next_multiple_of(cluster_sectors);
+                let end = (at + count) / cluster_sectors * cluster_sectors;
                 first..end.max(first)
             }
             Self::Flush | Self::Maintain => 0..0,
@@ -186,7 +192,8 @@ impl Maker {
         let backing = (initial == Initial::Backing).then(|| raw[..backing_sectors * 512].to_vec());
         std::fs::write(self.directory.join("raw"), &raw)?;
         let options = format!(
-            "cluster_size=1024,compat={},refcount_bits={},lazy_refcounts={}",
+            "cluster_size={},compat={},refcount_bits={},lazy_refcounts={}",
+            variant.cluster_sectors * 512,
             variant.compat,
             variant.refcount_bits,
             if variant.lazy_refcounts { "on" } else { "off" }
@@ -224,10 +231,14 @@ impl Maker {
         }
         Ok(Fixture {
             name: format!(
-                "{initial:?} compat={} refcount_bits={} lazy={}",
-                variant.compat, variant.refcount_bits, variant.lazy_refcounts
+                "{initial:?} compat={} refcount_bits={} lazy={} cluster={}",
+                variant.compat,
+                variant.refcount_bits,
+                variant.lazy_refcounts,
+                variant.cluster_sectors * 512
             ),
             image: std::fs::read(self.directory.join("image"))?,
+            cluster_sectors: variant.cluster_sectors,
             can_discard: variant.compat == "1.1" || backing.is_none(),
             backing,
             content,
@@ -257,7 +268,14 @@ impl Maker {
                 image.len() / 512
             )));
         }
-        Ok(Fixture { name: "FullTable".into(), image, backing: None, content, can_discard: true })
+        Ok(Fixture {
+            name: "FullTable".into(),
+            image,
+            backing: None,
+            content,
+            cluster_sectors: 1,
+            can_discard: true,
+        })
     }
 
     fn qemu_img(&self, args: &[&str]) -> io::Result<()> {
