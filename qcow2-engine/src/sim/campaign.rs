@@ -87,7 +87,7 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
             (0..1 + rng.below(2)).map(|_| random_requests(&mut rng, 10)).collect()
         }
     };
-    (fixture as usize, Case { lanes, seed: rng.next(), fault, disabled: None })
+    (fixture as usize, Case { lanes, seed: rng.draw(), fault, disabled: None })
 }
 
 fn random_requests(rng: &mut Rng, max: u64) -> Vec<Request> {
