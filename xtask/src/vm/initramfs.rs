@@ -40,7 +40,7 @@ const FIO_ENGINES: [&str; 2] = ["/usr/lib/x86_64-linux-gnu/fio", "/usr/lib/fio"]
 /// Loaded on demand by C++ and thread cancellation, so ldd does not show it.
 const ON_DEMAND_LIBRARIES: [&str; 1] = ["/usr/lib/x86_64-linux-gnu/libgcc_s.so.1"];
 /// Kernel modules; one that is built in has no file and is passed over.
-const MODULES: [&str; 19] = [
+const MODULES: [&str; 20] = [
     "ublk_drv",
     "nbd",
     "virtio_pci",
@@ -50,6 +50,7 @@ const MODULES: [&str; 19] = [
     "xfs",
     "crc32c_generic",
     "crc32c-intel",
+    "configfs",
     "null_blk",
     "brd",
     "loop",
