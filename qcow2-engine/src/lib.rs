@@ -1,2 +1,42 @@
-//! Placeholder.
+//! A crash-consistent QCOW2 engine.
+//!
+//! An [`Image`] is opened once and shared by all threads; each thread uses it through a [`Lane`],
+//! which joins it to that thread's [`io::Io`]. The life of a request is in the module named after
+//! it: [`read`], [`write`], [`discard`], [`flush`]. The engine knows nothing of ublk.
+//!
+//! Durability: a completed write or discard is durable after a later completed [`Lane::flush`]. A
+//! crash at any moment leaves an image whose mapping is consistent and whose worst defect is leaked
+//! clusters; docs/crash-consistency.md has the rules and the argument.
+
+mod alloc;
+mod backing;
+mod cache;
+mod close;
+mod decompress;
+mod discard;
+mod epoch;
+mod error;
+pub mod exec;
+mod flush;
+mod image;
 pub mod io;
+mod lane;
+mod layer;
+mod locks;
+mod meta;
+mod open;
+mod order;
+mod publish;
+mod read;
+mod reclaim;
+mod resolve;
+mod write;
+
+pub use backing::{Format, MAX_CHAIN};
+pub use discard::ZeroMode;
+pub use error::{Error, ErrorKind, Result};
+pub use image::Image;
+pub use lane::Lane;
+pub use open::{DEFAULT_CACHE_BYTES, OpenOptions};
+pub use order::rules::RuleName;
+pub use resolve::{Extent, Extents};

@@ -10,6 +10,8 @@ use std::{
 
 /// Alignment of every buffer: enough for direct I/O on any block size up to a page.
 pub const ALIGNMENT: usize = 4096;
+/// From this length on, memory that is not used should not be touched, in bytes.
+const LAZY: usize = 256 << 10;
 
 /// A window on a shared, page-aligned allocation.
 ///
@@ -29,14 +31,18 @@ struct Allocation {
 }
 
 impl Buf {
-    /// Allocates `len` zeroed bytes.
+    /// Allocates `len` zeroed bytes. A large buffer takes memory only where it is used.
     #[must_use]
     pub fn zeroed(len: usize) -> Self {
-        let layout = Layout::from_size_align(len.max(1), ALIGNMENT).expect("length is far below isize::MAX");
+        // Asked for more than its own alignment, the allocator writes the zeros itself; asked for
+        // no more, it passes on fresh pages untouched. So large buffers are aligned here.
+        let (size, align) = if len < LAZY { (len.max(1), ALIGNMENT) } else { (len + ALIGNMENT, 1) };
+        let layout = Layout::from_size_align(size, align).expect("length is far below isize::MAX");
         // SAFETY: the layout's size is at least one byte.
         let ptr = unsafe { alloc_zeroed(layout) };
         let Some(ptr) = NonNull::new(ptr) else { handle_alloc_error(layout) };
-        Self { owner: Rc::new(Allocation { ptr, layout }), start: 0, len }
+        let start = ptr.as_ptr().align_offset(ALIGNMENT);
+        Self { owner: Rc::new(Allocation { ptr, layout }), start, len }
     }
 
     /// Allocates a copy of `bytes`.
@@ -154,6 +160,16 @@ mod tests {
         part.fill(9);
         assert!(part.to_vec().iter().all(|&b| b == 9));
         assert_eq!(part.address() % 512, 0);
+    }
+
+    #[test]
+    fn small_and_large_buffers_are_aligned_and_zeroed() {
+        for len in [0, 1, 512, LAZY - 1, LAZY, 1 << 20] {
+            let buf = Buf::zeroed(len);
+            assert_eq!((buf.len(), buf.address() % ALIGNMENT as u64), (len, 0));
+            assert!(buf.to_vec().iter().all(|&b| b == 0));
+            buf.fill(1);
+        }
     }
 
     #[test]

@@ -11,9 +11,12 @@
 
 mod buf;
 pub mod exact;
+pub mod files;
 pub mod mem;
+pub mod uring;
 
-pub use buf::Buf;
+pub use buf::{ALIGNMENT, Buf};
+pub use files::Files;
 
 use std::{future::Future, io, path::Path};
 

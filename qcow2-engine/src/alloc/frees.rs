@@ -1,0 +1,67 @@
+//! Clusters that nothing maps any more, on their way back (R5).
+//!
+//! A freed cluster may be reused, and its space on the host given up, only when (a) the cut that
+//! unmaps it is durable and (b) every request that was in flight at the time has ended. Until then
+//! it waits here, still counted. This module decides what is ready; `reclaim.rs` carries it out.
+
+use crate::epoch::Epoch;
+use std::collections::VecDeque;
+
+/// A queue of freed clusters, oldest first.
+#[derive(Default)]
+pub(crate) struct Frees(VecDeque<Free>);
+
+/// One reference to a host cluster that is gone from the mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Free {
+    pub(crate) cluster: u64,
+    /// The first cut whose pages do not refer to it.
+    pub(crate) cut: u64,
+    /// The last epoch whose requests may still use it.
+    pub(crate) epoch: Epoch,
+}
+
+impl Frees {
+    pub(crate) fn push(&mut self, free: Free) {
+        self.0.push_back(free);
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Takes out what may be given back, up to `max` references.
+    pub(crate) fn take_ready(
+        &mut self,
+        durable_cut: u64,
+        mut has_passed: impl FnMut(Epoch) -> bool,
+        max: usize,
+    ) -> Vec<Free> {
+        // Both stamps only ever grow along the queue.
+        let ready =
+            self.0.iter().take(max).take_while(|free| free.cut <= durable_cut && has_passed(free.epoch));
+        let count = ready.count();
+        self.0.drain(..count).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::epoch::Epochs;
+
+    #[test]
+    fn r5_unmap_is_durable_and_requests_have_ended_before_reuse() {
+        let epochs = Epochs::new();
+        let lane = epochs.register(1);
+        epochs.enter(&lane, 0);
+        let mut frees = Frees::default();
+        frees.push(Free { cluster: 9, cut: 4, epoch: epochs.advance() });
+        let mut ready = |cut| frees.take_ready(cut, |epoch| epochs.has_passed(epoch), 8);
+        assert!(ready(4).is_empty(), "a request that began before the unmap may write to it");
+        lane.leave(0);
+        assert!(ready(3).is_empty(), "the unmap is not durable");
+        assert_eq!(ready(4).len(), 1);
+        assert!(ready(5).is_empty(), "once only");
+    }
+}

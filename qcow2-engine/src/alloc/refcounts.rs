@@ -1,0 +1,226 @@
+//! The reference counts of host clusters, as far as they are in memory.
+//!
+//! The refcount table is always resident; its blocks are cached in pages of up to 4 KiB. Everything
+//! here is synchronous and belongs to the metadata lock. A page that is needed but not resident is
+//! named to the caller, who loads it and tries again.
+
+use crate::error::{Error, Result};
+use qcow2_format::{Geometry, HostOffset, RefcountTableEntry, refcount};
+use std::{
+    collections::HashMap,
+    ops::{ControlFlow, Range},
+    sync::Arc,
+};
+
+/// Bytes of a refcount page, at the most.
+const PAGE_BYTES: u64 = 4096;
+
+/// The refcount table and the resident pages.
+pub(crate) struct Refcounts {
+    file: Arc<str>,
+    geometry: Geometry,
+    /// Raw entries in host byte order, as many as fit in the table's clusters.
+    table: Vec<u64>,
+    table_at: u64,
+    pages: HashMap<u64, Resident>,
+    /// Pages to keep, if not dirty.
+    limit: usize,
+}
+
+struct Resident {
+    bytes: Box<[u8]>,
+    used: bool,
+}
+
+/// An answer that may need a page first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Count<T> {
+    Is(T),
+    /// Load this page and ask again.
+    Needs(u64),
+}
+
+/// Where in the table a cluster's count is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// In a block that exists; the page of it.
+    Page(u64),
+    /// The table has room for the block, but there is none: all its counts are zero.
+    NoBlock { block: u64 },
+    /// The table ends before it.
+    BeyondTable,
+}
+
+impl Refcounts {
+    pub(crate) fn new(
+        file: Arc<str>,
+        geometry: Geometry,
+        table: Vec<u64>,
+        table_at: u64,
+        limit: usize,
+    ) -> Self {
+        Self { file, geometry, table, table_at, pages: HashMap::new(), limit }
+    }
+
+    /// Bytes of a page.
+    pub(crate) fn page_bytes(&self) -> u64 {
+        self.geometry.cluster_size().min(PAGE_BYTES)
+    }
+
+    /// Clusters that a page counts.
+    pub(crate) fn clusters_per_page(&self) -> u64 {
+        self.page_bytes() * 8 / u64::from(self.geometry.refcount_bits())
+    }
+
+    pub(crate) fn pages_per_block(&self) -> u64 {
+        self.geometry.cluster_size() / self.page_bytes()
+    }
+
+    /// The pages of a block.
+    pub(crate) fn block_pages(&self, block: u64) -> Range<u64> {
+        block * self.pages_per_block()..(block + 1) * self.pages_per_block()
+    }
+
+    /// The page of the refcount *table* that holds a block's entry.
+    pub(crate) fn table_page(&self, block: u64) -> u64 {
+        block * 8 / self.page_bytes()
+    }
+
+    /// Host offset of the table, and its entries.
+    pub(crate) fn table_place(&self) -> (u64, u64) {
+        (self.table_at, self.table.len() as u64)
+    }
+
+    pub(crate) fn page_of(&self, cluster: u64) -> u64 {
+        cluster / self.clusters_per_page()
+    }
+
+    pub(crate) fn block_of(&self, cluster: u64) -> u64 {
+        cluster / self.geometry.refcounts_per_block()
+    }
+
+    /// Where the block lies in the file, if it exists.
+    pub(crate) fn block_at(&self, block: u64) -> Result<Option<HostOffset>> {
+        let raw = usize::try_from(block).ok().and_then(|block| self.table.get(block)).copied().unwrap_or(0);
+        RefcountTableEntry::decode(raw, &self.geometry).map_err(|source| Error::Corrupt {
+            file: Arc::clone(&self.file),
+            table: "refcount table",
+            at: (block * self.geometry.refcounts_per_block()) << self.geometry.cluster_bits,
+            source,
+        })
+    }
+
+    /// Where a page lies in the file, if its block exists.
+    pub(crate) fn page_at(&self, page: u64) -> Result<Option<u64>> {
+        let block = self.block_at(page / self.pages_per_block())?;
+        Ok(block.map(|at| at.0 + page % self.pages_per_block() * self.page_bytes()))
+    }
+
+    /// Where a cluster's count is to be found.
+    pub(crate) fn place(&self, cluster: u64) -> Result<Place> {
+        let block = self.block_of(cluster);
+        Ok(if block >= self.table.len() as u64 {
+            Place::BeyondTable
+        } else if self.block_at(block)?.is_none() {
+            Place::NoBlock { block }
+        } else {
+            Place::Page(self.page_of(cluster))
+        })
+    }
+
+    /// The count of a cluster.
+    pub(crate) fn get(&mut self, cluster: u64) -> Result<Count<u64>> {
+        let Place::Page(page) = self.place(cluster)? else { return Ok(Count::Is(0)) };
+        let index = (cluster % self.clusters_per_page()) as usize;
+        let order = self.geometry.refcount_order;
+        Ok(match self.pages.get_mut(&page) {
+            None => Count::Needs(page),
+            Some(resident) => {
+                resident.used = true;
+                Count::Is(refcount::get(&resident.bytes, order, index))
+            }
+        })
+    }
+
+    /// Sets the count of a cluster whose page is resident; returns the page, to be marked dirty.
+    ///
+    /// # Panics
+    /// When the page is not resident: callers asked for the count under the same lock.
+    pub(crate) fn set(&mut self, cluster: u64, value: u64) -> u64 {
+        let page = self.page_of(cluster);
+        let index = (cluster % self.clusters_per_page()) as usize;
+        let order = self.geometry.refcount_order;
+        let resident = self.pages.get_mut(&page).expect("the count was read under the same lock");
+        refcount::set(&mut resident.bytes, order, index, value);
+        page
+    }
+
+    /// The first run of free clusters at or after `from` in a resident page, at most `max` long.
+    pub(crate) fn free_run(&mut self, page: u64, from: u64, max: u64) -> Count<Option<Range<u64>>> {
+        let first = page * self.clusters_per_page();
+        let end = first + self.clusters_per_page();
+        let order = self.geometry.refcount_order;
+        let Some(resident) = self.pages.get_mut(&page) else { return Count::Needs(page) };
+        resident.used = true;
+        let is_free = |cluster: u64| refcount::get(&resident.bytes, order, (cluster - first) as usize) == 0;
+        let Some(start) = (from.max(first)..end).find(|&cluster| is_free(cluster)) else {
+            return Count::Is(None);
+        };
+        let stop = (start..end.min(start.saturating_add(max))).find(|&cluster| !is_free(cluster));
+        Count::Is(Some(start..stop.unwrap_or_else(|| end.min(start.saturating_add(max)))))
+    }
+
+    /// A page that was read from the file becomes resident. `keep` says which pages may not go.
+    pub(crate) fn insert(&mut self, page: u64, bytes: Box<[u8]>, keep: impl Fn(u64) -> bool) {
+        if self.pages.len() >= self.limit {
+            self.evict(keep);
+        }
+        self.pages.entry(page).or_insert(Resident { bytes, used: true });
+    }
+
+    pub(crate) fn is_resident(&self, page: u64) -> bool {
+        self.pages.contains_key(&page)
+    }
+
+    /// The bytes of a resident page.
+    pub(crate) fn page_copy(&self, page: u64) -> Option<Vec<u8>> {
+        self.pages.get(&page).map(|resident| resident.bytes.to_vec())
+    }
+
+    /// The bytes of a page of the table.
+    pub(crate) fn table_page_copy(&self, page: u64) -> Vec<u8> {
+        let per_page = (self.page_bytes() / 8) as usize;
+        let first = page as usize * per_page;
+        self.table[first..first + per_page].iter().flat_map(|entry| entry.to_be_bytes()).collect()
+    }
+
+    /// Enters a new, empty block at `at`; its pages are resident from now on.
+    pub(crate) fn add_block(&mut self, block: u64, at: HostOffset) {
+        let bytes = self.page_bytes() as usize;
+        for page in self.block_pages(block) {
+            self.pages.insert(page, Resident { bytes: vec![0; bytes].into(), used: true });
+        }
+        self.table[block as usize] = RefcountTableEntry::encode(Some(at));
+    }
+
+    /// Moves the table to `at` with room for `entries`.
+    pub(crate) fn move_table(&mut self, at: u64, entries: usize) {
+        self.table.resize(entries, 0);
+        self.table_at = at;
+    }
+
+    /// Second chance over the clean pages, one eighth of them at a time.
+    fn evict(&mut self, keep: impl Fn(u64) -> bool) {
+        let goal = (self.limit / 8).max(1);
+        let mut victims = Vec::with_capacity(goal);
+        let _ = self.pages.iter_mut().try_for_each(|(&page, resident)| {
+            if !std::mem::take(&mut resident.used) && !keep(page) {
+                victims.push(page);
+            }
+            if victims.len() < goal { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        });
+        for page in victims {
+            self.pages.remove(&page);
+        }
+    }
+}

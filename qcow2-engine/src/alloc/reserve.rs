@@ -1,0 +1,198 @@
+//! Extents for the lanes, reservations for the requests.
+//!
+//! Each lane (a queue) allocates from an extent of its own, which was counted ahead as a whole: the
+//! clusters of a write then cost neither a refcount update nor a lock that another queue holds for
+//! long, and they lie in a row. What a clean close finds unused is given back; a crash leaves it
+//! counted, as a leak.
+
+use super::space::{Next, Run};
+use crate::{
+    error::{ErrorKind, Result},
+    image::Image,
+    io::Io,
+    lane::Lane,
+};
+use std::{io::ErrorKind as IoKind, ops::Range};
+
+/// Bytes that a lane reserves at a time: large enough that the refcount page is written once for
+/// 256 clusters of 64 KiB, small enough that a crash leaks little.
+const EXTENT_BYTES: u64 = 16 << 20;
+
+/// The extent that a lane allocates from.
+#[derive(Default)]
+pub(crate) struct LaneSpace {
+    extent: Option<Run>,
+}
+
+/// Clusters that a request has taken and nothing refers to yet. Dropping it gives them back.
+pub(crate) struct Reservation<'a> {
+    image: &'a Image,
+    lane: usize,
+    run: Run,
+    use_: Use,
+}
+
+/// What a reservation's clusters have been through.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Use {
+    Untouched,
+    /// Writes are under way; if their owner goes away they still are.
+    Writing,
+    /// Writes have ended, one way or the other.
+    Written,
+    Committed,
+}
+
+impl LaneSpace {
+    fn take(&mut self, max: u64) -> Option<Run> {
+        let extent = self.extent.as_mut()?;
+        let start = extent.clusters.start;
+        let end = extent.clusters.end.min(start + max);
+        let run = Run { clusters: start..end, fresh: extent.fresh };
+        extent.clusters.start = end;
+        if extent.clusters.is_empty() {
+            self.extent = None;
+        }
+        Some(run)
+    }
+
+    /// Puts an untouched run back, if it lies right before the rest of the extent.
+    fn put_back(&mut self, run: &Run) -> bool {
+        match &mut self.extent {
+            Some(extent) if extent.clusters.start == run.clusters.end && extent.fresh == run.fresh => {
+                extent.clusters.start = run.clusters.start;
+                true
+            }
+            Some(_) => false,
+            None => {
+                self.extent = Some(run.clone());
+                true
+            }
+        }
+    }
+
+    /// Takes the whole rest out, to be given back at close.
+    pub(crate) fn take_rest(&mut self) -> Option<Run> {
+        self.extent.take()
+    }
+}
+
+impl Reservation<'_> {
+    pub(crate) fn clusters(&self) -> Range<u64> {
+        self.run.clusters.clone()
+    }
+
+    /// Whether the clusters read as zeros without having been written.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.run.fresh
+    }
+
+    /// From now on the clusters' content is not known.
+    pub(crate) fn begin_writing(&mut self) {
+        self.use_ = Use::Writing;
+    }
+
+    /// No write to the clusters is under way any more.
+    pub(crate) fn end_writing(&mut self) {
+        self.use_ = Use::Written;
+    }
+
+    /// Something refers to the clusters now: they are no longer the reservation's.
+    pub(crate) fn commit(mut self) {
+        self.use_ = Use::Committed;
+    }
+}
+
+impl Drop for Reservation<'_> {
+    fn drop(&mut self) {
+        match self.use_ {
+            Use::Committed => {}
+            // The kernel may still write to them. Leaked, until the image is opened again.
+            Use::Writing => {
+                tracing::warn!(clusters = ?self.run.clusters, "clusters of an abandoned write are leaked");
+            }
+            Use::Written => self.image.meta.lock().unmapped(self.run.clusters.clone()),
+            Use::Untouched => {
+                let mut meta = self.image.meta.lock();
+                if !meta.lanes[self.lane].put_back(&self.run) {
+                    meta.unmapped(self.run.clusters.clone());
+                }
+            }
+        }
+    }
+}
+
+impl<I: Io> Lane<I> {
+    /// Reserves up to `max` clusters in a row, one at least. The file extends over them.
+    pub(crate) async fn reserve(&self, max: u64) -> Result<Reservation<'_>> {
+        let image = self.image();
+        let lane = self.number();
+        loop {
+            let taken = image.meta.lock().lanes[lane].take(max);
+            if let Some(run) = taken {
+                return Ok(Reservation { image, lane, run, use_: Use::Untouched });
+            }
+            let _refill = image.refills.acquire(lane as u64..lane as u64 + 1).await;
+            if image.meta.lock().lanes[lane].extent.is_none() {
+                let run = self.find_extent(max).await?;
+                image.meta.lock().lanes[lane].extent = Some(run);
+            }
+        }
+    }
+
+    /// Finds, counts and allocates an extent, or as much of it as `max` asks for if the host has
+    /// no room for a whole one.
+    async fn find_extent(&self, max: u64) -> Result<Run> {
+        let image = self.image();
+        self.relieve().await?;
+        let clusters = (EXTENT_BYTES >> image.geometry().cluster_bits).max(1);
+        let run = loop {
+            let next = image.meta.lock().next_run(clusters)?;
+            match next {
+                Next::Run(run) => break run,
+                Next::Needs(page) => self.load_refcount_page(page).await?,
+            }
+        };
+        match self.extend_file(&run).await {
+            Ok(()) => return Ok(run),
+            Err(error)
+                if error.kind() != ErrorKind::NoSpace || run.clusters.end - run.clusters.start <= max =>
+            {
+                image.meta.lock().unmapped(run.clusters);
+                return Err(error);
+            }
+            Err(_) => {}
+        }
+        let wanted = run.clusters.start..run.clusters.start + max;
+        image.meta.lock().unmapped(wanted.end..run.clusters.end);
+        let run = Run { clusters: wanted, fresh: run.fresh };
+        match self.extend_file(&run).await {
+            Ok(()) => Ok(run),
+            Err(error) => {
+                image.meta.lock().unmapped(run.clusters);
+                Err(error)
+            }
+        }
+    }
+
+    /// Makes the file reach the end of the run, with space allocated where the host can.
+    async fn extend_file(&self, run: &Run) -> Result<()> {
+        let image = self.image();
+        let bits = image.geometry().cluster_bits;
+        let _growing = image.growth.acquire(0..1).await;
+        let (at, end) = (image.meta.lock().space.file_end, run.clusters.end << bits);
+        if end <= at {
+            return Ok(());
+        }
+        let from = at.max(run.clusters.start << bits);
+        let file = image.top().file;
+        let grown = match self.io().allocate(file, from, end - from).await {
+            // Not every file system can allocate ahead; all can be extended.
+            Err(error) if error.kind() == IoKind::Unsupported => self.io().set_len(file, end).await,
+            other => other,
+        };
+        grown.map_err(|source| image.io_error("allocation", file, from, source))?;
+        image.meta.lock().space.file_end = end;
+        Ok(())
+    }
+}

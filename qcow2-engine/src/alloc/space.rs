@@ -1,0 +1,197 @@
+//! Which host clusters come next.
+//!
+//! A cursor moves upwards over the refcounts and takes runs of free clusters; where the refcount
+//! table or a block is missing, it is made on the way, out of the very clusters that it will count.
+//! Everything is decided in memory and under the metadata lock; the order graph sees to it that the
+//! disk follows in the right order.
+
+use super::refcounts::{Count, Place};
+use crate::{
+    error::{Error, Result},
+    meta::Meta,
+    order::rules::{Page, Rule},
+};
+use qcow2_format::{HostOffset, geometry::MAX_REFTABLE_BYTES, header};
+use std::{ops::Range, sync::Arc};
+
+/// Free space as seen by the allocator. Clusters are counted from the start of the file.
+pub(crate) struct Space {
+    /// No free cluster lies below it, but for those that wait in `frees`.
+    pub(crate) cursor: u64,
+    /// From here on no cluster was ever written: they read as zeros.
+    pub(crate) fresh_from: u64,
+    /// The file extends at least to this byte.
+    pub(crate) file_end: u64,
+    /// Host ranges that are never handed out, whatever their refcount says, in clusters.
+    pub(crate) fixed: Vec<Range<u64>>,
+}
+
+/// Clusters in a row, counted once and not referred to yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Run {
+    pub(crate) clusters: Range<u64>,
+    /// Never written before: reads as zeros once the file extends over it.
+    pub(crate) fresh: bool,
+}
+
+/// The allocator's answer.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    Run(Run),
+    /// Load this refcount page and ask again.
+    Needs(u64),
+}
+
+impl Meta {
+    /// Takes the next run of up to `max` free clusters and counts it.
+    pub(crate) fn next_run(&mut self, max: u64) -> Result<Next> {
+        loop {
+            let cursor = self.space.cursor;
+            match self.refcounts.place(cursor)? {
+                Place::BeyondTable => self.grow_refcount_table(cursor)?,
+                Place::NoBlock { block } => {
+                    self.claim(cursor..cursor + 1)?;
+                    self.add_refcount_block(block, cursor);
+                    self.count_once(cursor..cursor + 1);
+                }
+                Place::Page(page) => match self.refcounts.free_run(page, cursor, max) {
+                    Count::Needs(page) => return Ok(Next::Needs(page)),
+                    Count::Is(None) => self.space.cursor = (page + 1) * self.refcounts.clusters_per_page(),
+                    Count::Is(Some(clusters)) => {
+                        let fresh = self.claim(clusters.clone())?;
+                        self.count_once(clusters.clone());
+                        return Ok(Next::Run(Run { clusters, fresh }));
+                    }
+                },
+            }
+        }
+    }
+
+    /// `by` refers to these clusters from now on: their counts, and what leads to their counts, go
+    /// to disk first (R1).
+    pub(crate) fn refer(&mut self, clusters: Range<u64>, by: Page) {
+        let pages = self.refcounts.page_of(clusters.start)..=self.refcounts.page_of(clusters.end - 1);
+        for page in pages {
+            let table = self.refcounts.table_page(page / self.refcounts.pages_per_block());
+            for count in [Page::Refcount(page), Page::RefcountTable(table), Page::Header] {
+                self.graph.require(Rule::refcount_before_reference(count, by));
+            }
+        }
+    }
+
+    /// Moves the cursor over a run that is taken; says whether it is fresh.
+    fn claim(&mut self, run: Range<u64>) -> Result<bool> {
+        if let Some(fixed) =
+            self.space.fixed.iter().find(|fixed| fixed.start < run.end && run.start < fixed.end)
+        {
+            return Err(Error::Refcount {
+                file: Arc::clone(&self.file),
+                at: fixed.start.max(run.start) << self.geometry.cluster_bits,
+                value: 0,
+                reason: "but it holds live metadata: the image is damaged, run `check --repair all`",
+            });
+        }
+        let fresh = run.start >= self.space.fresh_from;
+        self.space.fresh_from = self.space.fresh_from.max(run.end);
+        self.space.cursor = run.end;
+        Ok(fresh)
+    }
+
+    /// Sets the counts of clusters whose pages are resident to one.
+    fn count_once(&mut self, clusters: Range<u64>) {
+        for cluster in clusters {
+            let page = self.refcounts.set(cluster, 1);
+            self.graph.touch(Page::Refcount(page));
+        }
+    }
+
+    /// Enters a new refcount block that lies in cluster `at`.
+    fn add_refcount_block(&mut self, block: u64, at: u64) {
+        self.refcounts.add_block(block, HostOffset(at << self.geometry.cluster_bits));
+        let table = Page::RefcountTable(self.refcounts.table_page(block));
+        for page in self.refcounts.block_pages(block).map(Page::Refcount) {
+            self.graph.touch(page);
+            self.graph.require(Rule::block_before_table(page, table));
+        }
+    }
+
+    /// Moves the refcount table to a larger place at `base`, the first cluster that it does not
+    /// reach: new blocks first, then the table, all counted by those blocks.
+    fn grow_refcount_table(&mut self, base: u64) -> Result<()> {
+        let (old_at, old_entries) = self.refcounts.table_place();
+        let per_cluster = self.geometry.cluster_size() / 8;
+        let plan =
+            plan_table(base, old_entries / per_cluster, per_cluster, self.geometry.refcounts_per_block());
+        if plan.table_clusters << self.geometry.cluster_bits > MAX_REFTABLE_BYTES {
+            return Err(Error::TooLarge {
+                file: Arc::clone(&self.file),
+                reason: "the refcount table has reached its largest size",
+            });
+        }
+        let end = base + plan.blocks + plan.table_clusters;
+        self.claim(base..end)?;
+        let table_at = (base + plan.blocks) << self.geometry.cluster_bits;
+        self.refcounts.move_table(table_at, (plan.table_clusters * per_cluster) as usize);
+        let first_block = self.refcounts.block_of(base);
+        for index in 0..plan.blocks {
+            self.add_refcount_block(first_block + index, base + index);
+        }
+        self.count_once(base..end);
+        for block in
+            (0..plan.table_clusters * per_cluster).step_by((self.refcounts.page_bytes() / 8) as usize)
+        {
+            let page = Page::RefcountTable(self.refcounts.table_page(block));
+            self.graph.touch(page);
+            self.graph.require(Rule::table_before_header(page));
+        }
+        self.header.set_u64(header::REFCOUNT_TABLE_OFFSET as usize, table_at);
+        self.header.set_u32(header::REFCOUNT_TABLE_CLUSTERS_OFFSET as usize, plan.table_clusters as u32);
+        self.graph.touch(Page::Header);
+        let old = old_at >> self.geometry.cluster_bits;
+        self.space.fixed.retain(|fixed| fixed.start != old);
+        self.space.fixed.push(base + plan.blocks..end);
+        self.unmapped(old..old + old_entries / per_cluster);
+        Ok(())
+    }
+}
+
+/// How a grown refcount table is laid out.
+#[derive(Debug, PartialEq, Eq)]
+struct TablePlan {
+    blocks: u64,
+    table_clusters: u64,
+}
+
+/// The smallest table, half as large again as the old one at least, that reaches its own end.
+fn plan_table(base: u64, old_clusters: u64, per_cluster: u64, per_block: u64) -> TablePlan {
+    let mut plan = TablePlan { blocks: 1, table_clusters: old_clusters + old_clusters.div_ceil(2) };
+    loop {
+        let end = base + plan.blocks + plan.table_clusters;
+        let blocks = (end - 1) / per_block - base / per_block + 1;
+        let table_clusters = end.div_ceil(per_block * per_cluster).max(plan.table_clusters);
+        if plan == (TablePlan { blocks, table_clusters }) {
+            return plan;
+        }
+        plan = TablePlan { blocks: blocks.max(plan.blocks), table_clusters };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_grown_table_reaches_its_own_end() {
+        // 512-byte clusters: 64 entries a table cluster; 64-bit to 1-bit counts.
+        for per_block in [64, 256, 4096] {
+            for old in [1, 2, 7, 100, 5000] {
+                let base = old * 64 * per_block;
+                let plan = plan_table(base, old, 64, per_block);
+                let end = base + plan.blocks + plan.table_clusters;
+                assert!(plan.table_clusters * 64 * per_block >= end, "{plan:?}");
+                assert!(plan.blocks * per_block >= plan.blocks + plan.table_clusters, "{plan:?}");
+                assert!(plan.table_clusters > old);
+            }
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! Which file lies below an image: names, formats and the policy about both.
+//!
+//! A backing file name comes from the image, so it is not trusted: it is a plain path, relative to
+//! the directory of the image that names it, or it is refused. The format comes from the image or
+//! from the caller and is never guessed from the content, because a guest chooses the content of a
+//! raw file.
+
+use crate::error::{Error, Result};
+use qcow2_format::Header;
+use std::{
+    ffi::OsStr,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+/// The deepest chain that is opened: as deep as snapshot tools make them, far from what a stack or
+/// a file table could not take.
+pub const MAX_CHAIN: usize = 256;
+
+/// How a backing file is to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// A QCOW2 image.
+    Qcow2,
+    /// The bytes as they are.
+    Raw,
+}
+
+impl std::str::FromStr for Format {
+    type Err = String;
+
+    fn from_str(name: &str) -> std::result::Result<Self, String> {
+        match name {
+            "qcow2" => Ok(Self::Qcow2),
+            // Names of protocols that QEMU writes for raw files.
+            "raw" | "file" | "host_device" => Ok(Self::Raw),
+            other => Err(format!("backing file format '{other}' is not served: qcow2 and raw are")),
+        }
+    }
+}
+
+/// A reference to a backing file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Backing {
+    pub(crate) path: PathBuf,
+    pub(crate) format: Format,
+}
+
+/// The backing file that `header`, read from `overlay`, asks for.
+pub(crate) fn of(header: &Header, overlay: &Path, default: Option<Format>) -> Result<Option<Backing>> {
+    let Some(name) = &header.backing_file else { return Ok(None) };
+    let refuse = |reason| Error::Backing { file: Arc::from(overlay.to_string_lossy()), reason };
+    let path = literal_path(name).map_err(refuse)?;
+    let format = match (&header.backing_format, default) {
+        (Some(name), _) => name.parse().map_err(refuse)?,
+        (None, Some(format)) => format,
+        (None, None) => {
+            let name = path.display();
+            return Err(refuse(format!(
+                "the image does not say the format of its backing file '{name}', and guessing it would not be \
+                 safe: give it with --backing-format, or store it with qemu-img rebase -u -F"
+            )));
+        }
+    };
+    let directory = overlay.parent().unwrap_or(Path::new(""));
+    Ok(Some(Backing { path: directory.join(path), format }))
+}
+
+/// A stored name as a path, unless QEMU would read something else into it.
+fn literal_path(name: &[u8]) -> std::result::Result<&Path, String> {
+    let name = name.strip_prefix(b"file:").unwrap_or(name);
+    let before_slash = name.split(|&byte| byte == b'/').next().unwrap_or_default();
+    if before_slash.contains(&b':') {
+        let shown = String::from_utf8_lossy(name);
+        return Err(format!(
+            "backing file '{shown}' is not a plain path; protocols and json: are not served"
+        ));
+    }
+    Ok(Path::new(OsStr::from_bytes(name)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn protocols_are_refused_and_paths_are_literal() {
+        for name in ["json:{\"driver\":\"raw\"}", "nbd:localhost:10809", "ssh:x", "fat:rw:dir"] {
+            assert!(literal_path(name.as_bytes()).is_err(), "{name}");
+        }
+        assert_eq!(literal_path(b"../base.img"), Ok(Path::new("../base.img")));
+        assert_eq!(literal_path(b"file:base.img"), Ok(Path::new("base.img")));
+        assert_eq!(literal_path(b"./a:b"), Ok(Path::new("./a:b")));
+    }
+
+    #[test]
+    fn only_the_two_formats_are_known() {
+        assert_eq!("raw".parse(), Ok(Format::Raw));
+        assert_eq!("qcow2".parse(), Ok(Format::Qcow2));
+        assert!("vmdk".parse::<Format>().is_err());
+    }
+}

@@ -1,0 +1,61 @@
+//! Closing an image so that nothing is left over: no leak, no tail.
+
+use crate::{error::Result, io::Io, lane::Lane};
+
+/// Rounds of "write back, give back": freed clusters → their counts → nothing. A request that
+/// never ended would keep its clusters; they are then left as leaks.
+const MAX_ROUNDS: usize = 4;
+
+impl<I: Io> Lane<I> {
+    /// Makes everything durable, gives reserved and freed clusters back and takes the unused tail
+    /// off the file. To be called on one lane when no request is in flight on any; afterwards the
+    /// image is not used any more.
+    ///
+    /// # Errors
+    /// As [`Self::flush`]. What could not be given back is a leak, never a loss.
+    pub async fn close(&self) -> Result<()> {
+        let image = self.image();
+        if image.read_only {
+            return Ok(());
+        }
+        {
+            let mut meta = image.meta.lock();
+            for lane in 0..meta.lanes.len() {
+                if let Some(rest) = meta.lanes[lane].take_rest() {
+                    meta.unmapped(rest.clusters);
+                }
+            }
+        }
+        for _ in 0..MAX_ROUNDS {
+            self.write_back().await?;
+            self.reclaim().await?;
+            let meta = image.meta.lock();
+            if meta.graph.len() == 0 && meta.frees.len() == 0 {
+                break;
+            }
+        }
+        self.trim_file().await
+    }
+
+    /// Cuts free clusters off the end of what this session has added to the file.
+    async fn trim_file(&self) -> Result<()> {
+        let image = self.image();
+        let bits = image.geometry().cluster_bits;
+        let file_end = image.meta.lock().space.file_end;
+        let lowest = image.geometry().clusters_for(image.opened_len);
+        let mut used = image.geometry().clusters_for(file_end);
+        while used > lowest && self.refcount(used - 1).await? == 0 {
+            used -= 1;
+        }
+        if used << bits < file_end && file_end > image.opened_len {
+            let (file, len) = (image.top().file, (used << bits).max(image.opened_len));
+            self.io()
+                .set_len(file, len)
+                .await
+                .map_err(|source| image.io_error("truncation", file, len, source))?;
+            image.meta.lock().space.file_end = len;
+            self.barrier().await?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,149 @@
+//! Discard and write-zeroes: the mapping changes, no payload moves.
+//!
+//! Discard is a hint in whole clusters: what it covers reads as zeros afterwards. Write-zeroes is a
+//! promise in sectors: the parts of clusters at its ends are written.
+
+use crate::{
+    error::{Error, Result},
+    image::Image,
+    io::{Buf, Io},
+    lane::Lane,
+    resolve::Extent,
+};
+use qcow2_format::{L1Entry, Mapping, Version};
+use std::{ops::Range, sync::Arc};
+
+/// Whether zeroed clusters keep their space in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZeroMode {
+    /// Their space is freed.
+    Unmap,
+    /// Their space stays reserved for them.
+    Keep,
+}
+
+impl<I: Io> Lane<I> {
+    /// Discards the whole clusters inside the range; the rest of it is left as it is. They read as
+    /// zeros, and their space in the file is given back after the next flush.
+    ///
+    /// # Errors
+    /// As for a write; `NotSupported` on a version 2 image with a backing file, whose clusters
+    /// cannot say "zero".
+    pub async fn discard(&self, at: u64, len: u64) -> Result<()> {
+        self.check_range(at, len)?;
+        if !self.image().can_discard() {
+            return Err(Error::NotSupported {
+                file: Arc::clone(&self.image().top().name),
+                reason: "a version 2 image with a backing file cannot discard",
+            });
+        }
+        self.in_flight(async {
+            self.begin_mutation().await?;
+            self.zero_clusters(self.image().whole_clusters(at, len), ZeroMode::Unmap).await
+        })
+        .await
+    }
+
+    /// Makes the range read as zeros. Offset and length are multiples of 512 bytes.
+    ///
+    /// # Errors
+    /// As for a write.
+    pub async fn write_zeroes(&self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
+        self.check_range(at, len)?;
+        self.in_flight(async {
+            self.begin_mutation().await?;
+            self.write_zeroes_entered(at, len, mode).await
+        })
+        .await
+    }
+
+    async fn write_zeroes_entered(&self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
+        let image = self.image();
+        let bits = image.geometry().cluster_bits;
+        let keeps_bytes =
+            image.geometry().version == Version::V2 && (mode == ZeroMode::Keep || !image.can_discard());
+        let clusters = if keeps_bytes { 0..0 } else { image.whole_clusters(at, len) };
+        if clusters.is_empty() {
+            return self.write_zero_bytes(at..at + len).await;
+        }
+        let end = at + len;
+        self.write_zero_bytes(at..clusters.start << bits).await?;
+        self.write_zero_bytes(end.min(clusters.end << bits)..end).await?;
+        self.zero_clusters(clusters, mode).await
+    }
+
+    /// Writes zeros where the range does not read as zeros already, cluster by cluster.
+    async fn write_zero_bytes(&self, range: Range<u64>) -> Result<()> {
+        let cluster = self.image().geometry().cluster_size();
+        let mut at = range.start;
+        while at < range.end {
+            let end = range.end.min((at / cluster + 1) * cluster);
+            let extents = self.resolve(at, end - at).await?;
+            if !extents.iter().all(|extent| matches!(extent, Extent::Zero { .. })) {
+                self.write_entered(at, Buf::zeroed((end - at) as usize)).await?;
+            }
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Makes whole clusters read as zeros by their mapping, a slice at a time.
+    async fn zero_clusters(&self, clusters: Range<u64>, mode: ZeroMode) -> Result<()> {
+        let per_slice = self.image().top().slice_entries();
+        let mut first = clusters.start;
+        while first < clusters.end {
+            let end = clusters.end.min((first / per_slice + 1) * per_slice);
+            self.zero_in_slice(first..end, mode).await?;
+            first = end;
+            self.relieve().await?;
+        }
+        Ok(())
+    }
+
+    async fn zero_in_slice(&self, clusters: Range<u64>, mode: ZeroMode) -> Result<()> {
+        let image = self.image();
+        let at = clusters.start << image.geometry().cluster_bits;
+        let _mapping = image.mappings.acquire(clusters.clone()).await;
+        if image.layers.len() == 1 && image.top().l1_entry(at)? == L1Entry::Unallocated {
+            return Ok(());
+        }
+        let mut old = Vec::with_capacity((clusters.end - clusters.start) as usize);
+        for cluster in clusters.clone() {
+            old.push(self.mapping(cluster).await?);
+        }
+        let new: Vec<_> = old.iter().map(|&mapping| image.zeroed(mapping, mode)).collect();
+        if new.iter().all(Option::is_none) {
+            return Ok(());
+        }
+        self.prepare_table(at).await?;
+        // The range is locked: nobody else has changed what `old` saw.
+        self.publish(clusters.clone(), None, |cluster| new[(cluster - clusters.start) as usize]).await
+    }
+}
+
+impl Image {
+    /// The clusters that lie wholly inside the range; the disk's last one counts up to its end.
+    fn whole_clusters(&self, at: u64, len: u64) -> Range<u64> {
+        let bits = self.geometry().cluster_bits;
+        let end = at + len;
+        let last = if end >= self.virtual_size() { self.geometry().clusters_for(end) } else { end >> bits };
+        let first = self.geometry().clusters_for(at);
+        first..last.max(first)
+    }
+
+    /// The mapping that makes a cluster read as zeros, or `None` where it does already.
+    fn zeroed(&self, old: Mapping, mode: ZeroMode) -> Option<Mapping> {
+        match (old, mode) {
+            (Mapping::Unallocated, _) if self.layers.len() == 1 => None,
+            (Mapping::Zero { host: None, .. }, _) | (Mapping::Zero { copied: true, .. }, ZeroMode::Keep) => {
+                None
+            }
+            (Mapping::Data { host, copied: true }, ZeroMode::Keep) => {
+                Some(Mapping::Zero { host: Some(host), copied: true })
+            }
+            // Version 2 has no zero flag, and comes here only without a backing file.
+            _ if self.geometry().version == Version::V2 => Some(Mapping::Unallocated),
+            _ => Some(Mapping::Zero { host: None, copied: false }),
+        }
+    }
+}

@@ -1,0 +1,98 @@
+//! Which requests are in flight, so that nothing is reused under them.
+//!
+//! A request that looked up a mapping may touch the cluster it found until it ends. When a cluster
+//! is unmapped, the epoch moves on; the cluster is quiescent once no request of an earlier epoch is
+//! left. Entering and leaving cost one store each and take no lock: every request in flight owns a
+//! slot. This module knows nothing about clusters.
+
+use parking_lot::Mutex;
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering::SeqCst},
+};
+
+const IDLE: u64 = 0;
+
+/// The epoch clock of one image and the slots of all its lanes.
+pub(crate) struct Epochs {
+    now: AtomicU64,
+    lanes: Mutex<Vec<Arc<Slots>>>,
+}
+
+/// A moment: work that began before it may still see what was unmapped then.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Epoch(u64);
+
+/// One slot per request that a lane can have in flight; each holds the epoch in which it began.
+pub(crate) struct Slots(Box<[AtomicU64]>);
+
+impl Epochs {
+    pub(crate) fn new() -> Self {
+        Self { now: AtomicU64::new(1), lanes: Mutex::default() }
+    }
+
+    /// Makes the slots of a new lane.
+    pub(crate) fn register(&self, depth: usize) -> Arc<Slots> {
+        let slots = Arc::new(Slots((0..depth).map(|_| AtomicU64::new(IDLE)).collect()));
+        self.lanes.lock().push(Arc::clone(&slots));
+        slots
+    }
+
+    /// Takes the slots of a lane that has ended out.
+    pub(crate) fn unregister(&self, slots: &Arc<Slots>) {
+        self.lanes.lock().retain(|other| !Arc::ptr_eq(other, slots));
+    }
+
+    /// Ends the epoch; call it after the mapping was changed.
+    pub(crate) fn advance(&self) -> Epoch {
+        Epoch(self.now.fetch_add(1, SeqCst))
+    }
+
+    /// Whether every request that began in `epoch` or earlier has ended.
+    pub(crate) fn has_passed(&self, epoch: Epoch) -> bool {
+        self.lanes.lock().iter().all(|slots| slots.all_after(epoch))
+    }
+
+    /// Marks slot `index` as a request that begins now. The store is sequentially consistent, so
+    /// that the look-ups which follow it cannot be ordered before it.
+    pub(crate) fn enter(&self, slots: &Slots, index: usize) {
+        slots.0[index].store(self.now.load(SeqCst), SeqCst);
+    }
+}
+
+impl Slots {
+    pub(crate) fn leave(&self, index: usize) {
+        self.0[index].store(IDLE, std::sync::atomic::Ordering::Release);
+    }
+
+    fn all_after(&self, epoch: Epoch) -> bool {
+        self.0.iter().map(|slot| slot.load(SeqCst)).all(|began| began == IDLE || began > epoch.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_epoch_passes_when_its_requests_have_ended() {
+        let epochs = Epochs::new();
+        let lane = epochs.register(2);
+        epochs.enter(&lane, 0);
+        let unmapped = epochs.advance();
+        epochs.enter(&lane, 1);
+        assert!(!epochs.has_passed(unmapped), "request 0 may still use the cluster");
+        lane.leave(0);
+        assert!(epochs.has_passed(unmapped), "request 1 began later");
+    }
+
+    #[test]
+    fn a_lane_that_ended_holds_nothing_back() {
+        let epochs = Epochs::new();
+        let lane = epochs.register(1);
+        epochs.enter(&lane, 0);
+        let unmapped = epochs.advance();
+        epochs.unregister(&lane);
+        assert!(epochs.has_passed(unmapped));
+    }
+}

@@ -1,0 +1,190 @@
+//! An open image: the state that all lanes share.
+
+use crate::{
+    cache::slices::{SliceCache, SliceKey},
+    epoch::Epochs,
+    error::{Error, Result},
+    flush::Flusher,
+    io::{Buf, FileId, Io, exact},
+    lane::Lane,
+    layer::{Layer, Qcow2Layer},
+    locks::RangeLocks,
+    meta::Meta,
+    open::Autoclear,
+    resolve::{self, Extents, Stop},
+};
+use parking_lot::Mutex;
+use qcow2_format::Geometry;
+use std::{io, sync::Arc};
+
+/// A QCOW2 image with its backing chain, open for reading or for reading and writing.
+///
+/// `Send + Sync`. Look-ups that hit the cache take no lock; changes to the metadata are short
+/// critical sections under one lock that is never held across an await.
+pub struct Image {
+    /// The chain, top first; the top is always QCOW2.
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) cache: SliceCache,
+    pub(crate) meta: Mutex<Meta>,
+    pub(crate) epochs: Arc<Epochs>,
+    pub(crate) flusher: Flusher,
+    pub(crate) autoclear: Autoclear,
+    pub(crate) read_only: bool,
+    /// The file's length when it was opened: never cut shorter than that.
+    pub(crate) opened_len: u64,
+    /// Guest clusters whose mapping is being changed.
+    pub(crate) mappings: RangeLocks,
+    /// L1 entries whose table is being made or copied.
+    pub(crate) tables: RangeLocks,
+    /// Metadata pages that are being read from the file.
+    pub(crate) loads: RangeLocks,
+    /// Lanes that look for an extent.
+    pub(crate) refills: RangeLocks,
+    /// One at a time: growing the file.
+    pub(crate) growth: RangeLocks,
+    /// One at a time: giving freed clusters back.
+    pub(crate) reclaiming: RangeLocks,
+}
+
+/// `loads` numbers refcount pages above every slice of every layer.
+const REFCOUNT_LOADS: u64 = 1 << 63;
+
+impl Image {
+    /// Size of the virtual disk in bytes.
+    #[must_use]
+    pub fn virtual_size(&self) -> u64 {
+        self.geometry().virtual_size
+    }
+
+    /// Geometry of the top layer.
+    #[must_use]
+    pub fn geometry(&self) -> &Geometry {
+        &self.top().geometry
+    }
+
+    /// Whether the image was opened for reading only.
+    #[must_use]
+    pub fn is_read_only(&self) -> bool {
+        self.read_only
+    }
+
+    /// Whether clusters that are discarded show what a backing file has: such an image of version 2
+    /// cannot discard.
+    #[must_use]
+    pub fn can_discard(&self) -> bool {
+        self.geometry().version == qcow2_format::Version::V3 || self.layers.len() == 1
+    }
+
+    /// The names of the chain's files, top first.
+    pub fn chain(&self) -> impl Iterator<Item = &str> {
+        self.layers.iter().map(|layer| &**layer.name())
+    }
+
+    pub(crate) fn top(&self) -> &Qcow2Layer {
+        self.qcow2_layer(0)
+    }
+
+    pub(crate) fn qcow2_layer(&self, index: u16) -> &Qcow2Layer {
+        match &self.layers[usize::from(index)] {
+            Layer::Qcow2(layer) => layer,
+            Layer::Raw(_) => unreachable!("slices and compressed clusters belong to QCOW2 layers"),
+        }
+    }
+
+    /// Resolves a range of the virtual disk, without waiting.
+    pub(crate) fn resolve(&self, at: u64, len: u64) -> Result<Extents, Stop> {
+        resolve::resolve(&self.layers, &self.cache, 0, at, len)
+    }
+
+    pub(crate) fn io_error(
+        &self,
+        operation: &'static str,
+        file: FileId,
+        at: u64,
+        source: io::Error,
+    ) -> Error {
+        let layer = self.layers.iter().find(|layer| layer.file() == file);
+        let name = layer.map_or_else(|| Arc::from("?"), |layer| Arc::clone(layer.name()));
+        Error::Io { operation, file: name, at, source: Arc::new(source) }
+    }
+}
+
+impl<I: Io> Lane<I> {
+    /// Resolves a range, loading what is missing. The answer holds as long as the request that
+    /// asks is in flight.
+    pub(crate) async fn resolve(&self, at: u64, len: u64) -> Result<Extents> {
+        loop {
+            match self.image().resolve(at, len) {
+                Ok(extents) => return Ok(extents),
+                Err(Stop::Failed(error)) => return Err(error),
+                Err(Stop::Miss(key)) => self.load_slice(key).await?,
+            }
+        }
+    }
+
+    /// Brings an L2 slice into memory, if its table exists.
+    pub(crate) async fn load_slice(&self, key: SliceKey) -> Result<()> {
+        let image = self.image();
+        let number = u64::from(key.layer) << 48 | key.slice;
+        let layer = image.qcow2_layer(key.layer);
+        loop {
+            let _load = image.loads.acquire(number..number + 1).await;
+            let Some(at) = layer.slice_location(key.slice)? else { return Ok(()) };
+            if image.meta_contains(key) {
+                return Ok(());
+            }
+            let bytes = self.read_page(layer.file, at, layer.slice_bytes()).await?;
+            let inserted = {
+                let _meta = image.meta.lock();
+                // The table may have been copied to another place while it was read.
+                if layer.slice_location(key.slice)? != Some(at) {
+                    continue;
+                }
+                let entries = bytes
+                    .chunks_exact(8)
+                    .map(|entry| u64::from_be_bytes(entry.try_into().unwrap_or_default()));
+                image.cache.insert(key, entries)
+            };
+            if inserted {
+                return Ok(());
+            }
+            // Every slot is dirty: writing back makes room.
+            drop(_load);
+            self.write_back().await?;
+        }
+    }
+
+    /// Brings a refcount page into memory.
+    pub(crate) async fn load_refcount_page(&self, page: u64) -> Result<()> {
+        let image = self.image();
+        let _load = image.loads.acquire(REFCOUNT_LOADS + page..REFCOUNT_LOADS + page + 1).await;
+        let (at, len) = {
+            let meta = image.meta.lock();
+            match meta.refcounts.page_at(page)? {
+                Some(at) if !meta.refcounts.is_resident(page) => (at, meta.refcounts.page_bytes()),
+                _ => return Ok(()),
+            }
+        };
+        let bytes = self.read_page(image.top().file, at, len).await?;
+        let mut meta = image.meta.lock();
+        let meta = &mut *meta;
+        meta.refcounts
+            .insert(page, bytes.into(), |page| meta.graph.holds(crate::order::rules::Page::Refcount(page)));
+        Ok(())
+    }
+
+    async fn read_page(&self, file: FileId, at: u64, len: u64) -> Result<Vec<u8>> {
+        let buf = Buf::zeroed(len as usize);
+        exact::read_zero_extended(self.io(), file, at, &buf)
+            .await
+            .map_err(|source| self.image().io_error("metadata read", file, at, source))?;
+        Ok(buf.to_vec())
+    }
+}
+
+impl Image {
+    fn meta_contains(&self, key: SliceKey) -> bool {
+        let _meta = self.meta.lock();
+        self.cache.contains(key)
+    }
+}

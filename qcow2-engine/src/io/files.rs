@@ -1,0 +1,294 @@
+//! The table of real files: opening, direct or buffered I/O, length.
+//!
+//! [`Files`] is shared by all serving threads; a [`FileId`] is an index into it, and an entry is
+//! never replaced or closed before the table itself goes. So a ring may keep a file's descriptor,
+//! or a registration of it, for as long as it holds the table. This module blocks (it is used
+//! while an image is opened or closed) and knows nothing of rings or formats.
+
+use super::{Access, FileId, Storage};
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use std::{
+    ffi::CStr,
+    fs::{File, OpenOptions},
+    io::{self, Seek, SeekFrom},
+    os::{
+        fd::{AsRawFd, RawFd},
+        unix::fs::{FileExt, FileTypeExt, MetadataExt},
+    },
+    path::{Path, PathBuf},
+    sync::{PoisonError, RwLock, RwLockReadGuard},
+};
+
+/// The strictest alignment, in bytes, that the engine keeps for offsets, lengths and memory.
+const ENGINE_ALIGNMENT: u32 = 512;
+
+/// Whether file data passes the host's page cache.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Caching {
+    /// Direct where the file allows it at 512-byte alignment, else buffered.
+    #[default]
+    Auto,
+    /// Direct, or opening fails.
+    Direct,
+    /// Through the page cache.
+    Buffered,
+}
+
+/// The open files of one image: the [`Storage`] of the serving process.
+#[derive(Debug)]
+pub struct Files {
+    caching: Caching,
+    table: RwLock<Vec<OpenFile>>,
+}
+
+#[derive(Debug)]
+struct OpenFile {
+    file: File,
+    path: PathBuf,
+    direct: bool,
+}
+
+impl Files {
+    /// An empty table whose files will be opened with `caching`.
+    #[must_use]
+    pub fn new(caching: Caching) -> Self {
+        Self { caching, table: RwLock::new(Vec::new()) }
+    }
+
+    /// The file's descriptor. It stays open, and stays this file's, while `self` lives.
+    ///
+    /// # Errors
+    /// `NotFound` for an id that this table did not give out.
+    pub fn fd(&self, file: FileId) -> io::Result<RawFd> {
+        self.with(file, |open| Ok(open.file.as_raw_fd()))
+    }
+
+    /// Whether the file is open for direct I/O.
+    ///
+    /// # Errors
+    /// `NotFound` for an id that this table did not give out.
+    pub fn is_direct(&self, file: FileId) -> io::Result<bool> {
+        self.with(file, |open| Ok(open.direct))
+    }
+
+    /// The path under which the file was opened.
+    ///
+    /// # Errors
+    /// `NotFound` for an id that this table did not give out.
+    pub fn path(&self, file: FileId) -> io::Result<PathBuf> {
+        self.with(file, |open| Ok(open.path.clone()))
+    }
+
+    /// Sets the file's length by a plain, blocking call: for kernels whose rings cannot.
+    ///
+    /// # Errors
+    /// The operating system's; `NotFound` for an unknown id.
+    pub fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
+        self.with(file, |open| open.file.set_len(len))
+    }
+
+    fn with<T>(&self, file: FileId, f: impl FnOnce(&OpenFile) -> io::Result<T>) -> io::Result<T> {
+        match self.read_table().get(file.0 as usize) {
+            Some(open) => f(open),
+            None => Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                format!("no open file has the number {}", file.0),
+            )),
+        }
+    }
+
+    fn read_table(&self) -> RwLockReadGuard<'_, Vec<OpenFile>> {
+        // The table is only ever appended to: it is whole even if a holder of the lock panicked.
+        self.table.read().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Storage for Files {
+    fn open(&self, path: &Path, access: Access) -> io::Result<FileId> {
+        let file = open_regular_or_block(path, access)?;
+        let direct = set_up_caching(&file, path, self.caching)?;
+        let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
+        let id = u32::try_from(table.len()).map_err(|_| io::Error::other("too many open files"))?;
+        table.push(OpenFile { file, path: path.to_owned(), direct });
+        Ok(FileId(id))
+    }
+
+    fn len(&self, file: FileId) -> io::Result<u64> {
+        // Seeking gives the length of a file and the capacity of a block device alike. The shared
+        // file position is of no consequence: every transfer names its offset.
+        self.with(file, |open| (&open.file).seek(SeekFrom::End(0)))
+    }
+}
+
+/// Opens a regular file or block device and nothing else. The type is asked first, because opening
+/// a FIFO would wait for its other end, and again after, because the name may have changed hands.
+fn open_regular_or_block(path: &Path, access: Access) -> io::Result<File> {
+    let wanted = std::fs::metadata(path)?;
+    check_type(&wanted)?;
+    let file = OpenOptions::new().read(true).write(access == Access::ReadWrite).open(path)?;
+    let opened = file.metadata()?;
+    check_type(&opened)?;
+    if (wanted.dev(), wanted.ino()) != (opened.dev(), opened.ino()) {
+        return Err(io::Error::other("the file was replaced while it was being opened"));
+    }
+    Ok(file)
+}
+
+fn check_type(metadata: &std::fs::Metadata) -> io::Result<()> {
+    let kind = metadata.file_type();
+    let name = if kind.is_file() || kind.is_block_device() {
+        return Ok(());
+    } else if kind.is_dir() {
+        "a directory"
+    } else if kind.is_fifo() {
+        "a FIFO"
+    } else if kind.is_socket() {
+        "a socket"
+    } else {
+        "a character device"
+    };
+    Err(io::Error::new(io::ErrorKind::InvalidInput, format!("{name} is not a regular file or block device")))
+}
+
+/// Turns direct I/O on where asked for and possible. Returns whether it is on.
+fn set_up_caching(file: &File, path: &Path, caching: Caching) -> io::Result<bool> {
+    if caching == Caching::Buffered {
+        return Ok(false);
+    }
+    match try_direct(file) {
+        Ok(()) => Ok(true),
+        Err(reason) => {
+            set_direct(file, false)?;
+            match caching {
+                Caching::Direct => Err(io::Error::new(
+                    io::ErrorKind::Unsupported,
+                    format!("direct I/O on {} is not possible: {reason}", path.display()),
+                )),
+                _ => Ok(false),
+            }
+        }
+    }
+}
+
+/// Turns direct I/O on and makes sure that it works at the engine's alignment; else says why not.
+fn try_direct(file: &File) -> Result<(), String> {
+    match reported_alignment(file) {
+        Some(0) => return Err("the file system does not support it".to_owned()),
+        Some(bytes) if bytes > ENGINE_ALIGNMENT => {
+            return Err(format!("it needs {bytes}-byte alignment here, more than {ENGINE_ALIGNMENT}"));
+        }
+        _ => {}
+    }
+    set_direct(file, true).map_err(|error| error.to_string())?;
+    if reported_alignment(file).is_none() {
+        trial_read(file).map_err(|error| format!("a {ENGINE_ALIGNMENT}-byte read failed: {error}"))?;
+    }
+    Ok(())
+}
+
+fn set_direct(file: &File, on: bool) -> io::Result<()> {
+    let mut flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
+    flags.set(OFlag::O_DIRECT, on);
+    fcntl(file, FcntlArg::F_SETFL(flags))?;
+    Ok(())
+}
+
+/// What the kernel says direct I/O needs: the larger of offset and memory alignment in bytes, 0
+/// where direct I/O is not supported, `None` where the kernel or file system does not say.
+fn reported_alignment(file: &File) -> Option<u32> {
+    const EMPTY: &CStr = c"";
+    // SAFETY: `statx` is plain data for which all zeros is a value.
+    let mut stat: libc::statx = unsafe { std::mem::zeroed() };
+    // SAFETY: the path is a C string, `stat` is writable and of the type that the call fills in.
+    let failed = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            EMPTY.as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            &raw mut stat,
+        )
+    };
+    if failed != 0 || stat.stx_mask & libc::STATX_DIOALIGN == 0 {
+        return None;
+    }
+    Some(match (stat.stx_dio_mem_align, stat.stx_dio_offset_align) {
+        (0, _) | (_, 0) => 0,
+        (memory, offset) => memory.max(offset),
+    })
+}
+
+/// Reads 512 bytes into memory that is aligned to 512 and not to more.
+fn trial_read(file: &File) -> io::Result<()> {
+    #[repr(align(4096))]
+    struct Page([u8; 4096]);
+    let mut page = Page([0; 4096]);
+    let length = ENGINE_ALIGNMENT as usize;
+    file.read_at(&mut page.0[length..2 * length], 0).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn image(dir: &Path) -> PathBuf {
+        let path = dir.join("image");
+        std::fs::write(&path, vec![7; 4096]).unwrap();
+        path
+    }
+
+    #[test]
+    fn auto_is_direct_on_a_disk_file_system_and_reports_the_length() {
+        // The build directory, because /tmp may be a tmpfs.
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let files = Files::new(Caching::Auto);
+        let id = files.open(&image(dir.path()), Access::ReadWrite).unwrap();
+        assert_eq!(id, FileId(0));
+        assert_eq!(files.len(id).unwrap(), 4096);
+        files.set_len(id, 1000).unwrap();
+        assert_eq!(files.len(id).unwrap(), 1000);
+        let flags = OFlag::from_bits_retain(
+            fcntl(File::open(dir.path().join("image")).unwrap(), FcntlArg::F_GETFL).unwrap(),
+        );
+        assert!(!flags.contains(OFlag::O_DIRECT), "another descriptor is not changed");
+        let other = files.open(&dir.path().join("image"), Access::ReadOnly).unwrap();
+        assert_ne!(files.fd(id).unwrap(), files.fd(other).unwrap());
+        assert_eq!(files.is_direct(id).unwrap(), files.is_direct(other).unwrap());
+    }
+
+    #[test]
+    fn buffered_stays_buffered_and_unknown_ids_are_errors() {
+        let dir = tempfile::tempdir().unwrap();
+        let files = Files::new(Caching::Buffered);
+        let id = files.open(&image(dir.path()), Access::ReadOnly).unwrap();
+        assert!(!files.is_direct(id).unwrap());
+        assert_eq!(files.fd(FileId(9)).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn direct_is_refused_by_name_where_it_is_impossible() {
+        let files = Files::new(Caching::Direct);
+        // procfs has regular files and no direct I/O, on every kernel.
+        let error = files.open(Path::new("/proc/self/stat"), Access::ReadOnly).unwrap_err();
+        assert!(error.to_string().contains("direct I/O on /proc/self/stat"), "{error}");
+        let files = Files::new(Caching::Auto);
+        let id = files.open(Path::new("/proc/self/stat"), Access::ReadOnly).unwrap();
+        assert!(!files.is_direct(id).unwrap());
+    }
+
+    #[test]
+    fn only_files_and_block_devices_open() {
+        let dir = tempfile::tempdir().unwrap();
+        let fifo = dir.path().join("fifo");
+        nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let files = Files::new(Caching::Auto);
+        for (path, name) in
+            [(dir.path(), "a directory"), (&fifo, "a FIFO"), (Path::new("/dev/null"), "a character")]
+        {
+            let error = files.open(path, Access::ReadOnly).unwrap_err();
+            assert!(error.to_string().starts_with(name), "{path:?}: {error}");
+        }
+        let missing = files.open(&dir.path().join("none"), Access::ReadOnly).unwrap_err();
+        assert_eq!(missing.kind(), io::ErrorKind::NotFound);
+    }
+}

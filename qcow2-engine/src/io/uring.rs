@@ -1,0 +1,509 @@
+//! The io_uring of one serving thread, and the engine's [`Io`] on it.
+//!
+//! [`Uring`] is a cheap handle that never leaves its thread. An operation is put on the submission
+//! queue when its future is made; one [`Uring::turn`] submits all that has gathered, waits if there
+//! is nothing else to do, and hands out completions. Whoever drives the futures calls it
+//! ([`crate::exec`]). What the ring carries besides the engine's file operations comes in through
+//! [`Uring::submit`]: this module knows nothing of ublk or of image formats.
+//!
+//! Invariants: memory that the kernel may touch belongs to a slot until its completion
+//! (`slots`); a dropped future cancels nothing (except a timer), and dropping the last handle
+//! waits for what is in flight, for `TEARDOWN` at most, and then leaks the memory rather than free it.
+
+mod setup;
+mod slots;
+#[cfg(test)]
+mod tests;
+
+use super::{Buf, FileId, Files, Io};
+use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
+use nix::sys::eventfd::{EfdFlags, EventFd};
+use slots::{Keep, Key, Slots};
+use std::{
+    cell::{Cell, RefCell},
+    future::Future,
+    io,
+    mem::MaybeUninit,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    pin::Pin,
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll},
+    time::{Duration, Instant},
+};
+
+/// Slots of the ring's table of registered files; further files go by descriptor.
+const FILE_SLOTS: u32 = 128;
+/// Registered-file slots from here on are for [`Uring::register_fd`].
+const FIRST_GUEST_SLOT: u32 = FILE_SLOTS - 8;
+/// The longest transfer that one operation asks for: what Linux moves at most, in bytes.
+const MAX_TRANSFER: usize = 0x7fff_f000;
+/// How often in a row an operation that ends in EAGAIN is tried again, 1 ms apart.
+const MAX_RETRIES: u32 = 5_000;
+/// How long dropping the ring waits for operations in flight.
+const TEARDOWN: Duration = Duration::from_secs(5);
+
+/// `user_data` of the read that waits for a [`Kick`].
+const KICK: u64 = u64::MAX;
+/// `user_data` of a cancellation, whose own result is of no interest.
+const CANCEL: u64 = u64::MAX - 1;
+
+/// A handle to this thread's ring.
+#[derive(Clone)]
+pub struct Uring(Rc<Inner>);
+
+struct Inner {
+    ring: RefCell<IoUring>,
+    slots: RefCell<Slots>,
+    files: Arc<Files>,
+    /// How to name each file, in the order of their ids; filled when first used.
+    targets: RefCell<Vec<Option<Target>>>,
+    guest_slots: RefCell<Vec<u32>>,
+    has_file_table: bool,
+    has_ftruncate: bool,
+    kick: Arc<Kick>,
+    kick_buf: Buf,
+    kick_armed: Cell<bool>,
+}
+
+/// A file as a submission names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// An open descriptor.
+    Fd(RawFd),
+    /// A slot of the ring's table of registered files.
+    Fixed(u32),
+}
+
+/// Builds a submission for a [`Target`], whichever kind it is.
+macro_rules! entry_for {
+    ($target:expr, |$fd:ident| $entry:expr) => {
+        match $target {
+            Target::Fd(raw) => {
+                let $fd = types::Fd(raw);
+                $entry
+            }
+            Target::Fixed(slot) => {
+                let $fd = types::Fixed(slot);
+                $entry
+            }
+        }
+    };
+}
+
+#[cfg(test)]
+use entry_for;
+
+/// How long [`Uring::turn`] waits for a completion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Not at all.
+    No,
+    /// Until a completion or a [`Kick`].
+    Forever,
+    /// The same, but for so long at most.
+    For(Duration),
+}
+
+/// Wakes a ring's thread from any other thread.
+#[derive(Debug)]
+pub struct Kick {
+    event: EventFd,
+    asleep: AtomicBool,
+}
+
+impl Kick {
+    /// Ends the thread's wait if it waits. Call it *after* making visible what it shall find.
+    pub fn kick(&self) {
+        if self.asleep.swap(false, Ordering::SeqCst) {
+            // It can only fail when 2^64 - 2 kicks are unread; then the thread wakes anyway.
+            let _ = self.event.write(1);
+        }
+    }
+}
+
+impl Uring {
+    /// Makes a ring for this thread with `entries` submission slots (a power of two; more
+    /// operations than that may be in flight).
+    ///
+    /// # Errors
+    /// `Unsupported` with the way out when io_uring is missing or forbidden; the operating system's.
+    pub fn new(files: Arc<Files>, entries: u32) -> io::Result<Self> {
+        let ring = setup::set_up(entries)?;
+        let mut probe = Probe::new();
+        let has_ftruncate = ring.submitter().register_probe(&mut probe).is_ok()
+            && probe.is_supported(opcode::Ftruncate::CODE);
+        let has_file_table = ring.submitter().register_files_sparse(FILE_SLOTS).is_ok();
+        // Not non-blocking: the ring's read of it must wait.
+        let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC)?;
+        Ok(Self(Rc::new(Inner {
+            slots: RefCell::new(Slots::with_capacity(ring.params().cq_entries() as usize)),
+            ring: RefCell::new(ring),
+            files,
+            targets: RefCell::default(),
+            guest_slots: RefCell::new((FIRST_GUEST_SLOT..FILE_SLOTS).collect()),
+            has_file_table,
+            has_ftruncate,
+            kick: Arc::new(Kick { event, asleep: AtomicBool::new(false) }),
+            kick_buf: Buf::zeroed(size_of::<u64>()),
+            kick_armed: Cell::new(false),
+        })))
+    }
+
+    /// Submits a prepared operation. Completion of the future gives the result, or the error that
+    /// a negative result stands for. Dropping it leaves the operation to the kernel.
+    ///
+    /// # Safety
+    /// Memory that `entry` names must lie in `keep`, or stay valid until the operation completes
+    /// or the ring is gone. The `user_data` of `entry` is replaced. `entry` completes exactly once.
+    pub unsafe fn submit(&self, entry: squeue::Entry, keep: Option<Buf>) -> Op {
+        self.start(entry, keep.map_or(Keep::Nothing, Keep::Buf), OnDrop::Leave)
+    }
+
+    /// Completes after `duration`. Dropping it cancels the timer.
+    ///
+    /// # Errors
+    /// The ring's.
+    pub async fn sleep(&self, duration: Duration) -> io::Result<()> {
+        let time = Box::new(types::Timespec::from(duration));
+        let entry = opcode::Timeout::new(&raw const *time).build();
+        match self.start(entry, Keep::Time(time), OnDrop::Cancel).await {
+            Err(error) if error.raw_os_error() != Some(libc::ETIME) => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Submits everything new, waits as told, and hands out the completions that have arrived.
+    ///
+    /// # Errors
+    /// The ring's: it is of no use afterwards.
+    pub fn turn(&self, wait: Wait) -> io::Result<()> {
+        let idle = wait != Wait::No && self.0.ring.borrow_mut().completion().is_empty();
+        if idle {
+            self.arm_kick();
+        }
+        self.enter(if idle { wait } else { Wait::No })?;
+        self.reap();
+        Ok(())
+    }
+
+    /// Announces that this thread is about to wait: from now on a [`Kick`] is delivered. Look for
+    /// work once more after this call and before [`Uring::turn`].
+    pub fn prepare_wait(&self) {
+        self.0.kick.asleep.store(true, Ordering::SeqCst);
+    }
+
+    /// Takes [`Uring::prepare_wait`] back.
+    pub fn end_wait(&self) {
+        self.0.kick.asleep.store(false, Ordering::Relaxed);
+    }
+
+    /// What other threads wake this ring's thread with.
+    #[must_use]
+    pub fn kick_handle(&self) -> Arc<Kick> {
+        Arc::clone(&self.0.kick)
+    }
+
+    /// The files that this ring works on.
+    #[must_use]
+    pub fn files(&self) -> &Arc<Files> {
+        &self.0.files
+    }
+
+    /// Operations in flight.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.0.slots.borrow().in_flight()
+    }
+
+    /// Registers a descriptor that is not in [`Files`], for cheap use in submissions. It counts as
+    /// open until the guard is dropped *and* its operations have completed.
+    #[must_use]
+    pub fn register_fd<'fd>(&self, fd: BorrowedFd<'fd>) -> Registered<'fd> {
+        let slot = if self.0.has_file_table { self.0.guest_slots.borrow_mut().pop() } else { None };
+        let slot = slot.filter(|&slot| self.0.update_file_slot(slot, fd.as_raw_fd()));
+        Registered { ring: self.clone(), fd, slot }
+    }
+
+    fn start(&self, entry: squeue::Entry, keep: Keep, on_drop: OnDrop) -> Op {
+        let key = self.0.slots.borrow_mut().take(keep);
+        if let Err(error) = self.push(&entry.user_data(u64::from(key))) {
+            self.0.slots.borrow_mut().complete(key, -error.raw_os_error().unwrap_or(libc::EIO));
+        }
+        Op { ring: self.clone(), key, on_drop }
+    }
+
+    /// Puts an entry on the submission queue, submitting what is there when it is full.
+    fn push(&self, entry: &squeue::Entry) -> io::Result<()> {
+        loop {
+            // SAFETY: the caller has put the entry's memory into a slot, or keeps it in `self.0`,
+            // until the completion.
+            if unsafe { self.0.ring.borrow_mut().submission().push(entry) }.is_ok() {
+                return Ok(());
+            }
+            self.enter(Wait::No)?;
+        }
+    }
+
+    /// One io_uring_enter. On return the kernel has taken at least one entry if there was any.
+    fn enter(&self, wait: Wait) -> io::Result<()> {
+        for _ in 0..MAX_RETRIES {
+            let Err(error) = self.enter_once(wait) else { return Ok(()) };
+            match error.raw_os_error() {
+                Some(libc::ETIME) => return Ok(()),
+                Some(libc::EINTR) if wait == Wait::No => {}
+                // The caller looks at the clock and for work, and comes back.
+                Some(libc::EINTR) => return Ok(()),
+                // The completion queue has overflowed: make room.
+                Some(libc::EBUSY) => self.reap(),
+                // The kernel has no memory for requests: completions give some back.
+                Some(libc::EAGAIN) => {
+                    self.reap();
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                _ => return Err(error),
+            }
+        }
+        Err(io::Error::from_raw_os_error(libc::EAGAIN))
+    }
+
+    fn enter_once(&self, wait: Wait) -> io::Result<usize> {
+        let ring = self.0.ring.borrow();
+        match wait {
+            Wait::No => ring.submit(),
+            Wait::Forever => ring.submit_and_wait(1),
+            Wait::For(duration) => {
+                let time = types::Timespec::from(duration);
+                ring.submitter().submit_with_args(1, &types::SubmitArgs::new().timespec(&time))
+            }
+        }
+    }
+
+    /// Hands out the completions that are in the queue.
+    fn reap(&self) {
+        const BATCH: usize = 32;
+        loop {
+            let mut batch = [const { MaybeUninit::<cqueue::Entry>::uninit() }; BATCH];
+            // Copied out, so that nothing is borrowed while wakers run.
+            let mut ring = self.0.ring.borrow_mut();
+            let filled = ring.completion().fill(&mut batch).len();
+            drop(ring);
+            for entry in &batch[..filled] {
+                // SAFETY: `fill` has initialised this many.
+                self.complete(unsafe { entry.assume_init_ref() });
+            }
+            if filled < BATCH {
+                return;
+            }
+        }
+    }
+
+    fn complete(&self, entry: &cqueue::Entry) {
+        match entry.user_data() {
+            CANCEL => {}
+            KICK => self.0.kick_armed.set(false),
+            key => {
+                let waker = self.0.slots.borrow_mut().complete(key as Key, entry.result());
+                if let Some(waker) = waker {
+                    waker.wake();
+                }
+            }
+        }
+    }
+
+    /// Keeps a read of the eventfd in flight, so that a kick is a completion.
+    fn arm_kick(&self) {
+        if self.0.kick_armed.get() {
+            return;
+        }
+        let (fd, buf) = (types::Fd(self.0.kick.event.as_fd().as_raw_fd()), &self.0.kick_buf);
+        let read = opcode::Read::new(fd, buf.as_ptr(), buf.len() as u32).build().user_data(KICK);
+        self.0.kick_armed.set(self.push(&read).is_ok());
+    }
+
+    /// How to name `file`: its slot in the ring's table if it got one, else its descriptor.
+    fn target(&self, file: FileId) -> io::Result<Target> {
+        if let Some(Some(target)) = self.0.targets.borrow().get(file.0 as usize) {
+            return Ok(*target);
+        }
+        let fd = self.0.files.fd(file)?;
+        let fixed = self.0.has_file_table && file.0 < FIRST_GUEST_SLOT && self.0.update_file_slot(file.0, fd);
+        let target = if fixed { Target::Fixed(file.0) } else { Target::Fd(fd) };
+        let mut targets = self.0.targets.borrow_mut();
+        let index = file.0 as usize;
+        if targets.len() <= index {
+            targets.resize(index + 1, None);
+        }
+        targets[index] = Some(target);
+        Ok(target)
+    }
+
+    /// Runs a file operation, again if the kernel asks for that. The entry's memory lies in `buf`.
+    async fn run(&self, entry: squeue::Entry, buf: Option<Buf>) -> io::Result<usize> {
+        for _ in 0..MAX_RETRIES {
+            let keep = buf.clone().map_or(Keep::Nothing, Keep::Buf);
+            match self.start(entry.clone(), keep, OnDrop::Leave).await {
+                Ok(count) => return Ok(count as usize),
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EINTR) => {}
+                    Some(libc::EAGAIN) => self.sleep(Duration::from_millis(1)).await?,
+                    _ => return Err(error),
+                },
+            }
+        }
+        Err(io::Error::from_raw_os_error(libc::EAGAIN))
+    }
+
+    async fn fallocate(&self, file: FileId, mode: i32, at: u64, len: u64) -> io::Result<()> {
+        let entry = entry_for!(self.target(file)?, |fd| opcode::Fallocate::new(fd, len)
+            .offset(at)
+            .mode(mode)
+            .build());
+        match self.run(entry, None).await {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => {
+                Err(io::Error::new(io::ErrorKind::Unsupported, error))
+            }
+            result => result.map(drop),
+        }
+    }
+}
+
+impl Io for Uring {
+    async fn read(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
+        let len = buf.len().min(MAX_TRANSFER) as u32;
+        let entry =
+            entry_for!(self.target(file)?, |fd| opcode::Read::new(fd, buf.as_ptr(), len).offset(at).build());
+        self.run(entry, Some(buf)).await
+    }
+
+    async fn write(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
+        let len = buf.len().min(MAX_TRANSFER) as u32;
+        let entry =
+            entry_for!(self.target(file)?, |fd| opcode::Write::new(fd, buf.as_ptr(), len).offset(at).build());
+        self.run(entry, Some(buf)).await
+    }
+
+    async fn sync(&self, file: FileId) -> io::Result<()> {
+        let flags = types::FsyncFlags::DATASYNC;
+        let entry = entry_for!(self.target(file)?, |fd| opcode::Fsync::new(fd).flags(flags).build());
+        self.run(entry, None).await.map(drop)
+    }
+
+    async fn allocate(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
+        self.fallocate(file, 0, at, len).await
+    }
+
+    async fn punch_hole(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
+        self.fallocate(file, libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE, at, len).await
+    }
+
+    async fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
+        if !self.0.has_ftruncate {
+            // Kernels before 6.9. Lengths are set while an image is opened, closed or grown, not
+            // by guest requests, so a blocking call is bearable.
+            return self.0.files.set_len(file, len);
+        }
+        let entry = entry_for!(self.target(file)?, |fd| opcode::Ftruncate::new(fd, len).build());
+        self.run(entry, None).await.map(drop)
+    }
+}
+
+/// What dropping an unfinished [`Op`] does to the operation.
+#[derive(Clone, Copy)]
+enum OnDrop {
+    Leave,
+    Cancel,
+}
+
+/// An operation in flight. See [`Uring::submit`].
+#[must_use = "the operation runs, but its result is lost"]
+pub struct Op {
+    ring: Uring,
+    key: Key,
+    on_drop: OnDrop,
+}
+
+impl Future for Op {
+    type Output = io::Result<u32>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        self.ring.0.slots.borrow_mut().poll(self.key, context).map(|result| {
+            u32::try_from(result).map_err(|_| io::Error::from_raw_os_error(result.saturating_neg()))
+        })
+    }
+}
+
+impl Drop for Op {
+    fn drop(&mut self) {
+        let in_flight = self.ring.0.slots.borrow_mut().abandon(self.key);
+        if let (true, OnDrop::Cancel) = (in_flight, self.on_drop) {
+            // If it cannot be submitted the operation runs its course: nobody waits for it.
+            let _ = self.ring.push(&opcode::AsyncCancel::new(u64::from(self.key)).build().user_data(CANCEL));
+        }
+    }
+}
+
+/// A descriptor in the ring's table of files. See [`Uring::register_fd`].
+pub struct Registered<'fd> {
+    ring: Uring,
+    fd: BorrowedFd<'fd>,
+    slot: Option<u32>,
+}
+
+impl Registered<'_> {
+    /// How to name the descriptor in a submission.
+    #[must_use]
+    pub fn target(&self) -> Target {
+        self.slot.map_or(Target::Fd(self.fd.as_raw_fd()), Target::Fixed)
+    }
+}
+
+impl Drop for Registered<'_> {
+    fn drop(&mut self) {
+        if let Some(slot) = self.slot
+            && self.ring.0.update_file_slot(slot, -1)
+        {
+            self.ring.0.guest_slots.borrow_mut().push(slot);
+        }
+    }
+}
+
+impl Inner {
+    /// Puts `fd` (-1: nothing) into the ring's table of files. Returns whether that worked.
+    fn update_file_slot(&self, slot: u32, fd: RawFd) -> bool {
+        self.ring.borrow().submitter().register_files_update(slot, &[fd]).is_ok()
+    }
+}
+
+impl Drop for Uring {
+    fn drop(&mut self) {
+        if Rc::strong_count(&self.0) == 1 {
+            self.drain();
+        }
+    }
+}
+
+impl Uring {
+    /// Waits until the kernel is done with all memory, or leaks what it is not done with.
+    fn drain(&self) {
+        if self.in_flight() == 0 && !self.0.kick_armed.get() {
+            return;
+        }
+        let everything = types::CancelBuilder::any();
+        let _ = self.push(&opcode::AsyncCancel2::new(everything).build().user_data(CANCEL));
+        let deadline = Instant::now() + TEARDOWN;
+        while self.in_flight() > 0 || self.0.kick_armed.get() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() || self.enter(Wait::For(left.min(Duration::from_millis(100)))).is_err() {
+                tracing::error!(in_flight = self.in_flight(), "leaking the memory of I/O that does not end");
+                self.0.slots.borrow_mut().leak();
+                std::mem::forget(self.0.kick_buf.clone());
+                return;
+            }
+            self.reap();
+        }
+    }
+}

@@ -1,0 +1,209 @@
+use super::{
+    setup::{Delivery, build},
+    *,
+};
+use crate::{
+    exec::{Executor, block_on},
+    io::{Access, Storage, files::Caching},
+};
+use std::{fs::File, os::unix::fs::MetadataExt, path::PathBuf, task::Waker};
+
+/// A file of `len` bytes on a disk file system: the build directory, because /tmp may be a tmpfs.
+struct Fixture {
+    dir: tempfile::TempDir,
+    ring: Uring,
+    file: FileId,
+}
+
+impl Fixture {
+    fn new(caching: Caching, len: u64) -> Self {
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = dir.path().join("file");
+        File::create(&path).unwrap().set_len(len).unwrap();
+        let files = Arc::new(Files::new(caching));
+        let file = files.open(&path, Access::ReadWrite).unwrap();
+        Self { dir, ring: Uring::new(files, 16).unwrap(), file }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.dir.path().join("file")
+    }
+
+    fn run<T>(&self, future: impl Future<Output = T>) -> T {
+        block_on(&self.ring, future).unwrap()
+    }
+}
+
+#[test]
+fn what_is_written_is_read_back_directly_and_buffered() {
+    for caching in [Caching::Auto, Caching::Buffered] {
+        let it = Fixture::new(caching, 0);
+        it.run(async {
+            let data = Buf::zeroed(8192);
+            data.slice(512..1024).fill(5);
+            assert_eq!(it.ring.write(it.file, 4096, data.clone()).await.unwrap(), 8192);
+            it.ring.sync(it.file).await.unwrap();
+            let back = Buf::zeroed(16384);
+            assert_eq!(it.ring.read(it.file, 0, back.clone()).await.unwrap(), 12288, "short at the end");
+            assert!(back.slice(0..4096).to_vec().iter().all(|&b| b == 0));
+            assert_eq!(back.slice(4096..12288).to_vec(), data.to_vec());
+        });
+    }
+}
+
+#[test]
+fn space_is_allocated_punched_and_the_length_set() {
+    let it = Fixture::new(Caching::Auto, 0);
+    it.run(async {
+        it.ring.allocate(it.file, 0, 1 << 20).await.unwrap();
+        let full = std::fs::metadata(it.path()).unwrap();
+        assert_eq!((full.len(), full.blocks() * 512), (1 << 20, 1 << 20));
+        let ones = Buf::zeroed(65536);
+        ones.fill(1);
+        it.ring.write(it.file, 65536, ones.clone()).await.unwrap();
+        it.ring.punch_hole(it.file, 65536, 65536).await.unwrap();
+        it.ring.read(it.file, 65536, ones.clone()).await.unwrap();
+        assert!(ones.to_vec().iter().all(|&b| b == 0));
+        let holed = std::fs::metadata(it.path()).unwrap();
+        assert_eq!((holed.len(), holed.blocks() * 512), (1 << 20, (1 << 20) - 65536));
+        it.ring.set_len(it.file, 4096).await.unwrap();
+        assert_eq!(it.ring.files().len(it.file).unwrap(), 4096);
+    });
+}
+
+#[test]
+fn errors_carry_the_kernels_errno() {
+    let it = Fixture::new(Caching::Auto, 4096);
+    let read_only = it.ring.files().open(&it.path(), Access::ReadOnly).unwrap();
+    it.run(async {
+        let error = it.ring.write(read_only, 0, Buf::zeroed(512)).await.unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::EBADF));
+        let error = it.ring.read(FileId(77), 0, Buf::zeroed(512)).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::NotFound);
+    });
+}
+
+/// More operations than the submission queue (16) and the completion queue (64) have room for.
+#[test]
+fn a_thousand_operations_in_flight_overflow_no_queue() {
+    const COUNT: u64 = 1000;
+    let it = Fixture::new(Caching::Auto, COUNT * 512);
+    it.run(async {
+        let mut writes: Vec<_> = (0..COUNT)
+            .map(|index| {
+                let data = Buf::zeroed(512);
+                data.fill(index as u8);
+                Box::pin(it.ring.write(it.file, index * 512, data))
+            })
+            .collect();
+        // Poll all of them first: an operation starts at its future's first poll.
+        std::future::poll_fn(|context| {
+            writes.retain_mut(|write| match write.as_mut().poll(context) {
+                Poll::Ready(result) => {
+                    assert_eq!(result.unwrap(), 512);
+                    false
+                }
+                Poll::Pending => true,
+            });
+            if writes.is_empty() { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    });
+    assert_eq!(it.ring.in_flight(), 0);
+    let bytes = std::fs::read(it.path()).unwrap();
+    assert!(bytes.iter().enumerate().all(|(at, &byte)| byte == (at / 512) as u8));
+}
+
+#[test]
+fn a_dropped_future_neither_loses_its_slot_nor_its_write() {
+    let it = Fixture::new(Caching::Auto, 1 << 20);
+    for round in 0..200_u64 {
+        let data = Buf::zeroed(4096);
+        data.fill(9);
+        let mut write = Box::pin(it.ring.write(it.file, (round % 256) * 4096, data));
+        assert!(write.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        drop(write);
+        it.ring.turn(Wait::No).unwrap();
+    }
+    while it.ring.in_flight() > 0 {
+        it.ring.turn(Wait::For(Duration::from_secs(1))).unwrap();
+    }
+    let bytes = std::fs::read(it.path()).unwrap();
+    assert!(bytes[..200 * 4096].iter().all(|&b| b == 9));
+}
+
+#[test]
+fn dropping_a_timer_cancels_it_and_dropping_the_ring_does_not_hang() {
+    let it = Fixture::new(Caching::Auto, 0);
+    let start = Instant::now();
+    let mut hour = Box::pin(it.ring.sleep(Duration::from_secs(3600)));
+    assert!(hour.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+    drop(hour);
+    while it.ring.in_flight() > 0 {
+        it.ring.turn(Wait::For(Duration::from_secs(1))).unwrap();
+    }
+    // A task that never ends, with a read of an eventfd that nobody writes to.
+    let event = EventFd::from_flags(EfdFlags::EFD_CLOEXEC).unwrap();
+    let executor = Executor::new(it.ring.clone());
+    let buf = Buf::zeroed(8);
+    let read = opcode::Read::new(types::Fd(event.as_fd().as_raw_fd()), buf.as_ptr(), 8).build();
+    // SAFETY: the only memory of the entry is `buf`, which is handed over.
+    let op = unsafe { it.ring.submit(read, Some(buf)) };
+    executor.spawn(async move {
+        let _ = op.await;
+    });
+    executor.block_on(it.ring.sleep(Duration::from_millis(5))).unwrap().unwrap();
+    drop(executor);
+    drop(it);
+    assert!(start.elapsed() < TEARDOWN, "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_registered_descriptor_is_released_with_its_guard() {
+    let it = Fixture::new(Caching::Auto, 4096);
+    let other = File::open(it.path()).unwrap();
+    for _ in 0..20 {
+        let registered = it.ring.register_fd(other.as_fd());
+        assert!(matches!(registered.target(), Target::Fixed(slot) if slot >= FIRST_GUEST_SLOT));
+        let buf = Buf::zeroed(512);
+        let read = entry_for!(registered.target(), |fd| opcode::Read::new(fd, buf.as_ptr(), 512).build());
+        // SAFETY: the only memory of the entry is `buf`, which is handed over.
+        let op = unsafe { it.ring.submit(read, Some(buf)) };
+        assert_eq!(it.run(op).unwrap(), 512);
+    }
+}
+
+/// The refinements that this kernel takes are also what an older one would be left with.
+#[test]
+fn every_kind_of_delivery_works() {
+    for delivery in [Delivery::Deferred, Delivery::Cooperative, Delivery::Plain] {
+        let it = Fixture::new(Caching::Auto, 4096);
+        it.ring.0.ring.replace(build(delivery, 8).unwrap());
+        // SAFETY: a no-op names no memory.
+        let op = unsafe { it.ring.submit(opcode::Nop::new().build(), None) };
+        assert_eq!(it.run(op).unwrap(), 0, "{delivery:?}");
+        it.run(it.ring.sleep(Duration::from_millis(1))).unwrap();
+    }
+}
+
+/// The runtime's own cost: `cargo test --release -p qcow2-engine uring_speed -- --ignored --nocapture`.
+#[test]
+#[ignore = "a measurement, not a check"]
+fn uring_speed() {
+    const OPERATIONS: u32 = 2_000_000;
+    const DEPTH: u32 = 64;
+    let it = Fixture::new(Caching::Auto, 4096);
+    let executor = Executor::new(it.ring.clone());
+    let start = Instant::now();
+    for _ in 0..DEPTH {
+        let ring = it.ring.clone();
+        executor.spawn(async move {
+            for _ in 0..OPERATIONS / DEPTH {
+                // SAFETY: a no-op names no memory.
+                unsafe { ring.submit(opcode::Nop::new().build(), None) }.await.unwrap();
+            }
+        });
+    }
+    executor.run().unwrap();
+    println!("{:?} per no-op", start.elapsed() / OPERATIONS);
+}

@@ -1,0 +1,122 @@
+//! A lane: one thread's way to an image.
+//!
+//! A lane joins an [`Image`], which all threads share, to the [`Io`] of one thread, and counts the
+//! requests that this thread has in flight. The operations themselves are in the modules named
+//! after them; each runs inside [`Lane::in_flight`].
+
+use crate::{
+    alloc::reserve::LaneSpace,
+    epoch::Slots,
+    error::{Error, Result},
+    image::Image,
+    io::Io,
+};
+use std::{
+    cell::RefCell,
+    future::{Future, poll_fn},
+    rc::Rc,
+    sync::Arc,
+    task::{Poll, Waker},
+};
+
+/// One thread's handle of an image. Clones share the handle.
+pub struct Lane<I>(Rc<Inner<I>>);
+
+struct Inner<I> {
+    image: Arc<Image>,
+    io: I,
+    number: usize,
+    slots: Arc<Slots>,
+    free: RefCell<FreeSlots>,
+}
+
+struct FreeSlots {
+    indices: Vec<usize>,
+    waiting: Vec<Waker>,
+}
+
+impl<I> Clone for Lane<I> {
+    fn clone(&self) -> Self {
+        Self(Rc::clone(&self.0))
+    }
+}
+
+impl<I: Io> Lane<I> {
+    /// Makes a lane for up to `depth` requests at a time; more wait for their turn.
+    #[must_use]
+    pub fn new(image: &Arc<Image>, io: I, depth: usize) -> Self {
+        let depth = depth.max(1);
+        let number = {
+            let mut meta = image.meta.lock();
+            meta.lanes.push(LaneSpace::default());
+            meta.lanes.len() - 1
+        };
+        let free = FreeSlots { indices: (0..depth).rev().collect(), waiting: Vec::new() };
+        Self(Rc::new(Inner {
+            slots: image.epochs.register(depth),
+            image: Arc::clone(image),
+            io,
+            number,
+            free: RefCell::new(free),
+        }))
+    }
+
+    /// The image that it leads to.
+    #[must_use]
+    pub fn image(&self) -> &Arc<Image> {
+        &self.0.image
+    }
+
+    /// The thread's I/O.
+    #[must_use]
+    pub fn io(&self) -> &I {
+        &self.0.io
+    }
+
+    pub(crate) fn number(&self) -> usize {
+        self.0.number
+    }
+
+    /// Carries a request out: what it may touch is not reused until it ends. A request whose future
+    /// is dropped half-way never ends, because the kernel may still work on it; then nothing that is
+    /// freed later is reused until the image is opened again.
+    pub(crate) async fn in_flight<T>(&self, request: impl Future<Output = T>) -> T {
+        let inner = &*self.0;
+        let index = poll_fn(|context| {
+            let mut free = inner.free.borrow_mut();
+            match free.indices.pop() {
+                Some(index) => Poll::Ready(index),
+                None => {
+                    free.waiting.push(context.waker().clone());
+                    Poll::Pending
+                }
+            }
+        })
+        .await;
+        inner.image.epochs.enter(&inner.slots, index);
+        let output = request.await;
+        inner.slots.leave(index);
+        let waiting = {
+            let mut free = inner.free.borrow_mut();
+            free.indices.push(index);
+            std::mem::take(&mut free.waiting)
+        };
+        waiting.into_iter().for_each(Waker::wake);
+        output
+    }
+
+    /// Checks that a request lies inside the virtual disk.
+    pub(crate) fn check_range(&self, at: u64, len: u64) -> Result<()> {
+        let size = self.image().virtual_size().next_multiple_of(512);
+        match at.checked_add(len) {
+            Some(end) if end <= size => Ok(()),
+            _ => Err(Error::OutOfRange { at, len, size }),
+        }
+    }
+}
+
+impl<I> Drop for Inner<I> {
+    fn drop(&mut self) {
+        self.image.epochs.unregister(&self.slots);
+    }
+}

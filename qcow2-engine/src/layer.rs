@@ -1,0 +1,136 @@
+//! One file of a backing chain, and how a guest offset is found in it.
+//!
+//! A layer knows its geometry and its L1 table (always in memory, as atomics: only the top layer's
+//! ever changes); L2 slices are in the cache that all layers share. Nothing here waits: a look-up
+//! either answers or names the slice that has to be loaded.
+
+use crate::{
+    cache::slices::{SLICE_BYTES, SliceCache, SliceKey},
+    error::{Error, Result},
+    io::FileId,
+};
+use qcow2_format::{Compression, Geometry, L1Entry, Mapping};
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+/// A file of the chain.
+pub(crate) enum Layer {
+    Qcow2(Qcow2Layer),
+    Raw(RawLayer),
+}
+
+/// A raw backing file.
+pub(crate) struct RawLayer {
+    pub(crate) file: FileId,
+    pub(crate) name: Arc<str>,
+    /// Length in bytes, rounded up to a sector: the tail of an odd last sector reads as zeros.
+    pub(crate) len: u64,
+}
+
+/// A QCOW2 file.
+pub(crate) struct Qcow2Layer {
+    pub(crate) index: u16,
+    pub(crate) file: FileId,
+    pub(crate) name: Arc<str>,
+    pub(crate) geometry: Geometry,
+    pub(crate) compression: Compression,
+    /// The L1 table's entries, padded to whole pages.
+    pub(crate) l1: Box<[AtomicU64]>,
+    /// Byte offset of the L1 table in the file.
+    pub(crate) l1_at: u64,
+}
+
+/// What a look-up in one layer gives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Lookup {
+    /// The L1 table has no L2 table for the offset.
+    NoTable,
+    /// The cluster's mapping.
+    Entry(Mapping),
+    /// This slice has to be loaded first.
+    Miss(SliceKey),
+}
+
+impl Layer {
+    pub(crate) fn file(&self) -> FileId {
+        match self {
+            Self::Qcow2(layer) => layer.file,
+            Self::Raw(layer) => layer.file,
+        }
+    }
+
+    pub(crate) fn name(&self) -> &Arc<str> {
+        match self {
+            Self::Qcow2(layer) => &layer.name,
+            Self::Raw(layer) => &layer.name,
+        }
+    }
+}
+
+impl Qcow2Layer {
+    /// Bytes of an L2 slice: a page, or the whole table where that is smaller.
+    pub(crate) fn slice_bytes(&self) -> u64 {
+        self.geometry.cluster_size().min(SLICE_BYTES)
+    }
+
+    /// Clusters that a slice maps.
+    pub(crate) fn slice_entries(&self) -> u64 {
+        self.slice_bytes() / self.geometry.l2_entry_bytes()
+    }
+
+    pub(crate) fn slices_per_table(&self) -> u64 {
+        self.geometry.cluster_size() / self.slice_bytes()
+    }
+
+    /// Number of slices of the whole layer.
+    pub(crate) fn slice_count(&self) -> u64 {
+        self.l1.len() as u64 * self.slices_per_table()
+    }
+
+    /// The slice and the entry in it that map a guest offset.
+    #[inline]
+    pub(crate) fn slice_at(&self, guest: u64) -> (SliceKey, usize) {
+        let cluster = guest >> self.geometry.cluster_bits;
+        let entries = self.slice_entries();
+        (SliceKey { layer: self.index, slice: cluster / entries }, (cluster % entries) as usize)
+    }
+
+    /// The L1 entry for a guest offset.
+    pub(crate) fn l1_entry(&self, guest: u64) -> Result<L1Entry> {
+        let index = self.geometry.l1_index(guest) as usize;
+        let raw = self.l1.get(index).map_or(0, |entry| entry.load(Ordering::Acquire));
+        L1Entry::decode(raw, &self.geometry).map_err(|source| self.corrupt("L1", guest, source))
+    }
+
+    /// Where a slice lies in the file, if its table exists.
+    pub(crate) fn slice_location(&self, slice: u64) -> Result<Option<u64>> {
+        let guest = (slice * self.slice_entries()) << self.geometry.cluster_bits;
+        Ok(match self.l1_entry(guest)? {
+            L1Entry::Unallocated => None,
+            L1Entry::Table { offset, .. } => {
+                Some(offset.0 + slice % self.slices_per_table() * self.slice_bytes())
+            }
+        })
+    }
+
+    /// Looks the mapping of a guest offset up.
+    #[inline]
+    pub(crate) fn look_up(&self, cache: &SliceCache, guest: u64) -> Result<Lookup> {
+        let (key, index) = self.slice_at(guest);
+        if let Some(raw) = cache.entry(key, index) {
+            return Mapping::decode(raw, &self.geometry)
+                .map(Lookup::Entry)
+                .map_err(|source| self.corrupt("L2", guest, source));
+        }
+        Ok(match self.l1_entry(guest)? {
+            L1Entry::Unallocated => Lookup::NoTable,
+            L1Entry::Table { .. } => Lookup::Miss(key),
+        })
+    }
+
+    pub(crate) fn corrupt(&self, table: &'static str, at: u64, source: qcow2_format::Corruption) -> Error {
+        Error::Corrupt { file: Arc::clone(&self.name), table, at, source }
+    }
+}

@@ -1,0 +1,58 @@
+//! Everything about the top layer's metadata that changes under the one metadata lock.
+//!
+//! The lock is held for short, synchronous steps and never across an await. What readers need
+//! (L1 entries and L2 slices) is not here: it is atomic and read without the lock, but *written*
+//! only while it is held.
+
+use crate::{
+    alloc::{
+        frees::{Free, Frees},
+        refcounts::Refcounts,
+        reserve::LaneSpace,
+        space::Space,
+    },
+    epoch::Epochs,
+    order::graph::Graph,
+};
+use qcow2_format::Geometry;
+use std::{ops::Range, sync::Arc};
+
+/// The mutable metadata of the top layer.
+pub(crate) struct Meta {
+    pub(crate) file: Arc<str>,
+    pub(crate) geometry: Geometry,
+    pub(crate) graph: Graph,
+    pub(crate) refcounts: Refcounts,
+    pub(crate) space: Space,
+    pub(crate) lanes: Vec<LaneSpace>,
+    pub(crate) frees: Frees,
+    pub(crate) header: HeaderPage,
+    /// Cuts begun so far; the number of the cut under way or of the last one.
+    pub(crate) cuts_begun: u64,
+    pub(crate) epochs: Arc<Epochs>,
+}
+
+/// The first bytes of the file as they are, or are about to be, on disk.
+pub(crate) struct HeaderPage(pub(crate) Vec<u8>);
+
+impl HeaderPage {
+    pub(crate) fn set_u64(&mut self, at: usize, value: u64) {
+        self.0[at..at + 8].copy_from_slice(&value.to_be_bytes());
+    }
+
+    pub(crate) fn set_u32(&mut self, at: usize, value: u32) {
+        self.0[at..at + 4].copy_from_slice(&value.to_be_bytes());
+    }
+}
+
+impl Meta {
+    /// Nothing in memory refers to these clusters any more, as of now: one reference to each is
+    /// given back when R5 allows it.
+    pub(crate) fn unmapped(&mut self, clusters: Range<u64>) {
+        if clusters.is_empty() {
+            return;
+        }
+        let (cut, epoch) = (self.cuts_begun + 1, self.epochs.advance());
+        clusters.for_each(|cluster| self.frees.push(Free { cluster, cut, epoch }));
+    }
+}

@@ -1,0 +1,285 @@
+//! Opening an image with its chain, and what its first change needs.
+
+use crate::{
+    alloc::{frees::Frees, refcounts::Refcounts, space::Space},
+    backing::{self, Format, MAX_CHAIN},
+    cache::slices::{SLICE_BYTES, SliceCache},
+    epoch::Epochs,
+    error::{Error, Result},
+    flush::Flusher,
+    image::Image,
+    io::{Access, Buf, FileId, Io, Storage, exact},
+    lane::Lane,
+    layer::{Layer, Qcow2Layer, RawLayer},
+    locks::RangeLocks,
+    meta::{HeaderPage, Meta},
+    order::graph::Graph,
+};
+use parking_lot::Mutex;
+use qcow2_format::{Geometry, Header, Version, header, header::HEADER_READ_BYTES};
+use std::{
+    io,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
+};
+
+/// The L2 cache's size where the caller does not say: QEMU's default, which maps 256 GiB at 64 KiB
+/// clusters.
+pub const DEFAULT_CACHE_BYTES: u64 = 32 << 20;
+/// A quarter of the L2 cache's size is kept of refcount pages, this many at least.
+const MIN_REFCOUNT_PAGES: usize = 64;
+
+/// How to open an image.
+#[derive(Clone, Debug)]
+pub struct OpenOptions {
+    /// Never change the image.
+    pub read_only: bool,
+    /// Bytes of L2 tables to keep in memory.
+    pub cache_bytes: u64,
+    /// The format of a backing file where the image does not say it.
+    pub backing_format: Option<Format>,
+}
+
+impl Default for OpenOptions {
+    fn default() -> Self {
+        Self { read_only: false, cache_bytes: DEFAULT_CACHE_BYTES, backing_format: None }
+    }
+}
+
+/// Whether the autoclear bits have been dealt with.
+pub(crate) struct Autoclear {
+    is_clear: AtomicBool,
+    clearing: RangeLocks,
+}
+
+/// A file of the chain as it is opened.
+struct Opened {
+    file: FileId,
+    path: PathBuf,
+    name: Arc<str>,
+    len: u64,
+}
+
+impl Image {
+    /// Opens an image and its backing chain.
+    ///
+    /// # Errors
+    /// A file cannot be opened or read, is not a sound QCOW2 image, needs a feature that is not
+    /// served, or its backing chain cannot be followed. Nothing has been changed.
+    pub async fn open<I: Io>(
+        io: &I,
+        storage: &(impl Storage + ?Sized),
+        path: &Path,
+        options: &OpenOptions,
+    ) -> Result<Arc<Self>> {
+        let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
+        let top = open_file(storage, path, access)?;
+        let (header, first_page) = read_header(io, &top).await?;
+        let mut layers = vec![Layer::Qcow2(load_layer(io, &top, &header, 0).await?)];
+        let mut next = backing::of(&header, path, options.backing_format)?;
+        while let Some(backing) = next.take() {
+            let overlay = layers.last().map(|layer| Arc::clone(layer.name())).unwrap_or_default();
+            if layers.len() == MAX_CHAIN {
+                let reason = format!("the backing chain is longer than {MAX_CHAIN} files, or a loop");
+                return Err(Error::Backing { file: overlay, reason });
+            }
+            let opened = open_file(storage, &backing.path, Access::ReadOnly)?;
+            layers.push(match backing.format {
+                Format::Raw => Layer::Raw(RawLayer {
+                    file: opened.file,
+                    name: opened.name,
+                    len: opened.len.next_multiple_of(512),
+                }),
+                Format::Qcow2 => {
+                    let (header, _) = read_header(io, &opened).await?;
+                    next = backing::of(&header, &opened.path, options.backing_format)?;
+                    Layer::Qcow2(load_layer(io, &opened, &header, layers.len() as u16).await?)
+                }
+            });
+        }
+        let refcount_table =
+            if options.read_only { Vec::new() } else { read_refcount_table(io, &top, &header).await? };
+        Ok(Arc::new(Self::assemble(layers, &top, &header, first_page, refcount_table, options)))
+    }
+
+    fn assemble(
+        layers: Vec<Layer>,
+        top: &Opened,
+        header: &Header,
+        first_page: Vec<u8>,
+        refcount_table: Vec<u64>,
+        options: &OpenOptions,
+    ) -> Self {
+        let geometry = header.geometry();
+        let slices: Vec<u64> = layers
+            .iter()
+            .map(|layer| match layer {
+                Layer::Qcow2(layer) => layer.slice_count(),
+                Layer::Raw(_) => 0,
+            })
+            .collect();
+        let cache = SliceCache::new(options.cache_bytes, &slices);
+        let refcount_pages = (cache.slot_count() / 4).max(MIN_REFCOUNT_PAGES);
+        let epochs = Arc::new(Epochs::new());
+        let meta = Meta {
+            file: Arc::clone(&top.name),
+            geometry,
+            graph: Graph::default(),
+            refcounts: Refcounts::new(
+                Arc::clone(&top.name),
+                geometry,
+                refcount_table,
+                header.refcount_table.0,
+                refcount_pages,
+            ),
+            space: Space {
+                cursor: 0,
+                fresh_from: geometry.clusters_for(top.len),
+                file_end: top.len,
+                fixed: fixed_ranges(header, &geometry),
+            },
+            lanes: Vec::new(),
+            frees: Frees::default(),
+            header: HeaderPage(first_page),
+            cuts_begun: 0,
+            epochs: Arc::clone(&epochs),
+        };
+        Self {
+            layers,
+            cache,
+            meta: Mutex::new(meta),
+            epochs,
+            flusher: Flusher::default(),
+            autoclear: Autoclear {
+                is_clear: AtomicBool::new(header.version == Version::V2 || header.stale_autoclear(0) == 0),
+                clearing: RangeLocks::default(),
+            },
+            read_only: options.read_only,
+            opened_len: top.len,
+            mappings: RangeLocks::default(),
+            tables: RangeLocks::default(),
+            loads: RangeLocks::default(),
+            refills: RangeLocks::default(),
+            growth: RangeLocks::default(),
+            reclaiming: RangeLocks::default(),
+        }
+    }
+}
+
+impl<I: Io> Lane<I> {
+    /// Clears the autoclear bits before the first change, durably: what they vouch for (bitmaps,
+    /// and whatever a later QEMU adds) is not kept true here.
+    pub(crate) async fn clear_autoclear(&self) -> Result<()> {
+        let image = self.image();
+        if image.autoclear.is_clear.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let _clearing = image.autoclear.clearing.acquire(0..1).await;
+        if image.autoclear.is_clear.load(Ordering::Acquire) {
+            return Ok(());
+        }
+        let page = {
+            let mut meta = image.meta.lock();
+            meta.header.set_u64(header::AUTOCLEAR_OFFSET as usize, 0);
+            Buf::from_bytes(&meta.header.0)
+        };
+        let file = image.top().file;
+        exact::write_all(self.io(), file, 0, &page)
+            .await
+            .map_err(|source| image.io_error("header write", file, 0, source))?;
+        self.barrier().await?;
+        image.autoclear.is_clear.store(true, Ordering::Release);
+        Ok(())
+    }
+}
+
+fn open_file(storage: &(impl Storage + ?Sized), path: &Path, access: Access) -> Result<Opened> {
+    let failed = |source| Error::Open { path: path.to_owned(), source: Arc::new(source) };
+    let file = storage.open(path, access).map_err(failed)?;
+    let len = storage.len(file).map_err(failed)?;
+    Ok(Opened { file, path: path.to_owned(), name: Arc::from(path.to_string_lossy()), len })
+}
+
+impl Opened {
+    /// Reads `len` bytes, rounded up to whole sectors for direct I/O.
+    async fn read(&self, io: &impl Io, operation: &'static str, at: u64, len: usize) -> Result<Vec<u8>> {
+        let buf = Buf::zeroed(len.next_multiple_of(512));
+        exact::read_zero_extended(io, self.file, at, &buf)
+            .await
+            .map_err(|source| self.failed(operation, at, source))?;
+        let mut bytes = buf.to_vec();
+        bytes.truncate(len);
+        Ok(bytes)
+    }
+
+    fn failed(&self, operation: &'static str, at: u64, source: io::Error) -> Error {
+        Error::Io { operation, file: Arc::clone(&self.name), at, source: Arc::new(source) }
+    }
+
+    fn damaged(&self, source: qcow2_format::FormatError) -> Error {
+        Error::Format { file: Arc::clone(&self.name), source: Arc::new(source) }
+    }
+}
+
+/// The checked header, and the first page of the file for later changes to it.
+async fn read_header(io: &impl Io, opened: &Opened) -> Result<(Header, Vec<u8>)> {
+    let damaged = |source| opened.damaged(source);
+    let some = (HEADER_READ_BYTES as u64).min(opened.len) as usize;
+    let mut bytes = opened.read(io, "header read", 0, some).await?;
+    let needed = Header::decode_prefix(&bytes, opened.len).map_err(damaged)?;
+    if needed > bytes.len() {
+        bytes = opened.read(io, "header read", 0, needed).await?;
+    }
+    let header = Header::decode(&bytes, opened.len).map_err(damaged)?;
+    header
+        .check_supported()
+        .map_err(|source| Error::Unsupported { file: Arc::clone(&opened.name), source: Arc::new(source) })?;
+    bytes.resize(header.geometry().cluster_size().min(SLICE_BYTES) as usize, 0);
+    Ok((header, bytes))
+}
+
+async fn load_layer(io: &impl Io, opened: &Opened, header: &Header, index: u16) -> Result<Qcow2Layer> {
+    let geometry = header.geometry();
+    let page = geometry.cluster_size().min(SLICE_BYTES);
+    let len = (u64::from(header.l1_entries) * 8).next_multiple_of(page) as usize;
+    let bytes = opened.read(io, "L1 table read", header.l1_table.0, len).await?;
+    Ok(Qcow2Layer {
+        index,
+        file: opened.file,
+        name: Arc::clone(&opened.name),
+        geometry,
+        compression: header.compression,
+        l1: table_entries(&bytes).map(AtomicU64::new).collect(),
+        l1_at: header.l1_table.0,
+    })
+}
+
+async fn read_refcount_table(io: &impl Io, opened: &Opened, header: &Header) -> Result<Vec<u64>> {
+    let len = u64::from(header.refcount_table_clusters) << header.cluster_bits;
+    let bytes = opened.read(io, "refcount table read", header.refcount_table.0, len as usize).await?;
+    Ok(table_entries(&bytes).collect())
+}
+
+fn table_entries(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+    bytes.chunks_exact(8).map(|entry| u64::from_be_bytes(entry.try_into().unwrap_or_default()))
+}
+
+/// Host clusters that the header points to: never handed out, even if their refcount is wrong.
+fn fixed_ranges(header: &Header, geometry: &Geometry) -> Vec<Range<u64>> {
+    let range = |at: u64, len: u64| at >> geometry.cluster_bits..geometry.clusters_for(at + len);
+    let mut fixed = vec![
+        range(0, 1),
+        range(header.refcount_table.0, u64::from(header.refcount_table_clusters) << header.cluster_bits),
+    ];
+    if header.l1_entries > 0 {
+        fixed.push(range(header.l1_table.0, u64::from(header.l1_entries) * 8));
+    }
+    if header.snapshot_count > 0 {
+        fixed.push(range(header.snapshot_table.0, 1));
+    }
+    fixed
+}

@@ -1,0 +1,86 @@
+//! The ordering rules, each with its name and its one constructor.
+//!
+//! Their text and the argument for them stand in docs/crash-consistency.md. A [`Rule`] says that a
+//! page may be written only after something else is durable: another page, or the payload that was
+//! written before the page was changed. Rule 5 (freeing runs backwards) is not an edge between pages:
+//! [`crate::alloc::frees`] holds a freed cluster back until the cut that unmaps it is durable. Rule 6
+//! is what a flush waits for: [`crate::flush`].
+
+/// A metadata page: the unit of write-back. Numbers count pages (or slices) from the table's start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Page {
+    /// A page of the refcount blocks, counted over all blocks.
+    Refcount(u64),
+    /// A page of the refcount table.
+    RefcountTable(u64),
+    /// A slice of an L2 table, in guest order.
+    L2(u64),
+    /// A page of the active L1 table.
+    L1(u64),
+    /// The image header's first page.
+    Header,
+}
+
+/// What has to be durable first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) enum Before {
+    /// The page's present content.
+    Page(Page),
+    /// Everything that was written to data clusters up to now.
+    Payload,
+}
+
+/// The rules' numbers, as in docs/crash-consistency.md.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum RuleName {
+    /// R1: a refcount is raised before anything refers to the cluster.
+    RefcountBeforeReference,
+    /// R2: a new refcount block is written before the refcount table points to it.
+    BlockBeforeTable,
+    /// R2: a moved table is written before the header points to it.
+    TableBeforeHeader,
+    /// R3: payload, COW edges and zeroing of a new cluster precede the entry that publishes it.
+    PayloadBeforeMapping,
+    /// R4: a new L2 table's content precedes its L1 entry.
+    L2BeforeL1,
+}
+
+/// One ordering constraint: `before` is durable before `page` is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Rule {
+    pub(crate) name: RuleName,
+    pub(crate) before: Before,
+    pub(crate) page: Page,
+}
+
+impl Rule {
+    /// R1. `count` holds (or leads to) the refcount of a cluster that `reference` now points to.
+    pub(crate) fn refcount_before_reference(count: Page, reference: Page) -> Self {
+        Self { name: RuleName::RefcountBeforeReference, before: Before::Page(count), page: reference }
+    }
+
+    /// R2. `block` is a page of a new refcount block that `table` now points to.
+    pub(crate) fn block_before_table(block: Page, table: Page) -> Self {
+        Self { name: RuleName::BlockBeforeTable, before: Before::Page(block), page: table }
+    }
+
+    /// R2. `table` is a page of a table whose place the header is about to name.
+    pub(crate) fn table_before_header(table: Page) -> Self {
+        Self { name: RuleName::TableBeforeHeader, before: Before::Page(table), page: Page::Header }
+    }
+
+    /// R3. `mapping` publishes a cluster whose bytes were written before now.
+    pub(crate) fn payload_before_mapping(mapping: Page) -> Self {
+        Self { name: RuleName::PayloadBeforeMapping, before: Before::Payload, page: mapping }
+    }
+
+    /// R4. `l1` points to a new L2 table whose content was written, as a whole, before now.
+    pub(crate) fn table_content_before_l1(l1: Page) -> Self {
+        Self { name: RuleName::L2BeforeL1, before: Before::Payload, page: l1 }
+    }
+
+    /// R4. `slice` belongs to a new L2 table that `l1` now points to.
+    pub(crate) fn l2_before_l1(slice: Page, l1: Page) -> Self {
+        Self { name: RuleName::L2BeforeL1, before: Before::Page(slice), page: l1 }
+    }
+}

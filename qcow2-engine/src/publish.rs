@@ -1,0 +1,183 @@
+//! Changing the mapping: L2 tables made writable, entries set, the rules that follow recorded.
+//!
+//! This is the only module that writes L1 and L2 entries. Readers see each entry change at once;
+//! the disk follows when the metadata is written back, in the order that is recorded here.
+
+use crate::{
+    cache::slices::SliceKey,
+    error::Result,
+    image::Image,
+    io::{Buf, Io, exact},
+    lane::Lane,
+    meta::Meta,
+    order::rules::{Page, Rule},
+};
+use qcow2_format::{HostOffset, L1Entry, Mapping};
+use std::{ops::Range, sync::atomic::Ordering};
+
+impl<I: Io> Lane<I> {
+    /// Makes sure that the L2 table for a guest offset exists and belongs to the active mapping
+    /// alone, so that its entries may be changed.
+    pub(crate) async fn prepare_table(&self, guest: u64) -> Result<()> {
+        let image = self.image();
+        let layer = image.top();
+        if matches!(layer.l1_entry(guest)?, L1Entry::Table { copied: true, .. }) {
+            return Ok(());
+        }
+        let index = layer.geometry.l1_index(guest);
+        let _table = image.tables.acquire(index..index + 1).await;
+        match layer.l1_entry(guest)? {
+            L1Entry::Table { copied: true, .. } => Ok(()),
+            L1Entry::Table { offset, copied: false } => self.copy_table(index, offset).await,
+            L1Entry::Unallocated => self.create_table(index).await,
+        }
+    }
+
+    /// Gives an L1 entry a new, empty table.
+    async fn create_table(&self, index: u64) -> Result<()> {
+        let image = self.image();
+        let mut reservation = self.reserve(1).await?;
+        if !reservation.is_fresh() {
+            let zeros = Buf::zeroed(image.geometry().cluster_size() as usize);
+            reservation.begin_writing();
+            let written = self.write_table(reservation.clusters().start, &zeros).await;
+            reservation.end_writing();
+            written?;
+        }
+        let cluster = reservation.clusters().start;
+        image.publish_table(&mut image.meta.lock(), index, cluster);
+        reservation.commit();
+        Ok(())
+    }
+
+    /// Replaces a table that a snapshot shares by a copy.
+    async fn copy_table(&self, index: u64, shared: HostOffset) -> Result<()> {
+        let image = self.image();
+        let file = image.top().file;
+        let mut reservation = self.reserve(1).await?;
+        let table = Buf::zeroed(image.geometry().cluster_size() as usize);
+        exact::read_zero_extended(self.io(), file, shared.0, &table)
+            .await
+            .map_err(|source| image.io_error("read of a shared L2 table", file, shared.0, source))?;
+        reservation.begin_writing();
+        let written = self.write_table(reservation.clusters().start, &table).await;
+        reservation.end_writing();
+        written?;
+        let cluster = reservation.clusters().start;
+        let old = shared.0 >> image.geometry().cluster_bits;
+        {
+            let mut meta = image.meta.lock();
+            image.publish_table(&mut meta, index, cluster);
+            meta.unmapped(old..old + 1);
+        }
+        reservation.commit();
+        Ok(())
+    }
+
+    async fn write_table(&self, cluster: u64, bytes: &Buf) -> Result<()> {
+        let image = self.image();
+        let (file, at) = (image.top().file, cluster << image.geometry().cluster_bits);
+        exact::write_all(self.io(), file, at, bytes)
+            .await
+            .map_err(|source| image.io_error("write of an L2 table", file, at, source))
+    }
+
+    /// Changes the mapping of guest clusters that lie in one slice, whose table is writable and
+    /// whose range the caller has locked. `change` gives the new mapping, or `None` to leave a
+    /// cluster alone. `referred` are the host clusters that the new mappings refer to. What the old
+    /// mappings referred to, and the new ones do not, is freed.
+    pub(crate) async fn publish(
+        &self,
+        guest: Range<u64>,
+        referred: Option<Range<u64>>,
+        change: impl Fn(u64) -> Option<Mapping>,
+    ) -> Result<()> {
+        let image = self.image();
+        let key = image.top().slice_at(guest.start << image.geometry().cluster_bits).0;
+        loop {
+            if image.try_publish(key, guest.clone(), referred.clone(), &change)? {
+                return Ok(());
+            }
+            self.load_slice(key).await?;
+        }
+    }
+}
+
+impl Image {
+    /// Points an L1 entry at a table whose content is in the file, though not yet durable.
+    fn publish_table(&self, meta: &mut Meta, index: u64, cluster: u64) {
+        let entry =
+            L1Entry::Table { offset: HostOffset(cluster << self.geometry().cluster_bits), copied: true };
+        self.top().l1[index as usize].store(entry.encode(), Ordering::Release);
+        let page = self.l1_page(index);
+        meta.graph.require(Rule::table_content_before_l1(page));
+        meta.refer(cluster..cluster + 1, page);
+    }
+
+    /// The page of the L1 table that holds an entry.
+    pub(crate) fn l1_page(&self, index: u64) -> Page {
+        Page::L1(index * 8 / self.top().slice_bytes())
+    }
+
+    /// One attempt at [`Lane::publish`]: false when the slice is not in memory. Old entries are all
+    /// decoded before the first one is changed, so that damage is found while nothing has happened.
+    fn try_publish(
+        &self,
+        key: SliceKey,
+        guest: Range<u64>,
+        referred: Option<Range<u64>>,
+        change: impl Fn(u64) -> Option<Mapping>,
+    ) -> Result<bool> {
+        let layer = self.top();
+        let geometry = &layer.geometry;
+        let mut meta = self.meta.lock();
+        let mut changes = Vec::with_capacity((guest.end - guest.start) as usize);
+        for cluster in guest.clone() {
+            let (_, index) = layer.slice_at(cluster << geometry.cluster_bits);
+            let Some(raw) = self.cache.entry(key, index) else { return Ok(false) };
+            let old = Mapping::decode(raw, geometry)
+                .map_err(|source| layer.corrupt("L2", cluster << geometry.cluster_bits, source))?;
+            if let Some(new) = change(cluster).filter(|&new| new != old) {
+                changes.push((index, old, new));
+            }
+        }
+        if changes.is_empty() {
+            return Ok(true);
+        }
+        let page = Page::L2(key.slice);
+        for &(index, _, new) in &changes {
+            self.cache.set_entry(key, index, new.encode(geometry));
+        }
+        self.cache.set_pinned(key, true);
+        meta.graph.touch(page);
+        let l1_page = self.l1_page(geometry.l1_index(guest.start << geometry.cluster_bits));
+        if meta.graph.is_dirty(l1_page) {
+            meta.graph.require(Rule::l2_before_l1(page, l1_page));
+        }
+        if let Some(clusters) = referred {
+            meta.graph.require(Rule::payload_before_mapping(page));
+            meta.refer(clusters, page);
+        }
+        for (_, old, new) in changes {
+            if old.host().is_none() || old.host() != new.host() {
+                meta.unmapped(self.referred_by(old));
+            }
+        }
+        Ok(true)
+    }
+
+    /// The host clusters to which a mapping holds a reference.
+    fn referred_by(&self, mapping: Mapping) -> Range<u64> {
+        let bits = self.geometry().cluster_bits;
+        match mapping {
+            Mapping::Unallocated | Mapping::Zero { host: None, .. } => 0..0,
+            Mapping::Data { host, .. } | Mapping::Zero { host: Some(host), .. } => {
+                host.0 >> bits..(host.0 >> bits) + 1
+            }
+            Mapping::Compressed(range) => {
+                let clusters = range.host_clusters(self.geometry());
+                *clusters.start()..clusters.end() + 1
+            }
+        }
+    }
+}

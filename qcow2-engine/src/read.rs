@@ -1,0 +1,87 @@
+//! The life of a read: resolve, move the bytes of each extent, done.
+
+use crate::{
+    decompress,
+    error::{Error, Result},
+    io::{Buf, Io, exact},
+    lane::Lane,
+    resolve::{Extent, Extents},
+};
+use futures_util::future::join_all;
+use std::sync::Arc;
+
+impl<I: Io> Lane<I> {
+    /// Reads `buf.len()` bytes of the virtual disk from `at`. Both are multiples of 512 bytes.
+    ///
+    /// # Errors
+    /// Beyond the end of the disk; damage to the mapping; a failed read of an image file. The
+    /// buffer's content is then undefined.
+    pub async fn read(&self, at: u64, buf: Buf) -> Result<()> {
+        self.check_range(at, buf.len() as u64)?;
+        self.in_flight(async {
+            let extents = self.resolve(at, buf.len() as u64).await?;
+            self.fill(&extents, &buf).await
+        })
+        .await
+    }
+
+    /// Where the bytes of a range are, for a caller who moves them.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub async fn map(&self, at: u64, len: u64) -> Result<Extents> {
+        self.check_range(at, len)?;
+        self.in_flight(self.resolve(at, len)).await
+    }
+
+    /// Reads all extents into the buffer that they cover together.
+    pub(crate) async fn fill(&self, extents: &Extents, buf: &Buf) -> Result<()> {
+        if let [extent] = extents[..] {
+            return self.fill_one(extent, buf.clone()).await;
+        }
+        let mut done = 0;
+        let parts = extents.iter().map(|&extent| {
+            let part = buf.slice(done..done + extent.len() as usize);
+            done += part.len();
+            self.fill_one(extent, part)
+        });
+        join_all(parts).await.into_iter().collect()
+    }
+
+    async fn fill_one(&self, extent: Extent, buf: Buf) -> Result<()> {
+        match extent {
+            Extent::Zero { .. } => buf.fill(0),
+            Extent::Data { file, at, .. } => exact::read_zero_extended(self.io(), file, at, &buf)
+                .await
+                .map_err(|source| self.image().io_error("read", file, at, source))?,
+            Extent::Compressed { layer, range, skip, .. } => {
+                let cluster = self.decompress(layer, range).await?;
+                let skip = skip as usize;
+                buf.copy_from(0, &cluster[skip..skip + buf.len()]);
+            }
+        }
+        Ok(())
+    }
+
+    /// The bytes of a compressed cluster.
+    async fn decompress(&self, layer: u16, range: qcow2_format::CompressedRange) -> Result<Vec<u8>> {
+        let layer = self.image().qcow2_layer(layer);
+        // Whole sectors around the compressed bytes, for direct I/O.
+        let start = range.offset & !511;
+        let buf =
+            Buf::zeroed((range.offset + range.len).next_multiple_of(512).saturating_sub(start) as usize);
+        exact::read_zero_extended(self.io(), layer.file, start, &buf).await.map_err(|source| {
+            self.image().io_error("read of a compressed cluster", layer.file, start, source)
+        })?;
+        let bytes = buf.to_vec();
+        let skip = (range.offset - start) as usize;
+        let len = layer.geometry.cluster_size() as usize;
+        decompress::cluster(layer.compression, &bytes[skip..skip + range.len as usize], len).map_err(
+            |reason| Error::Decompress {
+                file: Arc::clone(&layer.name),
+                at: range.offset,
+                reason: reason.to_string(),
+            },
+        )
+    }
+}

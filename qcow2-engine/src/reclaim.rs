@@ -1,0 +1,159 @@
+//! Giving freed clusters back: hole punched, refcount lowered, free for reuse (R5).
+//!
+//! Runs beside the requests, never on their way. A cluster that waited in `frees` long enough is
+//! still counted while its hole is punched, so nobody can be given it in the meantime; the count is
+//! lowered afterwards. That the unmapping is durable by then is what makes the punch safe.
+
+use crate::{alloc::refcounts::Count, error::Result, image::Image, io::Io, lane::Lane, order::rules::Page};
+use std::{collections::BTreeMap, io::ErrorKind, ops::Range};
+
+/// References given back per step, so that a step is bounded.
+const STEP: usize = 4096;
+
+/// References that are being given back: cluster → how many. What is left when it is dropped goes
+/// back into the queue.
+struct Batch<'a> {
+    image: &'a Image,
+    references: BTreeMap<u64, u64>,
+}
+
+impl Drop for Batch<'_> {
+    fn drop(&mut self) {
+        if self.references.is_empty() {
+            return;
+        }
+        let mut meta = self.image.meta.lock();
+        for (&cluster, &gone) in &self.references {
+            (0..gone).for_each(|_| meta.unmapped(cluster..cluster + 1));
+        }
+    }
+}
+
+impl<I: Io> Lane<I> {
+    /// One pass of the work that nobody waits for: writes dirty metadata back and gives freed
+    /// clusters back. Call it every second or so, from one lane of an image.
+    ///
+    /// # Errors
+    /// As [`Self::flush`]; nothing is lost, the next pass tries again.
+    pub async fn maintain(&self) -> Result<()> {
+        let idle = {
+            let meta = self.image().meta.lock();
+            meta.graph.len() == 0 && meta.frees.len() == 0
+        };
+        if idle || self.image().read_only {
+            return Ok(());
+        }
+        self.write_back().await?;
+        self.reclaim().await
+    }
+
+    /// Gives back what may be given back by now.
+    pub(crate) async fn reclaim(&self) -> Result<()> {
+        let image = self.image();
+        let _reclaiming = image.reclaiming.acquire(0..1).await;
+        loop {
+            let durable = image.flusher.durable_cut();
+            let ready =
+                image.meta.lock().frees.take_ready(durable, |epoch| image.epochs.has_passed(epoch), STEP);
+            if ready.is_empty() {
+                return Ok(());
+            }
+            let mut batch = Batch { image, references: BTreeMap::new() };
+            ready.iter().for_each(|free| *batch.references.entry(free.cluster).or_default() += 1);
+            self.give_back(&mut batch).await?;
+        }
+    }
+
+    async fn give_back(&self, batch: &mut Batch<'_>) -> Result<()> {
+        let mut unused = Vec::new();
+        for (&cluster, &gone) in &batch.references {
+            if self.refcount(cluster).await? <= gone {
+                unused.push(cluster);
+            }
+        }
+        for run in in_rows(&unused) {
+            self.punch(run).await?;
+        }
+        while let Some((&cluster, &gone)) = batch.references.first_key_value() {
+            self.lower(cluster, gone).await?;
+            batch.references.pop_first();
+        }
+        Ok(())
+    }
+
+    /// The refcount of a host cluster.
+    pub(crate) async fn refcount(&self, cluster: u64) -> Result<u64> {
+        loop {
+            let count = self.image().meta.lock().refcounts.get(cluster)?;
+            match count {
+                Count::Is(count) => return Ok(count),
+                Count::Needs(page) => self.load_refcount_page(page).await?,
+            }
+        }
+    }
+
+    async fn lower(&self, cluster: u64, by: u64) -> Result<()> {
+        let image = self.image();
+        loop {
+            let needed = {
+                let mut meta = image.meta.lock();
+                match meta.refcounts.get(cluster)? {
+                    Count::Needs(page) => page,
+                    Count::Is(count) if count < by => {
+                        let at = cluster << image.geometry().cluster_bits;
+                        let file = &image.top().name;
+                        // The image came with a wrong count. Left alone, the cluster stays unused.
+                        tracing::error!(
+                            "{file}: refcount of the cluster at {at} was {count}, too low: run check"
+                        );
+                        return Ok(());
+                    }
+                    Count::Is(count) => {
+                        let page = meta.refcounts.set(cluster, count - by);
+                        meta.graph.touch(Page::Refcount(page));
+                        if count == by {
+                            meta.space.cursor = meta.space.cursor.min(cluster);
+                        }
+                        return Ok(());
+                    }
+                }
+            };
+            self.load_refcount_page(needed).await?;
+        }
+    }
+
+    async fn punch(&self, clusters: Range<u64>) -> Result<()> {
+        let image = self.image();
+        let bits = image.geometry().cluster_bits;
+        let (at, len) = (clusters.start << bits, (clusters.end - clusters.start) << bits);
+        let file = image.top().file;
+        match self.io().punch_hole(file, at, len).await {
+            // Where holes cannot be punched the clusters are free all the same.
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
+            other => other.map_err(|source| image.io_error("hole punch", file, at, source)),
+        }
+    }
+}
+
+/// Sorted numbers as ranges.
+fn in_rows(sorted: &[u64]) -> Vec<Range<u64>> {
+    let mut rows: Vec<Range<u64>> = Vec::new();
+    for &number in sorted {
+        match rows.last_mut() {
+            Some(row) if row.end == number => row.end += 1,
+            _ => rows.push(number..number + 1),
+        }
+    }
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_in_a_row_are_one_range() {
+        assert_eq!(in_rows(&[3, 4, 5, 9, 11, 12]), [3..6, 9..10, 11..13]);
+        assert!(in_rows(&[]).is_empty());
+    }
+}

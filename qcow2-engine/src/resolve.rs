@@ -1,0 +1,188 @@
+//! From a range of the virtual disk to where its bytes are: the read side of the mapping.
+//!
+//! Resolving is synchronous. It walks the chain from the top, cluster by cluster, and joins what is
+//! contiguous on the host; when a slice is not in memory it stops and names it. The payload is moved
+//! by whoever asked.
+
+use crate::{
+    cache::slices::{SliceCache, SliceKey},
+    error::{Error, Result},
+    io::FileId,
+    layer::{Layer, Lookup, Qcow2Layer},
+};
+use qcow2_format::{CompressedRange, Mapping};
+use smallvec::SmallVec;
+
+/// A part of a request whose bytes come from one place. Lengths are bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Extent {
+    /// Bytes of a file, contiguous from `at`.
+    Data {
+        /// The file.
+        file: FileId,
+        /// Byte offset in it.
+        at: u64,
+        /// Length.
+        len: u64,
+    },
+    /// Reads as zeros.
+    Zero {
+        /// Length.
+        len: u64,
+    },
+    /// A part of a compressed cluster.
+    Compressed {
+        /// The layer of the chain whose cluster it is; 0 is the top.
+        layer: u16,
+        /// The compressed bytes.
+        range: CompressedRange,
+        /// Bytes of the decompressed cluster before the part.
+        skip: u64,
+        /// Length.
+        len: u64,
+    },
+}
+
+/// The extents of a request, in guest order.
+pub type Extents = SmallVec<[Extent; 2]>;
+
+/// Why a range could not be resolved.
+#[derive(Debug)]
+pub(crate) enum Stop {
+    /// This slice has to be loaded first.
+    Miss(SliceKey),
+    Failed(Error),
+}
+
+impl From<Error> for Stop {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+impl Extent {
+    /// Length in bytes.
+    #[must_use]
+    pub fn len(&self) -> u64 {
+        match *self {
+            Self::Data { len, .. } | Self::Zero { len } | Self::Compressed { len, .. } => len,
+        }
+    }
+
+    /// Whether it covers nothing.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Appends `next` when it goes on where this one ends.
+    fn join(&mut self, next: &Self) -> bool {
+        match (self, *next) {
+            (Self::Data { file, at, len }, Self::Data { file: next_file, at: next_at, len: more })
+                if *file == next_file && *at + *len == next_at =>
+            {
+                *len += more;
+                true
+            }
+            (Self::Zero { len }, Self::Zero { len: more }) => {
+                *len += more;
+                true
+            }
+            _ => false,
+        }
+    }
+}
+
+/// Resolves `len` bytes at guest offset `at`, as seen from layer `top` of the chain.
+pub(crate) fn resolve(
+    layers: &[Layer],
+    cache: &SliceCache,
+    top: usize,
+    at: u64,
+    len: u64,
+) -> Result<Extents, Stop> {
+    let mut extents = Extents::new();
+    let mut done = 0;
+    while done < len {
+        let next = resolve_step(layers, cache, top, at + done, len - done)?;
+        done += next.len();
+        if !extents.last_mut().is_some_and(|last| last.join(&next)) {
+            extents.push(next);
+        }
+    }
+    Ok(extents)
+}
+
+/// Resolves the longest prefix of the range that one look-up per layer answers.
+fn resolve_step(
+    layers: &[Layer],
+    cache: &SliceCache,
+    top: usize,
+    at: u64,
+    mut len: u64,
+) -> Result<Extent, Stop> {
+    for layer in &layers[top..] {
+        let layer = match layer {
+            Layer::Raw(raw) if at >= raw.len => return Ok(Extent::Zero { len }),
+            Layer::Raw(raw) => return Ok(Extent::Data { file: raw.file, at, len: len.min(raw.len - at) }),
+            Layer::Qcow2(layer) => layer,
+        };
+        // A shorter backing file reads as zeros beyond its end; what is below it does not show.
+        let Some(rest) =
+            layer.geometry.virtual_size.next_multiple_of(512).checked_sub(at).filter(|&rest| rest > 0)
+        else {
+            return Ok(Extent::Zero { len });
+        };
+        len = len.min(rest);
+        match layer.look_up(cache, at)? {
+            Lookup::Miss(key) => return Err(Stop::Miss(key)),
+            Lookup::NoTable => len = len.min(to_boundary(at, layer.geometry.l2_coverage_bytes())),
+            Lookup::Entry(mapping) => {
+                len = len.min(to_boundary(at, layer.geometry.cluster_size()));
+                if let Some(extent) = place(layer, mapping, at, len) {
+                    return Ok(extent);
+                }
+            }
+        }
+    }
+    Ok(Extent::Zero { len })
+}
+
+/// The extent that a mapping gives, or `None` where the next layer has the bytes.
+#[inline]
+fn place(layer: &Qcow2Layer, mapping: Mapping, at: u64, len: u64) -> Option<Extent> {
+    let skip = layer.geometry.in_cluster(at);
+    Some(match mapping {
+        Mapping::Unallocated => return None,
+        Mapping::Zero { .. } => Extent::Zero { len },
+        Mapping::Data { host, .. } => Extent::Data { file: layer.file, at: host.0 + skip, len },
+        Mapping::Compressed(range) => Extent::Compressed { layer: layer.index, range, skip, len },
+    })
+}
+
+/// Bytes from `at` to the next multiple of `unit`, a power of two.
+#[inline]
+pub(crate) fn to_boundary(at: u64, unit: u64) -> u64 {
+    unit - (at & (unit - 1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn neighbours_on_the_host_are_joined() {
+        let data = |at, len| Extent::Data { file: FileId(0), at, len };
+        let mut first = data(4096, 512);
+        assert!(first.join(&data(4608, 1024)));
+        assert_eq!(first, data(4096, 1536));
+        assert!(!first.join(&data(0, 512)));
+        assert!(!first.join(&Extent::Zero { len: 512 }));
+        assert!(!first.join(&Extent::Data { file: FileId(1), at: 5632, len: 512 }));
+    }
+
+    #[test]
+    fn a_boundary_counts_from_the_offset() {
+        assert_eq!([0, 1, 511, 512].map(|at| to_boundary(at, 512)), [512, 511, 1, 512]);
+    }
+}

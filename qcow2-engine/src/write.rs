@@ -1,0 +1,299 @@
+//! The life of a write: find out which clusters are already the image's own, overwrite those in
+//! place, allocate the rest.
+//!
+//! An allocating write goes: lock the guest clusters → make the L2 table writable → reserve host
+//! clusters → write payload and COW edges → publish the mapping. Until the publication nothing
+//! refers to the new clusters, and a failure gives them back. Nothing here waits for a barrier: the
+//! order graph remembers what has to precede what when the metadata is written back.
+
+use crate::{
+    alloc::reserve::Reservation,
+    error::{Error, Result},
+    image::Image,
+    io::{Buf, Io, exact},
+    lane::Lane,
+    layer::Lookup,
+    resolve::{Extent, Stop, to_boundary},
+};
+use futures_util::future::join_all;
+use qcow2_format::Mapping;
+use smallvec::SmallVec;
+use std::{ops::Range, sync::Arc};
+
+/// A part of a write that is handled in one way. Offsets and lengths are bytes of the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Piece {
+    at: u64,
+    len: u64,
+    kind: Kind,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// The clusters are the image's own: contiguous in the file from this byte.
+    InPlace { host: u64 },
+    /// Some cluster has to be allocated; all lie in one L2 slice.
+    Allocate,
+}
+
+/// Where one run of guest clusters is going to live.
+enum Placement<'a> {
+    New(Reservation<'a>),
+    /// An allocated zero cluster keeps its place.
+    Kept(u64),
+}
+
+impl<I: Io> Lane<I> {
+    /// Writes `buf` to the virtual disk at `at`. Both are multiples of 512 bytes. The data is
+    /// durable after a later [`Self::flush`].
+    ///
+    /// # Errors
+    /// Beyond the end of the disk, a read-only image, no space, damage to the mapping, a failed
+    /// operation on an image file. Sectors of the range then hold their old or the new data.
+    pub async fn write(&self, at: u64, buf: Buf) -> Result<()> {
+        self.check_range(at, buf.len() as u64)?;
+        self.in_flight(async {
+            self.begin_mutation().await?;
+            self.write_entered(at, buf).await
+        })
+        .await
+    }
+
+    /// [`Self::write`], from inside a request.
+    pub(crate) async fn write_entered(&self, at: u64, buf: Buf) -> Result<()> {
+        let pieces = self.split(at, buf.len() as u64).await?;
+        if let [Piece { kind: Kind::InPlace { host }, .. }] = pieces[..] {
+            return self.write_in_place(host, &buf).await;
+        }
+        let parts = pieces.into_iter().map(|piece| {
+            let start = (piece.at - at) as usize;
+            self.write_piece(piece, buf.slice(start..start + piece.len as usize))
+        });
+        join_all(parts).await.into_iter().collect()
+    }
+
+    async fn write_piece(&self, piece: Piece, buf: Buf) -> Result<()> {
+        match piece.kind {
+            Kind::InPlace { host } => self.write_in_place(host, &buf).await,
+            Kind::Allocate => self.write_allocating(piece.at, buf).await,
+        }
+    }
+
+    async fn write_in_place(&self, host: u64, buf: &Buf) -> Result<()> {
+        let file = self.image().top().file;
+        exact::write_all(self.io(), file, host, buf)
+            .await
+            .map_err(|source| self.image().io_error("write", file, host, source))
+    }
+
+    /// Writes a range of which some clusters were not the image's own when it was looked at.
+    async fn write_allocating(&self, at: u64, buf: Buf) -> Result<()> {
+        let image = self.image();
+        let bits = image.geometry().cluster_bits;
+        let end = at + buf.len() as u64;
+        let _mapping = image.mappings.acquire(at >> bits..((end - 1) >> bits) + 1).await;
+        // Whoever held the range before may have mapped a part of it.
+        for piece in self.split(at, buf.len() as u64).await? {
+            let start = (piece.at - at) as usize;
+            let part = buf.slice(start..start + piece.len as usize);
+            match piece.kind {
+                Kind::InPlace { host } => self.write_in_place(host, &part).await?,
+                Kind::Allocate => self.allocate(piece.at, part).await?,
+            }
+        }
+        drop(_mapping);
+        self.relieve().await
+    }
+
+    /// Splits a write into pieces, loading the slices that say how.
+    async fn split(&self, at: u64, len: u64) -> Result<SmallVec<[Piece; 2]>> {
+        loop {
+            match split(self.image(), at, len) {
+                Ok(pieces) => return Ok(pieces),
+                Err(Stop::Failed(error)) => return Err(error),
+                Err(Stop::Miss(key)) => self.load_slice(key).await?,
+            }
+        }
+    }
+
+    /// Allocates, fills and publishes the clusters of a range. Its guest clusters are locked, lie in
+    /// one L2 slice, and none of them can be written in place.
+    async fn allocate(&self, mut at: u64, mut buf: Buf) -> Result<()> {
+        let image = self.image();
+        let geometry = *image.geometry();
+        self.prepare_table(at).await?;
+        while !buf.is_empty() {
+            let first = at >> geometry.cluster_bits;
+            let last = (at + buf.len() as u64 - 1) >> geometry.cluster_bits;
+            let placement = self.place(first, last - first + 1).await?;
+            let clusters = first..first + placement.count();
+            let end = (clusters.end << geometry.cluster_bits).min(at + buf.len() as u64);
+            let payload = buf.slice(0..(end - at) as usize);
+            buf = buf.slice(payload.len()..buf.len());
+            self.fill_and_publish(clusters, placement, at, payload).await?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Finds a place for the first of `count` guest clusters, and as many more as fit in a row.
+    async fn place(&self, first: u64, count: u64) -> Result<Placement<'_>> {
+        let bits = self.image().geometry().cluster_bits;
+        let kept = |mapping| match mapping {
+            Mapping::Zero { host: Some(host), copied: true } => Some(host.0 >> bits),
+            _ => None,
+        };
+        if let Some(host) = kept(self.mapping(first).await?) {
+            return Ok(Placement::Kept(host));
+        }
+        let mut new = 1;
+        while new < count && kept(self.mapping(first + new).await?).is_none() {
+            new += 1;
+        }
+        self.reserve(new).await.map(Placement::New)
+    }
+
+    /// The mapping of a guest cluster in the top layer.
+    pub(crate) async fn mapping(&self, cluster: u64) -> Result<Mapping> {
+        let image = self.image();
+        loop {
+            match image.top().look_up(&image.cache, cluster << image.geometry().cluster_bits)? {
+                Lookup::NoTable => return Ok(Mapping::Unallocated),
+                Lookup::Entry(mapping) => return Ok(mapping),
+                Lookup::Miss(key) => self.load_slice(key).await?,
+            }
+        }
+    }
+
+    async fn fill_and_publish(
+        &self,
+        guest: Range<u64>,
+        mut placement: Placement<'_>,
+        at: u64,
+        payload: Buf,
+    ) -> Result<()> {
+        let fresh = placement.is_fresh();
+        let host = placement.first() << self.image().geometry().cluster_bits;
+        let bits = self.image().geometry().cluster_bits;
+        let start = guest.start << bits;
+        let edges = self.edges(start..guest.end << bits, at..at + payload.len() as u64, fresh).await?;
+        placement.begin_writing();
+        let writes = edges
+            .into_iter()
+            .chain([(at, payload)])
+            .map(|(at, bytes)| async move { self.write_in_place(host + (at - start), &bytes).await });
+        let written: Result<()> = join_all(writes).await.into_iter().collect();
+        placement.end_writing();
+        written?;
+        self.publish_data(guest, placement).await
+    }
+
+    /// What has to be written around a payload so that whole clusters have their content: old data
+    /// from wherever it is, zeros, or nothing where the place is known to read as zeros.
+    async fn edges(&self, clusters: Range<u64>, payload: Range<u64>, fresh: bool) -> Result<Vec<(u64, Buf)>> {
+        let mut edges = Vec::new();
+        for edge in [clusters.start..payload.start, payload.end..clusters.end] {
+            if edge.is_empty() {
+                continue;
+            }
+            let inside =
+                edge.end.min(self.image().virtual_size().next_multiple_of(512)).saturating_sub(edge.start);
+            let extents = self.resolve(edge.start, inside).await?;
+            if fresh && extents.iter().all(|extent| matches!(extent, Extent::Zero { .. })) {
+                continue;
+            }
+            let buf = Buf::zeroed((edge.end - edge.start) as usize);
+            self.fill(&extents, &buf.slice(0..inside as usize)).await?;
+            edges.push((edge.start, buf));
+        }
+        Ok(edges)
+    }
+
+    /// Maps guest clusters to their new place.
+    async fn publish_data(&self, guest: Range<u64>, placement: Placement<'_>) -> Result<()> {
+        let first = placement.first();
+        let count = placement.count();
+        let bits = self.image().geometry().cluster_bits;
+        self.publish(guest.clone(), Some(first..first + count), |cluster| {
+            let host = qcow2_format::HostOffset((first + cluster - guest.start) << bits);
+            Some(Mapping::Data { host, copied: true })
+        })
+        .await?;
+        if let Placement::New(reservation) = placement {
+            reservation.commit();
+        }
+        Ok(())
+    }
+
+    /// Refuses changes to an image that takes none, and does what the first change needs.
+    pub(crate) async fn begin_mutation(&self) -> Result<()> {
+        let image = self.image();
+        if image.read_only {
+            return Err(Error::ReadOnly { file: Arc::clone(&image.top().name) });
+        }
+        image.flusher.check()?;
+        self.clear_autoclear().await
+    }
+}
+
+impl Placement<'_> {
+    fn first(&self) -> u64 {
+        match self {
+            Self::New(reservation) => reservation.clusters().start,
+            Self::Kept(cluster) => *cluster,
+        }
+    }
+
+    fn count(&self) -> u64 {
+        match self {
+            Self::New(reservation) => reservation.clusters().end - reservation.clusters().start,
+            Self::Kept(_) => 1,
+        }
+    }
+
+    fn is_fresh(&self) -> bool {
+        matches!(self, Self::New(reservation) if reservation.is_fresh())
+    }
+
+    fn begin_writing(&mut self) {
+        if let Self::New(reservation) = self {
+            reservation.begin_writing();
+        }
+    }
+
+    fn end_writing(&mut self) {
+        if let Self::New(reservation) = self {
+            reservation.end_writing();
+        }
+    }
+}
+
+/// Splits a write by what has to be done. Pieces that are contiguous and alike are one.
+fn split(image: &Image, at: u64, len: u64) -> Result<SmallVec<[Piece; 2]>, Stop> {
+    let layer = image.top();
+    let cluster = layer.geometry.cluster_size();
+    let mut pieces: SmallVec<[Piece; 2]> = SmallVec::new();
+    let mut done = 0;
+    while done < len {
+        let here = at + done;
+        let part = to_boundary(here, cluster).min(len - done);
+        let kind = match layer.look_up(&image.cache, here)? {
+            Lookup::Miss(key) => return Err(Stop::Miss(key)),
+            Lookup::Entry(Mapping::Data { host, copied: true }) => {
+                Kind::InPlace { host: host.0 + layer.geometry.in_cluster(here) }
+            }
+            Lookup::NoTable | Lookup::Entry(_) => Kind::Allocate,
+        };
+        let goes_on = pieces.last().is_some_and(|last| match (last.kind, kind) {
+            (Kind::InPlace { host }, Kind::InPlace { host: next }) => host + last.len == next,
+            (Kind::Allocate, Kind::Allocate) => layer.slice_at(last.at).0 == layer.slice_at(here).0,
+            _ => false,
+        });
+        match pieces.last_mut() {
+            Some(last) if goes_on => last.len += part,
+            _ => pieces.push(Piece { at: here, len: part, kind }),
+        }
+        done += part;
+    }
+    Ok(pieces)
+}

@@ -1,0 +1,134 @@
+//! Snapshot tables, well-formed and not.
+
+use super::*;
+use crate::geometry::tests::geometry;
+use proptest::prelude::*;
+
+fn any_snapshot() -> impl Strategy<Value = Snapshot> {
+    let text = prop::collection::vec(any::<u8>(), 0..20);
+    let extra = prop_oneof![
+        (0..=u64::from(u32::MAX)).prop_map(|state| (state, None, None, Vec::new())),
+        any::<u64>().prop_map(|state| (state, Some(1), None, Vec::new())),
+        (any::<u64>(), any::<u64>(), prop::collection::vec(any::<u8>(), 0..40))
+            .prop_map(|(size, icount, unknown)| (5, Some(size), Some(icount), unknown)),
+    ];
+    (any::<(u64, u32, u32, u32, u64)>(), text.clone(), text, extra).prop_map(|(numbers, id, name, extra)| {
+        Snapshot {
+            l1_table: HostOffset(numbers.0),
+            l1_entries: numbers.1,
+            id,
+            name,
+            date_sec: numbers.2,
+            date_nsec: numbers.3,
+            vm_clock_nsec: numbers.4,
+            vm_state_bytes: extra.0,
+            disk_size: extra.1,
+            icount: extra.2,
+            unknown_extra: extra.3,
+        }
+    })
+}
+
+fn sample() -> Snapshot {
+    Snapshot {
+        l1_table: HostOffset(0x5_0000),
+        l1_entries: 1,
+        id: b"1".to_vec(),
+        name: b"before".to_vec(),
+        date_sec: 1,
+        date_nsec: 2,
+        vm_clock_nsec: 3,
+        vm_state_bytes: 0,
+        disk_size: Some(1 << 20),
+        icount: None,
+        unknown_extra: Vec::new(),
+    }
+}
+
+proptest! {
+    #[test]
+    fn tables_survive_the_round_trip(snapshots in prop::collection::vec(any_snapshot(), 0..6)) {
+        let bytes = encode_table(&snapshots).unwrap();
+        let count = snapshots.len() as u32;
+        prop_assert_eq!(decode_table(&bytes, count), Ok(snapshots));
+    }
+
+    /// Reading in the steps that `table_extent` asks for ends at the table's end, each step longer.
+    #[test]
+    fn the_extent_is_found_from_prefixes(snapshots in prop::collection::vec(any_snapshot(), 0..6)) {
+        let mut bytes = encode_table(&snapshots).unwrap();
+        let (table_len, count) = (bytes.len() as u64, snapshots.len() as u32);
+        bytes.extend_from_slice(&[0xee; 100]);
+        let mut have = 0;
+        let end = loop {
+            match table_extent(&bytes[..have], count).unwrap() {
+                TableExtent::Complete(end) => break end,
+                TableExtent::NeedsAtLeast(needed) => {
+                    prop_assert!(needed > have as u64 && needed <= table_len);
+                    have = needed as usize;
+                }
+            }
+        };
+        prop_assert_eq!(end.next_multiple_of(8), table_len);
+        prop_assert_eq!(decode_table(&bytes[..end as usize], count), Ok(snapshots));
+    }
+
+    #[test]
+    fn noise_does_not_panic(bytes in prop::collection::vec(any::<u8>(), 0..300), count: u32, small in 0u32..4) {
+        let _ = decode_table(&bytes, count);
+        let _ = decode_table(&bytes, small);
+    }
+}
+
+#[test]
+fn a_claimed_count_costs_nothing() {
+    let bytes = encode_table(&[sample()]).unwrap();
+    let (what, available) = ("the snapshot table", bytes.len() as u64);
+    let needed = available + MIN_ENTRY_BYTES;
+    let truncated = FormatError::Truncated { what, needed, available };
+    assert_eq!(decode_table(&bytes, u32::MAX), Err(truncated));
+}
+
+#[test]
+fn extra_data_is_bounded() {
+    let mut bytes = encode_table(&[sample()]).unwrap();
+    bytes[36..40].copy_from_slice(&1025u32.to_be_bytes());
+    let extra = FormatError::SnapshotExtraData { index: 0, len: 1025, min: 0, max: 1024 };
+    assert_eq!(decode_table(&bytes, 1), Err(extra));
+    let long = Snapshot { icount: Some(0), unknown_extra: vec![0; 1001], ..sample() };
+    let extra = FormatError::SnapshotExtraData { index: 0, len: 1025, min: 0, max: 1024 };
+    assert_eq!(encode_table(&[long]), Err(extra));
+}
+
+#[test]
+fn the_large_vm_state_size_replaces_the_old_one() {
+    let mut bytes = encode_table(&[Snapshot { vm_state_bytes: 1 << 40, ..sample() }]).unwrap();
+    assert_eq!(bytes[32..36], [0; 4]);
+    bytes[32..36].copy_from_slice(&7u32.to_be_bytes());
+    assert_eq!(decode_table(&bytes, 1).unwrap()[0].vm_state_bytes, 1 << 40);
+}
+
+#[test]
+fn names_fit_their_length_field() {
+    let long = Snapshot { name: vec![b'x'; 65536], ..sample() };
+    let error = FormatError::StringTooLong { what: "a snapshot name", len: 65536, max: 65535 };
+    assert_eq!(encode_table(&[long]), Err(error));
+}
+
+#[test]
+fn the_l1_table_is_checked_against_the_image() {
+    let (g, table) = (geometry(16), HostOffset(0x4_0000));
+    let check = |snapshot: Snapshot| snapshot.check(3, table, &g, 1 << 30);
+    assert_eq!(check(sample()), Ok(()));
+    let misplaced = |value| match check(Snapshot { l1_table: HostOffset(value), ..sample() }) {
+        Err(FormatError::SnapshotL1 { index: 3, source }) => *source,
+        other => panic!("{other:?}"),
+    };
+    assert!(matches!(misplaced(0x5_0200), FormatError::TableMisaligned { .. }));
+    assert!(matches!(misplaced(0), FormatError::TableInHeader { .. }));
+    assert!(matches!(misplaced(1 << 30), FormatError::TableBeyondFile { .. }));
+    let huge = check(Snapshot { l1_entries: u32::MAX, ..sample() });
+    assert!(matches!(huge, Err(FormatError::SnapshotL1 { .. })));
+    let bare = FormatError::SnapshotExtraData { index: 3, len: 0, min: 16, max: 1024 };
+    assert_eq!(check(Snapshot { disk_size: None, ..sample() }), Err(bare));
+}

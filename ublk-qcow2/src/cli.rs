@@ -1,0 +1,183 @@
+//! The command line: what can be asked for, checked as far as it can be without doing anything.
+
+use crate::device::MAX_DEPTH;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Serve a QCOW2 image as a block device, /dev/ublkbN.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Attach an image and print the device's name once it serves I/O.
+    Add(AddArgs),
+    /// Detach devices: drain, write back and close.
+    Del(DelArgs),
+    /// List the attached devices.
+    List(ListArgs),
+    /// Show what this kernel's ublk driver offers.
+    Features,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AddArgs {
+    /// The image file.
+    pub(crate) image: PathBuf,
+    /// Device number [default: the first that is free].
+    #[arg(short = 'n', long = "number", value_name = "ID", value_parser = clap::value_parser!(u32).range(..MAX_ID))]
+    pub(crate) id: Option<u32>,
+    /// Number of queues, each with a thread of its own.
+    #[arg(short, long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=MAX_QUEUES))]
+    pub(crate) queues: u16,
+    /// Requests that each queue holds.
+    #[arg(short, long, default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..=i64::from(MAX_DEPTH)))]
+    pub(crate) depth: u16,
+    /// Never change the image; the device is read-only.
+    #[arg(long)]
+    pub(crate) read_only: bool,
+    /// Memory for the image's metadata, in bytes or with a suffix K, M, G, T.
+    #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = parse_size)]
+    pub(crate) cache_size: u64,
+    /// How the image file is read and written.
+    #[arg(long, value_enum, default_value_t = IoMode::Auto)]
+    pub(crate) io: IoMode,
+    /// Format of backing files where the image does not say it: qcow2 or raw. It is never guessed.
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) backing_format: Option<qcow2_engine::Format>,
+    /// Stay in the foreground; SIGINT or SIGTERM detaches.
+    #[arg(long)]
+    pub(crate) foreground: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DelArgs {
+    #[command(flatten)]
+    pub(crate) which: Which,
+}
+
+/// Which devices to detach.
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Which {
+    /// Device number.
+    #[arg(short = 'n', long = "number", value_name = "ID", value_parser = clap::value_parser!(u32).range(..MAX_ID))]
+    pub(crate) id: Option<u32>,
+    /// All devices that this program serves.
+    #[arg(long)]
+    pub(crate) all: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ListArgs {
+    /// Print a JSON array.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// How the image file is read and written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum IoMode {
+    /// Direct where the file allows it, else buffered.
+    Auto,
+    /// Past the host's page cache, or fail.
+    Direct,
+    /// Through the host's page cache.
+    Buffered,
+}
+
+/// Queues at most: far more than any machine has use for, and each takes buffers for its depth.
+const MAX_QUEUES: i64 = 64;
+/// Device numbers end here: the kernel's minor numbers have 20 bits.
+const MAX_ID: i64 = 1 << 20;
+
+/// Reads a size as qemu-img does: a number, whole or with a fraction, and a binary suffix.
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+    let (number, unit) = match text.char_indices().last() {
+        Some((at, suffix)) if suffix.is_ascii_alphabetic() => (&text[..at], suffix),
+        _ => (text, 'b'),
+    };
+    let shift = match unit.to_ascii_lowercase() {
+        'b' => 0,
+        'k' => 10,
+        'm' => 20,
+        'g' => 30,
+        't' => 40,
+        'p' => 50,
+        'e' => 60,
+        _ => return Err(format!("the suffix {unit:?} is none of b, K, M, G, T, P, E")),
+    };
+    let invalid = || format!("{text:?} is not a size such as 4096, 64K or 1.5G");
+    let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
+    let is_digits = |part: &str| !part.is_empty() && part.bytes().all(|byte| byte.is_ascii_digit());
+    if !is_digits(whole) || !is_digits(fraction) || fraction.len() > MAX_FRACTION_DIGITS {
+        return Err(invalid());
+    }
+    let too_large = || format!("{text} is more than 2^64 bytes");
+    let whole: u128 = whole.parse().map_err(|_| too_large())?;
+    let digits = fraction.len() as u32;
+    let fraction: u128 = fraction.parse().map_err(|_| invalid())?;
+    let bytes =
+        whole.checked_mul(1 << shift).ok_or_else(too_large)? + (fraction << shift) / 10_u128.pow(digits);
+    u64::try_from(bytes).map_err(|_| too_large())
+}
+
+/// Digits after the point, so that the arithmetic fits in 128 bits: 2^60 * 10^18 does.
+const MAX_FRACTION_DIGITS: usize = 18;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+        let add = |args: &[&str]| Cli::try_parse_from([&["ublk-qcow2", "add"], args].concat());
+        assert!(
+            add(&["-n", "3", "-q", "2", "-d", "64", "--io", "direct", "--cache-size", "1G", "x"]).is_ok()
+        );
+        for bad in
+            [&["-q", "0", "x"][..], &["-d", "4097", "x"], &["--io", "fast", "x"], &["-n", "-1", "x"], &[]]
+        {
+            assert!(add(bad).is_err(), "{bad:?}");
+        }
+        for bad in [&["ublk-qcow2", "del"][..], &["ublk-qcow2", "del", "--all", "-n", "1"]] {
+            assert!(Cli::try_parse_from(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn sizes_are_read_as_qemu_img_reads_them() {
+        for (text, size) in [
+            ("0", 0),
+            ("4096", 4096),
+            ("64K", 65536),
+            ("64k", 65536),
+            ("1.5G", 3 << 29),
+            ("2T", 2 << 40),
+            ("100b", 100),
+            ("15E", 15 << 60),
+        ] {
+            assert_eq!(parse_size(text), Ok(size), "{text}");
+        }
+        for text in [
+            "",
+            "K",
+            "-1",
+            "1X",
+            "1..5M",
+            ".5M",
+            "16E",
+            "99999999999999999999999999999999999999999",
+            "1 M",
+            "ä",
+        ] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+}

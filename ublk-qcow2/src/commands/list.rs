@@ -1,0 +1,93 @@
+//! `list`: the attached devices.
+
+use super::CommandError;
+use crate::{
+    cli::ListArgs,
+    device,
+    runfile::{self, Entry},
+};
+use serde::Serialize;
+use std::{
+    fmt::Write as _,
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+/// A line of the list.
+#[derive(Debug, Serialize)]
+struct Line<'a> {
+    id: u32,
+    device: PathBuf,
+    state: State,
+    pid: i32,
+    size: u64,
+    queues: u16,
+    depth: u16,
+    read_only: bool,
+    image: &'a Path,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum State {
+    Serving,
+    /// The server has died; `del` removes the rest.
+    Dead,
+}
+
+/// Prints the list.
+pub(crate) fn run(args: &ListArgs) -> Result<(), CommandError> {
+    let entries = runfile::load_all()?;
+    let lines: Vec<_> = entries.iter().map(line).collect();
+    let text = if args.json {
+        serde_json::to_string_pretty(&lines).map_err(io::Error::from)? + "\n"
+    } else {
+        table(&lines)
+    };
+    Ok(io::stdout().lock().write_all(text.as_bytes())?)
+}
+
+fn line(entry: &Entry) -> Line<'_> {
+    let record = &entry.record;
+    Line {
+        id: record.id,
+        device: device::block_path(record.id),
+        state: if entry.is_alive { State::Serving } else { State::Dead },
+        pid: record.pid,
+        size: record.size,
+        queues: record.queues,
+        depth: record.depth,
+        read_only: record.read_only,
+        image: &record.image,
+    }
+}
+
+fn table(lines: &[Line<'_>]) -> String {
+    let mut text = format!(
+        "{:<14} {:<8} {:>8} {:>16} {:>6} {:>5}  {}\n",
+        "DEVICE", "STATE", "PID", "BYTES", "QUEUES", "DEPTH", "IMAGE"
+    );
+    for line in lines {
+        let state = match line.state {
+            State::Serving if line.read_only => "serving*",
+            State::Serving => "serving",
+            State::Dead => "dead",
+        };
+        // Writing to a string does not fail.
+        let _ = writeln!(
+            text,
+            "{:<14} {:<8} {:>8} {:>16} {:>6} {:>5}  {}",
+            line.device.display(),
+            state,
+            line.pid,
+            line.size,
+            line.queues,
+            line.depth,
+            line.image.display()
+        );
+    }
+    if lines.iter().any(|line| line.read_only) {
+        text.push_str("* read-only\n");
+    }
+    text
+}

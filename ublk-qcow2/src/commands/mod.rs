@@ -1,0 +1,41 @@
+//! One module per subcommand.
+
+pub(crate) mod add;
+pub(crate) mod del;
+pub(crate) mod features;
+pub(crate) mod list;
+
+use crate::{control::ControlError, daemon::ServeError, runfile::RunFileError};
+use std::io;
+
+/// Why a command failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CommandError {
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    #[error(transparent)]
+    RunFile(#[from] RunFileError),
+    /// What the server in the background said when it failed.
+    #[error("{0}")]
+    Server(String),
+    #[error("cannot go into the background: {0}")]
+    Background(io::Error),
+    #[error("{path}: {source}")]
+    Path { path: String, source: io::Error },
+    #[error("there is no device {0}")]
+    NoDevice(u32),
+    #[error("cannot signal the server of device {id} (process {pid}): {source}")]
+    Signal { id: u32, pid: i32, source: io::Error },
+    #[error(
+        "the server of device {id} (process {pid}) has not ended within {seconds} s; it may still be writing back"
+    )]
+    StillRunning { id: u32, pid: i32, seconds: u64 },
+    #[error("device {id} is detached, but its server did not end cleanly: {error}; check the image")]
+    Unclean { id: u32, error: String },
+    #[error("{0} devices could not be detached")]
+    Several(usize),
+    #[error("cannot print: {0}")]
+    Print(#[from] io::Error),
+}

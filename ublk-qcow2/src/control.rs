@@ -1,0 +1,374 @@
+//! Commands to the ublk driver through /dev/ublk-control, each bounded in time.
+//!
+//! The driver takes its control commands as 128-byte io_uring submissions. A command that does not
+//! end in its time is cancelled; should it not even heed that, the memory it was given is leaked,
+//! because the kernel may still write to it. This module knows the commands, what their errors
+//! mean and how to help; the order in which a device is made and unmade is [`crate::device`]'s.
+
+use io_uring::{IoUring, cqueue, opcode, squeue, types};
+use libublk::sys;
+use std::{
+    fmt,
+    fs::{File, OpenOptions},
+    io,
+    os::fd::AsRawFd,
+    time::{Duration, Instant},
+};
+
+/// Where the driver takes commands.
+const CONTROL_PATH: &str = "/dev/ublk-control";
+/// How long a command may take that only changes the driver's own state.
+const QUICK: Duration = Duration::from_secs(10);
+/// START_DEV: the kernel reads the partition table through us before it returns.
+const START: Duration = Duration::from_secs(120);
+/// STOP_DEV: the kernel waits for requests in flight and writes dirty pages back through us.
+const STOP: Duration = Duration::from_secs(300);
+/// DEL_DEV: the kernel waits until nobody has the device open.
+const DELETE: Duration = Duration::from_secs(20);
+/// How long a cancelled command may take to end.
+const CANCEL: Duration = Duration::from_secs(5);
+/// How often a wait looks whether it should be given up.
+const SLICE: Duration = Duration::from_millis(100);
+
+/// `user_data` of a cancellation; commands count up from 0.
+const CANCEL_ID: u64 = u64::MAX;
+/// "No particular queue", "any device id".
+const NO_QUEUE: u16 = u16::MAX;
+/// The id that lets the driver choose one.
+pub(crate) const ANY_ID: u32 = u32::MAX;
+
+/// A command of the driver.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Command {
+    GetFeatures,
+    GetInfo,
+    Add,
+    SetParams,
+    GetParams,
+    Start,
+    Stop,
+    Delete,
+}
+
+/// Why a command did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ControlError {
+    #[error("cannot open {CONTROL_PATH}: {}{}", .0, open_hint(.0))]
+    Open(io::Error),
+    #[error("cannot make the control ring: {0}")]
+    Ring(io::Error),
+    #[error("the driver refused {command}: {}{}", io::Error::from_raw_os_error(*.errno), refusal_hint(*.command, *.errno))]
+    Refused { command: Command, errno: i32 },
+    #[error("{command} did not end within {} s; see the kernel log (dmesg)", .limit.as_secs())]
+    TimedOut { command: Command, limit: Duration },
+    #[error("{command} was given up")]
+    GivenUp { command: Command },
+}
+
+impl ControlError {
+    /// The errno with which the driver refused, if it did.
+    pub(crate) fn errno(&self) -> Option<i32> {
+        match self {
+            Self::Refused { errno, .. } => Some(*errno),
+            _ => None,
+        }
+    }
+}
+
+/// The kernel's plain structures: integers only, for which every bit pattern is a value.
+///
+/// # Safety
+/// The type is `repr(C)` and made of integers only.
+unsafe trait KernelStruct: Copy {}
+// SAFETY: both are structures of integers, generated from the kernel's header.
+unsafe impl KernelStruct for sys::ublksrv_ctrl_dev_info {}
+// SAFETY: as above.
+unsafe impl KernelStruct for sys::ublk_params {}
+// SAFETY: an integer.
+unsafe impl KernelStruct for u64 {}
+// SAFETY: no bytes at all.
+unsafe impl KernelStruct for () {}
+
+/// The control device and a ring for its commands.
+pub(crate) struct Control {
+    // Declared, and so dropped, before the file that its operations name.
+    ring: IoUring<squeue::Entry128, cqueue::Entry>,
+    file: File,
+    next_id: u64,
+}
+
+impl Control {
+    /// Opens the control device.
+    pub(crate) fn open() -> Result<Self, ControlError> {
+        let file =
+            OpenOptions::new().read(true).write(true).open(CONTROL_PATH).map_err(ControlError::Open)?;
+        let ring = IoUring::builder().build(4).map_err(ControlError::Ring)?;
+        Ok(Self { ring, file, next_id: 0 })
+    }
+
+    /// The driver's feature bits, `UBLK_F_*` (Linux 6.5).
+    pub(crate) fn features(&mut self) -> Result<u64, ControlError> {
+        self.transfer(Command::GetFeatures, 0, 0_u64, QUICK)
+    }
+
+    /// A device's state.
+    pub(crate) fn info(&mut self, id: u32) -> Result<sys::ublksrv_ctrl_dev_info, ControlError> {
+        self.transfer(Command::GetInfo, id, sys::ublksrv_ctrl_dev_info::default(), QUICK)
+    }
+
+    /// Adds a device. Returns what the driver made of `wanted`: it may have changed it.
+    pub(crate) fn add(
+        &mut self,
+        wanted: sys::ublksrv_ctrl_dev_info,
+    ) -> Result<sys::ublksrv_ctrl_dev_info, ControlError> {
+        self.transfer(Command::Add, wanted.dev_id, wanted, QUICK)
+    }
+
+    /// Sets a device's parameters, before it is started.
+    pub(crate) fn set_params(&mut self, id: u32, params: sys::ublk_params) -> Result<(), ControlError> {
+        self.transfer(Command::SetParams, id, params, QUICK).map(drop)
+    }
+
+    /// A device's parameters, of the kinds in `types` (`UBLK_PARAM_TYPE_*`).
+    pub(crate) fn params(&mut self, id: u32, types: u32) -> Result<sys::ublk_params, ControlError> {
+        let len = size_of::<sys::ublk_params>() as u32;
+        self.transfer(Command::GetParams, id, sys::ublk_params { len, types, ..Default::default() }, QUICK)
+    }
+
+    /// Starts a device for the server process `pid`. All its queues must be fetching, on other
+    /// threads than this, since the kernel reads from the device before this returns. Given up
+    /// as soon as `give_up` says so.
+    pub(crate) fn start(
+        &mut self,
+        id: u32,
+        pid: u32,
+        give_up: &mut dyn FnMut() -> bool,
+    ) -> Result<(), ControlError> {
+        self.run(Command::Start, id, (), u64::from(pid), START, give_up).map(drop)
+    }
+
+    /// Stops a device: requests in flight finish, later ones fail, the queues' fetches are aborted.
+    pub(crate) fn stop(&mut self, id: u32) -> Result<(), ControlError> {
+        self.transfer(Command::Stop, id, (), STOP)
+    }
+
+    /// Deletes a stopped device.
+    pub(crate) fn delete(&mut self, id: u32) -> Result<(), ControlError> {
+        self.transfer(Command::Delete, id, (), DELETE)
+    }
+
+    fn transfer<T: KernelStruct>(
+        &mut self,
+        command: Command,
+        id: u32,
+        payload: T,
+        limit: Duration,
+    ) -> Result<T, ControlError> {
+        self.run(command, id, payload, 0, limit, &mut || false)
+    }
+
+    /// Runs a command to its end, or cancels it. Returns the payload as the kernel left it.
+    fn run<T: KernelStruct>(
+        &mut self,
+        command: Command,
+        device: u32,
+        payload: T,
+        data: u64,
+        limit: Duration,
+        give_up: &mut dyn FnMut() -> bool,
+    ) -> Result<T, ControlError> {
+        let payload = Box::into_raw(Box::new(payload));
+        let header = sys::ublksrv_ctrl_cmd {
+            dev_id: device,
+            queue_id: NO_QUEUE,
+            len: size_of::<T>() as u16,
+            addr: if size_of::<T>() == 0 { 0 } else { payload as u64 },
+            data: [data],
+            ..Default::default()
+        };
+        let id = self.next_id;
+        self.next_id += 1;
+        let entry = opcode::UringCmd80::new(types::Fd(self.file.as_raw_fd()), command.code())
+            .cmd(command_bytes(&header))
+            .build()
+            .user_data(id);
+        let result = self.push(&entry).and_then(|()| self.wait(id, command, limit, give_up));
+        if let Err(Unended { error }) = result {
+            // The payload stays allocated: the kernel may still use it.
+            return Err(error);
+        }
+        // SAFETY: it came from `Box::into_raw` above, and the command that could change it has
+        // ended (or was never submitted).
+        let payload = unsafe { *Box::from_raw(payload) };
+        match result {
+            Ok(Ended::Done) => Ok(payload),
+            Ok(Ended::Refused(errno)) => Err(ControlError::Refused { command, errno }),
+            Ok(Ended::Cancelled(error)) | Err(Unended { error }) => Err(error),
+        }
+    }
+
+    /// Waits for a command; cancels it when its time is over or `give_up` says so.
+    fn wait(
+        &mut self,
+        id: u64,
+        command: Command,
+        limit: Duration,
+        give_up: &mut dyn FnMut() -> bool,
+    ) -> Result<Ended, Unended> {
+        let deadline = Instant::now() + limit;
+        let why = loop {
+            match self.wait_slice(id)? {
+                Some(result) if result < 0 => return Ok(Ended::Refused(-result)),
+                Some(_) => return Ok(Ended::Done),
+                None if give_up() => break ControlError::GivenUp { command },
+                None if Instant::now() >= deadline => break ControlError::TimedOut { command, limit },
+                None => {}
+            }
+        };
+        let cancel = opcode::AsyncCancel::new(id).build().user_data(CANCEL_ID);
+        self.push(&cancel.into())?;
+        let deadline = Instant::now() + CANCEL;
+        while Instant::now() < deadline {
+            if self.wait_slice(id)?.is_some() {
+                return Ok(Ended::Cancelled(why));
+            }
+        }
+        Err(Unended { error: why })
+    }
+
+    /// Submits, and waits a moment for the command's result.
+    fn wait_slice(&mut self, id: u64) -> Result<Option<i32>, Unended> {
+        let time = types::Timespec::from(SLICE);
+        match self.ring.submitter().submit_with_args(1, &types::SubmitArgs::new().timespec(&time)) {
+            Err(error) if !matches!(error.raw_os_error(), Some(libc::ETIME | libc::EINTR | libc::EAGAIN)) => {
+                return Err(Unended { error: ControlError::Ring(error) });
+            }
+            _ => {}
+        }
+        Ok(self.ring.completion().find(|entry| entry.user_data() == id).map(|entry| entry.result()))
+    }
+
+    fn push(&mut self, entry: &squeue::Entry128) -> Result<(), Unended> {
+        // SAFETY: the memory that the entry names, `run`'s payload, is not freed before its end.
+        let pushed = unsafe { self.ring.submission().push(entry) };
+        pushed.map_err(|error| Unended { error: ControlError::Ring(io::Error::other(error)) })
+    }
+}
+
+/// How a command ended.
+enum Ended {
+    Done,
+    Refused(i32),
+    Cancelled(ControlError),
+}
+
+/// The command may still be running.
+struct Unended {
+    error: ControlError,
+}
+
+/// The submission's command area: the header, then zeros.
+fn command_bytes(header: &sys::ublksrv_ctrl_cmd) -> [u8; 80] {
+    let mut bytes = [0; 80];
+    bytes[0..4].copy_from_slice(&header.dev_id.to_ne_bytes());
+    bytes[4..6].copy_from_slice(&header.queue_id.to_ne_bytes());
+    bytes[6..8].copy_from_slice(&header.len.to_ne_bytes());
+    bytes[8..16].copy_from_slice(&header.addr.to_ne_bytes());
+    bytes[16..24].copy_from_slice(&header.data[0].to_ne_bytes());
+    bytes[24..26].copy_from_slice(&header.dev_path_len.to_ne_bytes());
+    bytes
+}
+
+impl Command {
+    /// The ioctl-encoded command number.
+    fn code(self) -> u32 {
+        match self {
+            Self::GetFeatures => sys::UBLK_U_CMD_GET_FEATURES,
+            Self::GetInfo => sys::UBLK_U_CMD_GET_DEV_INFO,
+            Self::Add => sys::UBLK_U_CMD_ADD_DEV,
+            Self::SetParams => sys::UBLK_U_CMD_SET_PARAMS,
+            Self::GetParams => sys::UBLK_U_CMD_GET_PARAMS,
+            Self::Start => sys::UBLK_U_CMD_START_DEV,
+            Self::Stop => sys::UBLK_U_CMD_STOP_DEV,
+            Self::Delete => sys::UBLK_U_CMD_DEL_DEV,
+        }
+    }
+}
+
+impl fmt::Display for Command {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::GetFeatures => "GET_FEATURES",
+            Self::GetInfo => "GET_DEV_INFO",
+            Self::Add => "ADD_DEV",
+            Self::SetParams => "SET_PARAMS",
+            Self::GetParams => "GET_PARAMS",
+            Self::Start => "START_DEV",
+            Self::Stop => "STOP_DEV",
+            Self::Delete => "DEL_DEV",
+        })
+    }
+}
+
+fn open_hint(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => {
+            "; the ublk driver is not loaded: run `modprobe ublk_drv` (Linux 6.0 or newer with CONFIG_BLK_DEV_UBLK)"
+        }
+        io::ErrorKind::PermissionDenied => "; run as root",
+        _ => "",
+    }
+}
+
+fn refusal_hint(command: Command, errno: i32) -> &'static str {
+    match (command, errno) {
+        (_, libc::EPERM | libc::EACCES) => "; run as root (CAP_SYS_ADMIN is needed)",
+        (Command::Add, libc::EEXIST) => {
+            "; this device id is in use: see `ublk-qcow2 list`, delete it with `ublk-qcow2 del -n ID`, or leave -n out"
+        }
+        (Command::Add, libc::ENOSPC | libc::EOVERFLOW) => {
+            "; the driver allows no more devices: raise its parameter ublks_max"
+        }
+        (Command::Add, libc::EINVAL) => {
+            "; the number of queues, the depth or the id is more than this driver allows"
+        }
+        (Command::Add, libc::ENOMEM) => "; ask for fewer queues or less depth",
+        (Command::GetFeatures, libc::EOPNOTSUPP | libc::ENOTTY) => "; Linux 6.5 or newer is needed for that",
+        (_, libc::EOPNOTSUPP | libc::ENOTTY) => "; this kernel's ublk driver is too old",
+        (_, libc::ENODEV) => "; there is no such device",
+        _ => "",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_header_is_laid_out_as_the_kernel_reads_it() {
+        assert_eq!(size_of::<sys::ublksrv_ctrl_cmd>(), 32);
+        let header = sys::ublksrv_ctrl_cmd {
+            dev_id: 1,
+            queue_id: 2,
+            len: 3,
+            addr: 4,
+            data: [5],
+            ..Default::default()
+        };
+        let bytes = command_bytes(&header);
+        assert_eq!((bytes[0], bytes[4], bytes[6], bytes[8], bytes[16]), (1, 2, 3, 4, 5));
+        assert_eq!(std::mem::offset_of!(sys::ublksrv_ctrl_cmd, dev_path_len), 24);
+        assert_eq!(std::mem::offset_of!(sys::ublksrv_ctrl_cmd, data), 16);
+    }
+
+    #[test]
+    fn errors_name_the_command_the_cause_and_the_way_out() {
+        let busy = ControlError::Refused { command: Command::Add, errno: libc::EEXIST }.to_string();
+        assert!(
+            busy.contains("ADD_DEV") && busy.contains("File exists") && busy.contains("del -n"),
+            "{busy}"
+        );
+        let missing = ControlError::Open(io::Error::from_raw_os_error(libc::ENOENT)).to_string();
+        assert!(missing.contains("modprobe ublk_drv"), "{missing}");
+    }
+}

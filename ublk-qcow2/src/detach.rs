@@ -1,0 +1,88 @@
+//! Going into the background, and telling the parent how it went.
+//!
+//! [`into_background`] forks before any thread or ring exists. The parent waits until the child
+//! either serves its device or has failed, and reports that as its own result.
+
+use nix::unistd::{ForkResult, dup2_stderr, dup2_stdin, dup2_stdout, fork, setsid};
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, Read, Write},
+    os::fd::OwnedFd,
+    path::Path,
+};
+
+/// First byte of the child's message: what follows is the device's name.
+const SERVING: u8 = b'+';
+/// First byte of the child's message: what follows is an error.
+const FAILED: u8 = b'-';
+
+/// Which side of the fork this is.
+pub(crate) enum Side {
+    /// The caller's process, with the child's result: the device's name or the error.
+    Parent(Result<String, String>),
+    /// The server to be.
+    Child(Reporter),
+}
+
+/// The child's way of telling its parent, used once.
+pub(crate) struct Reporter(File);
+
+/// Forks. The parent returns when the child has reported or ended.
+///
+/// # Errors
+/// The operating system's, in the parent.
+pub(crate) fn into_background() -> io::Result<Side> {
+    let (from_child, to_parent) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
+    // SAFETY: the process has one thread only: the command line has been read and nothing else done.
+    match unsafe { fork() }? {
+        ForkResult::Parent { .. } => {
+            drop(to_parent);
+            Ok(Side::Parent(receive(from_child)))
+        }
+        ForkResult::Child => {
+            drop(from_child);
+            // It cannot fail: a fresh child leads no process group.
+            let _ = setsid();
+            Ok(Side::Child(Reporter(to_parent.into())))
+        }
+    }
+}
+
+fn receive(from_child: OwnedFd) -> Result<String, String> {
+    let mut message = Vec::new();
+    File::from(from_child).read_to_end(&mut message).map_err(|error| error.to_string())?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    match message.split_first() {
+        Some((&SERVING, device)) => Ok(text(device)),
+        Some((_, error)) => Err(text(error)),
+        None => Err("the server died before it served the device; see the kernel log (dmesg)".to_owned()),
+    }
+}
+
+impl Reporter {
+    /// The device is served. From here on the server is on its own: it gives up the terminal and the
+    /// working directory, and writes what it has to say to `log`.
+    ///
+    /// # Errors
+    /// When the parent is gone, so that nobody learns of the device.
+    pub(crate) fn serving(mut self, device: &Path, log: &Path) -> io::Result<()> {
+        let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
+        let log = OpenOptions::new().append(true).create(true).open(log)?;
+        std::env::set_current_dir("/")?;
+        let mut message = vec![SERVING];
+        message.extend_from_slice(device.as_os_str().as_encoded_bytes());
+        self.0.write_all(&message)?;
+        dup2_stdin(&null)?;
+        dup2_stdout(&null)?;
+        dup2_stderr(&log)?;
+        Ok(())
+    }
+
+    /// There will be no device.
+    pub(crate) fn failed(mut self, error: &str) {
+        let mut message = vec![FAILED];
+        message.extend_from_slice(error.as_bytes());
+        // If the parent is gone nobody is there to be told.
+        let _ = self.0.write_all(&message);
+    }
+}

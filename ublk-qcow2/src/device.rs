@@ -1,0 +1,290 @@
+//! The life of one ublk device: added, described, started, stopped, deleted.
+//!
+//! A [`Device`] is a guard: whatever step fails, dropping it stops and deletes what has been made,
+//! so no half-made device stays behind. It knows nothing of images or queues' work; it is given a
+//! size and limits, and hands out the character device that the queues serve.
+//!
+//! Recovery of a device whose server died (`UBLK_F_USER_RECOVERY`) will be another way of getting
+//! a `Device`, beside [`Device::add`]: the steps after it stay as they are.
+
+use crate::control::{ANY_ID, Control, ControlError};
+use libublk::sys;
+use std::{
+    fs::{File, OpenOptions},
+    io,
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+/// The largest request that the kernel hands over in one piece, in bytes.
+pub(crate) const MAX_IO_BYTES: u32 = 1 << 20;
+/// The kernel's limit on the depth of a queue.
+pub(crate) const MAX_DEPTH: u16 = sys::UBLK_MAX_QUEUE_DEPTH as u16;
+/// Logical block size: 512 bytes, as a shift.
+const LOGICAL_SHIFT: u8 = 9;
+/// What the kernel should rather not split: 4096 bytes, as a shift.
+const PHYSICAL_SHIFT: u8 = 12;
+/// The largest discard or write-zeroes request: 1 GiB, so that one request stays well below a second
+/// even where every cluster is freed by itself.
+const MAX_DISCARD_SECTORS: u32 = 1 << (30 - LOGICAL_SHIFT);
+/// How long a device node may take to appear after the driver has made the device.
+const NODE_WAIT: Duration = Duration::from_secs(10);
+
+/// What to ask the driver for.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Request {
+    /// The device id, or the driver's choice.
+    pub(crate) id: Option<u32>,
+    pub(crate) queues: u16,
+    pub(crate) depth: u16,
+}
+
+/// What the device looks like to its users.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    /// Capacity in sectors of 512 bytes.
+    pub(crate) sectors: u64,
+    /// The image's cluster size in bytes, a power of two: what a discard should cover.
+    pub(crate) cluster_bytes: u32,
+    pub(crate) read_only: bool,
+    pub(crate) can_discard: bool,
+}
+
+/// Why a device could not be made.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DeviceError {
+    #[error(transparent)]
+    Control(#[from] ControlError),
+    #[error("the driver took other parameters than it was given: {0}")]
+    Params(String),
+    #[error("cannot open {}: {source}{hint}", .path.display())]
+    Node { path: PathBuf, source: io::Error, hint: &'static str },
+}
+
+/// A device that exists; deleted when dropped.
+pub(crate) struct Device {
+    control: Control,
+    info: sys::ublksrv_ctrl_dev_info,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    /// The character device exists, the block device does not.
+    Added,
+    /// The block device may exist.
+    Started,
+    /// Nothing is left to undo.
+    Deleted,
+}
+
+impl Device {
+    /// Adds a device.
+    pub(crate) fn add(mut control: Control, request: &Request) -> Result<Self, DeviceError> {
+        let info = control.add(sys::ublksrv_ctrl_dev_info {
+            nr_hw_queues: request.queues,
+            queue_depth: request.depth,
+            max_io_buf_bytes: MAX_IO_BYTES,
+            dev_id: request.id.unwrap_or(ANY_ID),
+            ublksrv_pid: -1,
+            flags: u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE),
+            ..Default::default()
+        })?;
+        Ok(Self { control, info, state: State::Added })
+    }
+
+    /// The device's number.
+    pub(crate) fn id(&self) -> u32 {
+        self.info.dev_id
+    }
+
+    /// The number of queues, which the driver may have lowered.
+    pub(crate) fn queues(&self) -> u16 {
+        self.info.nr_hw_queues
+    }
+
+    /// The depth of each queue, which the driver may have lowered.
+    pub(crate) fn depth(&self) -> u16 {
+        self.info.queue_depth
+    }
+
+    /// The largest request in bytes, which the driver may have lowered.
+    pub(crate) fn max_io_bytes(&self) -> u32 {
+        self.info.max_io_buf_bytes
+    }
+
+    /// Tells the driver what the device looks like, and makes sure that it has understood.
+    pub(crate) fn describe(&mut self, shape: &Shape) -> Result<(), DeviceError> {
+        let wanted = params(shape, self.max_io_bytes());
+        self.control.set_params(self.id(), wanted)?;
+        // The driver drops what it does not know without a word.
+        let taken = self.control.params(self.id(), wanted.types)?;
+        check_params(&wanted, &taken).map_err(DeviceError::Params)
+    }
+
+    /// Opens the character device. There can be one such descriptor at a time; the device is not
+    /// deleted before it is closed.
+    pub(crate) fn open_char(&self) -> Result<File, DeviceError> {
+        wait_for_node(char_path(self.id()), |path| OpenOptions::new().read(true).write(true).open(path))
+    }
+
+    /// Starts the device; the block device exists when this returns. See [`Control::start`].
+    pub(crate) fn start(&mut self, give_up: &mut dyn FnMut() -> bool) -> Result<(), DeviceError> {
+        self.state = State::Started;
+        self.control.start(self.id(), std::process::id(), give_up)?;
+        // udev or devtmpfs makes the node; who reads its name from us will open it at once.
+        wait_for_node(block_path(self.id()), |path| std::fs::metadata(path)).map(drop)
+    }
+
+    /// Stops the device: the queues' fetches are aborted when their requests have finished.
+    pub(crate) fn stop(&mut self) -> Result<(), DeviceError> {
+        self.control.stop(self.id())?;
+        self.state = State::Added;
+        Ok(())
+    }
+
+    /// Deletes the device, for good. The character device must be closed.
+    pub(crate) fn delete(mut self) -> Result<(), DeviceError> {
+        self.state = State::Deleted;
+        Ok(self.control.delete(self.id())?)
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        let id = self.id();
+        if self.state == State::Started
+            && let Err(error) = self.control.stop(id)
+        {
+            tracing::error!(id, %error, "the device is left behind; try `ublk-qcow2 del -n {id}`");
+        }
+        if self.state != State::Deleted
+            && let Err(error) = self.control.delete(id)
+        {
+            tracing::error!(id, %error, "the device is left behind; try `ublk-qcow2 del -n {id}`");
+        }
+    }
+}
+
+/// Stops and deletes a device that has no server of ours any more. One that is gone is no error.
+pub(crate) fn delete_orphan(control: &mut Control, id: u32) -> Result<(), ControlError> {
+    for result in [control.stop(id), control.delete(id)] {
+        match result {
+            Err(error) if error.errno() != Some(libc::ENODEV) => return Err(error),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+/// The node through which the device is used.
+pub(crate) fn block_path(id: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkb{id}"))
+}
+
+/// The node through which the device is served.
+fn char_path(id: u32) -> PathBuf {
+    PathBuf::from(format!("/dev/ublkc{id}"))
+}
+
+/// Tries until the node is there, and readable for us.
+fn wait_for_node<T>(
+    path: PathBuf,
+    mut attempt: impl FnMut(&Path) -> io::Result<T>,
+) -> Result<T, DeviceError> {
+    let deadline = Instant::now() + NODE_WAIT;
+    loop {
+        let source = match attempt(&path) {
+            Ok(value) => return Ok(value),
+            Err(error) => error,
+        };
+        let may_come = matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied);
+        if !may_come || Instant::now() >= deadline {
+            let missing = source.kind() == io::ErrorKind::NotFound;
+            let hint = if missing { "; is a devtmpfs mounted on /dev, or does udev run?" } else { "" };
+            return Err(DeviceError::Node { path, source, hint });
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+}
+
+/// The driver's parameters for a device of this shape.
+fn params(shape: &Shape, max_io_bytes: u32) -> sys::ublk_params {
+    let cluster_shift = shape.cluster_bytes.trailing_zeros() as u8;
+    let read_only = if shape.read_only { sys::UBLK_ATTR_READ_ONLY } else { 0 };
+    let basic = sys::ublk_param_basic {
+        attrs: sys::UBLK_ATTR_VOLATILE_CACHE | read_only,
+        logical_bs_shift: LOGICAL_SHIFT,
+        physical_bs_shift: PHYSICAL_SHIFT,
+        io_min_shift: PHYSICAL_SHIFT,
+        io_opt_shift: cluster_shift.max(PHYSICAL_SHIFT),
+        max_sectors: max_io_bytes >> LOGICAL_SHIFT,
+        dev_sectors: shape.sectors,
+        ..Default::default()
+    };
+    let mut params = sys::ublk_params {
+        len: size_of::<sys::ublk_params>() as u32,
+        types: sys::UBLK_PARAM_TYPE_BASIC,
+        basic,
+        ..Default::default()
+    };
+    // No dma_align: with copied data the kernel takes any alignment that the user's memory has.
+    if !shape.read_only {
+        params.types |= sys::UBLK_PARAM_TYPE_DISCARD;
+        params.discard = sys::ublk_param_discard {
+            discard_granularity: shape.cluster_bytes,
+            max_discard_sectors: if shape.can_discard { MAX_DISCARD_SECTORS } else { 0 },
+            max_write_zeroes_sectors: MAX_DISCARD_SECTORS,
+            max_discard_segments: 1,
+            ..Default::default()
+        };
+    }
+    params
+}
+
+/// Compares what the driver holds with what it was given, field by field.
+fn check_params(wanted: &sys::ublk_params, taken: &sys::ublk_params) -> Result<(), String> {
+    let (w, t) = (&wanted.basic, &taken.basic);
+    let (wd, td) = (&wanted.discard, &taken.discard);
+    let fields = [
+        // The driver adds the kinds that only it can fill in.
+        ("types", u64::from(wanted.types), u64::from(wanted.types & taken.types)),
+        ("attrs", w.attrs.into(), t.attrs.into()),
+        ("logical_bs_shift", w.logical_bs_shift.into(), t.logical_bs_shift.into()),
+        ("max_sectors", w.max_sectors.into(), t.max_sectors.into()),
+        ("dev_sectors", w.dev_sectors, t.dev_sectors),
+        ("discard_granularity", wd.discard_granularity.into(), td.discard_granularity.into()),
+        ("max_discard_sectors", wd.max_discard_sectors.into(), td.max_discard_sectors.into()),
+    ];
+    match fields.iter().find(|(_, wanted, taken)| wanted != taken) {
+        None => Ok(()),
+        Some((name, wanted, taken)) => Err(format!("{name} is {taken}, not {wanted}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPE: Shape = Shape { sectors: 2048, cluster_bytes: 65536, read_only: false, can_discard: true };
+
+    #[test]
+    fn limits_follow_the_image() {
+        let it = params(&SHAPE, MAX_IO_BYTES);
+        assert_eq!(it.basic.max_sectors, 2048);
+        assert_eq!(it.basic.io_opt_shift, 16);
+        assert_eq!((it.discard.discard_granularity, it.discard.max_discard_segments), (65536, 1));
+        let small = params(&Shape { cluster_bytes: 512, ..SHAPE }, 4096);
+        assert_eq!((small.basic.io_opt_shift, small.discard.discard_granularity), (12, 512));
+    }
+
+    #[test]
+    fn a_read_only_device_has_no_discard_and_a_lost_parameter_is_noticed() {
+        let it = params(&Shape { read_only: true, ..SHAPE }, MAX_IO_BYTES);
+        assert_eq!(it.types, sys::UBLK_PARAM_TYPE_BASIC);
+        assert_ne!(it.basic.attrs & sys::UBLK_ATTR_READ_ONLY, 0);
+        let wanted = params(&SHAPE, MAX_IO_BYTES);
+        assert!(check_params(&wanted, &wanted).is_ok());
+        assert_eq!(check_params(&wanted, &it).unwrap_err(), "types is 1, not 3");
+    }
+}

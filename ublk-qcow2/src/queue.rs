@@ -1,0 +1,340 @@
+//! One queue of a device: fetch, serve, commit.
+//!
+//! [`serve`] is the whole life of a queue's thread. There is one task per tag. It fetches, and from
+//! then on: decodes the descriptor that the kernel has put into shared memory, has the engine do
+//! the work, and commits the result, which is also the next fetch. The same ring carries these
+//! commands and the image's I/O, so a loop turn is one system call. Nothing here blocks.
+//!
+//! The end: once the device is stopped every fetch comes back with ENODEV. A tag that is at work
+//! finishes its request first and learns it from its commit. When all queues have ended the daemon
+//! closes the image.
+
+use crate::{
+    errno::errno,
+    request::{DecodeError, Range, Request, device_size},
+};
+use io_uring::{opcode, types};
+use libublk::sys;
+use memmap2::{MmapOptions, MmapRaw};
+use qcow2_engine::{
+    Error, Image, Lane, ZeroMode,
+    exec::Executor,
+    io::{
+        Buf, Files,
+        uring::{Op, Target, Uring},
+    },
+};
+use std::{
+    cell::{Cell, RefCell},
+    fs::File,
+    future::{Future, poll_fn},
+    io,
+    os::fd::AsFd,
+    pin::pin,
+    rc::Rc,
+    sync::Arc,
+    task::{Poll, Waker},
+    time::Duration,
+};
+
+/// Failed requests that a queue reports one by one; from then on only powers of two are.
+const REPORTED_ERRORS: u64 = 16;
+/// Between two passes of write-back and of giving freed clusters back.
+const MAINTENANCE_PAUSE: Duration = Duration::from_secs(1);
+/// From linux/prctl.h; missing in the crate libc.
+const PR_SET_IO_FLUSHER: libc::c_int = 57;
+/// The kernel's result for a command of a stopped queue.
+const ABORTED: i32 = -sys::UBLK_IO_RES_ABORT;
+
+/// What a queue's thread needs to know.
+pub(crate) struct Queue {
+    pub(crate) index: u16,
+    pub(crate) depth: u16,
+    /// The largest request in bytes.
+    pub(crate) max_io_bytes: u32,
+    pub(crate) char_device: Arc<File>,
+    pub(crate) image: Arc<Image>,
+    pub(crate) files: Arc<Files>,
+}
+
+/// Why a queue ended other than by the device being stopped.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum QueueError {
+    #[error("cannot set the queue up: {0}")]
+    SetUp(io::Error),
+    #[error("the queue's ring failed: {0}")]
+    Ring(io::Error),
+    #[error("the driver refused to fetch requests: {0}")]
+    Fetch(io::Error),
+    #[error("its thread panicked")]
+    Panicked,
+}
+
+/// What a queue tells before its end.
+#[derive(Debug)]
+pub(crate) enum Notice {
+    /// The kernel has got the fetches of all tags: the device can be started.
+    Fetching,
+    /// A tag is lost; the others go on. The device should be stopped.
+    Failing,
+}
+
+/// Serves a queue until the device is stopped, on the thread that calls it.
+pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<(), QueueError> {
+    become_io_flusher();
+    // One entry per tag for its command, and as many again for its image I/O.
+    let entries = (u32::from(queue.depth) * 2).next_power_of_two().max(64);
+    let ring = Uring::new(Arc::clone(&queue.files), entries).map_err(QueueError::SetUp)?;
+    let descriptors = Descriptors::map(queue).map_err(QueueError::SetUp)?;
+    let registered = ring.register_fd(queue.char_device.as_fd());
+    let context = Rc::new(Context {
+        index: queue.index,
+        target: registered.target(),
+        serving: Cell::new(queue.depth),
+        drained: RefCell::new(None),
+        lane: Lane::new(&queue.image, ring.clone(), usize::from(queue.depth)),
+        image_size: device_size(&queue.image),
+        ring: ring.clone(),
+        descriptors,
+        errors: Cell::new(0),
+        failure: RefCell::new(None),
+        notify: Box::new(notify),
+    });
+
+    let executor = Executor::new(ring.clone());
+    for tag in 0..queue.depth {
+        executor.spawn(Rc::clone(&context).serve_tag(tag, Buf::zeroed(queue.max_io_bytes as usize)));
+    }
+    executor.spawn(Rc::clone(&context).report_fetching());
+    if queue.index == 0 {
+        executor.spawn(Rc::clone(&context).maintain());
+    }
+    executor.run().map_err(QueueError::Ring)?;
+    context.failure.take().map_or(Ok(()), |failure| Err(QueueError::Fetch(failure)))
+}
+
+/// What the tags of a queue share.
+struct Context {
+    index: u16,
+    target: Target,
+    /// Tags whose task has not ended.
+    serving: Cell<u16>,
+    /// Whoever waits for the last tag to end.
+    drained: RefCell<Option<Waker>>,
+    lane: Lane<Uring>,
+    image_size: u64,
+    ring: Uring,
+    descriptors: Descriptors,
+    errors: Cell<u64>,
+    failure: RefCell<Option<io::Error>>,
+    notify: Box<dyn Fn(Notice)>,
+}
+
+impl Context {
+    async fn serve_tag(self: Rc<Self>, tag: u16, buf: Buf) {
+        self.fetch_and_serve(tag, buf).await;
+        self.serving.set(self.serving.get() - 1);
+        if let (0, Some(waiting)) = (self.serving.get(), self.drained.take()) {
+            waiting.wake();
+        }
+    }
+
+    /// The image's own work, beside the requests, until the last tag has ended.
+    async fn maintain(self: Rc<Self>) {
+        loop {
+            let mut pause = pin!(self.ring.sleep(MAINTENANCE_PAUSE));
+            let goes_on = poll_fn(|task| {
+                if self.serving.get() == 0 {
+                    return Poll::Ready(false);
+                }
+                self.drained.replace(Some(task.waker().clone()));
+                pause.as_mut().poll(task).map(|_| true)
+            });
+            if !goes_on.await {
+                return;
+            }
+            if let Err(error) = self.lane.maintain().await {
+                self.report(&format_args!("maintenance: {error}"));
+            }
+        }
+    }
+
+    /// The life of one tag.
+    async fn fetch_and_serve(&self, tag: u16, buf: Buf) {
+        let mut command = self.command(sys::UBLK_U_IO_FETCH_REQ, tag, 0, &buf);
+        loop {
+            match command.await {
+                Ok(_) => {}
+                Err(error) if error.raw_os_error() == Some(ABORTED) => return,
+                Err(error) => {
+                    self.failure.borrow_mut().get_or_insert(error);
+                    (self.notify)(Notice::Failing);
+                    return;
+                }
+            }
+            let result = self.serve_request(tag, &buf).await;
+            command = self.command(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, tag, result, &buf);
+        }
+    }
+
+    /// Spawned after the tags' tasks: the kernel takes submissions in order, so when this no-op has
+    /// completed it has the fetches that were queued before it.
+    async fn report_fetching(self: Rc<Self>) {
+        // SAFETY: a no-op names no memory.
+        let no_op = unsafe { self.ring.submit(opcode::Nop::new().build(), None) };
+        if no_op.await.is_ok() {
+            (self.notify)(Notice::Fetching);
+        }
+    }
+
+    /// Serves the tag's request. Returns what the kernel wants to hear: the bytes moved (0 for
+    /// requests that move none) or a negative errno.
+    async fn serve_request(&self, tag: u16, buf: &Buf) -> i32 {
+        let request = match Request::decode(&self.descriptors.get(tag), self.image_size) {
+            Ok(request) => request,
+            Err(error) => return self.refuse(error),
+        };
+        match self.carry_out(request, buf).await {
+            // At most `max_io_bytes`.
+            Ok(bytes) => bytes as i32,
+            Err(error) => {
+                self.report(&format_args!("{request:?}: {error}"));
+                -errno(error.kind())
+            }
+        }
+    }
+
+    async fn carry_out(&self, request: Request, buf: &Buf) -> Result<u64, Error> {
+        let lane = &self.lane;
+        match request {
+            Request::Read(range) => {
+                let (inside, beyond) = split(buf, range);
+                lane.read(range.at, inside).await?;
+                if let Some(beyond) = beyond {
+                    beyond.fill(0);
+                }
+                return Ok(range.len);
+            }
+            Request::Write { range, fua } => {
+                lane.write(range.at, split(buf, range).0).await?;
+                if fua {
+                    lane.flush().await?;
+                }
+                return Ok(range.len);
+            }
+            Request::Flush => lane.flush().await?,
+            Request::Discard(range) => lane.discard(range.at, range.inside).await?,
+            Request::WriteZeroes { range, unmap } => {
+                let mode = if unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
+                lane.write_zeroes(range.at, range.inside, mode).await?;
+            }
+        }
+        Ok(0)
+    }
+
+    /// A fetch, or a commit with `result` that fetches again. `buf` is the tag's own: the kernel
+    /// copies a write's data into it before the command completes and a read's data out of it when
+    /// the result is committed.
+    fn command(&self, code: u32, tag: u16, result: i32, buf: &Buf) -> Op {
+        let mut area = [0; 16];
+        area[0..2].copy_from_slice(&self.index.to_ne_bytes());
+        area[2..4].copy_from_slice(&tag.to_ne_bytes());
+        area[4..8].copy_from_slice(&result.to_ne_bytes());
+        area[8..16].copy_from_slice(&buf.address().to_ne_bytes());
+        let entry = match self.target {
+            Target::Fd(fd) => opcode::UringCmd16::new(types::Fd(fd), code).cmd(area).build(),
+            Target::Fixed(slot) => opcode::UringCmd16::new(types::Fixed(slot), code).cmd(area).build(),
+        };
+        // SAFETY: the only memory that the entry names is `buf`, whose owner is handed over.
+        unsafe { self.ring.submit(entry, Some(buf.clone())) }
+    }
+
+    fn refuse(&self, error: DecodeError) -> i32 {
+        self.report(&error);
+        match error {
+            DecodeError::Operation(_) => -libc::EOPNOTSUPP,
+            DecodeError::OutOfRange { .. } => -libc::EIO,
+        }
+    }
+
+    /// Reports a failed request, unless there have been so many that it would flood the log.
+    fn report(&self, error: &dyn std::fmt::Display) {
+        let count = self.errors.get() + 1;
+        self.errors.set(count);
+        if count <= REPORTED_ERRORS || count.is_power_of_two() {
+            tracing::error!(queue = self.index, count, "request failed: {error}");
+        }
+    }
+}
+
+/// The parts of a tag's buffer that hold the range's bytes inside the image and beyond its end.
+fn split(buf: &Buf, range: Range) -> (Buf, Option<Buf>) {
+    // The lengths are bounded by max_sectors, so by the buffer's length.
+    let (inside, len) = (range.inside as usize, range.len as usize);
+    (buf.slice(0..inside), (inside < len).then(|| buf.slice(inside..len)))
+}
+
+/// The request descriptors of a queue, which the kernel writes before it completes a fetch.
+struct Descriptors {
+    map: MmapRaw,
+    depth: u16,
+}
+
+impl Descriptors {
+    fn map(queue: &Queue) -> io::Result<Self> {
+        let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)?.unwrap_or(4096) as usize;
+        let size = size_of::<sys::ublksrv_io_desc>();
+        // Each queue's array begins where one of the greatest possible depth would end.
+        let stride = (sys::UBLK_MAX_QUEUE_DEPTH as usize * size).next_multiple_of(page);
+        let map = MmapOptions::new()
+            .offset(u64::from(sys::UBLKSRV_CMD_BUF_OFFSET) + stride as u64 * u64::from(queue.index))
+            .len((usize::from(queue.depth) * size).next_multiple_of(page))
+            .populate()
+            .map_raw_read_only(&*queue.char_device)?;
+        Ok(Self { map, depth: queue.depth })
+    }
+
+    /// The descriptor of a tag whose fetch has completed.
+    fn get(&self, tag: u16) -> sys::ublksrv_io_desc {
+        assert!(tag < self.depth, "tag {tag} of a queue that is {} deep", self.depth);
+        let array = self.map.as_ptr().cast::<sys::ublksrv_io_desc>();
+        // SAFETY: the mapping has `depth` descriptors, is page-aligned, and holds integers only.
+        // The kernel does not write to this one between the completion of the tag's fetch, which
+        // has been seen, and the commit of its result.
+        unsafe { array.add(usize::from(tag)).read_volatile() }
+    }
+}
+
+/// Lets this thread, and the kernel's helpers of its ring, allocate memory without waiting for
+/// dirty pages to be written back: some of them may be waiting for this very device.
+fn become_io_flusher() {
+    // SAFETY: the call takes numbers only.
+    let failed = unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
+    if failed != 0 {
+        let error = io::Error::last_os_error();
+        tracing::warn!("PR_SET_IO_FLUSHER: {error}; under memory pressure the device may deadlock");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_part_beyond_the_image_is_split_off() {
+        let buf = Buf::zeroed(4096);
+        let (inside, beyond) = split(&buf, Range { at: 0, len: 1024, inside: 1024 });
+        assert_eq!((inside.len(), beyond.is_none()), (1024, true));
+        let (inside, beyond) = split(&buf, Range { at: 0, len: 1024, inside: 612 });
+        assert_eq!((inside.len(), beyond.map(|beyond| beyond.len())), (612, Some(412)));
+    }
+
+    #[test]
+    fn the_command_area_is_laid_out_as_the_kernel_reads_it() {
+        assert_eq!(size_of::<sys::ublksrv_io_cmd>(), 16);
+        assert_eq!(std::mem::offset_of!(sys::ublksrv_io_cmd, tag), 2);
+        assert_eq!(std::mem::offset_of!(sys::ublksrv_io_cmd, result), 4);
+        assert_eq!(std::mem::offset_of!(sys::ublksrv_io_cmd, addr), 8);
+        assert_eq!(size_of::<sys::ublksrv_io_desc>(), 24);
+    }
+}

@@ -1,0 +1,187 @@
+//! What is known about running servers: one file per device in the run directory.
+//!
+//! A server writes `N.json` when it has made device N, keeps it locked while it lives, and removes
+//! it after a clean end. The lock, not the process id, tells whether the server lives: the kernel
+//! gives it back however the process ends. A file without a lock is that of a server that died, or
+//! of one that could not close its image and says so in `error`.
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+use std::{
+    env,
+    fs::{self, File},
+    io::{self, Write},
+    path::{Path, PathBuf},
+};
+
+/// Where the files are, unless the environment variable [`DIRECTORY_VARIABLE`] names another place.
+const DIRECTORY: &str = "/run/ublk-qcow2";
+/// Names another run directory: for tests, and for several instances that must not meet.
+const DIRECTORY_VARIABLE: &str = "UBLK_QCOW2_RUN_DIR";
+
+/// The contents of a run file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    /// The device's number.
+    pub(crate) id: u32,
+    /// The server's process.
+    pub(crate) pid: i32,
+    /// The image, as an absolute path.
+    pub(crate) image: PathBuf,
+    /// The device's capacity in bytes.
+    pub(crate) size: u64,
+    pub(crate) queues: u16,
+    pub(crate) depth: u16,
+    pub(crate) read_only: bool,
+    /// Why the server could not end cleanly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) error: Option<String>,
+}
+
+/// Why a run file could not be used.
+#[derive(Debug, thiserror::Error)]
+#[error("{what} {}: {source}", .path.display())]
+pub(crate) struct RunFileError {
+    what: &'static str,
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// A server's own run file, locked.
+pub(crate) struct RunFile {
+    path: PathBuf,
+    record: Record,
+    _lock: Flock<File>,
+}
+
+/// A run file as others see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub(crate) record: Record,
+    /// Whether its server lives.
+    pub(crate) is_alive: bool,
+}
+
+impl RunFile {
+    /// Writes and locks the run file of this process's device.
+    pub(crate) fn create(record: Record) -> Result<Self, RunFileError> {
+        let path = path_of(record.id);
+        let fail = |what| {
+            let path = path.clone();
+            move |source| RunFileError { what, path, source }
+        };
+        fs::create_dir_all(directory()).map_err(fail("cannot make the directory for"))?;
+        let lock = write_locked(&path, &record).map_err(fail("cannot write"))?;
+        Ok(Self { path, record, _lock: lock })
+    }
+
+    /// Removes the file: the server has ended cleanly.
+    pub(crate) fn remove(self) {
+        // Removed before the lock is given back, so that nobody takes it for a dead server's.
+        let _ = fs::remove_file(&self.path);
+        let _ = fs::remove_file(log_path(self.record.id));
+    }
+
+    /// Leaves the file behind, with the reason why the end was not clean.
+    pub(crate) fn fail(mut self, error: String) {
+        self.record.error = Some(error);
+        let _ = write_locked(&self.path, &self.record);
+    }
+}
+
+/// Writes the file under another name, locks it, and only then gives it its name: whoever finds it
+/// finds it whole and locked.
+fn write_locked(path: &Path, record: &Record) -> io::Result<Flock<File>> {
+    let temporary = path.with_extension(format!("{}.new", record.pid));
+    let mut file = File::create(&temporary)?;
+    file.write_all(serde_json::to_string(record)?.as_bytes())?;
+    let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno)?;
+    fs::rename(&temporary, path)?;
+    Ok(lock)
+}
+
+/// The run file of device `id`, if there is one.
+pub(crate) fn load(id: u32) -> Result<Option<Entry>, RunFileError> {
+    load_path(&path_of(id))
+}
+
+/// All run files, in the order of their ids.
+pub(crate) fn load_all() -> Result<Vec<Entry>, RunFileError> {
+    let directory = directory();
+    let fail = |source| RunFileError { what: "cannot read", path: directory.clone(), source };
+    let files = match fs::read_dir(&directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        files => files.map_err(fail)?,
+    };
+    let mut entries = Vec::new();
+    for file in files {
+        let path = file.map_err(fail)?.path();
+        let is_ours = path.extension().is_some_and(|extension| extension == "json")
+            && path
+                .file_stem()
+                .and_then(|stem| stem.to_str())
+                .is_some_and(|stem| stem.parse::<u32>().is_ok());
+        if is_ours {
+            entries.extend(load_path(&path)?);
+        }
+    }
+    entries.sort_by_key(|entry| entry.record.id);
+    Ok(entries)
+}
+
+/// Removes what a dead server has left behind.
+pub(crate) fn remove_stale(id: u32) {
+    let _ = fs::remove_file(path_of(id));
+    let _ = fs::remove_file(log_path(id));
+}
+
+/// Where a server in the background writes what it has to say.
+pub(crate) fn log_path(id: u32) -> PathBuf {
+    directory().join(format!("{id}.log"))
+}
+
+fn load_path(path: &Path) -> Result<Option<Entry>, RunFileError> {
+    let fail = |source| RunFileError { what: "cannot read", path: path.to_owned(), source };
+    let file = match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        file => file.map_err(fail)?,
+    };
+    let record = serde_json::from_reader(&file).map_err(|error| fail(error.into()))?;
+    let is_alive = Flock::lock(file, FlockArg::LockSharedNonblock).is_err();
+    Ok(Some(Entry { record, is_alive }))
+}
+
+fn path_of(id: u32) -> PathBuf {
+    directory().join(format!("{id}.json"))
+}
+
+fn directory() -> PathBuf {
+    env::var_os(DIRECTORY_VARIABLE).map_or_else(|| PathBuf::from(DIRECTORY), PathBuf::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_record_survives_and_the_lock_tells_who_lives() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("7.json");
+        let record = Record {
+            id: 7,
+            pid: 1,
+            image: "/images/a b.qcow2".into(),
+            size: 1 << 40,
+            queues: 2,
+            depth: 64,
+            read_only: false,
+            error: None,
+        };
+        let lock = write_locked(&path, &record).unwrap();
+        assert_eq!(load_path(&path).unwrap(), Some(Entry { record: record.clone(), is_alive: true }));
+        drop(lock);
+        assert_eq!(load_path(&path).unwrap(), Some(Entry { record, is_alive: false }));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
+        assert_eq!(load_path(&dir.path().join("8.json")).unwrap(), None);
+    }
+}
