@@ -106,7 +106,7 @@ impl Qcow2Layer {
 
     /// Where a slice lies in the file, if its table exists.
     pub(crate) fn slice_location(&self, slice: u64) -> Result<Option<u64>> {
-        let guest = slice * self.slice_entries() << self.geometry.cluster_bits;
+        let guest = (slice * self.slice_entries()) << self.geometry.cluster_bits;
         Ok(match self.l1_entry(guest)? {
             L1Entry::Unallocated => None,
             L1Entry::Table { offset, .. } => {

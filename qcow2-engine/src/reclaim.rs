@@ -4,17 +4,30 @@
 //! still counted while its hole is punched, so nobody can be given it in the meantime; the count is
 //! lowered afterwards. That the unmapping is durable by then is what makes the punch safe.
 
-use crate::{
-    alloc::refcounts::Count,
-    error::{Error, Result},
-    io::Io,
-    lane::Lane,
-    order::rules::Page,
-};
-use std::{collections::BTreeMap, io::ErrorKind, ops::Range, sync::Arc};
+use crate::{alloc::refcounts::Count, error::Result, image::Image, io::Io, lane::Lane, order::rules::Page};
+use std::{collections::BTreeMap, io::ErrorKind, ops::Range};
 
 /// References given back per step, so that a step is bounded.
 const STEP: usize = 4096;
+
+/// References that are being given back: cluster → how many. What is left when it is dropped goes
+/// back into the queue.
+struct Batch<'a> {
+    image: &'a Image,
+    references: BTreeMap<u64, u64>,
+}
+
+impl Drop for Batch<'_> {
+    fn drop(&mut self) {
+        if self.references.is_empty() {
+            return;
+        }
+        let mut meta = self.image.meta.lock();
+        for (&cluster, &gone) in &self.references {
+            (0..gone).for_each(|_| meta.unmapped(cluster..cluster + 1));
+        }
+    }
+}
 
 impl<I: Io> Lane<I> {
     /// One pass of the work that nobody waits for: writes dirty metadata back and gives freed
@@ -45,30 +58,27 @@ impl<I: Io> Lane<I> {
             if ready.is_empty() {
                 return Ok(());
             }
-            let mut references = BTreeMap::<u64, u64>::new();
-            ready.iter().for_each(|free| *references.entry(free.cluster).or_default() += 1);
-            let unused = self.release(&references).await?;
-            for run in in_rows(&unused) {
-                self.punch(run).await?;
-            }
-            for &cluster in &unused {
-                self.lower(cluster, references[&cluster]).await?;
-            }
+            let mut batch = Batch { image, references: BTreeMap::new() };
+            ready.iter().for_each(|free| *batch.references.entry(free.cluster).or_default() += 1);
+            self.give_back(&mut batch).await?;
         }
     }
 
-    /// Lowers the counts of clusters that are still used by someone; gives those that are not.
-    async fn release(&self, references: &BTreeMap<u64, u64>) -> Result<Vec<u64>> {
+    async fn give_back(&self, batch: &mut Batch<'_>) -> Result<()> {
         let mut unused = Vec::new();
-        for (&cluster, &gone) in references {
-            let count = self.refcount(cluster).await?;
-            if count > gone {
-                self.lower(cluster, gone).await?;
-            } else {
+        for (&cluster, &gone) in &batch.references {
+            if self.refcount(cluster).await? <= gone {
                 unused.push(cluster);
             }
         }
-        Ok(unused)
+        for run in in_rows(&unused) {
+            self.punch(run).await?;
+        }
+        while let Some((&cluster, &gone)) = batch.references.first_key_value() {
+            self.lower(cluster, gone).await?;
+            batch.references.pop_first();
+        }
+        Ok(())
     }
 
     /// The refcount of a host cluster.
@@ -90,12 +100,13 @@ impl<I: Io> Lane<I> {
                 match meta.refcounts.get(cluster)? {
                     Count::Needs(page) => page,
                     Count::Is(count) if count < by => {
-                        return Err(Error::Refcount {
-                            file: Arc::clone(&image.top().name),
-                            at: cluster << image.geometry().cluster_bits,
-                            value: count,
-                            reason: "less than the references that were just removed: run `check`",
-                        });
+                        let at = cluster << image.geometry().cluster_bits;
+                        let file = &image.top().name;
+                        // The image came with a wrong count. Left alone, the cluster stays unused.
+                        tracing::error!(
+                            "{file}: refcount of the cluster at {at} was {count}, too low: run check"
+                        );
+                        return Ok(());
                     }
                     Count::Is(count) => {
                         let page = meta.refcounts.set(cluster, count - by);

@@ -105,7 +105,7 @@ impl Refcounts {
         RefcountTableEntry::decode(raw, &self.geometry).map_err(|source| Error::Corrupt {
             file: Arc::clone(&self.file),
             table: "refcount table",
-            at: block * self.geometry.refcounts_per_block() << self.geometry.cluster_bits,
+            at: (block * self.geometry.refcounts_per_block()) << self.geometry.cluster_bits,
             source,
         })
     }

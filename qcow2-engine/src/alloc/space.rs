@@ -130,7 +130,7 @@ impl Meta {
         }
         let end = base + plan.blocks + plan.table_clusters;
         self.claim(base..end)?;
-        let table_at = base + plan.blocks << self.geometry.cluster_bits;
+        let table_at = (base + plan.blocks) << self.geometry.cluster_bits;
         self.refcounts.move_table(table_at, (plan.table_clusters * per_cluster) as usize);
         let first_block = self.refcounts.block_of(base);
         for index in 0..plan.blocks {

@@ -14,10 +14,10 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-pub const IMAGE: &str = "image.qcow2";
+pub(crate) const IMAGE: &str = "image.qcow2";
 
 /// Runs a future whose I/O completes at once.
-pub fn run<T>(future: impl Future<Output = T>) -> T {
+pub(crate) fn run<T>(future: impl Future<Output = T>) -> T {
     let mut future = pin!(future);
     for _ in 0..10_000 {
         if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
@@ -28,7 +28,7 @@ pub fn run<T>(future: impl Future<Output = T>) -> T {
 }
 
 /// Writes a new, empty image into `files`.
-pub fn create(files: &MemFiles, name: &str, options: &CreateOptions) {
+pub(crate) fn create(files: &MemFiles, name: &str, options: &CreateOptions) {
     let blueprint = Blueprint::new(options).expect("sound options");
     let mut bytes = vec![0; blueprint.file_len() as usize];
     for (at, part) in blueprint.writes() {
@@ -38,35 +38,35 @@ pub fn create(files: &MemFiles, name: &str, options: &CreateOptions) {
 }
 
 /// An open image with the bytes that it should hold.
-pub struct Mirror {
-    pub files: MemFiles,
-    pub lane: Lane<MemFiles>,
-    pub bytes: Vec<u8>,
+pub(crate) struct Mirror {
+    pub(crate) files: MemFiles,
+    pub(crate) lane: Lane<MemFiles>,
+    pub(crate) bytes: Vec<u8>,
 }
 
 impl Mirror {
-    pub fn open(files: &MemFiles, bytes: Vec<u8>) -> Self {
+    pub(crate) fn open(files: &MemFiles, bytes: Vec<u8>) -> Self {
         let image = run(Image::open(files, files, Path::new(IMAGE), &OpenOptions::default())).expect("opens");
         Self::around(files, &image, bytes)
     }
 
-    pub fn around(files: &MemFiles, image: &Arc<Image>, bytes: Vec<u8>) -> Self {
+    pub(crate) fn around(files: &MemFiles, image: &Arc<Image>, bytes: Vec<u8>) -> Self {
         assert_eq!(image.virtual_size(), bytes.len() as u64);
         Self { files: files.clone(), lane: Lane::new(image, files.clone(), 8), bytes }
     }
 
-    pub fn write(&mut self, at: u64, byte: u8, len: usize) {
+    pub(crate) fn write(&mut self, at: u64, byte: u8, len: usize) {
         let data: Vec<u8> = (0..len).map(|index| byte.wrapping_add((index / 512) as u8)).collect();
         run(self.lane.write(at, Buf::from_bytes(&data))).expect("write");
         self.bytes[at as usize..at as usize + len].copy_from_slice(&data);
     }
 
-    pub fn write_zeroes(&mut self, at: u64, len: u64, mode: ZeroMode) {
+    pub(crate) fn write_zeroes(&mut self, at: u64, len: u64, mode: ZeroMode) {
         run(self.lane.write_zeroes(at, len, mode)).expect("write zeroes");
         self.bytes[at as usize..(at + len) as usize].fill(0);
     }
 
-    pub fn discard(&mut self, at: u64, len: u64) {
+    pub(crate) fn discard(&mut self, at: u64, len: u64) {
         run(self.lane.discard(at, len)).expect("discard");
         let geometry = *self.lane.image().geometry();
         let first = geometry.clusters_for(at) << geometry.cluster_bits;
@@ -76,12 +76,12 @@ impl Mirror {
         }
     }
 
-    pub fn flush(&self) {
+    pub(crate) fn flush(&self) {
         run(self.lane.flush()).expect("flush");
     }
 
     /// Reads everything and compares.
-    pub fn verify(&self) {
+    pub(crate) fn verify(&self) {
         for (index, expected) in self.bytes.chunks(1 << 20).enumerate() {
             let buf = Buf::zeroed(expected.len());
             let at = index as u64 * (1 << 20);
@@ -94,7 +94,7 @@ impl Mirror {
     }
 
     /// Closes the image; qemu-img must find it clean and with the same content.
-    pub fn close_and_judge(self) {
+    pub(crate) fn close_and_judge(self) {
         run(self.lane.close()).expect("close");
         let directory = tempfile::tempdir().expect("temporary directory");
         for name in self.lane.image().chain() {
