@@ -31,8 +31,8 @@ use std::{
 
 /// How long any command of the binary may take, in an emulated machine.
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
-/// How long a node may outlive its device.
-const NODE_LIMIT: Duration = Duration::from_secs(10);
+/// How long a node may outlive its device, and a server its last words.
+const LEFTOVER_LIMIT: Duration = Duration::from_secs(10);
 /// Alignment of memory for O_DIRECT.
 const PAGE: usize = 4096;
 
@@ -145,15 +145,18 @@ impl Device {
         let server = self.listed()?;
         self.is_attached = false;
         self.binary.run(["del", "-n", &self.id.to_string()])?.success()?;
-        let deadline = Instant::now() + NODE_LIMIT;
-        while self.path().exists() {
-            ensure!(Instant::now() < deadline, "{} is still there after del", self.path().display());
-            thread::sleep(Duration::from_millis(10));
+        let deadline = Instant::now() + LEFTOVER_LIMIT;
+        while self.path().exists() || has_process(server.pid) {
+            ensure!(
+                Instant::now() < deadline,
+                "after del, {} is there: {}; the server (process {}): {}",
+                self.path().display(),
+                self.path().exists(),
+                server.pid,
+                has_process(server.pid)
+            );
+            thread::sleep(Duration::from_millis(5));
         }
-        // A zombie counts as ended: who reaps it is not the server's business.
-        let stat = fs::read_to_string(format!("/proc/{}/stat", server.pid)).unwrap_or_default();
-        let state = stat.rsplit_once(") ").map_or("", |(_, rest)| &rest[..1]);
-        ensure!(matches!(state, "" | "Z" | "X"), "the server is in state {state} after del");
         Ok(())
     }
 }
@@ -167,7 +170,13 @@ impl Drop for Device {
     }
 }
 
-/// The block devices of the ublk driver that exist.
+/// Whether a process is there. A zombie counts as ended: who reaps it is not the server's business.
+fn has_process(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
+}
+
+/// The nodes of the ublk driver's devices.
 #[must_use]
 pub fn existing() -> BTreeSet<String> {
     let nodes = fs::read_dir("/dev").into_iter().flatten().flatten();

@@ -3,7 +3,7 @@
 //! fio judges its own data (crc32c of every block); this module chooses the load and reads the
 //! verdict. Knows nothing of images.
 
-use crate::command::{Finished, line_of, run};
+use crate::command::{line_of, run};
 use anyhow::{Context, Result, ensure};
 use std::{
     path::Path,
@@ -15,10 +15,12 @@ use std::{
 pub const JOBS: u64 = 12;
 /// More than a verified run takes in an emulated machine.
 const LIMIT: Duration = Duration::from_secs(240);
-/// Block sizes with their share in percent: from a sector to more than a cluster.
-const SIZES: &str = "512/10:1536/5:4k/35:16k/20:64k/15:256k/10:1M/5";
+/// Block sizes of writes with their share in percent: from a sector to many clusters.
+const WRITE_SIZES: &str = "512/10:1536/5:4k/35:16k/20:64k/15:256k/10:1M/5";
+/// Block sizes of trims: parts of clusters, clusters, rows of them.
+const TRIM_SIZES: &str = "4k/30:64k/40:256k/30";
 
-/// A verified load.
+/// A verified load: every job writes a region of its own, and trims run beside it in others.
 #[derive(Clone, Copy, Debug)]
 pub struct Verified {
     /// Bytes that each job writes.
@@ -28,52 +30,48 @@ pub struct Verified {
 }
 
 impl Verified {
-    /// Bytes of the device that all jobs need together.
+    /// Bytes of the device that are needed: each job has a region to write and one to trim.
     #[must_use]
     pub fn device_bytes(&self) -> u64 {
-        JOBS * self.bytes_per_job
+        2 * JOBS * self.bytes_per_job
     }
 
-    /// Mixed sizes with trim: what was written and not trimmed must read back.
+    /// Writes the even regions; then the odd ones, while the even ones are trimmed; then the even
+    /// ones again, while the odd ones are trimmed. Each write is verified at the end of its round.
     ///
     /// # Errors
     /// A block that does not verify, or an I/O error.
-    pub fn mixed(&self, device: &Path) -> Result<()> {
-        let finished =
-            self.run(device, &["--bssplit", SIZES, "--trim_percentage=10", "--trim_backlog=16"])?;
-        ensure!(finished.stdout.contains("trim"), "fio has not trimmed: {}", finished.text());
-        Ok(())
+    pub fn run(&self, device: &Path) -> Result<()> {
+        self.round(device, 0, None)?;
+        self.round(device, 1, Some(0))?;
+        self.round(device, 0, Some(1))
     }
 
-    /// Whole clusters with trim: what was trimmed must read as zeros.
-    ///
-    /// # Errors
-    /// A block that does not verify, or an I/O error.
-    pub fn clusters(&self, device: &Path, cluster: u64) -> Result<()> {
-        let size = format!("--bs={cluster}");
-        self.run(device, &[&size, "--trim_percentage=30", "--trim_backlog=16", "--trim_verify_zero=1"])
-            .map(drop)
-    }
-
-    fn run(&self, device: &Path, options: &[&str]) -> Result<Finished> {
+    fn round(&self, device: &Path, writes: u64, trims: Option<u64>) -> Result<()> {
+        let region = self.bytes_per_job;
+        let place = |half: u64| {
+            [
+                format!("--numjobs={JOBS}"),
+                format!("--size={region}"),
+                format!("--offset={}", half * region),
+                format!("--offset_increment={}", 2 * region),
+            ]
+        };
         let mut command = base(device);
-        command.args([
-            "--name=verified",
-            "--rw=randwrite",
-            "--verify=crc32c",
-            "--verify_fatal=1",
-            "--do_verify=1",
-            "--iodepth=4",
-            "--group_reporting",
-        ]);
-        command.arg(format!("--numjobs={JOBS}"));
+        command.arg(format!("--randseed={}", self.seed)).arg("--group_reporting");
         command
-            .arg(format!("--size={0}", self.bytes_per_job))
-            .arg(format!("--offset_increment={}", self.bytes_per_job));
-        command.arg(format!("--randseed={}", self.seed)).args(options);
+            .args(["--name=write", "--rw=randwrite", "--iodepth=4", "--bssplit", WRITE_SIZES])
+            .args(place(writes));
+        command.args(["--verify=crc32c", "--verify_fatal=1", "--do_verify=1"]);
+        if let Some(half) = trims {
+            command.args(["--name=trim", "--rw=randtrim", "--bssplit", TRIM_SIZES]).args(place(half));
+        }
         let finished = run(&mut command, LIMIT)?.success()?;
-        ensure!(!finished.text().contains("verify:"), "fio: {}", finished.text());
-        Ok(finished)
+        let text = finished.text();
+        ensure!(!text.contains("verify: bad"), "fio: {text}");
+        ensure!(text.contains("READ:") && text.contains("WRITE:"), "fio has not verified: {text}");
+        ensure!(trims.is_none() || text.contains("TRIM:"), "fio has not trimmed: {text}");
+        Ok(())
     }
 }
 

@@ -32,7 +32,9 @@ pub fn limits(binary: &Binary, dir: &Path, recipe: &Recipe) -> Result<()> {
     is("queue/logical_block_size", 512)?;
     match recipe.discards() {
         Discards::Zero => {
-            is("queue/discard_granularity", recipe.cluster().max(512))?;
+            // The kernel rounds it up to the physical block.
+            let physical = number("queue/physical_block_size")?;
+            is("queue/discard_granularity", recipe.cluster().max(physical))?;
             ensure!(number("queue/discard_max_bytes")? > 0, "no discard");
         }
         Discards::Unsupported => is("queue/discard_max_bytes", 0)?,
@@ -85,7 +87,9 @@ fn refuses_changes(device: &Device) -> Result<()> {
         };
         let io = error.downcast_ref::<std::io::Error>().and_then(std::io::Error::raw_os_error);
         let errno = io.or(error.downcast_ref::<nix::errno::Errno>().map(|errno| *errno as i32));
-        ensure!(is_refusal(errno), "{op:?} failed with {error:#}");
+        // A device that never discards says so before it says that it is read-only.
+        let has_no_discard = matches!(op, Op::Discard { .. }) && errno == Some(libc::EOPNOTSUPP);
+        ensure!(is_refusal(errno) || has_no_discard, "{op:?} failed with {error:#}");
     }
     Ok(())
 }
