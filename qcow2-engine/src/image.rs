@@ -32,6 +32,8 @@ pub struct Image {
     pub(crate) read_only: bool,
     /// The file's length when it was opened: never cut shorter than that.
     pub(crate) opened_len: u64,
+    /// Clusters that a lane reserves at a time.
+    pub(crate) extent_clusters: u64,
     /// Guest clusters whose mapping is being changed.
     pub(crate) mappings: RangeLocks,
     /// L1 entries whose table is being made or copied.
@@ -78,6 +80,12 @@ impl Image {
     /// The names of the chain's files, top first.
     pub fn chain(&self) -> impl Iterator<Item = &str> {
         self.layers.iter().map(|layer| &**layer.name())
+    }
+
+    /// Switches an ordering rule off, to see that its absence is noticed.
+    #[cfg(feature = "sim")]
+    pub fn disable_rule(&self, rule: crate::RuleName) {
+        self.meta.lock().graph.disable(rule);
     }
 
     pub(crate) fn top(&self) -> &Qcow2Layer {

@@ -30,6 +30,8 @@ mod publish;
 mod read;
 mod reclaim;
 mod resolve;
+#[cfg(feature = "sim")]
+pub mod sim;
 mod write;
 
 pub use backing::{Format, MAX_CHAIN};
@@ -37,6 +39,6 @@ pub use discard::ZeroMode;
 pub use error::{Error, ErrorKind, Result};
 pub use image::Image;
 pub use lane::Lane;
-pub use open::{DEFAULT_CACHE_BYTES, OpenOptions};
+pub use open::{DEFAULT_CACHE_BYTES, DEFAULT_EXTENT_BYTES, OpenOptions};
 pub use order::rules::RuleName;
 pub use resolve::{Extent, Extents};

@@ -24,7 +24,7 @@ const START: Duration = Duration::from_secs(120);
 /// STOP_DEV: the kernel waits for requests in flight and writes dirty pages back through us.
 const STOP: Duration = Duration::from_secs(300);
 /// DEL_DEV: the kernel waits until nobody has the device open.
-const DELETE: Duration = Duration::from_secs(20);
+const DELETE: Duration = Duration::from_secs(10);
 /// How long a cancelled command may take to end.
 const CANCEL: Duration = Duration::from_secs(5);
 /// How often a wait looks whether it should be given up.
@@ -197,8 +197,7 @@ impl Control {
             // The payload stays allocated: the kernel may still use it.
             return Err(error);
         }
-        // SAFETY: it came from `Box::into_raw` above, and the command that could change it has
-        // ended (or was never submitted).
+        // SAFETY: it came from `Box::into_raw` above, and the command that could change it has ended.
         let payload = unsafe { *Box::from_raw(payload) };
         match result {
             Ok(Ended::Done) => Ok(payload),

@@ -9,7 +9,7 @@ use crate::{
     control::{Control, ControlError},
     device::{self, Device, DeviceError, Shape},
     queue::{self, Notice, Queue, QueueError},
-    request::{device_sectors, device_size},
+    request::{Bounds, device_sectors},
     runfile::{Record, RunFile, RunFileError},
 };
 use nix::{
@@ -108,32 +108,28 @@ pub(crate) fn run(
     let image = open_image(config, &files)?;
     let shape = shape_of(&image, config)?;
 
-    let request = device::Request { id: config.id, queues: config.queues, depth: config.depth };
-    let mut device = Device::add(control, &request)?;
+    let wanted = device::Request { id: config.id, queues: config.queues, depth: config.depth };
+    let mut device = Device::add(control, &wanted)?;
     device.describe(&shape)?;
     let run_file = RunFile::create(record(config, &device, &shape))?;
     let service = Service { image, files, char_device: Arc::new(device.open_char()?) };
     let mut queues = Queues::new(events);
-    let served = queues
-        .start(&service, &device, &to_events)
-        .and_then(|()| queues.start_device(&mut device))
-        .and_then(|()| {
-            announce(&device::block_path(device.id()), device.id()).map_err(ServeError::Unannounced)
-        })
-        .and_then(|()| queues.wait_for_end());
+    let started = queues.bring_up(&service, &mut device, &to_events, announce);
+    let is_announced = started.is_ok();
+    let served = started.and_then(|()| queues.wait_for_end());
 
     let stopped = device.stop().map_err(ServeError::from);
     let drained = queues.drain(if stopped.is_ok() { DRAIN_WAIT } else { HOPELESS_DRAIN_WAIT });
-    // A queue that has not ended may still write.
+    // While a queue may still write the image cannot be closed; it is then as after a crash.
     let closed = if drained.is_ok() { close_image(&service) } else { Ok(()) };
     // The driver deletes a device when nobody has it open.
     drop(service);
     let deleted = device.delete().map_err(ServeError::from);
     // A failed queue is the cause of whatever else went wrong.
     let result = drained.and(served).and(closed).and(stopped).and(deleted);
-    match &result {
-        Ok(()) => run_file.remove(),
-        Err(error) => run_file.fail(error.to_string()),
+    // Before the announcement the one who waits for it learns of the error; after, `del` does.
+    if let (Err(error), true) = (&result, is_announced) {
+        run_file.fail(error.to_string());
     }
     result
 }
@@ -151,6 +147,7 @@ fn open_image(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeEr
         read_only: config.read_only,
         cache_bytes: config.cache_bytes,
         backing_format: config.backing_format,
+        ..OpenOptions::default()
     };
     block_on(&ring, Image::open(&ring, &**files, &config.image, &options))
         .map_err(ServeError::SetUp)?
@@ -165,7 +162,7 @@ fn close_image(service: &Service) -> Result<(), ServeError> {
 }
 
 fn shape_of(image: &Image, config: &Config) -> Result<Shape, ServeError> {
-    let sectors = device_sectors(device_size(image));
+    let sectors = device_sectors(image.virtual_size());
     if sectors == 0 {
         return Err(ServeError::Empty(config.image.clone()));
     }
@@ -210,6 +207,19 @@ impl Queues {
         Self { events, threads, running: 0, fetching: 0, is_failing: false, failure, signal }
     }
 
+    /// Brings the device into service and says so.
+    fn bring_up(
+        &mut self,
+        service: &Service,
+        device: &mut Device,
+        to_events: &Sender<Event>,
+        announce: impl FnOnce(&Path, u32) -> io::Result<()>,
+    ) -> Result<(), ServeError> {
+        self.start(service, device, to_events)?;
+        self.start_device(device)?;
+        announce(&device::block_path(device.id()), device.id()).map_err(ServeError::Unannounced)
+    }
+
     /// Starts a thread per queue, and returns when all of them fetch.
     fn start(
         &mut self,
@@ -221,7 +231,10 @@ impl Queues {
             let queue = Queue {
                 index,
                 depth: device.depth(),
-                max_io_bytes: device.max_io_bytes(),
+                bounds: Bounds {
+                    sectors: device_sectors(service.image.virtual_size()),
+                    buffer_bytes: device.max_io_bytes(),
+                },
                 char_device: Arc::clone(&service.char_device),
                 image: Arc::clone(&service.image),
                 files: Arc::clone(&service.files),

@@ -47,6 +47,7 @@ pub(crate) struct Shape {
     /// The image's cluster size in bytes, a power of two: what a discard should cover.
     pub(crate) cluster_bytes: u32,
     pub(crate) read_only: bool,
+    /// Whether a discard can free space; write-zeroes works in any case.
     pub(crate) can_discard: bool,
 }
 
@@ -143,10 +144,17 @@ impl Device {
         Ok(())
     }
 
-    /// Deletes the device, for good. The character device must be closed.
+    /// Deletes the device, for good. The character device must be closed. While somebody still has
+    /// the stopped block device open, deletion is under way when this returns, and ends with that.
     pub(crate) fn delete(mut self) -> Result<(), DeviceError> {
         self.state = State::Deleted;
-        Ok(self.control.delete(self.id())?)
+        match self.control.delete(self.id()) {
+            Err(error @ ControlError::TimedOut { .. }) => {
+                tracing::warn!(id = self.id(), %error, "somebody still has the device open");
+                Ok(())
+            }
+            result => Ok(result?),
+        }
     }
 }
 
@@ -276,6 +284,8 @@ mod tests {
         assert_eq!((it.discard.discard_granularity, it.discard.max_discard_segments), (65536, 1));
         let small = params(&Shape { cluster_bytes: 512, ..SHAPE }, 4096);
         assert_eq!((small.basic.io_opt_shift, small.discard.discard_granularity), (12, 512));
+        let keeping = params(&Shape { can_discard: false, ..SHAPE }, MAX_IO_BYTES).discard;
+        assert_eq!((keeping.max_discard_sectors, keeping.max_write_zeroes_sectors > 0), (0, true));
     }
 
     #[test]

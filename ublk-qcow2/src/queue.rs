@@ -11,7 +11,7 @@
 
 use crate::{
     errno::errno,
-    request::{DecodeError, Range, Request, device_size},
+    request::{Bounds, DecodeError, Range, Request},
 };
 use io_uring::{opcode, types};
 use libublk::sys;
@@ -50,8 +50,7 @@ const ABORTED: i32 = -sys::UBLK_IO_RES_ABORT;
 pub(crate) struct Queue {
     pub(crate) index: u16,
     pub(crate) depth: u16,
-    /// The largest request in bytes.
-    pub(crate) max_io_bytes: u32,
+    pub(crate) bounds: Bounds,
     pub(crate) char_device: Arc<File>,
     pub(crate) image: Arc<Image>,
     pub(crate) files: Arc<Files>,
@@ -93,7 +92,7 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
         serving: Cell::new(queue.depth),
         drained: RefCell::new(None),
         lane: Lane::new(&queue.image, ring.clone(), usize::from(queue.depth)),
-        image_size: device_size(&queue.image),
+        bounds: queue.bounds,
         ring: ring.clone(),
         descriptors,
         errors: Cell::new(0),
@@ -103,7 +102,7 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
 
     let executor = Executor::new(ring.clone());
     for tag in 0..queue.depth {
-        executor.spawn(Rc::clone(&context).serve_tag(tag, Buf::zeroed(queue.max_io_bytes as usize)));
+        executor.spawn(Rc::clone(&context).serve_tag(tag, Buf::zeroed(queue.bounds.buffer_bytes as usize)));
     }
     executor.spawn(Rc::clone(&context).report_fetching());
     if queue.index == 0 {
@@ -122,7 +121,7 @@ struct Context {
     /// Whoever waits for the last tag to end.
     drained: RefCell<Option<Waker>>,
     lane: Lane<Uring>,
-    image_size: u64,
+    bounds: Bounds,
     ring: Uring,
     descriptors: Descriptors,
     errors: Cell<u64>,
@@ -190,12 +189,12 @@ impl Context {
     /// Serves the tag's request. Returns what the kernel wants to hear: the bytes moved (0 for
     /// requests that move none) or a negative errno.
     async fn serve_request(&self, tag: u16, buf: &Buf) -> i32 {
-        let request = match Request::decode(&self.descriptors.get(tag), self.image_size) {
+        let request = match Request::decode(&self.descriptors.get(tag), self.bounds) {
             Ok(request) => request,
             Err(error) => return self.refuse(error),
         };
         match self.carry_out(request, buf).await {
-            // At most `max_io_bytes`.
+            // At most the buffer's length.
             Ok(bytes) => bytes as i32,
             Err(error) => {
                 self.report(&format_args!("{request:?}: {error}"));
@@ -204,29 +203,26 @@ impl Context {
         }
     }
 
+    /// Has the engine carry a request out. Returns the bytes moved.
     async fn carry_out(&self, request: Request, buf: &Buf) -> Result<u64, Error> {
         let lane = &self.lane;
         match request {
             Request::Read(range) => {
-                let (inside, beyond) = split(buf, range);
-                lane.read(range.at, inside).await?;
-                if let Some(beyond) = beyond {
-                    beyond.fill(0);
-                }
+                lane.read(range.at, part(buf, range)).await?;
                 return Ok(range.len);
             }
             Request::Write { range, fua } => {
-                lane.write(range.at, split(buf, range).0).await?;
+                lane.write(range.at, part(buf, range)).await?;
                 if fua {
                     lane.flush().await?;
                 }
                 return Ok(range.len);
             }
             Request::Flush => lane.flush().await?,
-            Request::Discard(range) => lane.discard(range.at, range.inside).await?,
+            Request::Discard(range) => lane.discard(range.at, range.len).await?,
             Request::WriteZeroes { range, unmap } => {
                 let mode = if unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
-                lane.write_zeroes(range.at, range.inside, mode).await?;
+                lane.write_zeroes(range.at, range.len, mode).await?;
             }
         }
         Ok(0)
@@ -253,7 +249,7 @@ impl Context {
         self.report(&error);
         match error {
             DecodeError::Operation(_) => -libc::EOPNOTSUPP,
-            DecodeError::OutOfRange { .. } => -libc::EIO,
+            DecodeError::OutOfRange { .. } | DecodeError::TooLong(_) => -libc::EIO,
         }
     }
 
@@ -267,11 +263,9 @@ impl Context {
     }
 }
 
-/// The parts of a tag's buffer that hold the range's bytes inside the image and beyond its end.
-fn split(buf: &Buf, range: Range) -> (Buf, Option<Buf>) {
-    // The lengths are bounded by max_sectors, so by the buffer's length.
-    let (inside, len) = (range.inside as usize, range.len as usize);
-    (buf.slice(0..inside), (inside < len).then(|| buf.slice(inside..len)))
+/// The part of a tag's buffer that holds the range's data; decoding has made sure that it has room.
+fn part(buf: &Buf, range: Range) -> Buf {
+    buf.slice(0..range.len as usize)
 }
 
 /// The request descriptors of a queue, which the kernel writes before it completes a fetch.
@@ -319,15 +313,6 @@ fn become_io_flusher() {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_part_beyond_the_image_is_split_off() {
-        let buf = Buf::zeroed(4096);
-        let (inside, beyond) = split(&buf, Range { at: 0, len: 1024, inside: 1024 });
-        assert_eq!((inside.len(), beyond.is_none()), (1024, true));
-        let (inside, beyond) = split(&buf, Range { at: 0, len: 1024, inside: 612 });
-        assert_eq!((inside.len(), beyond.map(|beyond| beyond.len())), (612, Some(412)));
-    }
 
     #[test]
     fn the_command_area_is_laid_out_as_the_kernel_reads_it() {

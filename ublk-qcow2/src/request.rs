@@ -1,13 +1,11 @@
 //! What the kernel asks for: a request descriptor, decoded once.
 //!
-//! Pure: bytes of the shared descriptor in, a checked [`Request`] out. Sectors become bytes here,
-//! and the part of a request that lies beyond the image's end is set apart here: an image whose size
-//! is no multiple of 512 is served on a device rounded *up* to whole sectors, so that none of its
-//! data is out of reach. In the last sector the bytes past the end read as zeros, and what is
-//! written to them is dropped.
+//! Pure: a shared descriptor in, a checked [`Request`] out. Sectors become bytes here, and a request
+//! that exceeds the device or the tag's buffer is refused here. An image whose size is no multiple
+//! of 512 is served on a device rounded *up* to whole sectors, so that none of its data is out of
+//! reach; the bytes past its end in the last sector belong to nobody.
 
 use libublk::sys;
-use qcow2_engine::Image;
 
 /// Bytes per sector, as a shift.
 const SECTOR_SHIFT: u32 = 9;
@@ -35,12 +33,19 @@ pub(crate) enum Request {
 /// A range of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Range {
-    /// Offset on the device.
+    /// Offset on the device, a multiple of 512.
     pub(crate) at: u64,
-    /// What was asked for.
+    /// Length, a multiple of 512.
     pub(crate) len: u64,
-    /// How much of it, from the start, lies inside the image.
-    pub(crate) inside: u64,
+}
+
+/// What requests must keep to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Bounds {
+    /// The device's size in sectors.
+    pub(crate) sectors: u64,
+    /// The length of a tag's buffer in bytes.
+    pub(crate) buffer_bytes: u32,
 }
 
 /// A request that the device never announced to support, or that exceeds the device.
@@ -50,11 +55,8 @@ pub(crate) enum DecodeError {
     Operation(u32),
     #[error("{sectors} sectors from sector {start} on exceed the device")]
     OutOfRange { start: u64, sectors: u32 },
-}
-
-/// Bytes of the device that serves an image: its virtual size, rounded up to whole sectors.
-pub(crate) fn device_size(image: &Image) -> u64 {
-    image.virtual_size().next_multiple_of(1 << SECTOR_SHIFT)
+    #[error("{0} bytes of data exceed the buffer")]
+    TooLong(u64),
 }
 
 /// Number of sectors of a device that holds `size` bytes.
@@ -63,13 +65,14 @@ pub(crate) fn device_sectors(size: u64) -> u64 {
 }
 
 impl Request {
-    /// Decodes a descriptor for an image of `size` bytes.
-    pub(crate) fn decode(descriptor: &sys::ublksrv_io_desc, size: u64) -> Result<Self, DecodeError> {
+    /// Decodes a descriptor.
+    pub(crate) fn decode(descriptor: &sys::ublksrv_io_desc, bounds: Bounds) -> Result<Self, DecodeError> {
         let has = |flag: u32| descriptor.op_flags & flag != 0;
-        let range = || Range::decode(descriptor, size);
+        let range = || Range::decode(descriptor, bounds.sectors);
+        let data = || range()?.of_data(bounds.buffer_bytes);
         Ok(match descriptor.op_flags & OPERATION_MASK {
-            sys::UBLK_IO_OP_READ => Self::Read(range()?),
-            sys::UBLK_IO_OP_WRITE => Self::Write { range: range()?, fua: has(sys::UBLK_IO_F_FUA) },
+            sys::UBLK_IO_OP_READ => Self::Read(data()?),
+            sys::UBLK_IO_OP_WRITE => Self::Write { range: data()?, fua: has(sys::UBLK_IO_F_FUA) },
             sys::UBLK_IO_OP_FLUSH => Self::Flush,
             sys::UBLK_IO_OP_DISCARD => Self::Discard(range()?),
             sys::UBLK_IO_OP_WRITE_ZEROES => {
@@ -81,15 +84,20 @@ impl Request {
 }
 
 impl Range {
-    fn decode(descriptor: &sys::ublksrv_io_desc, size: u64) -> Result<Self, DecodeError> {
+    fn decode(descriptor: &sys::ublksrv_io_desc, device_sectors: u64) -> Result<Self, DecodeError> {
         let (start, sectors) = (descriptor.start_sector, descriptor.nr_sectors);
-        let end = start.checked_add(u64::from(sectors)).filter(|&end| end <= device_sectors(size));
-        if end.is_none() {
-            return Err(DecodeError::OutOfRange { start, sectors });
+        match start.checked_add(u64::from(sectors)) {
+            // Neither shift loses bits: the device's end in bytes fits in 64 bits.
+            Some(end) if end <= device_sectors => {
+                Ok(Self { at: start << SECTOR_SHIFT, len: u64::from(sectors) << SECTOR_SHIFT })
+            }
+            _ => Err(DecodeError::OutOfRange { start, sectors }),
         }
-        // Neither shift loses bits: both are at most the device's end, which fits in 64 bits.
-        let (at, len) = (start << SECTOR_SHIFT, u64::from(sectors) << SECTOR_SHIFT);
-        Ok(Self { at, len, inside: len.min(size.saturating_sub(at)) })
+    }
+
+    /// Checks that the range's data has room in the tag's buffer.
+    fn of_data(self, buffer_bytes: u32) -> Result<Self, DecodeError> {
+        if self.len > u64::from(buffer_bytes) { Err(DecodeError::TooLong(self.len)) } else { Ok(self) }
     }
 }
 
@@ -103,8 +111,9 @@ mod tests {
 
     #[test]
     fn each_operation_has_its_meaning() {
-        let range = Range { at: 512, len: 1024, inside: 1024 };
-        let decode = |op_flags| Request::decode(&descriptor(op_flags, 1, 2), 1 << 20);
+        let range = Range { at: 512, len: 1024 };
+        let bounds = Bounds { sectors: 2048, buffer_bytes: 4096 };
+        let decode = |op_flags| Request::decode(&descriptor(op_flags, 1, 2), bounds);
         assert_eq!(decode(0), Ok(Request::Read(range)));
         assert_eq!(decode(1), Ok(Request::Write { range, fua: false }));
         assert_eq!(decode(1 | 1 << 13), Ok(Request::Write { range, fua: true }));
@@ -118,13 +127,14 @@ mod tests {
     }
 
     #[test]
-    fn an_odd_size_is_rounded_up_and_its_tail_set_apart() {
-        let size = 2 * 512 + 100;
-        assert_eq!(device_sectors(size), 3);
-        let read = |start, sectors| Request::decode(&descriptor(0, start, sectors), size);
-        assert_eq!(read(1, 2), Ok(Request::Read(Range { at: 512, len: 1024, inside: 612 })));
-        assert_eq!(read(0, 2), Ok(Request::Read(Range { at: 0, len: 1024, inside: 1024 })));
-        assert_eq!(read(2, 2), Err(DecodeError::OutOfRange { start: 2, sectors: 2 }));
-        assert_eq!(read(u64::MAX, 2), Err(DecodeError::OutOfRange { start: u64::MAX, sectors: 2 }));
+    fn what_exceeds_the_device_or_the_buffer_is_refused() {
+        assert_eq!(device_sectors(2 * 512 + 100), 3);
+        let bounds = Bounds { sectors: 3, buffer_bytes: 1024 };
+        let decode = |op, start, sectors| Request::decode(&descriptor(op, start, sectors), bounds);
+        assert_eq!(decode(0, 1, 2), Ok(Request::Read(Range { at: 512, len: 1024 })));
+        assert_eq!(decode(0, 2, 2), Err(DecodeError::OutOfRange { start: 2, sectors: 2 }));
+        assert_eq!(decode(0, u64::MAX, 2), Err(DecodeError::OutOfRange { start: u64::MAX, sectors: 2 }));
+        assert_eq!(decode(1, 0, 3), Err(DecodeError::TooLong(1536)));
+        assert_eq!(decode(3, 0, 3), Ok(Request::Discard(Range { at: 0, len: 1536 })));
     }
 }

@@ -47,10 +47,11 @@ pub(crate) struct RunFileError {
     source: io::Error,
 }
 
-/// A server's own run file, locked.
+/// A server's own run file, locked. Dropping it removes it.
 pub(crate) struct RunFile {
     path: PathBuf,
     record: Record,
+    /// Let go of after `drop` has removed the file, so that nobody takes it for a dead server's.
     _lock: Flock<File>,
 }
 
@@ -75,17 +76,19 @@ impl RunFile {
         Ok(Self { path, record, _lock: lock })
     }
 
-    /// Removes the file: the server has ended cleanly.
-    pub(crate) fn remove(self) {
-        // Removed before the lock is given back, so that nobody takes it for a dead server's.
-        let _ = fs::remove_file(&self.path);
-        let _ = fs::remove_file(log_path(self.record.id));
-    }
-
-    /// Leaves the file behind, with the reason why the end was not clean.
+    /// Leaves the file behind, with the reason why the server's end was not clean.
     pub(crate) fn fail(mut self, error: String) {
         self.record.error = Some(error);
+        // If it cannot be written `del` will still find a dead server.
         let _ = write_locked(&self.path, &self.record);
+    }
+}
+
+impl Drop for RunFile {
+    fn drop(&mut self) {
+        if self.record.error.is_none() {
+            remove_stale(self.record.id);
+        }
     }
 }
 
@@ -129,7 +132,7 @@ pub(crate) fn load_all() -> Result<Vec<Entry>, RunFileError> {
     Ok(entries)
 }
 
-/// Removes what a dead server has left behind.
+/// Removes a server's run file and log.
 pub(crate) fn remove_stale(id: u32) {
     let _ = fs::remove_file(path_of(id));
     let _ = fs::remove_file(log_path(id));

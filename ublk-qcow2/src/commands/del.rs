@@ -3,7 +3,8 @@
 //! A device whose server lives is detached by that server: it is asked to stop, and this command
 //! waits until the image is closed and the device is gone. A device without a server of ours is
 //! stopped and deleted from here; there is nothing to write back any more. Nothing else's devices
-//! are touched, unless named by `-n`.
+//! are touched, unless named by `-n`. A device that is mounted, or claimed in another way, is not
+//! taken from under its user.
 
 use super::CommandError;
 use crate::{
@@ -16,12 +17,18 @@ use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use std::time::{Duration, Instant};
+use std::{
+    fs::OpenOptions,
+    os::unix::fs::OpenOptionsExt,
+    time::{Duration, Instant},
+};
 
 /// How long a server may take to write back and close.
 const STOP_WAIT: Duration = Duration::from_secs(600);
 /// How often to look whether it has.
 const LOOK: Duration = Duration::from_millis(10);
+/// How long a device may be claimed by somebody who only has a look at it, as udev does.
+const CLAIM_WAIT: Duration = Duration::from_secs(2);
 
 /// Detaches the devices asked for.
 pub(crate) fn run(args: &DelArgs) -> Result<(), CommandError> {
@@ -58,6 +65,7 @@ fn detach(id: u32) -> Result<(), CommandError> {
 
 fn stop_server(record: &Record) -> Result<(), CommandError> {
     let &Record { id, pid, .. } = record;
+    check_unclaimed(id, pid)?;
     // The lock says that the server lives, so the process id is still its own.
     kill(Pid::from_raw(pid), Signal::SIGTERM).map_err(|errno| CommandError::Signal {
         id,
@@ -75,6 +83,23 @@ fn stop_server(record: &Record) -> Result<(), CommandError> {
         }
     }
     Err(CommandError::StillRunning { id, pid, seconds: STOP_WAIT.as_secs() })
+}
+
+/// Makes sure that nobody has mounted the device or claimed it otherwise.
+fn check_unclaimed(id: u32, pid: i32) -> Result<(), CommandError> {
+    let deadline = Instant::now() + CLAIM_WAIT;
+    loop {
+        // For a block device O_EXCL means: fail if it is claimed.
+        let claim = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(device::block_path(id));
+        match claim {
+            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
+            _ => return Ok(()),
+        }
+        if Instant::now() >= deadline {
+            return Err(CommandError::Claimed { id, pid });
+        }
+        std::thread::sleep(LOOK);
+    }
 }
 
 /// Removes what a server has left behind that died, or failed on its way out.

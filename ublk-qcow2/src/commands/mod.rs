@@ -26,6 +26,10 @@ pub(crate) enum CommandError {
     Path { path: String, source: io::Error },
     #[error("there is no device {0}")]
     NoDevice(u32),
+    #[error(
+        "/dev/ublkb{id} is mounted or claimed otherwise; unmount it first (or `kill {pid}` to detach it all the same)"
+    )]
+    Claimed { id: u32, pid: i32 },
     #[error("cannot signal the server of device {id} (process {pid}): {source}")]
     Signal { id: u32, pid: i32, source: io::Error },
     #[error(
