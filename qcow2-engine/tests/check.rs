@@ -72,7 +72,8 @@ impl Scratch {
     fn qemu_check(&self, bytes: &[u8]) -> (i32, String) {
         let path = self.path("judged.qcow2");
         std::fs::write(&path, bytes).expect("copy");
-        let output = tool("qemu-img", &["check", "-f", "qcow2", "--output=json", path.to_str().expect("UTF-8")]);
+        let output =
+            tool("qemu-img", &["check", "-f", "qcow2", "--output=json", path.to_str().expect("UTF-8")]);
         let text = [output.stdout, output.stderr].concat();
         (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&text).into_owned())
     }
@@ -90,7 +91,8 @@ fn make(scratch: &Scratch, options: &str, extras: &[&str]) -> Vec<u8> {
     let path = scratch.path(IMAGE);
     let name = path.to_str().expect("UTF-8");
     tool_ok("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, name, "16M"]);
-    let mut io = vec!["-f", "qcow2", "-c", "write -P 1 0 3M", "-c", "write -P 2 9M 70k", "-c", "write -P 3 5M 512"];
+    let mut io =
+        vec!["-f", "qcow2", "-c", "write -P 1 0 3M", "-c", "write -P 2 9M 70k", "-c", "write -P 3 5M 512"];
     io.extend(["-c", "discard 128k 128k", "-c", "write -z 1M 64k"]);
     io.push(name);
     tool_ok("qemu-io", &io);
@@ -214,17 +216,37 @@ impl Anatomy {
 #[derive(Clone, Debug)]
 enum Damage {
     /// Flips bits of an entry of the first L2 table.
-    L2 { entry: usize, flip: u64 },
+    L2 {
+        entry: usize,
+        flip: u64,
+    },
     /// Sets an entry of the first L2 table to another one's cluster.
-    Duplicate { from: usize, to: usize },
+    Duplicate {
+        from: usize,
+        to: usize,
+    },
     /// Points an L2 entry at a host cluster.
-    Redirect { entry: usize, cluster: u64 },
-    L1 { flip: u64 },
-    Refcount { byte: usize, flip: u8 },
-    RefcountTable { flip: u64 },
+    Redirect {
+        entry: usize,
+        cluster: u64,
+    },
+    L1 {
+        flip: u64,
+    },
+    Refcount {
+        byte: usize,
+        flip: u8,
+    },
+    RefcountTable {
+        flip: u64,
+    },
     NoRefcountBlock,
-    Truncate { clusters: usize },
-    Append { clusters: usize },
+    Truncate {
+        clusters: usize,
+    },
+    Append {
+        clusters: usize,
+    },
 }
 
 fn damage() -> impl Strategy<Value = Damage> {
@@ -249,12 +271,16 @@ fn apply(bytes: &mut Vec<u8>, anatomy: &Anatomy, damage: &Damage) {
         let value = u64_at(bytes, at) ^ flip;
         put_u64(bytes, at, value);
     };
-    let entry_at = |entry: usize| anatomy.l2 + entry % (anatomy.cluster / anatomy.l2_entry_bytes) * anatomy.l2_entry_bytes;
+    let entry_at = |entry: usize| {
+        anatomy.l2 + entry % (anatomy.cluster / anatomy.l2_entry_bytes) * anatomy.l2_entry_bytes
+    };
     // An earlier truncation may have taken the place away.
     let is_there = |bytes: &[u8], at: usize| at + 8 <= bytes.len();
     match *damage {
         Damage::L2 { entry, flip } if is_there(bytes, entry_at(entry)) => xor(bytes, entry_at(entry), flip),
-        Damage::Duplicate { from, to } if is_there(bytes, entry_at(from)) && is_there(bytes, entry_at(to)) => {
+        Damage::Duplicate { from, to }
+            if is_there(bytes, entry_at(from)) && is_there(bytes, entry_at(to)) =>
+        {
             let value = u64_at(bytes, entry_at(from));
             put_u64(bytes, entry_at(to), value);
         }

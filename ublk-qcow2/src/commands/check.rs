@@ -111,7 +111,9 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, CommandError> {
 fn is_unsupported(error: &Error) -> bool {
     match error {
         Error::Unsupported { .. } => true,
-        Error::Format { source, .. } => matches!(**source, FormatError::Magic { .. } | FormatError::Version { .. }),
+        Error::Format { source, .. } => {
+            matches!(**source, FormatError::Magic { .. } | FormatError::Version { .. })
+        }
         _ => false,
     }
 }
@@ -194,7 +196,10 @@ fn text(report: &CheckReport, repair: Repair) -> String {
     }
     for (is_marked, mark) in [(report.is_dirty, "dirty"), (report.is_corrupt, "corrupt")] {
         if is_marked {
-            let _ = writeln!(text, "The image is marked {mark}; a repair clears the mark when nothing else is wrong.");
+            let _ = writeln!(
+                text,
+                "The image is marked {mark}; a repair clears the mark when nothing else is wrong."
+            );
         }
     }
     if statistics.total_clusters > 0 && statistics.allocated_clusters > 0 {

@@ -96,7 +96,9 @@ impl<'a> Place<'a> {
     fn make(path: &'a Path) -> Result<Self, CommandError> {
         match OpenOptions::new().write(true).create_new(true).open(path) {
             Ok(_) => Ok(Self { path, is_temporary: true }),
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(Self { path, is_temporary: false }),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                Ok(Self { path, is_temporary: false })
+            }
             Err(source) => Err(CommandError::Path { path: path.display().to_string(), source }),
         }
     }
@@ -171,7 +173,9 @@ impl Options {
     /// case, unless that was ruled out.
     fn size(&self, args: &CreateArgs, tool: &Tool, backing: Option<&Backing>) -> Result<u64, CommandError> {
         let shown = match backing.filter(|_| !args.unsafe_backing) {
-            Some(backing) => Some(tool.run(create::backing_size(&tool.ring, &*tool.files, &args.file, backing))?),
+            Some(backing) => {
+                Some(tool.run(create::backing_size(&tool.ring, &*tool.files, &args.file, backing))?)
+            }
             None => None,
         };
         let size = self.size.or(shown);
@@ -192,7 +196,8 @@ impl Options {
         }
         let mode = self.preallocation.unwrap_or(Mode::Off);
         if backing.is_some() && mode != Mode::Off {
-            let text = "an image with a backing file cannot be preallocated: that would hide the backing file";
+            let text =
+                "an image with a backing file cannot be preallocated: that would hide the backing file";
             return Err(CommandError::Usage(text.into()));
         }
         let options = CreateOptions {
@@ -212,7 +217,8 @@ impl Options {
             "size" => self.size = Some(parse_size(value)?),
             "cluster_size" => self.cluster_size = Some(parse_size(value)?),
             "refcount_bits" => {
-                self.refcount_bits = Some(value.parse().map_err(|_| format!("refcount_bits={value} is no number"))?);
+                self.refcount_bits =
+                    Some(value.parse().map_err(|_| format!("refcount_bits={value} is no number"))?);
             }
             "compat" => {
                 self.version = Some(match value {
