@@ -1,7 +1,7 @@
 //! `check`: is every cluster counted as often as it is referred to, and does every entry make sense?
 //!
-//! [`check`] surveys an image without opening its chain ([`survey`]), says what is wrong
-//! ([`findings`]), and repairs it if asked to ([`repair`], [`rebuild`]). It takes images that cannot
+//! [`check`] surveys an image without opening its chain (`survey`), says what is wrong
+//! (`findings`), and repairs it if asked to (`repair`, `rebuild`). It takes images that cannot
 //! be served, too: dirty, corrupt, encrypted, with subclusters or with a data file; of those it
 //! checks the metadata. Nobody else may have the image open for writing; that is for the caller to
 //! see to.
