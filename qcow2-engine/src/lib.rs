@@ -11,7 +11,9 @@
 mod alloc;
 mod backing;
 mod cache;
+pub mod check;
 mod close;
+pub mod create;
 mod decompress;
 mod discard;
 mod epoch;
@@ -19,6 +21,7 @@ mod error;
 pub mod exec;
 mod flush;
 mod image;
+pub mod inspect;
 pub mod io;
 mod lane;
 mod layer;
@@ -35,6 +38,8 @@ pub mod sim;
 mod write;
 
 pub use backing::{Format, MAX_CHAIN};
+pub use check::{CheckOptions, CheckReport, Repair, check};
+pub use create::Preallocation;
 pub use discard::ZeroMode;
 pub use error::{Error, ErrorKind, Result};
 pub use image::Image;

@@ -1,6 +1,9 @@
 //! The command line: what can be asked for, checked as far as it can be without doing anything.
 
-use crate::device::MAX_DEPTH;
+use crate::{
+    commands::{check::CheckArgs, create::CreateArgs, info::InfoArgs, io::IoArgs},
+    device::MAX_DEPTH,
+};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -22,6 +25,12 @@ pub(crate) enum Command {
     List(ListArgs),
     /// Show what this kernel's ublk driver offers.
     Features,
+    /// Make a new image.
+    Create(CreateArgs),
+    /// Show what an image says of itself; its backing file is not opened.
+    Info(InfoArgs),
+    Check(CheckArgs),
+    Io(IoArgs),
 }
 
 #[derive(Debug, Args)]

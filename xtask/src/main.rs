@@ -1,9 +1,11 @@
 //! The project's automation. This file only dispatches; each command is a file of its own.
 
 mod apt;
+mod bench;
 mod demo;
 mod dist;
 mod kernel;
+mod peers;
 mod place;
 mod process;
 mod setup;
@@ -32,6 +34,8 @@ enum Task {
     Test(test::Options),
     /// The full compatibility matrix on both kernels
     TestCompat(test_compat::Options),
+    /// Compare the speed of the engines in the virtual machine
+    Bench(bench::Options),
     /// The release binary in a tarball
     Dist,
     /// A shell, or one command, in a throw-away virtual machine with a ublk driver
@@ -44,6 +48,7 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::command(&options),
         Task::Test(options) => test::command(&options),
         Task::TestCompat(options) => test_compat::command(&options),
+        Task::Bench(options) => bench::command(&options),
         Task::Dist => dist::command().map(|()| ExitCode::SUCCESS),
         Task::Vm(options) => vm::command(&options),
     };

@@ -52,7 +52,7 @@ pub fn for_each<E>(
             attempt(&|index| index == one, None)?;
         }
         for _ in 0..RANDOM_SUBSETS {
-            let bits: Vec<u64> = (0..count.div_ceil(64)).map(|_| rng.next()).collect();
+            let bits: Vec<u64> = (0..count.div_ceil(64)).map(|_| rng.draw()).collect();
             attempt(&|index| bits[index / 64] & (1 << (index % 64)) != 0, None)?;
         }
     }
