@@ -1,1 +1,64 @@
-//! Placeholder.
+//! What the benchmarks share: images in memory, and a way to wait for them.
+//!
+//! I/O in memory completes at once, so what is measured is the engine's own work.
+
+use qcow2_engine::{
+    Image, Lane, OpenOptions,
+    io::{Buf, mem::MemFiles},
+};
+use qcow2_format::{Blueprint, CreateOptions};
+use std::{
+    future::Future,
+    path::Path,
+    pin::pin,
+    sync::Arc,
+    task::{Context, Poll, Waker},
+};
+
+const NAME: &str = "bench.qcow2";
+
+/// Runs a future whose I/O completes at once.
+///
+/// # Panics
+/// When it waits for something else.
+pub fn run<T>(future: impl Future<Output = T>) -> T {
+    let mut future = pin!(future);
+    for _ in 0..1000 {
+        if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            return output;
+        }
+    }
+    panic!("the future waits for something that nobody will do");
+}
+
+/// A new, empty image of `virtual_size` bytes in memory, with a lane to it.
+///
+/// # Panics
+/// When it cannot be made: a defect of the benchmark.
+#[must_use]
+pub fn image(virtual_size: u64, cache_bytes: u64) -> (Arc<Image>, Lane<MemFiles>) {
+    let files = MemFiles::default();
+    let blueprint =
+        Blueprint::new(&CreateOptions { virtual_size, ..CreateOptions::default() }).expect("sound options");
+    let mut bytes = vec![0; blueprint.file_len() as usize];
+    for (at, part) in blueprint.writes() {
+        bytes[at as usize..at as usize + part.len()].copy_from_slice(&part);
+    }
+    files.put(NAME, bytes);
+    let options = OpenOptions { cache_bytes, ..OpenOptions::default() };
+    let image = run(Image::open(&files, &files, Path::new(NAME), &options)).expect("it was just made");
+    let lane = Lane::new(&image, files, 8);
+    (image, lane)
+}
+
+/// Writes the first sector of every cluster, so that all are allocated.
+///
+/// # Panics
+/// When a write fails.
+pub fn fill(lane: &Lane<MemFiles>) {
+    let cluster = lane.image().geometry().cluster_size();
+    for at in (0..lane.image().virtual_size()).step_by(cluster as usize) {
+        run(lane.write(at, Buf::zeroed(512))).expect("write");
+    }
+    run(lane.flush()).expect("flush");
+}

@@ -13,7 +13,10 @@ use crate::{
     io::{Buf, Io, exact},
     lane::Lane,
     meta::Meta,
-    order::{graph::Plan, rules::Page},
+    order::{
+        graph::Plan,
+        rules::{Page, RuleName},
+    },
 };
 use futures_util::future::join_all;
 use parking_lot::Mutex;
@@ -133,7 +136,13 @@ impl<I: Io> Lane<I> {
     pub(crate) async fn write_back(&self) -> Result<()> {
         let image = self.image();
         image.flusher.check()?;
-        let wanted = image.meta.lock().cuts_begun + 1;
+        let wanted = {
+            let meta = image.meta.lock();
+            if meta.graph.is_disabled(RuleName::CutBeforeFlushReturns) {
+                return Ok(());
+            }
+            meta.cuts_begun + 1
+        };
         match image.flusher.turn(wanted).await {
             Turn::Done(outcome) => outcome,
             Turn::Lead => self.lead().await,

@@ -32,6 +32,8 @@ pub struct Image {
     pub(crate) read_only: bool,
     /// The file's length when it was opened: never cut shorter than that.
     pub(crate) opened_len: u64,
+    /// Clusters that a lane reserves at a time.
+    pub(crate) extent_clusters: u64,
     /// Guest clusters whose mapping is being changed.
     pub(crate) mappings: RangeLocks,
     /// L1 entries whose table is being made or copied.
@@ -80,6 +82,12 @@ impl Image {
         self.layers.iter().map(|layer| &**layer.name())
     }
 
+    /// Switches an ordering rule off, to see that its absence is noticed.
+    #[cfg(feature = "sim")]
+    pub fn disable_rule(&self, rule: crate::RuleName) {
+        self.meta.lock().graph.disable(rule);
+    }
+
     pub(crate) fn top(&self) -> &Qcow2Layer {
         self.qcow2_layer(0)
     }
@@ -91,9 +99,9 @@ impl Image {
         }
     }
 
-    /// Resolves a range of the virtual disk, without waiting.
-    pub(crate) fn resolve(&self, at: u64, len: u64) -> Result<Extents, Stop> {
-        resolve::resolve(&self.layers, &self.cache, 0, at, len)
+    /// Resolves a range of the virtual disk from where `extents` ends, without waiting.
+    pub(crate) fn resolve(&self, at: u64, len: u64, extents: &mut Extents) -> Result<(), Stop> {
+        resolve::resolve(&self.layers, &self.cache, 0, at, len, extents)
     }
 
     pub(crate) fn io_error(
@@ -113,9 +121,10 @@ impl<I: Io> Lane<I> {
     /// Resolves a range, loading what is missing. The answer holds as long as the request that
     /// asks is in flight.
     pub(crate) async fn resolve(&self, at: u64, len: u64) -> Result<Extents> {
+        let mut extents = Extents::new();
         loop {
-            match self.image().resolve(at, len) {
-                Ok(extents) => return Ok(extents),
+            match self.image().resolve(at, len, &mut extents) {
+                Ok(()) => return Ok(extents),
                 Err(Stop::Failed(error)) => return Err(error),
                 Err(Stop::Miss(key)) => self.load_slice(key).await?,
             }

@@ -30,6 +30,9 @@ use std::{
 /// The L2 cache's size where the caller does not say: QEMU's default, which maps 256 GiB at 64 KiB
 /// clusters.
 pub const DEFAULT_CACHE_BYTES: u64 = 32 << 20;
+/// The extent that a lane reserves where the caller does not say: large enough that the refcount page
+/// is written once for 256 clusters of 64 KiB, small enough that a crash leaks little.
+pub const DEFAULT_EXTENT_BYTES: u64 = 16 << 20;
 /// A quarter of the L2 cache's size is kept of refcount pages, this many at least.
 const MIN_REFCOUNT_PAGES: usize = 64;
 
@@ -40,13 +43,20 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Bytes of L2 tables to keep in memory.
     pub cache_bytes: u64,
+    /// Bytes of clusters that each lane counts ahead for its writes.
+    pub extent_bytes: u64,
     /// The format of a backing file where the image does not say it.
     pub backing_format: Option<Format>,
 }
 
 impl Default for OpenOptions {
     fn default() -> Self {
-        Self { read_only: false, cache_bytes: DEFAULT_CACHE_BYTES, backing_format: None }
+        Self {
+            read_only: false,
+            cache_bytes: DEFAULT_CACHE_BYTES,
+            extent_bytes: DEFAULT_EXTENT_BYTES,
+            backing_format: None,
+        }
     }
 }
 
@@ -160,6 +170,7 @@ impl Image {
             },
             read_only: options.read_only,
             opened_len: top.len,
+            extent_clusters: (options.extent_bytes >> geometry.cluster_bits).max(1),
             mappings: RangeLocks::default(),
             tables: RangeLocks::default(),
             loads: RangeLocks::default(),

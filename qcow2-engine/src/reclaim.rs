@@ -4,7 +4,14 @@
 //! still counted while its hole is punched, so nobody can be given it in the meantime; the count is
 //! lowered afterwards. That the unmapping is durable by then is what makes the punch safe.
 
-use crate::{alloc::refcounts::Count, error::Result, image::Image, io::Io, lane::Lane, order::rules::Page};
+use crate::{
+    alloc::{frees::Free, refcounts::Count},
+    error::Result,
+    image::Image,
+    io::Io,
+    lane::Lane,
+    order::rules::{Page, RuleName},
+};
 use std::{collections::BTreeMap, io::ErrorKind, ops::Range};
 
 /// References given back per step, so that a step is bounded.
@@ -52,9 +59,7 @@ impl<I: Io> Lane<I> {
         let image = self.image();
         let _reclaiming = image.reclaiming.acquire(0..1).await;
         loop {
-            let durable = image.flusher.durable_cut();
-            let ready =
-                image.meta.lock().frees.take_ready(durable, |epoch| image.epochs.has_passed(epoch), STEP);
+            let ready = image.take_ready_frees(STEP);
             if ready.is_empty() {
                 return Ok(());
             }
@@ -132,6 +137,18 @@ impl<I: Io> Lane<I> {
             Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
             other => other.map_err(|source| image.io_error("hole punch", file, at, source)),
         }
+    }
+}
+
+impl Image {
+    /// Takes out what R5 allows to be given back.
+    fn take_ready_frees(&self, max: usize) -> Vec<Free> {
+        let mut meta = self.meta.lock();
+        let meta = &mut *meta;
+        let is_durable = meta.graph.is_disabled(RuleName::UnmapBeforeReuse);
+        let has_passed = meta.graph.is_disabled(RuleName::RequestsBeforeReuse);
+        let durable_cut = if is_durable { u64::MAX } else { self.flusher.durable_cut() };
+        meta.frees.take_ready(durable_cut, |epoch| has_passed || self.epochs.has_passed(epoch), max)
     }
 }
 

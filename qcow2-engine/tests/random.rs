@@ -1,5 +1,6 @@
 //! Random operations on images of every geometry, held against an array and against qemu-img.
 
+#[allow(dead_code, reason = "shared by several test programs")]
 mod common;
 
 use common::{IMAGE, Mirror, create};

@@ -147,6 +147,7 @@ fn open_image(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeEr
         read_only: config.read_only,
         cache_bytes: config.cache_bytes,
         backing_format: config.backing_format,
+        ..OpenOptions::default()
     };
     block_on(&ring, Image::open(&ring, &**files, &config.image, &options))
         .map_err(ServeError::SetUp)?

@@ -19,7 +19,7 @@ place_files() {
 stamp_files() {
     local name length path
     while IFS=$'\t' read -r name length path; do
-        stat -c '%n %s %y %b' "$path"
+        stat -c '%n %s %y' "$path"
         head -c 1048576 "$path" | sha256sum
     done <<<"$IMAGES"
 }

@@ -24,6 +24,7 @@ mkdir -p /dev/pts /dev/shm /dev/disk /run/lock
 mount -t devpts devpts /dev/pts
 mount -t tmpfs tmpfs /dev/shm
 mount -t tmpfs tmpfs /tmp
+modprobe -q configfs
 mount -t configfs configfs /sys/kernel/config 2>/dev/null
 ln -s /proc/self/fd /dev/fd
 ln -s /proc/self/fd/0 /dev/stdin

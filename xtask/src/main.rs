@@ -1,9 +1,12 @@
 //! The project's automation. This file only dispatches; each command is a file of its own.
 
 mod apt;
+mod bench;
+mod crash;
 mod demo;
 mod dist;
 mod kernel;
+mod peers;
 mod place;
 mod process;
 mod setup;
@@ -32,6 +35,10 @@ enum Task {
     Test(test::Options),
     /// The full compatibility matrix on both kernels
     TestCompat(test_compat::Options),
+    /// Crash simulated workloads at every moment and judge what is left
+    Crash(crash::Options),
+    /// Compare the speed of the engines in the virtual machine
+    Bench(bench::Options),
     /// The release binary in a tarball
     Dist,
     /// A shell, or one command, in a throw-away virtual machine with a ublk driver
@@ -44,6 +51,8 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::command(&options),
         Task::Test(options) => test::command(&options),
         Task::TestCompat(options) => test_compat::command(&options),
+        Task::Crash(options) => crash::command(&options),
+        Task::Bench(options) => bench::command(&options),
         Task::Dist => dist::command().map(|()| ExitCode::SUCCESS),
         Task::Vm(options) => vm::command(&options),
     };

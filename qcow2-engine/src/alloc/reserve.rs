@@ -14,10 +14,6 @@ use crate::{
 };
 use std::{io::ErrorKind as IoKind, ops::Range};
 
-/// Bytes that a lane reserves at a time: large enough that the refcount page is written once for
-/// 256 clusters of 64 KiB, small enough that a crash leaks little.
-const EXTENT_BYTES: u64 = 16 << 20;
-
 /// The extent that a lane allocates from.
 #[derive(Default)]
 pub(crate) struct LaneSpace {
@@ -145,9 +141,8 @@ impl<I: Io> Lane<I> {
     async fn find_extent(&self, max: u64) -> Result<Run> {
         let image = self.image();
         self.relieve().await?;
-        let clusters = (EXTENT_BYTES >> image.geometry().cluster_bits).max(1);
         let run = loop {
-            let next = image.meta.lock().next_run(clusters)?;
+            let next = image.meta.lock().next_run(image.extent_clusters)?;
             match next {
                 Next::Run(run) => break run,
                 Next::Needs(page) => self.load_refcount_page(page).await?,

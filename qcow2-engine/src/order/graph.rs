@@ -35,6 +35,11 @@ impl Graph {
         self.disabled = Some(rule);
     }
 
+    /// Whether a mutation check has switched the rule off.
+    pub(crate) fn is_disabled(&self, rule: RuleName) -> bool {
+        self.disabled == Some(rule)
+    }
+
     /// Number of dirty pages.
     pub(crate) fn len(&self) -> usize {
         self.dirty.len()
@@ -61,10 +66,8 @@ impl Graph {
             Before::Page(before) => before != rule.page && self.holds(before),
             Before::Payload => true,
         };
-        let edges = self.dirty.entry(rule.page).or_default();
-        if waits && self.disabled != Some(rule.name) {
-            edges.insert(rule.before);
-        }
+        let binds = waits && !self.is_disabled(rule.name);
+        self.dirty.entry(rule.page).or_default().extend(binds.then_some(rule.before));
     }
 
     /// Takes all dirty pages out, in waves. The caller copies the pages before it lets anyone
@@ -165,6 +168,11 @@ mod tests {
     #[test]
     fn r3_payload_before_mapping() {
         assert_eq!(waves(&[Rule::payload_before_mapping(SLICE)], &[]), [vec![], vec![SLICE]]);
+    }
+
+    #[test]
+    fn r4_table_content_before_l1() {
+        assert_eq!(waves(&[Rule::table_content_before_l1(L1)], &[]), [vec![], vec![L1]]);
     }
 
     #[test]

@@ -43,6 +43,26 @@ pub enum RuleName {
     PayloadBeforeMapping,
     /// R4: a new L2 table's content precedes its L1 entry.
     L2BeforeL1,
+    /// R5: an unmapping is durable before the cluster is counted down, punched or reused.
+    UnmapBeforeReuse,
+    /// R5: requests that were in flight at the unmapping end before the cluster is reused.
+    RequestsBeforeReuse,
+    /// R6: a flush returns when a cut that began after it arrived is durable.
+    CutBeforeFlushReturns,
+}
+
+impl RuleName {
+    /// All of them.
+    pub const ALL: [Self; 8] = [
+        Self::RefcountBeforeReference,
+        Self::BlockBeforeTable,
+        Self::TableBeforeHeader,
+        Self::PayloadBeforeMapping,
+        Self::L2BeforeL1,
+        Self::UnmapBeforeReuse,
+        Self::RequestsBeforeReuse,
+        Self::CutBeforeFlushReturns,
+    ];
 }
 
 /// One ordering constraint: `before` is durable before `page` is written.

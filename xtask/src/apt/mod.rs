@@ -44,17 +44,17 @@ impl PrivateApt {
     /// Fails when there is no apt, no Debian source, or the lists cannot be fetched.
     pub(crate) fn host() -> Result<Self> {
         let apt = Self::create("host")?;
-        let files = sources::source_files(Path::new(ETC_APT))?;
-        for file in &files {
-            if let Some(name) = file.file_name() {
-                fs::copy(file, apt.parts().join(name))
-                    .with_context(|| format!("cannot copy {}", file.display()))?;
+        apt.copy_machine_sources()?;
+        match debian_codename() {
+            Some(codename) => {
+                apt.update_with(
+                    debian_source()?,
+                    &[&format!("{codename}-backports")],
+                    Tolerance::ForeignSourcesMayFail,
+                )?;
             }
+            None => apt.update(Tolerance::ForeignSourcesMayFail)?,
         }
-        if let Some(codename) = debian_codename() {
-            apt.write_source(&debian_source()?.with_suites(&[&format!("{codename}-backports")]))?;
-        }
-        apt.update(Tolerance::ForeignSourcesMayFail)?;
         Ok(apt)
     }
 
@@ -64,16 +64,7 @@ impl PrivateApt {
     /// Fails as [`PrivateApt::host`] does.
     pub(crate) fn only(name: &str, suites: &[&str]) -> Result<Self> {
         let apt = Self::create(name)?;
-        let source = debian_source()?;
-        apt.write_source(&source.with_suites(suites))?;
-        let Err(error) = apt.update(Tolerance::None) else { return Ok(apt) };
-        if !format!("{error:#}").contains("NO_PUBKEY") {
-            return Err(error);
-        }
-        // The installed keyring is older than the suite. Its successor is signed by a key that we do have.
-        let signed_by = newer_keyring(&apt.dir)?;
-        apt.write_source(&Source { signed_by: Some(signed_by), ..source }.with_suites(suites))?;
-        apt.update(Tolerance::None)?;
+        apt.update_with(debian_source()?, suites, Tolerance::None)?;
         Ok(apt)
     }
 
@@ -122,6 +113,29 @@ impl PrivateApt {
                 .with_context(|| format!("cannot create {}", apt.dir.display()))?;
         }
         Ok(apt)
+    }
+
+    fn copy_machine_sources(&self) -> Result<()> {
+        for file in sources::source_files(Path::new(ETC_APT))? {
+            if let Some(name) = file.file_name() {
+                fs::copy(&file, self.parts().join(name))
+                    .with_context(|| format!("cannot copy {}", file.display()))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Adds `suites` of `source` and fetches the lists. Where the installed keyring is older than a suite, its
+    /// successor is used: the machine's own release carries it, signed by a key that the machine does have.
+    fn update_with(&self, source: Source, suites: &[&str], tolerance: Tolerance) -> Result<()> {
+        self.write_source(&source.with_suites(suites))?;
+        match self.update(tolerance) {
+            Err(error) if format!("{error:#}").contains("NO_PUBKEY") => {}
+            result => return result,
+        }
+        let newer = Source { signed_by: Some(newer_keyring()?), ..source };
+        self.write_source(&newer.with_suites(suites))?;
+        self.update(tolerance)
     }
 
     fn parts(&self) -> PathBuf {
@@ -225,17 +239,19 @@ fn debian_source() -> Result<Source> {
     Ok(found)
 }
 
-/// Fetches the newest archive keyring from the machine's own release, unpacked beside the state `dir`.
-fn newer_keyring(dir: &Path) -> Result<String> {
-    let host = PrivateApt::host()?;
-    host.download(&["debian-archive-keyring".to_owned()], dir)?;
-    let package = fs::read_dir(dir)?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| path.extension().is_some_and(|ext| ext == "deb"))
-        .context("apt downloaded no debian-archive-keyring")?;
-    let root = dir.join("keyring");
-    run(program("dpkg-deb")?.arg("-x").arg(&package).arg(&root))?;
-    fs::remove_file(&package)?;
+/// The path of the newest archive keyring of the machine's own release, unpacked in the cache.
+fn newer_keyring() -> Result<String> {
+    let apt = PrivateApt::create("keyring")?;
+    apt.copy_machine_sources()?;
+    apt.update(Tolerance::ForeignSourcesMayFail)?;
+    let unpacking = tempfile::tempdir_in(&apt.dir)?;
+    apt.download(&["debian-archive-keyring".to_owned()], unpacking.path())?;
+    let package = fs::read_dir(unpacking.path())?
+        .next()
+        .context("apt downloaded no debian-archive-keyring")?
+        .context("cannot read the download")?;
+    let root = apt.dir.join("unpacked");
+    run(program("dpkg-deb")?.arg("-x").arg(package.path()).arg(&root))?;
     let keyrings = root.join("usr/share/keyrings");
     ["debian-archive-keyring.gpg", "debian-archive-keyring.pgp"]
         .iter()

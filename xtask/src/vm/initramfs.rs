@@ -8,9 +8,10 @@ use crate::{kernel::UnpackedKernel, workspace};
 use anyhow::{Context, Result, bail};
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
+    fs::{self, File},
     io::BufWriter,
     path::{Path, PathBuf},
+    time::{Duration, SystemTime},
 };
 
 /// Programs that the guest lanes cannot do without.
@@ -40,7 +41,7 @@ const FIO_ENGINES: [&str; 2] = ["/usr/lib/x86_64-linux-gnu/fio", "/usr/lib/fio"]
 /// Loaded on demand by C++ and thread cancellation, so ldd does not show it.
 const ON_DEMAND_LIBRARIES: [&str; 1] = ["/usr/lib/x86_64-linux-gnu/libgcc_s.so.1"];
 /// Kernel modules; one that is built in has no file and is passed over.
-const MODULES: [&str; 19] = [
+const MODULES: [&str; 20] = [
     "ublk_drv",
     "nbd",
     "virtio_pci",
@@ -50,6 +51,7 @@ const MODULES: [&str; 19] = [
     "xfs",
     "crc32c_generic",
     "crc32c-intel",
+    "configfs",
     "null_blk",
     "brd",
     "loop",
@@ -64,6 +66,9 @@ const MODULES: [&str; 19] = [
 /// Without these there is no run at all, built in or not; the guest proves the rest.
 const MODULES_ALWAYS_FILES: [&str; 2] = ["ublk_drv", "virtio_blk"];
 
+/// A root file system takes 150 MB.
+const UNUSED_AFTER: Duration = Duration::from_secs(12 * 3600);
+
 const INIT: &str = include_str!("../../guest/init.sh");
 
 /// The cached initramfs for `kernel`, built when missing or out of date. Returns its path.
@@ -75,7 +80,8 @@ pub(crate) fn ensure(kernel: &UnpackedKernel) -> Result<PathBuf> {
     let dir = workspace::cache()?.join("initramfs");
     fs::create_dir_all(&dir)?;
     let path = dir.join(format!("{}-{:016x}.cpio", kernel.release, tree.fingerprint()?));
-    if path.exists() {
+    if let Ok(cached) = File::open(&path) {
+        cached.set_modified(SystemTime::now())?; // still wanted
         return Ok(path);
     }
     let _lock = workspace::lock("initramfs")?;
@@ -83,17 +89,18 @@ pub(crate) fn ensure(kernel: &UnpackedKernel) -> Result<PathBuf> {
         return Ok(path);
     }
     eprintln!("building the machine's root file system for Linux {}", kernel.release);
-    remove_older(&dir, &kernel.release)?;
+    remove_unused(&dir)?;
     let staging = tempfile::NamedTempFile::new_in(&dir)?;
     tree.write_cpio(BufWriter::with_capacity(1 << 20, &staging))?;
     staging.persist(&path).with_context(|| format!("cannot write {}", path.display()))?;
     Ok(path)
 }
 
-fn remove_older(dir: &Path, release: &str) -> Result<()> {
+/// Another clone may share the cache and use a file that is not ours; one that nobody used for long goes.
+fn remove_unused(dir: &Path) -> Result<()> {
     for entry in fs::read_dir(dir)? {
         let entry = entry?;
-        if entry.file_name().to_string_lossy().starts_with(release) {
+        if entry.metadata()?.modified()?.elapsed().is_ok_and(|age| age > UNUSED_AFTER) {
             fs::remove_file(entry.path())?;
         }
     }

@@ -1,6 +1,6 @@
 //! `io`: qemu-io's commands on an image, through the engine, without a device.
 //!
-//! [`parse`] reads a line, [`session`] carries it out, [`print`] words the outcome as qemu-io does.
+//! [`parse`] reads a line, [`session`] carries it out, [`mod@print`] words the outcome as qemu-io does.
 //! A command that fails says so and makes the exit code 1; the commands after it run all the same.
 
 mod parse;

@@ -1,0 +1,139 @@
+//! `cargo xtask crash`: the simulator's campaign, from the command line.
+
+use clap::Parser;
+use qcow2_engine::{
+    RuleName,
+    sim::{
+        campaign::{self, Budget, Failure},
+        run::{Totals, simulate},
+        workload::Fixture,
+    },
+};
+use std::{
+    process::ExitCode,
+    time::{Duration, Instant},
+};
+
+/// Tries crashes at every moment of simulated workloads, and judges what is left of the image.
+#[derive(Parser)]
+struct Args {
+    /// Seconds to go on for.
+    #[arg(long, default_value_t = 60)]
+    budget: u64,
+    /// Stop after this many crash states.
+    #[arg(long, default_value_t = u64::MAX)]
+    states: u64,
+    /// Fail if fewer crash states than this were tried.
+    #[arg(long, default_value_t = 0)]
+    at_least: u64,
+    /// The seed of the campaign.
+    #[arg(long, default_value_t = 1)]
+    seed: u64,
+    /// Run this case of the seed alone.
+    #[arg(long)]
+    case: Option<u64>,
+    /// Take each ordering rule away in turn; each time a violation must be found.
+    #[arg(long)]
+    mutate: bool,
+    /// Threads.
+    #[arg(long, default_value_t = std::thread::available_parallelism().map_or(1, usize::from))]
+    threads: usize,
+}
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    let prepared = tempfile::tempdir().and_then(|directory| campaign::fixtures(directory.path()));
+    let fixtures = match prepared {
+        Ok(fixtures) => fixtures,
+        Err(error) => {
+            eprintln!(
+                "cannot make the images (are qemu-img and qemu-io installed? cargo xtask setup): {error}"
+            );
+            return ExitCode::FAILURE;
+        }
+    };
+    let passed = match args.case {
+        Some(number) => replay(&fixtures, args.seed, number),
+        None if args.mutate => mutate(&fixtures, &args),
+        None => search(&fixtures, &args),
+    };
+    if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn budget(args: &Args) -> Budget {
+    Budget { time: Duration::from_secs(args.budget), states: args.states }
+}
+
+fn search(fixtures: &[Fixture], args: &Args) -> bool {
+    let begun = Instant::now();
+    let (totals, failure) = match campaign::run(fixtures, args.seed, None, budget(args), args.threads) {
+        Ok(totals) => (totals, None),
+        Err((totals, failure)) => (totals, Some(failure)),
+    };
+    report(&totals, args.seed, begun.elapsed());
+    if let Some(failure) = failure {
+        describe(&failure);
+        return false;
+    }
+    if totals.states < args.at_least {
+        println!("too few crash states: {} of {}", totals.states, args.at_least);
+        return false;
+    }
+    true
+}
+
+fn mutate(fixtures: &[Fixture], args: &Args) -> bool {
+    let mut all_noticed = true;
+    for rule in RuleName::ALL {
+        match campaign::run(fixtures, args.seed, Some(rule), budget(args), args.threads) {
+            Ok(totals) => {
+                println!(
+                    "{rule:?}: NOT noticed in {} crash states of {} workloads",
+                    totals.states, totals.workloads
+                );
+                all_noticed = false;
+            }
+            Err((totals, failure)) => {
+                println!("{rule:?}: noticed after {} crash states: {}", totals.states, failure.message);
+            }
+        }
+    }
+    all_noticed
+}
+
+fn replay(fixtures: &[Fixture], seed: u64, number: u64) -> bool {
+    let (index, case) = campaign::case(fixtures, seed, number);
+    let mut totals = Totals::default();
+    println!("{}: {case:#?}", fixtures[index].name);
+    match simulate(&fixtures[index], &case, &mut totals) {
+        Ok(()) => {
+            println!("no violation in {} crash states", totals.states);
+            true
+        }
+        Err(message) => {
+            println!("violation: {message}");
+            false
+        }
+    }
+}
+
+fn report(totals: &Totals, seed: u64, time: Duration) {
+    println!(
+        "{} workloads, {} operations, {} crash states, {} distinct images, at most {} leaked clusters, seed {seed}, {:.0} states/s",
+        totals.workloads,
+        totals.operations,
+        totals.states,
+        totals.images.len(),
+        totals.worst_leaks,
+        totals.states as f64 / time.as_secs_f64().max(0.001),
+    );
+}
+
+fn describe(failure: &Failure) {
+    println!("VIOLATION on {}: {}", failure.fixture, failure.message);
+    println!("replay with --seed {} --case {}; shrunk to:", failure.seed, failure.number);
+    for (lane, requests) in failure.case.lanes.iter().enumerate() {
+        println!("  lane {lane}: {requests:?}");
+    }
+    println!("  fault {:?}, order {}", failure.case.fault, failure.case.seed);
+}

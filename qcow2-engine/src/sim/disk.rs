@@ -1,0 +1,310 @@
+//! A simulated disk with a volatile cache.
+//!
+//! Operations wait until the simulator completes one of them; which one is its choice. A write
+//! takes effect for readers when it completes. It is durable only after a barrier that was *issued*
+//! after that. Until then a crash may keep it or lose it, and a write that has not completed may be
+//! there as well. The file's length is an item of its own.
+
+use crate::io::{Access, Buf, FileId, Io, Storage};
+use std::{
+    cell::RefCell,
+    future::Future,
+    io,
+    path::Path,
+    pin::Pin,
+    rc::Rc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, Waker},
+};
+
+/// The unit that is written whole or not at all.
+pub const SECTOR: usize = 512;
+
+/// A change of a file that a crash may keep or lose.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Bytes at an offset.
+    Write {
+        /// Where.
+        at: u64,
+        /// What.
+        bytes: Arc<[u8]>,
+    },
+    /// Zeros, by deallocation.
+    Punch {
+        /// Where.
+        at: u64,
+        /// How many bytes.
+        len: u64,
+    },
+    /// A new length.
+    Length(u64),
+}
+
+/// What the host does to an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Input/output error.
+    Eio,
+    /// No space left.
+    Enospc,
+    /// Half of a read or write is carried out, and reported.
+    Short,
+}
+
+/// The disk. Clones share it.
+#[derive(Clone, Default)]
+pub struct Disk(Rc<RefCell<State>>);
+
+/// Opens the disk's files; only used to hand them to `Image::open`.
+#[derive(Default)]
+pub struct Names(Mutex<Vec<(String, u64)>>);
+
+#[derive(Default)]
+struct State {
+    files: Vec<File>,
+    /// Issued and not completed.
+    waiting: Vec<Operation>,
+    results: Vec<(u64, io::Result<usize>)>,
+    wakers: Vec<(u64, Waker)>,
+    next_id: u64,
+    /// Operations completed so far.
+    completed: u64,
+    fault: Option<(u64, Fault)>,
+    /// Moves whenever what a crash may leave has changed.
+    version: u64,
+}
+
+/// A file, as it is and as it may be after a crash.
+#[derive(Clone, Debug, Default)]
+pub struct File {
+    /// What readers see.
+    pub current: Vec<u8>,
+    /// What no crash can take away.
+    pub durable: Vec<u8>,
+    /// Completed and not durable, oldest first, with the moment of completion.
+    pub pending: Vec<(u64, Change)>,
+}
+
+struct Operation {
+    id: u64,
+    file: usize,
+    kind: Kind,
+}
+
+enum Kind {
+    Read {
+        at: u64,
+        buf: Buf,
+    },
+    Change(Change),
+    /// With the moment of its issue.
+    Sync(u64),
+}
+
+impl Change {
+    /// Carries the change out on the bytes of a file.
+    pub fn apply(&self, bytes: &mut Vec<u8>) {
+        match self {
+            Self::Write { at, bytes: new } => {
+                let (start, end) = (*at as usize, *at as usize + new.len());
+                bytes.resize(bytes.len().max(end), 0);
+                bytes[start..end].copy_from_slice(new);
+            }
+            Self::Punch { at, len } => {
+                let end = bytes.len().min((at + len) as usize);
+                let start = (*at as usize).min(end);
+                bytes[start..end].fill(0);
+            }
+            Self::Length(len) => bytes.resize(*len as usize, 0),
+        }
+    }
+}
+
+impl Disk {
+    /// A disk with these files, all durable.
+    #[must_use]
+    pub fn new(files: &[(String, Vec<u8>)]) -> (Self, Names) {
+        let names = files.iter().map(|(name, bytes)| (name.clone(), bytes.len() as u64)).collect();
+        let files = files
+            .iter()
+            .map(|(_, bytes)| File { current: bytes.clone(), durable: bytes.clone(), pending: Vec::new() })
+            .collect();
+        (Self(Rc::new(RefCell::new(State { files, ..State::default() }))), Names(Mutex::new(names)))
+    }
+
+    /// The operation after `count` more completions fails in this way.
+    pub fn fail_after(&self, count: u64, fault: Fault) {
+        let mut state = self.0.borrow_mut();
+        let at = state.completed + count;
+        state.fault = Some((at, fault));
+    }
+
+    /// How many operations wait for completion.
+    #[must_use]
+    pub fn waiting(&self) -> usize {
+        self.0.borrow().waiting.len()
+    }
+
+    /// How many operations have completed.
+    #[must_use]
+    pub fn completed(&self) -> u64 {
+        self.0.borrow().completed
+    }
+
+    /// A number that moves whenever what a crash may leave has changed.
+    #[must_use]
+    pub fn version(&self) -> u64 {
+        self.0.borrow().version
+    }
+
+    /// Completes the `choice`-th waiting operation.
+    pub fn complete(&self, choice: usize) {
+        let mut state = self.0.borrow_mut();
+        let state = &mut *state;
+        let operation = state.waiting.remove(choice);
+        let fault = state.fault.take_if(|(at, _)| *at <= state.completed).map(|(_, fault)| fault);
+        state.completed += 1;
+        let now = state.completed;
+        let file = &mut state.files[operation.file];
+        state.version += u64::from(!matches!(operation.kind, Kind::Read { .. }));
+        let result = file.carry_out(operation.kind, now, fault);
+        state.results.push((operation.id, result));
+        if let Some(index) = state.wakers.iter().position(|(id, _)| *id == operation.id) {
+            state.wakers.swap_remove(index).1.wake();
+        }
+    }
+
+    /// The file, and the changes to it that have been issued and not completed.
+    #[must_use]
+    pub fn snapshot(&self, file: usize) -> (File, Vec<Change>) {
+        let state = self.0.borrow();
+        let in_flight = state.waiting.iter().filter(|operation| operation.file == file);
+        let changes = in_flight.filter_map(|operation| match &operation.kind {
+            Kind::Change(change) => Some(change.clone()),
+            Kind::Read { .. } | Kind::Sync(_) => None,
+        });
+        (state.files[file].clone(), changes.collect())
+    }
+
+    fn issue(&self, file: FileId, kind: impl FnOnce(u64) -> Kind) -> Pending {
+        let mut state = self.0.borrow_mut();
+        state.next_id += 1;
+        let id = state.next_id;
+        let kind = kind(state.completed);
+        state.version += u64::from(matches!(kind, Kind::Change(_)));
+        state.waiting.push(Operation { id, file: file.0 as usize, kind });
+        Pending { disk: self.clone(), id }
+    }
+}
+
+impl File {
+    fn carry_out(&mut self, kind: Kind, now: u64, fault: Option<Fault>) -> io::Result<usize> {
+        match fault {
+            Some(Fault::Eio) => return Err(io::Error::from_raw_os_error(libc::EIO)),
+            Some(Fault::Enospc) => return Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+            Some(Fault::Short) | None => {}
+        }
+        let is_short = fault == Some(Fault::Short);
+        match kind {
+            Kind::Read { at, buf } => {
+                let start = self.current.len().min(at as usize);
+                let mut len = buf.len().min(self.current.len() - start);
+                if is_short && len > SECTOR {
+                    len = len / 2 / SECTOR * SECTOR;
+                }
+                buf.copy_from(0, &self.current[start..start + len]);
+                Ok(len)
+            }
+            Kind::Change(Change::Write { at, bytes }) if is_short && bytes.len() > SECTOR => {
+                let half: Arc<[u8]> = bytes[..bytes.len() / 2 / SECTOR * SECTOR].into();
+                let len = half.len();
+                self.change(now, Change::Write { at, bytes: half });
+                Ok(len)
+            }
+            Kind::Change(change) => {
+                let len = if let Change::Write { bytes, .. } = &change { bytes.len() } else { 0 };
+                self.change(now, change);
+                Ok(len)
+            }
+            Kind::Sync(issued) => {
+                let durable = self.pending.partition_point(|(completed, _)| *completed <= issued);
+                for (_, change) in self.pending.drain(..durable) {
+                    change.apply(&mut self.durable);
+                }
+                Ok(0)
+            }
+        }
+    }
+
+    fn change(&mut self, now: u64, change: Change) {
+        change.apply(&mut self.current);
+        self.pending.push((now, change));
+    }
+}
+
+impl Storage for Names {
+    fn open(&self, path: &Path, _access: Access) -> io::Result<FileId> {
+        let index = self.names().iter().position(|(name, _)| Path::new(name) == path);
+        index.map(|index| FileId(index as u32)).ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    fn len(&self, file: FileId) -> io::Result<u64> {
+        self.names().get(file.0 as usize).map(|(_, len)| *len).ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+}
+
+impl Names {
+    fn names(&self) -> MutexGuard<'_, Vec<(String, u64)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// An issued operation. Dropping it leaves the operation on the disk.
+struct Pending {
+    disk: Disk,
+    id: u64,
+}
+
+impl Future for Pending {
+    type Output = io::Result<usize>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut state = self.disk.0.borrow_mut();
+        match state.results.iter().position(|(id, _)| *id == self.id) {
+            Some(index) => Poll::Ready(state.results.swap_remove(index).1),
+            None => {
+                state.wakers.retain(|(id, _)| *id != self.id);
+                state.wakers.push((self.id, context.waker().clone()));
+                Poll::Pending
+            }
+        }
+    }
+}
+
+impl Io for Disk {
+    async fn read(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
+        self.issue(file, |_| Kind::Read { at, buf }).await
+    }
+
+    async fn write(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
+        self.issue(file, |_| Kind::Change(Change::Write { at, bytes: buf.to_vec().into() })).await
+    }
+
+    async fn sync(&self, file: FileId) -> io::Result<()> {
+        self.issue(file, Kind::Sync).await.map(drop)
+    }
+
+    async fn allocate(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
+        let end = (at + len).max(self.0.borrow().files[file.0 as usize].current.len() as u64);
+        self.issue(file, |_| Kind::Change(Change::Length(end))).await.map(drop)
+    }
+
+    async fn punch_hole(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
+        self.issue(file, |_| Kind::Change(Change::Punch { at, len })).await.map(drop)
+    }
+
+    async fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
+        self.issue(file, |_| Kind::Change(Change::Length(len))).await.map(drop)
+    }
+}

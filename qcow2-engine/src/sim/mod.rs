@@ -1,0 +1,17 @@
+//! The crash simulator: a disk that can lose what was not made durable, and the proof that nothing
+//! that was promised is lost with it.
+//!
+//! [`disk`] is an [`Io`](crate::io::Io) whose operations complete in an order that a seed chooses.
+//! [`states`] enumerates what a crash at one moment may leave on such a disk. [`oracle`] reads a
+//! crashed image with nothing but the format crate and says what is wrong with it. [`model`] knows
+//! which contents each sector may have. [`workload`] makes images and sequences of requests;
+//! [`run`] lives one case through; [`campaign`] generates cases, counts, and shrinks what fails.
+
+pub mod campaign;
+pub mod disk;
+pub mod model;
+pub mod oracle;
+pub mod rng;
+pub mod run;
+pub mod states;
+pub mod workload;

@@ -1,0 +1,280 @@
+//! Reads an image that a crash left, and says what is wrong with it.
+//!
+//! Shares nothing with the engine but the format crate and the decompressor: a second reading of the
+//! specification. The image is a slice of bytes; nothing is cached and nothing is trusted.
+
+use super::model::{Model, Value};
+use crate::decompress;
+use qcow2_format::{
+    Geometry, Header, L1Entry, Mapping, RefcountTableEntry, refcount,
+    snapshot::{Snapshot, decode_table},
+};
+use std::{cell::RefCell, collections::HashMap};
+
+/// What is judged besides the image itself.
+pub struct Case<'a> {
+    /// What each sector may hold.
+    pub model: &'a Model,
+    /// The raw backing file.
+    pub backing: Option<&'a [u8]>,
+    /// What every sector holds in every internal snapshot.
+    pub snapshot: &'a [Value],
+    /// Compressed clusters that were decompressed before.
+    pub memo: &'a Memo,
+}
+
+/// What compressed bytes decompress to, so that the same bytes are decompressed once only.
+#[derive(Default)]
+pub struct Memo(RefCell<HashMap<Vec<u8>, Vec<Value>>>);
+
+/// What was found in a sound image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Findings {
+    /// Clusters that are counted and not referred to.
+    pub leaks: u64,
+    /// Clusters of the file.
+    pub clusters: u64,
+}
+
+/// For messages that cost nothing until they are needed.
+const L2_NAMES: [&str; 4] = [
+    "an entry of L2 table 0",
+    "an entry of L2 table 1",
+    "an entry of L2 table 2",
+    "an entry of a later L2 table",
+];
+
+/// An image as it is read.
+struct Reader<'a> {
+    bytes: &'a [u8],
+    header: Header,
+    geometry: Geometry,
+    /// References that were counted, by cluster.
+    references: Vec<u64>,
+    /// Whether a cluster belongs to one owner alone.
+    exclusive: Vec<bool>,
+}
+
+/// Judges an image.
+///
+/// # Errors
+/// The first violation, in words.
+pub fn judge(bytes: &[u8], case: &Case<'_>) -> Result<Findings, String> {
+    let mut reader = Reader::open(bytes)?;
+    reader.own(0, 1, "the header")?;
+    reader.count_refcounts()?;
+    let l1 = reader.l1(reader.header.l1_table.0, reader.header.l1_entries, "the active L1 table")?;
+    for (index, &raw) in l1.iter().enumerate() {
+        reader.count_l2(raw, index, true)?;
+    }
+    let snapshots = reader.snapshots()?;
+    for snapshot in &snapshots {
+        for (index, &raw) in
+            reader.l1(snapshot.l1_table.0, snapshot.l1_entries, "a snapshot's L1 table")?.iter().enumerate()
+        {
+            reader.count_l2(raw, index, false)?;
+        }
+    }
+    let findings = reader.compare_refcounts(&l1)?;
+    for sector in 0..case.model.len() {
+        let found = reader.sector(&l1, sector, case)?;
+        case.model
+            .check(sector, found)
+            .map_err(|allowed| format!("sector {sector} holds {found:?}, allowed are {allowed:?}"))?;
+    }
+    for snapshot in &snapshots {
+        let l1 = reader.table(snapshot.l1_table.0, snapshot.l1_entries as usize)?;
+        for (sector, &expected) in case.snapshot.iter().enumerate() {
+            let found = reader.sector(&l1, sector, case)?;
+            if found != expected {
+                return Err(format!("sector {sector} of a snapshot holds {found:?}, not {expected:?}"));
+            }
+        }
+    }
+    Ok(findings)
+}
+
+impl<'a> Reader<'a> {
+    fn open(bytes: &'a [u8]) -> Result<Self, String> {
+        let header = Header::decode(bytes, bytes.len() as u64).map_err(|error| error.to_string())?;
+        header.check_supported().map_err(|error| error.to_string())?;
+        let geometry = header.geometry();
+        let clusters = geometry.clusters_for(bytes.len() as u64) as usize;
+        Ok(Self { bytes, header, geometry, references: vec![0; clusters], exclusive: vec![false; clusters] })
+    }
+
+    fn slice(&self, at: u64, len: u64) -> Result<&'a [u8], String> {
+        let range = at as usize..(at + len) as usize;
+        self.bytes.get(range).ok_or_else(|| format!("{len} bytes at {at} are beyond the end of the file"))
+    }
+
+    fn table(&self, at: u64, entries: usize) -> Result<Vec<u64>, String> {
+        let bytes = self.slice(at, entries as u64 * 8)?;
+        Ok(bytes
+            .chunks_exact(8)
+            .map(|entry| u64::from_be_bytes(entry.try_into().unwrap_or_default()))
+            .collect())
+    }
+
+    /// One entry of a table.
+    fn entry(&self, at: u64) -> Result<u64, String> {
+        Ok(u64::from_be_bytes(self.slice(at, 8)?.try_into().unwrap_or_default()))
+    }
+
+    /// Counts a reference to a cluster.
+    fn refer(&mut self, at: u64, what: &str) -> Result<usize, String> {
+        let cluster = (at >> self.geometry.cluster_bits) as usize;
+        match self.references.get_mut(cluster) {
+            None => Err(format!("{what} at {at} is beyond the end of the file")),
+            Some(count) => {
+                *count += 1;
+                Ok(cluster)
+            }
+        }
+    }
+
+    /// Counts clusters that nothing else may refer to.
+    fn own(&mut self, at: u64, len: u64, what: &str) -> Result<(), String> {
+        for cluster in 0..self.geometry.clusters_for(len) {
+            let index = self.refer(at + (cluster << self.geometry.cluster_bits), what)?;
+            if self.references[index] > 1 || self.exclusive[index] {
+                return Err(format!("{what} at {at} shares cluster {index} with something else"));
+            }
+            self.exclusive[index] = true;
+        }
+        Ok(())
+    }
+
+    fn count_refcounts(&mut self) -> Result<(), String> {
+        let (at, clusters) = (self.header.refcount_table.0, u64::from(self.header.refcount_table_clusters));
+        let len = clusters << self.geometry.cluster_bits;
+        self.own(at, len, "the refcount table")?;
+        for raw in self.table(at, len as usize / 8)? {
+            if let Some(block) = RefcountTableEntry::decode(raw, &self.geometry).map_err(|e| e.to_string())? {
+                self.own(block.0, self.geometry.cluster_size(), "a refcount block")?;
+            }
+        }
+        Ok(())
+    }
+
+    fn l1(&mut self, at: u64, entries: u32, what: &str) -> Result<Vec<u64>, String> {
+        self.own(at, u64::from(entries) * 8, what)?;
+        self.table(at, entries as usize)
+    }
+
+    fn snapshots(&mut self) -> Result<Vec<Snapshot>, String> {
+        if self.header.snapshot_count == 0 {
+            return Ok(Vec::new());
+        }
+        let at = self.header.snapshot_table.0;
+        self.own(at, 1, "the snapshot table")?;
+        let rest = self.bytes.get(at as usize..).unwrap_or_default();
+        decode_table(rest, self.header.snapshot_count).map_err(|error| error.to_string())
+    }
+
+    /// Counts an L2 table and what it maps. A table or cluster of the active mapping that is marked
+    /// COPIED is nobody else's.
+    fn count_l2(&mut self, raw: u64, index: usize, is_active: bool) -> Result<(), String> {
+        let entry = L1Entry::decode(raw, &self.geometry).map_err(|error| error.to_string())?;
+        let L1Entry::Table { offset, copied } = entry else { return Ok(()) };
+        let cluster = self.refer(offset.0, "an L2 table")?;
+        self.check_copied(cluster, copied && is_active, "L2 table")?;
+        let what = L2_NAMES[index.min(L2_NAMES.len() - 1)];
+        for raw in self.table(offset.0, self.geometry.l2_entries() as usize)? {
+            if raw == 0 {
+                continue;
+            }
+            let mapping = Mapping::decode(raw, &self.geometry).map_err(|error| error.to_string())?;
+            match mapping {
+                Mapping::Compressed(range) => {
+                    for cluster in range.host_clusters(&self.geometry) {
+                        self.refer(cluster << self.geometry.cluster_bits, what)?;
+                    }
+                }
+                Mapping::Data { host, copied } | Mapping::Zero { host: Some(host), copied } => {
+                    let cluster = self.refer(host.0, what)?;
+                    self.check_copied(cluster, copied && is_active, what)?;
+                    self.slice(host.0, self.geometry.cluster_size())?;
+                }
+                Mapping::Unallocated | Mapping::Zero { host: None, .. } => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn check_copied(&mut self, cluster: usize, copied: bool, what: &str) -> Result<(), String> {
+        if self.exclusive[cluster] || (copied && self.references[cluster] > 1) {
+            return Err(format!("{what}: cluster {cluster} has another owner"));
+        }
+        self.exclusive[cluster] = copied;
+        Ok(())
+    }
+
+    fn compare_refcounts(&self, l1: &[u64]) -> Result<Findings, String> {
+        let mut findings = Findings { leaks: 0, clusters: self.references.len() as u64 };
+        for (cluster, &references) in self.references.iter().enumerate() {
+            let count = self.refcount(cluster as u64)?;
+            if count < references {
+                return Err(format!("cluster {cluster} has refcount {count} and {references} references"));
+            }
+            if self.exclusive[cluster] && count != 1 {
+                return Err(format!("cluster {cluster} has one owner and refcount {count}"));
+            }
+            findings.leaks += u64::from(count > references);
+        }
+        debug_assert!(l1.len() <= self.header.l1_entries as usize);
+        Ok(findings)
+    }
+
+    fn refcount(&self, cluster: u64) -> Result<u64, String> {
+        let per_block = self.geometry.refcounts_per_block();
+        let table_len = (u64::from(self.header.refcount_table_clusters) << self.geometry.cluster_bits) / 8;
+        if cluster / per_block >= table_len {
+            return Ok(0);
+        }
+        let raw = self.entry(self.header.refcount_table.0 + cluster / per_block * 8)?;
+        match RefcountTableEntry::decode(raw, &self.geometry).map_err(|error| error.to_string())? {
+            None => Ok(0),
+            Some(block) => {
+                let bytes = self.slice(block.0, self.geometry.cluster_size())?;
+                Ok(refcount::get(bytes, self.geometry.refcount_order, (cluster % per_block) as usize))
+            }
+        }
+    }
+
+    /// The content of a sector under an L1 table.
+    fn sector(&self, l1: &[u64], sector: usize, case: &Case<'_>) -> Result<Value, String> {
+        let guest = sector as u64 * 512;
+        let index = self.geometry.l1_index(guest) as usize;
+        let mapping = match L1Entry::decode(l1[index], &self.geometry).map_err(|error| error.to_string())? {
+            L1Entry::Unallocated => Mapping::Unallocated,
+            L1Entry::Table { offset, .. } => {
+                let raw = self.entry(offset.0 + self.geometry.l2_index(guest) * 8)?;
+                Mapping::decode(raw, &self.geometry).map_err(|error| error.to_string())?
+            }
+        };
+        let skip = self.geometry.in_cluster(guest);
+        Ok(match mapping {
+            Mapping::Unallocated => {
+                let bytes = case.backing.and_then(|bytes| bytes.get(guest as usize..guest as usize + 512));
+                bytes.map_or(Value::Zero, Value::read)
+            }
+            Mapping::Zero { .. } => Value::Zero,
+            Mapping::Data { host, .. } => Value::read(self.slice(host.0 + skip, 512)?),
+            Mapping::Compressed(range) => {
+                let end = (range.offset + range.len).min(self.bytes.len() as u64);
+                let input = self.slice(range.offset, end.saturating_sub(range.offset))?;
+                if let Some(values) = case.memo.0.borrow().get(input) {
+                    return Ok(values[skip as usize / 512]);
+                }
+                let len = self.geometry.cluster_size() as usize;
+                let cluster = decompress::cluster(self.header.compression, input, len)
+                    .map_err(|error| error.to_string())?;
+                let values: Vec<Value> = cluster.chunks_exact(512).map(Value::read).collect();
+                let value = values[skip as usize / 512];
+                case.memo.0.borrow_mut().insert(input.to_vec(), values);
+                value
+            }
+        })
+    }
+}

@@ -1,0 +1,346 @@
+//! One simulated life of an image: requests on several lanes, a crash at every moment, a verdict.
+
+use super::{
+    disk::{Disk, Fault},
+    model::{Model, Value},
+    oracle,
+    rng::Rng,
+    states,
+    workload::{Fixture, Request},
+};
+use crate::{Error, Image, Lane, OpenOptions, RuleName, ZeroMode, io::Buf};
+use std::{
+    cell::RefCell,
+    collections::{HashSet, hash_map::DefaultHasher},
+    future::Future,
+    hash::Hasher,
+    path::Path,
+    pin::Pin,
+    rc::Rc,
+    sync::Arc,
+    task::{Context, Poll, Waker},
+};
+
+/// A life to be simulated. The same case always goes the same way.
+#[derive(Clone, Debug)]
+pub struct Case {
+    /// Requests, one after the other on each lane; the lanes run at the same time.
+    pub lanes: Vec<Vec<Request>>,
+    /// Chooses the order of completions and the random crash states.
+    pub seed: u64,
+    /// An operation that fails, counted from the opening.
+    pub fault: Option<(u64, Fault)>,
+    /// The rule that is switched off.
+    pub disabled: Option<RuleName>,
+}
+
+/// What was covered.
+#[derive(Clone, Debug, Default)]
+pub struct Totals {
+    /// Cases.
+    pub workloads: u64,
+    /// Crash states judged.
+    pub states: u64,
+    /// Hashes of the images among them.
+    pub images: HashSet<u64>,
+    /// The most leaked clusters that a crash left.
+    pub worst_leaks: u64,
+    /// Completed operations of all cases.
+    pub operations: u64,
+}
+
+impl Totals {
+    /// Adds what another thread covered.
+    pub fn add(&mut self, other: Self) {
+        self.workloads += other.workloads;
+        self.states += other.states;
+        self.images.extend(other.images);
+        self.worst_leaks = self.worst_leaks.max(other.worst_leaks);
+        self.operations += other.operations;
+    }
+}
+
+type Task = Pin<Box<dyn Future<Output = Result<(), String>>>>;
+
+/// Clusters that a lane reserves: few, so that the file stays small and extents run out.
+const EXTENT_CLUSTERS: u64 = 8;
+/// Rounds of polling without progress, at the most, before a case counts as a hang.
+const MAX_STEPS: u64 = 200_000;
+
+struct Life<'a> {
+    fixture: &'a Fixture,
+    disk: Disk,
+    model: Rc<RefCell<Model>>,
+    rng: Rng,
+    totals: &'a mut Totals,
+    /// The last state that was judged: the disk's version and the model's time.
+    judged: (u64, u64),
+    memo: oracle::Memo,
+    /// Whether one operation at a time is held back: a late write lands when everything has moved on.
+    starves: bool,
+}
+
+/// Simulates a case.
+///
+/// # Errors
+/// What is wrong, in words.
+pub fn simulate(fixture: &Fixture, case: &Case, totals: &mut Totals) -> Result<(), String> {
+    let mut files = vec![("image".to_owned(), fixture.image.clone())];
+    files.extend(fixture.backing.clone().map(|bytes| ("base".to_owned(), bytes)));
+    let (disk, names) = Disk::new(&files);
+    if let Some((at, fault)) = case.fault {
+        disk.fail_after(at, fault);
+    }
+    let model = Rc::new(RefCell::new(Model::new(&fixture.content)));
+    let mut life = Life {
+        fixture,
+        disk,
+        model,
+        rng: Rng::new(case.seed),
+        totals,
+        judged: (u64::MAX, 0),
+        memo: oracle::Memo::default(),
+        starves: case.seed.is_multiple_of(3),
+    };
+    life.totals.workloads += 1;
+    let image = match life.open(&names) {
+        Ok(image) => image,
+        // An image that cannot be read is not opened, and nothing has happened.
+        Err(_) if case.fault.is_some() => return Ok(()),
+        Err(error) => return Err(format!("it does not open: {error}")),
+    };
+    if let Some(rule) = case.disabled {
+        image.disable_rule(rule);
+    }
+    let lanes: Vec<_> = case.lanes.iter().map(|_| Lane::new(&image, life.disk.clone(), 4)).collect();
+    let mut next = 0;
+    let tasks = case.lanes.iter().zip(&lanes).map(|(requests, lane)| {
+        let first = next;
+        next += requests.len() as u32;
+        let requests = requests
+            .iter()
+            .copied()
+            .filter(|request| fixture.can_discard || !matches!(request, Request::Discard(..)));
+        let has_faults = case.fault.is_some();
+        let player = Player {
+            lane: lane.clone(),
+            model: Rc::clone(&life.model),
+            cluster_sectors: fixture.cluster_sectors,
+        };
+        play(player, requests.collect(), first, has_faults)
+    });
+    let tasks = tasks.collect();
+    life.drive(tasks, true)?;
+    life.end(&lanes[0], case)
+}
+
+/// What carries requests out and tells the model.
+struct Player {
+    lane: Lane<Disk>,
+    model: Rc<RefCell<Model>>,
+    cluster_sectors: usize,
+}
+
+/// Carries requests out, one after the other.
+fn play(player: Player, requests: Vec<Request>, first: u32, has_faults: bool) -> Task {
+    Box::pin(async move {
+        for (number, request) in (first..).zip(requests) {
+            let outcome = carry_out(&player, number, request).await;
+            if let (Err(error), false) = (outcome, has_faults) {
+                return Err(format!("{request:?} failed: {error}"));
+            }
+        }
+        Ok(())
+    })
+}
+
+async fn carry_out(player: &Player, number: u32, request: Request) -> Result<(), Error> {
+    let Player { lane, model, cluster_sectors } = player;
+    let sectors = request.sectors(*cluster_sectors);
+    let is_write = matches!(request, Request::Write(..));
+    let value = |sector: usize| {
+        if is_write { Value::Stamp { request: number, sector: sector as u32 } } else { Value::Zero }
+    };
+    model.borrow_mut().issue(number, sectors.clone(), value);
+    let bytes = |count: usize| count as u64 * 512;
+    let outcome = match request {
+        Request::Write(at, _) => {
+            let data: Vec<u8> = sectors.clone().flat_map(|sector| value(sector).bytes()).collect();
+            lane.write(bytes(at), Buf::from_bytes(&data)).await
+        }
+        Request::Zero(at, count, keep) => {
+            let mode = if keep { ZeroMode::Keep } else { ZeroMode::Unmap };
+            lane.write_zeroes(bytes(at), bytes(count), mode).await
+        }
+        Request::Discard(at, count) => lane.discard(bytes(at), bytes(count)).await,
+        Request::Flush => {
+            let issued = model.borrow_mut().flush_issued();
+            let outcome = lane.flush().await;
+            if outcome.is_ok() {
+                model.borrow_mut().flushed(issued);
+            }
+            outcome
+        }
+        Request::Maintain => lane.maintain().await,
+    };
+    model.borrow_mut().end(number, sectors, outcome.is_ok());
+    outcome
+}
+
+impl Life<'_> {
+    fn open(&mut self, names: &super::disk::Names) -> Result<Arc<Image>, String> {
+        let opened = Rc::new(RefCell::new(None));
+        let (result, disk) = (Rc::clone(&opened), self.disk.clone());
+        let cluster_bits = u32::from(self.fixture.image[23]);
+        let options = OpenOptions {
+            extent_bytes: EXTENT_CLUSTERS << cluster_bits,
+            cache_bytes: 0,
+            ..OpenOptions::default()
+        };
+        let mut open = Box::pin(async move {
+            let image = Image::open(&disk, names, Path::new("image"), &options).await;
+            *result.borrow_mut() = Some(image);
+        });
+        let mut context = Context::from_waker(Waker::noop());
+        while open.as_mut().poll(&mut context).is_pending() {
+            self.disk.complete(0);
+        }
+        drop(open);
+        let image = opened.borrow_mut().take();
+        image.ok_or("no result")?.map_err(|error| error.to_string())
+    }
+
+    /// Polls the tasks and completes operations, in the order that the seed chooses, until all
+    /// tasks have ended. With `judge`, at every moment a crash is tried.
+    fn drive(&mut self, mut tasks: Vec<Task>, judge: bool) -> Result<(), String> {
+        for _ in 0..MAX_STEPS {
+            self.poll(&mut tasks)?;
+            if judge {
+                self.crash_here()?;
+            }
+            match self.disk.waiting() as u64 {
+                0 if tasks.is_empty() => {
+                    return Ok(());
+                }
+                0 => return Err(format!("{} requests hang", tasks.len())),
+                1 => self.disk.complete(0),
+                // The oldest operation is left behind for as long as there are others.
+                waiting if self.starves => self.disk.complete(1 + self.rng.below(waiting - 1) as usize),
+                waiting => self.disk.complete(self.rng.below(waiting) as usize),
+            };
+            self.totals.operations += 1;
+        }
+        Err("requests go round in circles".into())
+    }
+
+    /// Polls until nothing moves any more.
+    fn poll(&self, tasks: &mut Vec<Task>) -> Result<(), String> {
+        let mut context = Context::from_waker(Waker::noop());
+        loop {
+            let before = (tasks.len(), self.disk.waiting(), self.model.borrow().now());
+            let mut failure = None;
+            tasks.retain_mut(|task| match task.as_mut().poll(&mut context) {
+                Poll::Pending => true,
+                Poll::Ready(result) => {
+                    failure = failure.take().or(result.err());
+                    false
+                }
+            });
+            if let Some(failure) = failure {
+                return Err(failure);
+            }
+            if (tasks.len(), self.disk.waiting(), self.model.borrow().now()) == before {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Tries every crash state of this moment, unless it is the same as the last one.
+    fn crash_here(&mut self) -> Result<(), String> {
+        let model = self.model.borrow();
+        let moment = (self.disk.version(), model.now());
+        if std::mem::replace(&mut self.judged, moment) == moment {
+            return Ok(());
+        }
+        let (file, in_flight) = self.disk.snapshot(0);
+        let case = oracle::Case {
+            model: &model,
+            backing: self.fixture.backing.as_deref(),
+            snapshot: &self.fixture.content,
+            memo: &self.memo,
+        };
+        let totals = &mut *self.totals;
+        states::for_each(&file, in_flight, &mut self.rng, |bytes| {
+            totals.states += 1;
+            totals.images.insert(hash(bytes));
+            let findings = oracle::judge(bytes, &case)?;
+            totals.worst_leaks = totals.worst_leaks.max(findings.leaks);
+            Ok(())
+        })
+    }
+
+    /// Nothing crashed: what is read must be what was written, and a clean close leaves no leak.
+    fn end(&mut self, lane: &Lane<Disk>, case: &Case) -> Result<(), String> {
+        let is_faulty = case.fault.is_some();
+        let buf = Buf::zeroed(self.fixture.content.len() * 512);
+        let read = {
+            let (lane, buf) = (lane.clone(), buf.clone());
+            Box::pin(async move {
+                lane.read(0, buf).await.map_err(|error| format!("the last read failed: {error}"))
+            })
+        };
+        match self.drive(vec![read], true) {
+            Ok(()) => self.check_live(&buf)?,
+            Err(error) if !is_faulty => return Err(error),
+            Err(_) => {}
+        }
+        let closed = {
+            let lane = lane.clone();
+            Box::pin(async move { lane.close().await.map_err(|error| format!("close failed: {error}")) })
+        };
+        let closed = self.drive(vec![closed], true);
+        if let (Err(error), false) = (&closed, is_faulty) {
+            return Err(error.clone());
+        }
+        let (file, in_flight) = self.disk.snapshot(0);
+        let model = self.model.borrow();
+        let case = oracle::Case {
+            model: &model,
+            backing: self.fixture.backing.as_deref(),
+            snapshot: &self.fixture.content,
+            memo: &self.memo,
+        };
+        let findings = oracle::judge(&file.current, &case)?;
+        if !is_faulty && (findings.leaks > 0 || !file.pending.is_empty() || !in_flight.is_empty()) {
+            return Err(format!("a clean close left {} leaks", findings.leaks));
+        }
+        Ok(())
+    }
+
+    fn check_live(&self, buf: &Buf) -> Result<(), String> {
+        let bytes = buf.to_vec();
+        let model = self.model.borrow();
+        for (sector, bytes) in bytes.chunks_exact(512).enumerate() {
+            let found = Value::read(bytes);
+            model
+                .check_live(sector, found)
+                .map_err(|allowed| format!("sector {sector} reads as {found:?}, allowed are {allowed:?}"))?;
+        }
+        Ok(())
+    }
+}
+
+fn hash(bytes: &[u8]) -> u64 {
+    // Eight interleaved lanes of a multiplicative hash: images are hundreds of kilobytes.
+    let mut lanes = [0_u64; 8];
+    for chunk in bytes.chunks_exact(64) {
+        for (lane, word) in lanes.iter_mut().zip(chunk.chunks_exact(8)) {
+            let word = u64::from_le_bytes(word.try_into().unwrap_or_default());
+            *lane = (*lane ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29);
+        }
+    }
+    let mut hasher = DefaultHasher::new();
+    lanes.iter().for_each(|&lane| hasher.write_u64(lane));
+    hasher.write_usize(bytes.len());
+    hasher.finish()
+}

@@ -1,0 +1,105 @@
+//! What a crash may leave of a file.
+//!
+//! The candidates are the changes that are completed but not durable and those in flight. Kept may
+//! be: none; all; all but one; one alone; every subset while there are few; random subsets beyond.
+//! A write of several sectors may be torn between any two. The file's length is a change like
+//! the others, so it may be lost or kept by itself.
+
+use super::{
+    disk::{Change, File, SECTOR},
+    rng::Rng,
+};
+
+/// Up to this many candidates every subset is tried.
+const EXHAUSTIVE: usize = 8;
+/// Random subsets beyond that.
+const RANDOM_SUBSETS: usize = 64;
+
+/// Calls `judge` with every state of the file that is tried; stops at the first failure.
+///
+/// # Errors
+/// What `judge` says.
+pub fn for_each<E>(
+    file: &File,
+    in_flight: Vec<Change>,
+    rng: &mut Rng,
+    mut judge: impl FnMut(&[u8]) -> Result<(), E>,
+) -> Result<(), E> {
+    let mut candidates: Vec<Change> = file.pending.iter().map(|(_, change)| change.clone()).collect();
+    candidates.extend(in_flight);
+    let count = candidates.len();
+    let mut bytes = Vec::with_capacity(file.current.len());
+    let mut attempt = |keep: &dyn Fn(usize) -> bool, torn: Option<(usize, &Change)>| {
+        bytes.clone_from(&file.durable);
+        for (index, change) in candidates.iter().enumerate() {
+            match torn {
+                Some((at, half)) if at == index => half.apply(&mut bytes),
+                _ if keep(index) => change.apply(&mut bytes),
+                _ => {}
+            }
+        }
+        judge(&bytes)
+    };
+    if count <= EXHAUSTIVE {
+        for subset in 0..1_u32 << count {
+            attempt(&|index| subset & (1 << index) != 0, None)?;
+        }
+    } else {
+        attempt(&|_| false, None)?;
+        attempt(&|_| true, None)?;
+        for one in 0..count {
+            attempt(&|index| index != one, None)?;
+            attempt(&|index| index == one, None)?;
+        }
+        for _ in 0..RANDOM_SUBSETS {
+            let bits: Vec<u64> = (0..count.div_ceil(64)).map(|_| rng.draw()).collect();
+            attempt(&|index| bits[index / 64] & (1 << (index % 64)) != 0, None)?;
+        }
+    }
+    for (index, change) in candidates.iter().enumerate() {
+        for half in torn(change) {
+            attempt(&|_| true, Some((index, &half)))?;
+            attempt(&|other| other < index, Some((index, &half)))?;
+        }
+    }
+    Ok(())
+}
+
+/// The parts of a write that may arrive alone: each prefix and each suffix of whole sectors.
+fn torn(change: &Change) -> Vec<Change> {
+    let Change::Write { at, bytes } = change else { return Vec::new() };
+    let cuts = (1..bytes.len().div_ceil(SECTOR)).map(|sectors| sectors * SECTOR);
+    cuts.flat_map(|cut| {
+        [
+            Change::Write { at: *at, bytes: bytes[..cut].into() },
+            Change::Write { at: at + cut as u64, bytes: bytes[cut..].into() },
+        ]
+    })
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn all_subsets_and_tears_of_few_changes_are_tried() {
+        let write = |at: u64, byte: u8, len: usize| Change::Write { at, bytes: vec![byte; len].into() };
+        let file = File {
+            current: vec![0; 2048],
+            durable: vec![0; 2048],
+            pending: vec![(1, write(0, 1, 512)), (2, write(512, 2, 1024))],
+        };
+        let mut seen = BTreeSet::new();
+        for_each(&file, vec![write(1536, 3, 512)], &mut Rng::new(1), |bytes| {
+            seen.insert([bytes[0], bytes[512], bytes[1024], bytes[1536]]);
+            Ok::<(), ()>(())
+        })
+        .unwrap();
+        // 2 × 4 (nothing, either half, both) × 2, less tears with the later write kept alone.
+        assert!(seen.contains(&[0, 2, 0, 3]) || seen.contains(&[1, 2, 0, 3]));
+        assert!(seen.contains(&[0, 0, 0, 3]), "a later write alone");
+        assert!(seen.len() >= 12, "{seen:?}");
+    }
+}

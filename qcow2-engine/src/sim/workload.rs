@@ -1,0 +1,293 @@
+//! What is simulated: images in every initial state, and sequences of requests on them.
+//!
+//! The images are made by the real qemu-img and qemu-io, with clusters of 1 KiB, mostly, so that tables
+//! are small, a cluster still has two sectors, and a few requests cross every kind of boundary.
+
+use super::{model::Value, rng::Rng};
+use std::{
+    io,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// Sectors of the virtual disk: two L2 tables and a bit.
+pub const SECTORS: usize = 2 * 256 + 8;
+
+/// The state of every cluster before the first request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Initial {
+    /// No mapping, no backing file.
+    Unallocated,
+    /// No mapping, a raw backing file that is shorter than the disk.
+    Backing,
+    /// Written.
+    Data,
+    /// A zero flag without a cluster.
+    ZeroPlain,
+    /// A zero flag on a cluster.
+    ZeroAllocated,
+    /// Compressed.
+    Compressed,
+    /// Shared with an internal snapshot.
+    Shared,
+}
+
+impl Initial {
+    /// Every state.
+    pub const ALL: [Self; 7] = [
+        Self::Unallocated,
+        Self::Backing,
+        Self::Data,
+        Self::ZeroPlain,
+        Self::ZeroAllocated,
+        Self::Compressed,
+        Self::Shared,
+    ];
+}
+
+/// A variant of the format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Variant {
+    /// "0.10" or "1.1".
+    pub compat: &'static str,
+    /// 1 to 64.
+    pub refcount_bits: u32,
+    /// The compatible feature bit.
+    pub lazy_refcounts: bool,
+    /// Sectors of a cluster.
+    pub cluster_sectors: usize,
+}
+
+impl Variant {
+    /// The variants that are simulated.
+    pub const ALL: [Self; 6] = [
+        Self::COMMON,
+        Self { refcount_bits: 1, ..Self::COMMON },
+        Self { refcount_bits: 64, ..Self::COMMON },
+        Self { compat: "0.10", ..Self::COMMON },
+        Self { lazy_refcounts: true, ..Self::COMMON },
+        // A refcount block counts 64 clusters only: new ones are made all the time.
+        Self { refcount_bits: 64, cluster_sectors: 1, ..Self::COMMON },
+    ];
+    const COMMON: Self = Self { compat: "1.1", refcount_bits: 16, lazy_refcounts: false, cluster_sectors: 2 };
+
+    /// Whether QEMU can make an image of this variant in this state.
+    #[must_use]
+    pub fn can_be(&self, initial: Initial) -> bool {
+        match initial {
+            Initial::ZeroPlain | Initial::ZeroAllocated => self.compat == "1.1",
+            // Compressed clusters share host clusters, snapshots share everything.
+            Initial::Compressed | Initial::Shared => self.refcount_bits > 1,
+            Initial::Unallocated | Initial::Backing | Initial::Data => true,
+        }
+    }
+}
+
+/// An image and what its sectors hold.
+#[derive(Clone, Debug)]
+pub struct Fixture {
+    /// For messages.
+    pub name: String,
+    /// The image file.
+    pub image: Vec<u8>,
+    /// The raw backing file.
+    pub backing: Option<Vec<u8>>,
+    /// The content of the virtual disk.
+    pub content: Vec<Value>,
+    /// Sectors of a cluster.
+    pub cluster_sectors: usize,
+    /// Whether it can discard: not with version 2 and a backing file.
+    pub can_discard: bool,
+}
+
+/// A request of a workload. Sectors are of the virtual disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Request {
+    /// Write sectors.
+    Write(usize, usize),
+    /// Write zeroes; whether the space is kept.
+    Zero(usize, usize, bool),
+    /// Discard.
+    Discard(usize, usize),
+    /// Flush.
+    Flush,
+    /// The periodic work: write back, give freed clusters back.
+    Maintain,
+}
+
+impl Request {
+    /// The requests of the exhaustive sequences: around one cluster, and across two L2 tables.
+    pub const ALPHABET: [Self; 9] = [
+        Self::Write(7, 1),
+        Self::Write(6, 2),
+        Self::Write(253, 6),
+        Self::Zero(6, 2, false),
+        Self::Zero(6, 3, true),
+        Self::Discard(4, 6),
+        Self::Discard(252, 8),
+        Self::Flush,
+        Self::Maintain,
+    ];
+
+    /// Any request.
+    #[must_use]
+    pub fn random(rng: &mut Rng) -> Self {
+        let at = rng.below(SECTORS as u64) as usize;
+        let count = 1 + rng.below((SECTORS - at).min(24) as u64) as usize;
+        match rng.below(16) {
+            0..=7 => Self::Write(at, count),
+            8..=9 => Self::Zero(at, count, rng.below(2) == 0),
+            10..=11 => Self::Discard(at, count),
+            12..=13 => Self::Flush,
+            _ => Self::Maintain,
+        }
+    }
+
+    /// The sectors whose content it changes, on an image with clusters of this size.
+    #[must_use]
+    pub fn sectors(&self, cluster_sectors: usize) -> std::ops::Range<usize> {
+        match *self {
+            Self::Write(at, count) | Self::Zero(at, count, _) => at..at + count,
+            Self::Discard(at, count) => {
+                let first = at.next_multiple_of(cluster_sectors);
+                let end = (at + count) / cluster_sectors * cluster_sectors;
+                first..end.max(first)
+            }
+            Self::Flush | Self::Maintain => 0..0,
+        }
+    }
+}
+
+/// Makes images in `directory`.
+pub struct Maker {
+    directory: PathBuf,
+}
+
+impl Maker {
+    /// A maker that works in an existing directory.
+    #[must_use]
+    pub fn new(directory: &Path) -> Self {
+        Self { directory: directory.to_owned() }
+    }
+
+    /// Makes an image with the real qemu-img.
+    ///
+    /// # Errors
+    /// qemu-img or qemu-io is missing, or fails.
+    pub fn make(&self, variant: Variant, initial: Initial) -> io::Result<Fixture> {
+        let stamps: Vec<Value> = (0..SECTORS)
+            .map(|sector| Value::Stamp { request: super::model::INITIAL, sector: sector as u32 })
+            .collect();
+        let backing_sectors = SECTORS - 100;
+        let content: Vec<Value> = match initial {
+            Initial::Data | Initial::Compressed | Initial::Shared => stamps.clone(),
+            Initial::Backing => stamps
+                .iter()
+                .enumerate()
+                .map(|(i, &s)| if i < backing_sectors { s } else { Value::Zero })
+                .collect(),
+            Initial::Unallocated | Initial::ZeroPlain | Initial::ZeroAllocated => vec![Value::Zero; SECTORS],
+        };
+        let raw: Vec<u8> = stamps.iter().flat_map(|value| value.bytes()).collect();
+        let backing = (initial == Initial::Backing).then(|| raw[..backing_sectors * 512].to_vec());
+        std::fs::write(self.directory.join("raw"), &raw)?;
+        let options = format!(
+            "cluster_size={},compat={},refcount_bits={},lazy_refcounts={}",
+            variant.cluster_sectors * 512,
+            variant.compat,
+            variant.refcount_bits,
+            if variant.lazy_refcounts { "on" } else { "off" }
+        );
+        let size = (SECTORS * 512).to_string();
+        match initial {
+            Initial::Unallocated => {
+                self.qemu_img(&["create", "-f", "qcow2", "-o", &options, "image", &size])?
+            }
+            Initial::Backing => {
+                std::fs::write(self.directory.join("base"), &raw[..backing_sectors * 512])?;
+                let args =
+                    ["create", "-f", "qcow2", "-o", &options, "-b", "base", "-F", "raw", "image", &size];
+                self.qemu_img(&args)?;
+            }
+            Initial::Data | Initial::Shared => {
+                self.qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-o", &options, "raw", "image"])?;
+            }
+            Initial::Compressed => {
+                self.qemu_img(&[
+                    "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", &options, "raw", "image",
+                ])?;
+            }
+            Initial::ZeroPlain | Initial::ZeroAllocated => {
+                self.qemu_img(&["create", "-f", "qcow2", "-o", &options, "image", &size])?;
+                let write = if initial == Initial::ZeroPlain { "write -z -u 0 " } else { "write -z 0 " };
+                if initial == Initial::ZeroAllocated {
+                    self.run("qemu-io", &["-f", "qcow2", "-c", &format!("write 0 {size}"), "image"])?;
+                }
+                self.run("qemu-io", &["-f", "qcow2", "-c", &format!("{write}{size}"), "image"])?;
+            }
+        }
+        if initial == Initial::Shared {
+            self.qemu_img(&["snapshot", "-c", "first", "image"])?;
+        }
+        Ok(Fixture {
+            name: format!(
+                "{initial:?} compat={} refcount_bits={} lazy={} cluster={}",
+                variant.compat,
+                variant.refcount_bits,
+                variant.lazy_refcounts,
+                variant.cluster_sectors * 512
+            ),
+            image: std::fs::read(self.directory.join("image"))?,
+            cluster_sectors: variant.cluster_sectors,
+            can_discard: variant.compat == "1.1" || backing.is_none(),
+            backing,
+            content,
+        })
+    }
+
+    /// An image whose refcount table is nearly full, so that the next clusters make it grow: every
+    /// write has to allocate, because a snapshot shares all there is.
+    ///
+    /// # Errors
+    /// As [`Self::make`].
+    pub fn make_full_table(&self) -> io::Result<Fixture> {
+        // 512-byte clusters and 64-bit counts: a table of one cluster reaches 4096 clusters.
+        const FULL_SECTORS: usize = 3920;
+        let content: Vec<Value> = (0..FULL_SECTORS)
+            .map(|sector| Value::Stamp { request: super::model::INITIAL, sector: sector as u32 })
+            .collect();
+        let raw: Vec<u8> = content.iter().flat_map(|value| value.bytes()).collect();
+        std::fs::write(self.directory.join("raw"), &raw)?;
+        let options = "cluster_size=512,refcount_bits=64";
+        self.qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-o", options, "raw", "image"])?;
+        self.qemu_img(&["snapshot", "-c", "first", "image"])?;
+        let image = std::fs::read(self.directory.join("image"))?;
+        if !(4040..4096).contains(&(image.len() / 512)) {
+            return Err(io::Error::other(format!(
+                "the image has {} clusters, not a few below 4096",
+                image.len() / 512
+            )));
+        }
+        Ok(Fixture {
+            name: "FullTable".into(),
+            image,
+            backing: None,
+            content,
+            cluster_sectors: 1,
+            can_discard: true,
+        })
+    }
+
+    fn qemu_img(&self, args: &[&str]) -> io::Result<()> {
+        self.run("qemu-img", args)
+    }
+
+    fn run(&self, program: &str, args: &[&str]) -> io::Result<()> {
+        let output = Command::new(program).args(args).current_dir(&self.directory).output()?;
+        if output.status.success() {
+            return Ok(());
+        }
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        Err(io::Error::other(format!("{program} {}: {text}", args.join(" "))))
+    }
+}
