@@ -25,6 +25,7 @@ const SNAPSHOT_READ_BYTES: u64 = 64 << 10;
 /// A QCOW2 file, open without its chain.
 pub struct ImageFile<'a, I> {
     io: &'a I,
+    is_hole: Box<dyn Fn(u64, u64) -> bool + 'a>,
     file: FileId,
     name: Arc<str>,
     pub(crate) header: Header,
@@ -39,7 +40,7 @@ impl<'a, I: Io> ImageFile<'a, I> {
     /// The file cannot be opened or read, or its header is not that of a QCOW2 image.
     pub async fn open(
         io: &'a I,
-        storage: &(impl Storage + ?Sized),
+        storage: &'a (impl Storage + ?Sized),
         path: &Path,
         access: Access,
     ) -> Result<Self> {
@@ -56,7 +57,8 @@ impl<'a, I: Io> ImageFile<'a, I> {
             read_at(io, file, &name, 0, &mut bytes).await?;
         }
         let header = Header::decode(&bytes, file_len).map_err(damaged)?;
-        Ok(Self { io, file, name, header, file_len })
+        let is_hole = Box::new(move |at, len| storage.is_hole(file, at, len));
+        Ok(Self { io, is_hole, file, name, header, file_len })
     }
 
     /// The header.
@@ -131,6 +133,13 @@ impl<'a, I: Io> ImageFile<'a, I> {
         let mut bytes = vec![0; len as usize];
         read_at(self.io, self.file, &self.name, at, &mut bytes).await?;
         Ok(bytes)
+    }
+
+    /// Reads a cluster of metadata; `None` where the file has a hole, so that a sparse file costs what
+    /// is in it and not its length.
+    pub(crate) async fn read_cluster(&self, at: u64) -> Result<Option<Vec<u8>>> {
+        let len = self.geometry().cluster_size();
+        if (self.is_hole)(at, len) { Ok(None) } else { self.read(at, len).await.map(Some) }
     }
 
     /// Reads a table of `count` 8-byte entries.

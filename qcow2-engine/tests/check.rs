@@ -325,7 +325,9 @@ fn is_stricter(report: &CheckReport, file_len: u64) -> bool {
     use qcow2_engine::check::Problem;
     use qcow2_format::Corruption::{CopiedWithoutOffset, ReservedBits, ZeroFlagInVersion2};
     report.found.list.iter().any(|finding| match finding.problem {
-        Problem::Entry(CopiedWithoutOffset { .. } | ZeroFlagInVersion2 { .. }) | Problem::Overlap { .. } => true,
+        Problem::Entry(CopiedWithoutOffset { .. } | ZeroFlagInVersion2 { .. }) | Problem::Overlap { .. } => {
+            true
+        }
         // Bit 0 alone, in an image with subclusters.
         Problem::Entry(ReservedBits { raw, .. }) => raw & 1 != 0 && raw & 0x3f00_0000_0000_01fe == 0,
         Problem::Refcount { .. } => finding.at >= file_len,
@@ -334,7 +336,7 @@ fn is_stricter(report: &CheckReport, file_len: u64) -> bool {
 }
 
 proptest! {
-    #![proptest_config(Config { cases: 250, max_shrink_iters: 100, ..Config::default() })]
+    #![proptest_config(Config { cases: 64, max_shrink_iters: 100, ..Config::default() })]
 
     #[test]
     fn damage_is_judged_as_by_qemu_and_repaired(
@@ -376,6 +378,11 @@ proptest! {
             );
         }
     }
+}
+
+proptest! {
+    // Each case is some dozens of repairs.
+    #![proptest_config(Config { cases: 20, max_shrink_iters: 50, ..Config::default() })]
 
     #[test]
     fn an_interrupted_repair_makes_nothing_worse(

@@ -7,7 +7,10 @@ use super::{
 };
 use crate::{inspect::ImageFile, io::Io};
 use qcow2_format::{Geometry, refcount};
-use std::ops::Range;
+use std::{
+    collections::{BTreeSet, HashSet},
+    ops::Range,
+};
 
 /// The clusters of a refcount block whose count or references are not 0, a chunk at a time: what is
 /// empty on both sides costs next to nothing.
@@ -26,13 +29,24 @@ pub(super) fn chunks_in_use<'a>(
 }
 
 impl Survey {
+    /// Indices of the refcount blocks that count clusters with references.
+    pub(super) fn blocks_in_use(&self) -> BTreeSet<u64> {
+        let block_of = |chunk| self.geometry().refcount_table_index(chunk * CHUNK);
+        self.refs.chunks().into_iter().map(block_of).collect()
+    }
+
     pub(super) async fn compare(&mut self, file: &ImageFile<'_, impl Io>) {
         let geometry = *self.geometry();
         let blocks = self.refcounts.blocks.clone();
+        let mut holes = HashSet::new();
         let mut last = None;
         for (&index, &at) in &blocks {
-            let block = match file.read(at, geometry.cluster_size()).await {
-                Ok(block) => block,
+            let block = match file.read_cluster(at).await {
+                Ok(Some(block)) => block,
+                Ok(None) => {
+                    holes.insert(index);
+                    continue;
+                }
                 Err(error) => {
                     self.findings.structure(Owner::RefcountBlock, at, error);
                     continue;
@@ -45,17 +59,24 @@ impl Survey {
             }
         }
         for chunk in self.refs.chunks() {
-            if self.refcounts.has_block(chunk * CHUNK) {
+            let first = chunk * CHUNK;
+            if self.refcounts.has_block(first) && !holes.contains(&geometry.refcount_table_index(first)) {
                 continue;
             }
-            for cluster in chunk * CHUNK..(chunk + 1) * CHUNK {
-                if self.refs.get(cluster) > 0 {
-                    self.needs_rebuild = true;
-                    self.compare_one(cluster, 0, &mut last);
-                }
-            }
+            self.uncounted(first..first + CHUNK, &mut last);
         }
         self.statistics.image_end_offset = last.map_or(0, |last: u64| (last + 1) << geometry.cluster_bits);
+    }
+
+    /// Clusters whose counts are all 0, because their block is a hole, or because they have none.
+    fn uncounted(&mut self, clusters: Range<u64>, last: &mut Option<u64>) {
+        let has_block = self.refcounts.has_block(clusters.start);
+        for cluster in clusters {
+            if self.refs.get(cluster) > 0 {
+                self.needs_rebuild |= !has_block;
+                self.compare_one(cluster, 0, last);
+            }
+        }
     }
 
     fn compare_one(&mut self, cluster: u64, count: u64, last: &mut Option<u64>) {

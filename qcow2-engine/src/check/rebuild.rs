@@ -16,10 +16,7 @@ use qcow2_format::{
     header::{REFCOUNT_TABLE_CLUSTERS_OFFSET, REFCOUNT_TABLE_OFFSET},
     refcount,
 };
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    ops::Range,
-};
+use std::{collections::BTreeMap, ops::Range};
 
 /// Where the new structure goes: the table, then the blocks.
 struct Plan {
@@ -99,8 +96,7 @@ impl Plan {
     fn make(survey: &Survey) -> Option<Self> {
         let geometry = survey.geometry();
         let per_block = geometry.refcounts_per_block();
-        let used: BTreeSet<_> =
-            survey.refs.chunks().into_iter().map(|chunk| chunk * CHUNK / per_block).collect();
+        let used = survey.blocks_in_use();
         let last = survey.refs.chunks().last().map_or(0, |chunk| (chunk + 1) * CHUNK);
         let first = geometry.clusters_for(survey.rules.file_len).max(last);
         let mut clusters = 2;

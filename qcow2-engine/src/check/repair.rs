@@ -108,9 +108,17 @@ impl Survey {
 async fn adjust_counts(file: &ImageFile<'_, impl Io>, survey: &Survey, direction: Direction) -> Result<()> {
     let geometry = *survey.geometry();
     let order = geometry.refcount_order;
+    let referred = survey.blocks_in_use();
     for (&index, &at) in &survey.refcounts.blocks {
-        // What could not be read was reported, and stays.
-        let Ok(old) = file.read(at, geometry.cluster_size()).await else { continue };
+        if direction == Direction::Raise && !referred.contains(&index) {
+            continue;
+        }
+        let old = match file.read_cluster(at).await {
+            Ok(Some(block)) => block,
+            Ok(None) if direction == Direction::Raise => vec![0; geometry.cluster_size() as usize],
+            // There is nothing to lower; what could not be read was reported, and stays.
+            Ok(None) | Err(_) => continue,
+        };
         let mut new = old.clone();
         for cluster in chunks_in_use(survey, index, &old).flatten() {
             let in_block = geometry.refcount_block_index(cluster) as usize;
@@ -206,7 +214,7 @@ async fn edit_l2_table(
 ) -> Result<()> {
     debug_assert!(pass == Pass::Entries || l1.owner == Owner::ActiveL1);
     let rules = survey.rules;
-    let Ok(old) = file.read(table, rules.geometry.cluster_size()).await else { return Ok(()) };
+    let Ok(Some(old)) = file.read_cluster(table).await else { return Ok(()) };
     let mut new = old.clone();
     for (index, slot) in slots(&old, &rules).enumerate() {
         if slot.entry == 0 && slot.bitmap == 0 {

@@ -31,6 +31,8 @@ use std::{
 
 /// Entries of a bitmap table that are read at a time: 1 MiB.
 const BITMAP_ENTRIES: u64 = (1 << 20) / TABLE_ENTRY_BYTES;
+/// The largest bitmap in bytes, as QEMU.
+const MAX_BITMAP_BYTES: u64 = 512 << 20;
 /// The longest encryption header that is believed: LUKS takes about 2 MiB for eight keys.
 const MAX_ENCRYPTION_HEADER_BYTES: u64 = 256 << 20;
 
@@ -146,7 +148,9 @@ impl Survey {
     }
 
     /// Counts references to the clusters of a range. Returns whether no cluster of it is already
-    /// something that it cannot share with.
+    /// something that it cannot share with. A table is counted up to its first such cluster only:
+    /// thousands of large tables may claim the same place, which must not cost thousands of times as
+    /// much.
     pub(super) fn claim(&mut self, claim: Claim, references: u64) -> bool {
         let Claim { holder, at, owner, host, len } = claim;
         let geometry = *self.geometry();
@@ -169,6 +173,10 @@ impl Survey {
                 }
             }
             self.refs.add(cluster, references);
+            if is_metadata && !is_alone {
+                self.hides_references |= len > geometry.cluster_size();
+                break;
+            }
         }
         is_alone
     }
@@ -255,7 +263,11 @@ impl Survey {
                 host: bitmap.table.0,
                 len: bitmap.table_bytes(),
             };
-            if claim.len > 0 && !self.claim(claim, 1) {
+            if claim.len / TABLE_ENTRY_BYTES > MAX_BITMAP_BYTES >> self.geometry().cluster_bits {
+                let reason = "the bitmap is larger than any that QEMU makes";
+                let error = Error::NotSupported { file: Arc::clone(file.name()), reason };
+                self.unusable(claim.owner, claim.host, error);
+            } else if claim.len > 0 && !self.claim(claim, 1) {
                 self.hides_references = true;
             } else if let Err(error) = self.bitmap_table(file, bitmap).await {
                 self.unusable(Owner::BitmapTable, bitmap.table.0, error);

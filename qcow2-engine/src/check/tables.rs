@@ -97,11 +97,12 @@ impl Survey {
             };
             let walks: Vec<_> = entries.iter().filter_map(|&raw| self.next_walk(&l1, raw)).collect();
             for walks in walks.chunks(batch) {
-                let reads = walks.iter().map(|walk| file.read(walk.table, self.geometry().cluster_size()));
+                let reads = walks.iter().map(|walk| file.read_cluster(walk.table));
                 let tables = join_all(reads).await;
                 for (walk, table) in walks.iter().zip(tables) {
                     match table {
-                        Ok(table) => self.l2_table(file, *walk, &table).await,
+                        Ok(Some(table)) => self.l2_table(file, *walk, &table).await,
+                        Ok(None) => {}
                         Err(error) => self.unusable(Owner::L2, walk.table, error),
                     }
                 }

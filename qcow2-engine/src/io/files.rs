@@ -6,7 +6,11 @@
 //! while an image is opened or closed) and knows nothing of rings or formats.
 
 use super::{Access, FileId, Storage};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
+    unistd::{Whence, lseek},
+};
 use std::{
     ffi::CStr,
     fs::{File, OpenOptions},
@@ -117,6 +121,17 @@ impl Storage for Files {
         // Seeking gives the length of a file and the capacity of a block device alike. The shared
         // file position is of no consequence: every transfer names its offset.
         self.with(file, |open| (&open.file).seek(SeekFrom::End(0)))
+    }
+
+    fn is_hole(&self, file: FileId, at: u64, len: u64) -> bool {
+        let Ok(start) = i64::try_from(at) else { return false };
+        let next_data = self.with(file, |open| Ok(lseek(&open.file, start, Whence::SeekData)));
+        match next_data {
+            Ok(Ok(data)) => data.cast_unsigned() >= at.saturating_add(len),
+            // No data from here to the end of the file.
+            Ok(Err(Errno::ENXIO)) => true,
+            _ => false,
+        }
     }
 }
 
@@ -274,6 +289,23 @@ mod tests {
         let files = Files::new(Caching::Auto);
         let id = files.open(Path::new("/proc/self/stat"), Access::ReadOnly).unwrap();
         assert!(!files.is_direct(id).unwrap());
+    }
+
+    #[test]
+    fn holes_are_known_where_the_file_system_tells() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sparse");
+        let file = File::create(&path).unwrap();
+        file.set_len(64 << 20).unwrap();
+        file.write_all_at(&[1; 4096], 32 << 20).unwrap();
+        let files = Files::new(Caching::Buffered);
+        let id = files.open(&path, Access::ReadOnly).unwrap();
+        assert!(!files.is_hole(id, 0, 64 << 20));
+        assert!(!files.is_hole(id, (32 << 20) - 1, 2));
+        // A file system that does not tell calls nothing a hole, which is right, too.
+        if files.is_hole(id, 0, 1 << 20) {
+            assert!(files.is_hole(id, 48 << 20, u64::MAX));
+        }
     }
 
     #[test]
