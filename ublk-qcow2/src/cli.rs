@@ -1,7 +1,7 @@
 //! The command line: what can be asked for, checked as far as it can be without doing anything.
 
 use crate::{
-    commands::{check::CheckArgs, create::CreateArgs, info::InfoArgs, io::IoArgs},
+    commands::{check::CheckArgs, create::CreateArgs, info::InfoArgs, io::IoArgs, resize::ResizeArgs},
     device::MAX_DEPTH,
 };
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -30,6 +30,8 @@ pub(crate) enum Command {
     /// Show what an image says of itself; its backing file is not opened.
     Info(InfoArgs),
     Check(CheckArgs),
+    /// Make the virtual disk of an image larger.
+    Resize(ResizeArgs),
     Io(IoArgs),
 }
 
