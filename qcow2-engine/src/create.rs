@@ -74,11 +74,7 @@ pub async fn create<I: Io>(
     made
 }
 
-async fn preallocate<I: Io>(
-    io: Sparse<'_, I>,
-    storage: &(impl Storage + ?Sized),
-    path: &Path,
-) -> Result<()> {
+async fn preallocate<I: Io>(io: Sparse<'_, I>, storage: &(impl Storage + ?Sized), path: &Path) -> Result<()> {
     let image = Image::open(&io, storage, path, &OpenOptions::default()).await?;
     let lane = Lane::new(&image, io, 1);
     lane.preallocate().await?;
@@ -258,8 +254,7 @@ mod tests {
                 let options =
                     CreateOptions { virtual_size: (5 << 20) + 7, cluster_bits, ..CreateOptions::default() };
                 run(create(&files, &files, Path::new(PATH), &options, preallocation)).unwrap();
-                let report =
-                    run(check(&files, &files, Path::new(PATH), CheckOptions::default())).unwrap();
+                let report = run(check(&files, &files, Path::new(PATH), CheckOptions::default())).unwrap();
                 assert!(report.found.is_clean(), "{preallocation:?} {:?}", report.found.list);
                 let expected =
                     if preallocation == Preallocation::Off { 0 } else { report.statistics.total_clusters };

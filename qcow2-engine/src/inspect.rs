@@ -1,4 +1,4 @@
-//! An image's own structures, read as they are: where `info` and [`check`](crate::check) start.
+//! An image's own structures, read as they are: where `info` and [`check`](fn@crate::check) start.
 //!
 //! An [`ImageFile`] is one file with a decodable header. It need not be one that can be served: dirty
 //! and corrupt images, encrypted ones and those with subclusters or a data file are welcome. Its
@@ -91,7 +91,8 @@ impl<'a, I: Io> ImageFile<'a, I> {
             let bytes = self.read(at, wanted.min(available)).await?;
             match snapshot::table_extent(&bytes, count).map_err(|source| self.damaged(source))? {
                 TableExtent::Complete(len) => {
-                    let snapshots = snapshot::decode_table(&bytes, count).map_err(|source| self.damaged(source))?;
+                    let snapshots =
+                        snapshot::decode_table(&bytes, count).map_err(|source| self.damaged(source))?;
                     return Ok((snapshots, len));
                 }
                 TableExtent::NeedsAtLeast(needed) if needed > available => {
@@ -135,7 +136,10 @@ impl<'a, I: Io> ImageFile<'a, I> {
     /// Reads a table of `count` 8-byte entries.
     pub(crate) async fn read_entries(&self, at: u64, count: u64) -> Result<Vec<u64>> {
         let bytes = self.read(at, count * 8).await?;
-        Ok(bytes.chunks_exact(8).map(|entry| u64::from_be_bytes(entry.try_into().unwrap_or_default())).collect())
+        Ok(bytes
+            .chunks_exact(8)
+            .map(|entry| u64::from_be_bytes(entry.try_into().unwrap_or_default()))
+            .collect())
     }
 
     /// Writes whole sectors.

@@ -4,6 +4,7 @@
 //! device lane is shared with `test_compat`.
 
 use crate::{
+    crash,
     kernel::Kernel,
     place::{Job, Place},
     process::{capture, find_program, run, show},
@@ -42,7 +43,15 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
     let mut report = Report::default();
     report.lane("rustfmt", || check(cargo().args(["fmt", "--all", "--check"])));
     report.lane("clippy", || {
-        check(cargo().args(["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]))
+        check(cargo().args([
+            "clippy",
+            "--workspace",
+            "--all-targets",
+            "--all-features",
+            "--",
+            "-D",
+            "warnings",
+        ]))
     });
     report.lane("rustdoc", || {
         check(cargo().args(["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
@@ -51,6 +60,7 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
         let (succeeded, output) = streamed(cargo().args(["test", "--workspace", "--no-fail-fast"]))?;
         count_of_cargo_test(&output).confirmed_by(succeeded)
     });
+    report.lane("crash simulation", crash::quick);
     report.lane(&format!("device tests on {place}"), || device_lane(place, Matrix::Quick));
     Ok(report.finish())
 }

@@ -74,7 +74,13 @@ impl Survey {
         let remedy = self.remedy(&geometry, severity, references);
         let at = cluster.saturating_mul(geometry.cluster_size());
         let table = Owner::RefcountBlock;
-        self.findings.push(Finding { severity, table, at, problem: Problem::Refcount { count, references }, remedy });
+        self.findings.push(Finding {
+            severity,
+            table,
+            at,
+            problem: Problem::Refcount { count, references },
+            remedy,
+        });
     }
 
     fn remedy(&self, geometry: &Geometry, severity: Severity, references: u64) -> Remedy {

@@ -33,10 +33,15 @@ pub(super) struct Slot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Target {
     Nothing,
-    Cluster { host: u64, copied: bool },
+    Cluster {
+        host: u64,
+        copied: bool,
+    },
     Compressed(CompressedRange),
     /// A cluster of the external data file.
-    External { copied: bool },
+    External {
+        copied: bool,
+    },
     /// It refers to something, but nobody can tell what.
     Unknown,
 }

@@ -29,7 +29,10 @@ struct Plan {
 }
 
 /// Writes a new structure and switches to it. Returns why not, where that would not be safe.
-pub(super) async fn run(file: &mut ImageFile<'_, impl Io>, survey: &mut Survey) -> Result<Option<&'static str>> {
+pub(super) async fn run(
+    file: &mut ImageFile<'_, impl Io>,
+    survey: &mut Survey,
+) -> Result<Option<&'static str>> {
     if survey.hides_references {
         return Ok(Some("the refcounts are not rebuilt: damaged tables may hide references"));
     }
@@ -96,7 +99,8 @@ impl Plan {
     fn make(survey: &Survey) -> Option<Self> {
         let geometry = survey.geometry();
         let per_block = geometry.refcounts_per_block();
-        let used: BTreeSet<_> = survey.refs.chunks().into_iter().map(|chunk| chunk * CHUNK / per_block).collect();
+        let used: BTreeSet<_> =
+            survey.refs.chunks().into_iter().map(|chunk| chunk * CHUNK / per_block).collect();
         let last = survey.refs.chunks().last().map_or(0, |chunk| (chunk + 1) * CHUNK);
         let first = geometry.clusters_for(survey.rules.file_len).max(last);
         let mut clusters = 2;

@@ -31,9 +31,11 @@ impl Refcounts {
     /// The refcount of a cluster; 0 without a block.
     pub(super) async fn get(&mut self, file: &ImageFile<'_, impl Io>, cluster: u64) -> Result<u64> {
         let order = self.geometry.refcount_order;
-        let Some(&block) = self.blocks.get(&self.geometry.refcount_table_index(cluster)) else { return Ok(0) };
+        let Some(&block) = self.blocks.get(&self.geometry.refcount_table_index(cluster)) else {
+            return Ok(0);
+        };
         let page_bytes = self.geometry.cluster_size().min(PAGE_BYTES);
-        let per_page = page_bytes * 8 >> order;
+        let per_page = (page_bytes * 8) >> order;
         let in_block = self.geometry.refcount_block_index(cluster);
         let at = block + in_block / per_page * page_bytes;
         if !self.pages.contains_key(&at) {

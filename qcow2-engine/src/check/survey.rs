@@ -98,7 +98,7 @@ pub(super) struct Survey {
 
 impl Survey {
     /// Surveys an image. What cannot be read is a finding, not an error.
-    pub(super) async fn of(file: &ImageFile<'_, impl Io>) -> Self {
+    pub(super) async fn of(file: &ImageFile<'_, impl Io>, max_findings: usize) -> Self {
         let header = file.header();
         let geometry = file.geometry();
         let mut survey = Self {
@@ -108,7 +108,7 @@ impl Survey {
                 has_backing: header.backing_file.is_some(),
                 file_len: file.file_len(),
             },
-            findings: Findings::default(),
+            findings: Findings::with_max(max_findings),
             statistics: Statistics {
                 total_clusters: geometry.clusters_for(geometry.virtual_size),
                 ..Statistics::default()
@@ -163,7 +163,8 @@ impl Survey {
                     if other == Owner::L2 {
                         self.doubtful.insert(host);
                     }
-                    let remedy = Remedy::None("the content of one of the two is lost; only the refcount is raised");
+                    let remedy =
+                        Remedy::None("the content of one of the two is lost; only the refcount is raised");
                     self.findings.corruption(holder, at, Problem::Overlap { host, owner, other }, remedy);
                 }
             }
@@ -186,11 +187,15 @@ impl Survey {
         let has_l1 = claim(header::L1_TABLE_OFFSET, Owner::ActiveL1, header.l1_table, bytes);
         let bytes = u64::from(header.refcount_table_clusters) * cluster_size;
         claim(header::REFCOUNT_TABLE_OFFSET, Owner::RefcountTable, header.refcount_table, bytes);
-        let crypto = header.crypto_header.map_or((HostOffset(0), 0), |crypto| (crypto.offset, crypto.len_bytes));
+        let crypto =
+            header.crypto_header.map_or((HostOffset(0), 0), |crypto| (crypto.offset, crypto.len_bytes));
         if crypto.1 <= MAX_ENCRYPTION_HEADER_BYTES {
             claim(0, Owner::EncryptionHeader, crypto.0, crypto.1);
         } else {
-            let error = Error::NotSupported { file: Arc::clone(file.name()), reason: "it is larger than any that is known" };
+            let error = Error::NotSupported {
+                file: Arc::clone(file.name()),
+                reason: "it is larger than any that is known",
+            };
             self.unusable(Owner::EncryptionHeader, crypto.0.0, error);
         }
         if has_l1 {
@@ -230,7 +235,9 @@ impl Survey {
     }
 
     async fn bitmaps(&mut self, file: &ImageFile<'_, impl Io>) {
-        let Some(extension) = file.header().bitmaps.filter(|_| file.header().bitmaps_consistent()) else { return };
+        let Some(extension) = file.header().bitmaps.filter(|_| file.header().bitmaps_consistent()) else {
+            return;
+        };
         let (owner, host, len) = (Owner::BitmapDirectory, extension.directory.0, extension.directory_bytes);
         if !self.claim(Claim { holder: Owner::Header, at: 0, owner, host, len }, 1) {
             self.hides_references = true;
@@ -276,7 +283,12 @@ impl Survey {
         match BitmapTableEntry::decode(raw, self.geometry()) {
             Ok(BitmapTableEntry::Zeros | BitmapTableEntry::Ones) => {}
             Ok(BitmapTableEntry::Data(host)) if self.rules.is_beyond_file(host.0, len) => {
-                self.findings.corruption(holder, at, Problem::BeyondFile { owner, host: host.0, len }, remedy);
+                self.findings.corruption(
+                    holder,
+                    at,
+                    Problem::BeyondFile { owner, host: host.0, len },
+                    remedy,
+                );
                 self.stuck_entries = true;
             }
             Ok(BitmapTableEntry::Data(host)) => {

@@ -55,7 +55,12 @@ impl Survey {
         let at = l1.at + index * TABLE_ENTRY_BYTES;
         let judged = self.rules.judge_l1(raw);
         if let Some(source) = judged.damage {
-            self.findings.corruption(l1.owner, at, Problem::Entry(source), entry_remedy(judged.repaired.is_some()));
+            self.findings.corruption(
+                l1.owner,
+                at,
+                Problem::Entry(source),
+                entry_remedy(judged.repaired.is_some()),
+            );
             self.hides_references |= judged.repaired.is_none();
         }
         let Some((host, copied)) = judged.table else { return Ok(()) };
@@ -218,7 +223,8 @@ impl Survey {
             }
             Target::Cluster { host, .. } => {
                 statistics.allocated_clusters += 1;
-                statistics.fragmented_clusters += u64::from(expected.is_some_and(|expected| expected != host));
+                statistics.fragmented_clusters +=
+                    u64::from(expected.is_some_and(|expected| expected != host));
                 *expected = Some(host + self.rules.geometry.cluster_size());
             }
             Target::External { .. } => statistics.allocated_clusters += 1,

@@ -1,6 +1,9 @@
 //! `check`: consistency of an image, and repair. Exit codes are `qemu-img check`'s.
 
-use super::{CommandError, image::Tool};
+use super::{
+    CommandError,
+    image::{Tool, refuse_served},
+};
 use clap::{Args, ValueEnum};
 use qcow2_engine::{CheckOptions, CheckReport, Error, Repair, check, io::files::Caching};
 use qcow2_format::FormatError;
@@ -82,13 +85,21 @@ fn is_zero(value: &u64) -> bool {
 
 /// Checks, prints, and says with which code to exit.
 pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, CommandError> {
+    if args.repair.is_some() {
+        refuse_served(&args.image)?;
+    }
     let tool = Tool::new(Caching::Buffered)?;
     let repair = match args.repair {
         None => Repair::None,
         Some(What::Leaks) => Repair::Leaks,
         Some(What::All) => Repair::All,
     };
-    let report = match tool.run(check(&tool.ring, &*tool.files, &args.image, CheckOptions { repair })) {
+    let report = match tool.run(check(
+        &tool.ring,
+        &*tool.files,
+        &args.image,
+        CheckOptions { repair, ..CheckOptions::default() },
+    )) {
         Ok(report) => report,
         Err(CommandError::Engine(error)) if is_unsupported(&error) => {
             eprintln!("ublk-qcow2: {error}");
@@ -111,7 +122,10 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, CommandError> {
 fn is_unsupported(error: &Error) -> bool {
     match error {
         Error::Unsupported { .. } => true,
-        Error::Format { source, .. } => matches!(**source, FormatError::Magic { .. } | FormatError::Version { .. }),
+        Error::Format { source, .. } => {
+            use FormatError::{Magic, Truncated, Version};
+            matches!(**source, Magic { .. } | Version { .. } | Truncated { what: "the header", .. })
+        }
         _ => false,
     }
 }
@@ -194,7 +208,10 @@ fn text(report: &CheckReport, repair: Repair) -> String {
     }
     for (is_marked, mark) in [(report.is_dirty, "dirty"), (report.is_corrupt, "corrupt")] {
         if is_marked {
-            let _ = writeln!(text, "The image is marked {mark}; a repair clears the mark when nothing else is wrong.");
+            let _ = writeln!(
+                text,
+                "The image is marked {mark}; a repair clears the mark when nothing else is wrong."
+            );
         }
     }
     if statistics.total_clusters > 0 && statistics.allocated_clusters > 0 {

@@ -205,7 +205,11 @@ impl Info<'_> {
             line(format_args!("cleanly shut down: no"));
         }
         if let (Some(name), Some(full)) = (self.backing_name(), self.full_backing_name()) {
-            let path = if name == full { String::new() } else { format!(" (actual path: {})", printable(full.as_bytes())) };
+            let path = if name == full {
+                String::new()
+            } else {
+                format!(" (actual path: {})", printable(full.as_bytes()))
+            };
             line(format_args!("backing file: {name}{path}"));
         }
         if let Some(format) = &self.header.backing_format {
@@ -248,7 +252,10 @@ impl Info<'_> {
         for (index, bitmap) in self.bitmaps.iter().enumerate() {
             let flags = bitmap_flags(bitmap).join(", ");
             let (name, granularity) = (printable(&bitmap.name), granularity(bitmap));
-            lines.push((format!("bitmap [{index}]"), format!("{name}, granularity {granularity}, flags [{flags}]")));
+            lines.push((
+                format!("bitmap [{index}]"),
+                format!("{name}, granularity {granularity}, flags [{flags}]"),
+            ));
         }
         lines.push(("refcount bits".into(), (1_u64 << self.header.refcount_order).to_string()));
         if self.is_set(header::EXTERNAL_DATA) {
@@ -295,9 +302,11 @@ fn snapshot_json(snapshot: &Snapshot) -> Value {
 fn snapshot_line(snapshot: &Snapshot) -> String {
     let clock = snapshot.vm_clock_nsec / 1_000_000;
     let (hours, rest) = (clock / 3_600_000, clock % 3_600_000);
-    let clock =
-        format!("{hours:04}:{:02}:{:02}.{:03}", rest / 60_000, rest % 60_000 / 1000, rest % 1000);
-    let icount = snapshot.icount.filter(|icount| *icount != u64::MAX).map_or(String::new(), |icount| icount.to_string());
+    let clock = format!("{hours:04}:{:02}:{:02}.{:03}", rest / 60_000, rest % 60_000 / 1000, rest % 1000);
+    let icount = snapshot
+        .icount
+        .filter(|icount| *icount != u64::MAX)
+        .map_or(String::new(), |icount| icount.to_string());
     format!(
         "{:<7} {:<16} {:>8} {:>20} {clock:>16} {icount:>10}",
         printable(&snapshot.id),

@@ -163,9 +163,10 @@ fn transfer(name: &str, words: &[&str], kind: Kind, is_async: bool) -> Result<Co
     }
     let mut len = 0_u64;
     for text in lens {
-        len = len.checked_add(number(text)?).filter(|len| *len <= MAX_LEN || kind == Kind::Discard).ok_or_else(
-            || format!("length cannot exceed {MAX_LEN}, given {text}"),
-        )?;
+        len = len
+            .checked_add(number(text)?)
+            .filter(|len| *len <= MAX_LEN || kind == Kind::Discard)
+            .ok_or_else(|| format!("length cannot exceed {MAX_LEN}, given {text}"))?;
     }
     let action = match kind {
         Kind::Read => read(&flags, len)?,
@@ -191,7 +192,9 @@ fn split_flags<'a, 'w>(
     let (known, valued) = kind.flags();
     let mut flags = Flags::default();
     let mut next = 0;
-    while let Some(letters) = words.get(next).and_then(|word| word.strip_prefix('-')).filter(|l| !l.is_empty()) {
+    while let Some(letters) =
+        words.get(next).and_then(|word| word.strip_prefix('-')).filter(|l| !l.is_empty())
+    {
         next += 1;
         for (index, flag) in letters.char_indices() {
             if !known.contains(flag) {

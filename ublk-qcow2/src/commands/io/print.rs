@@ -26,7 +26,11 @@ pub(super) fn size(bytes: f64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if value.fract() == 0.0 { format!("{value:.0} {}", UNITS[unit]) } else { format!("{value:.3} {}", UNITS[unit]) }
+    if value.fract() == 0.0 {
+        format!("{value:.0} {}", UNITS[unit])
+    } else {
+        format!("{value:.3} {}", UNITS[unit])
+    }
 }
 
 /// A hexadecimal dump, 16 bytes a line.

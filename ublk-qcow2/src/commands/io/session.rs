@@ -289,7 +289,11 @@ impl Session {
                 format!("compressed data in file {layer} of the chain at {:#x}", range.offset)
             }
         };
-        println!("{} ({len:#x}) bytes at offset {} ({at:#x}): {place}", print::size(len as f64), print::size(at as f64));
+        println!(
+            "{} ({len:#x}) bytes at offset {} ({at:#x}): {place}",
+            print::size(len as f64),
+            print::size(at as f64)
+        );
     }
 }
 
