@@ -1,4 +1,4 @@
-//! An image's own structures, read as they are: where `info` and [`check`](crate::check) start.
+//! An image's own structures, read as they are: where `info` and [`check`](fn@crate::check) start.
 //!
 //! An [`ImageFile`] is one file with a decodable header. It need not be one that can be served: dirty
 //! and corrupt images, encrypted ones and those with subclusters or a data file are welcome. Its

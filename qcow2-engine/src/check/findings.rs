@@ -4,8 +4,8 @@ use crate::error::Error;
 use qcow2_format::Corruption;
 use std::fmt;
 
-/// Findings that a report holds; more are only counted.
-pub const MAX_FINDINGS: usize = 1_000;
+/// Findings that a report holds where the caller does not say it; more are only counted.
+pub const DEFAULT_MAX_FINDINGS: usize = 1_000;
 
 /// What a part of the file is used for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,11 +171,16 @@ pub struct Findings {
     pub corruptions: u64,
     /// What could not be looked at.
     pub check_errors: u64,
-    /// The first of the findings, [`MAX_FINDINGS`] at most.
+    /// The first of the findings, as many as were asked for.
     pub list: Vec<Finding>,
+    max: usize,
 }
 
 impl Findings {
+    pub(super) fn with_max(max: usize) -> Self {
+        Self { max, ..Self::default() }
+    }
+
     /// Whether nothing was found.
     #[must_use]
     pub fn is_clean(&self) -> bool {
@@ -198,7 +203,7 @@ impl Findings {
             Severity::Corruption => self.corruptions += 1,
             Severity::CheckError => self.check_errors += 1,
         }
-        if self.list.len() < MAX_FINDINGS {
+        if self.list.len() < self.max {
             self.list.push(finding);
         }
     }

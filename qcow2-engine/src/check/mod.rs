@@ -1,7 +1,7 @@
 //! `check`: is every cluster counted as often as it is referred to, and does every entry make sense?
 //!
-//! [`check`] surveys an image without opening its chain ([`survey`]), says what is wrong
-//! ([`findings`]), and repairs it if asked to ([`repair`], [`rebuild`]). It takes images that cannot
+//! [`check`] surveys an image without opening its chain (`survey.rs`), says what is wrong
+//! (`findings.rs`), and repairs it if asked to (`repair.rs`, `rebuild.rs`). It takes images that cannot
 //! be served, too: dirty, corrupt, encrypted, with subclusters or with a data file; of those it
 //! checks the metadata. Nobody else may have the image open for writing; that is for the caller to
 //! see to.
@@ -16,7 +16,7 @@ mod repair;
 mod survey;
 mod tables;
 
-pub use findings::{Finding, Findings, MAX_FINDINGS, Owner, Problem, Remedy, Severity};
+pub use findings::{DEFAULT_MAX_FINDINGS, Finding, Findings, Owner, Problem, Remedy, Severity};
 pub use repair::Repair;
 pub use survey::Statistics;
 
@@ -30,10 +30,18 @@ use std::{path::Path, sync::Arc};
 use survey::Survey;
 
 /// How to check.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct CheckOptions {
     /// What to repair.
     pub repair: Repair,
+    /// Findings to keep of each pass; all are counted.
+    pub max_findings: usize,
+}
+
+impl Default for CheckOptions {
+    fn default() -> Self {
+        Self { repair: Repair::None, max_findings: DEFAULT_MAX_FINDINGS }
+    }
 }
 
 /// The outcome of a check.
@@ -87,7 +95,7 @@ pub async fn check<I: Io>(
     if let Err(source @ Unsupported::IncompatibleFeature { .. }) = file.header().check_supported() {
         return Err(Error::Unsupported { file: Arc::clone(file.name()), source: Arc::new(source) });
     }
-    let survey = Survey::of(&file).await;
+    let survey = Survey::of(&file, options.max_findings).await;
     let found = survey.findings.clone();
     let statistics = survey.statistics;
     let is_marked = file.header().incompatible & MARKS != 0;
@@ -95,7 +103,7 @@ pub async fn check<I: Io>(
         return Ok(report(file.header(), found.clone(), found, Vec::new(), statistics));
     }
     let refused = repair::run(&mut file, survey, options.repair).await?;
-    let Survey { findings: remaining, statistics, .. } = Survey::of(&file).await;
+    let Survey { findings: remaining, statistics, .. } = Survey::of(&file, options.max_findings).await;
     if remaining.corruptions == 0 && remaining.check_errors == 0 && is_marked {
         clear_marks(&mut file).await?;
     }

@@ -35,7 +35,7 @@ impl Refcounts {
             return Ok(0);
         };
         let page_bytes = self.geometry.cluster_size().min(PAGE_BYTES);
-        let per_page = page_bytes * 8 >> order;
+        let per_page = (page_bytes * 8) >> order;
         let in_block = self.geometry.refcount_block_index(cluster);
         let at = block + in_block / per_page * page_bytes;
         if !self.pages.contains_key(&at) {

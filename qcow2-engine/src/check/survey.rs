@@ -98,7 +98,7 @@ pub(super) struct Survey {
 
 impl Survey {
     /// Surveys an image. What cannot be read is a finding, not an error.
-    pub(super) async fn of(file: &ImageFile<'_, impl Io>) -> Self {
+    pub(super) async fn of(file: &ImageFile<'_, impl Io>, max_findings: usize) -> Self {
         let header = file.header();
         let geometry = file.geometry();
         let mut survey = Self {
@@ -108,7 +108,7 @@ impl Survey {
                 has_backing: header.backing_file.is_some(),
                 file_len: file.file_len(),
             },
-            findings: Findings::default(),
+            findings: Findings::with_max(max_findings),
             statistics: Statistics {
                 total_clusters: geometry.clusters_for(geometry.virtual_size),
                 ..Statistics::default()

@@ -1,6 +1,9 @@
 //! `check`: consistency of an image, and repair. Exit codes are `qemu-img check`'s.
 
-use super::{CommandError, image::Tool};
+use super::{
+    CommandError,
+    image::{Tool, refuse_served},
+};
 use clap::{Args, ValueEnum};
 use qcow2_engine::{CheckOptions, CheckReport, Error, Repair, check, io::files::Caching};
 use qcow2_format::FormatError;
@@ -82,13 +85,21 @@ fn is_zero(value: &u64) -> bool {
 
 /// Checks, prints, and says with which code to exit.
 pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, CommandError> {
+    if args.repair.is_some() {
+        refuse_served(&args.image)?;
+    }
     let tool = Tool::new(Caching::Buffered)?;
     let repair = match args.repair {
         None => Repair::None,
         Some(What::Leaks) => Repair::Leaks,
         Some(What::All) => Repair::All,
     };
-    let report = match tool.run(check(&tool.ring, &*tool.files, &args.image, CheckOptions { repair })) {
+    let report = match tool.run(check(
+        &tool.ring,
+        &*tool.files,
+        &args.image,
+        CheckOptions { repair, ..CheckOptions::default() },
+    )) {
         Ok(report) => report,
         Err(CommandError::Engine(error)) if is_unsupported(&error) => {
             eprintln!("ublk-qcow2: {error}");
@@ -112,7 +123,8 @@ fn is_unsupported(error: &Error) -> bool {
     match error {
         Error::Unsupported { .. } => true,
         Error::Format { source, .. } => {
-            matches!(**source, FormatError::Magic { .. } | FormatError::Version { .. })
+            use FormatError::{Magic, Truncated, Version};
+            matches!(**source, Magic { .. } | Version { .. } | Truncated { what: "the header", .. })
         }
         _ => false,
     }

@@ -1,6 +1,9 @@
 //! `create`: a new, empty image, with the options of `qemu-img create -f qcow2`.
 
-use super::{CommandError, image::Tool};
+use super::{
+    CommandError,
+    image::{Tool, refuse_served},
+};
 use crate::cli::parse_size;
 use clap::{Args, ValueEnum};
 use qcow2_engine::{Preallocation, create, io::files::Caching};
@@ -68,20 +71,21 @@ pub(crate) fn run(args: &CreateArgs) -> Result<(), CommandError> {
     let tool = Tool::new(Caching::Buffered)?;
     let backing = options.backing()?;
     let size = options.size(args, &tool, backing.as_ref())?;
-    let options = options.checked(size, backing)?;
-    let preallocation = match options.1 {
+    let (options, mode) = options.checked(size, backing)?;
+    let preallocation = match mode {
         Mode::Off => Preallocation::Off,
         Mode::Metadata => Preallocation::Metadata,
         Mode::Falloc => Preallocation::Falloc,
     };
     // The rest of the options is judged before a file is made or emptied.
-    Blueprint::new(&options.0).map_err(|error| CommandError::Usage(error.to_string()))?;
-    refuse_own_backing_file(args, &options.0)?;
+    let blueprint = Blueprint::new(&options).map_err(|error| CommandError::Usage(error.to_string()))?;
+    refuse_own_backing_file(args, &options)?;
+    refuse_served(&args.file)?;
     if !args.quiet {
-        println!("{}", summary(&args.file, &options.0));
+        println!("{}", summary(&args.file, &options, blueprint.header().virtual_size));
     }
     let place = Place::make(&args.file)?;
-    tool.run(create::create(&tool.ring, &*tool.files, &args.file, &options.0, preallocation))?;
+    tool.run(create::create(&tool.ring, &*tool.files, &args.file, &options, preallocation))?;
     place.keep();
     Ok(())
 }
@@ -266,16 +270,15 @@ fn parse_options(text: &str) -> Result<Options, String> {
     Ok(options)
 }
 
-fn summary(path: &Path, options: &CreateOptions) -> String {
+fn summary(path: &Path, options: &CreateOptions, size: u64) -> String {
     let backing = options.backing.as_ref().map_or(String::new(), |backing| {
         format!(" backing_file={} backing_fmt={}", super::image::printable(&backing.name), backing.format)
     });
     format!(
-        "Formatting '{}', fmt=qcow2 cluster_size={} compression_type={} size={}{backing} lazy_refcounts={} refcount_bits={}",
+        "Formatting '{}', fmt=qcow2 cluster_size={} compression_type={} size={size}{backing} lazy_refcounts={} refcount_bits={}",
         path.display(),
         1_u64 << options.cluster_bits,
         options.compression,
-        options.virtual_size,
         if options.lazy_refcounts { "on" } else { "off" },
         1_u64 << options.refcount_order,
     )

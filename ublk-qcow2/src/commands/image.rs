@@ -1,11 +1,12 @@
 //! What the commands that work on an image without a device share: a ring, and how sizes are shown.
 
 use super::CommandError;
+use crate::{device, runfile};
 use qcow2_engine::{
     exec::block_on,
     io::{Files, files::Caching, uring::Uring},
 };
-use std::{future::Future, sync::Arc};
+use std::{fs, future::Future, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
 /// Submission slots of a tool's ring.
 const RING: u32 = 64;
@@ -30,6 +31,27 @@ impl Tool {
     ) -> Result<T, CommandError> {
         Ok(block_on(&self.ring, future).map_err(CommandError::Ring)??)
     }
+}
+
+/// Refuses to work on an image that a server of this program has open: two writers destroy it, and a
+/// reader would see it half-written.
+///
+/// This does not see other programs.
+pub(super) fn refuse_served(path: &Path) -> Result<(), CommandError> {
+    let Ok(wanted) = fs::metadata(path) else { return Ok(()) };
+    // Where the records cannot be read there is no server that this user could have started.
+    for entry in runfile::load_all().unwrap_or_default().iter().filter(|entry| entry.is_alive) {
+        let is_same = fs::metadata(&entry.record.image)
+            .is_ok_and(|served| (served.dev(), served.ino()) == (wanted.dev(), wanted.ino()));
+        if is_same {
+            let (path, id) = (path.display(), entry.record.id);
+            return Err(CommandError::Usage(format!(
+                "{path} is served as {}; detach it first: ublk-qcow2 del -n {id}",
+                device::block_path(id).display()
+            )));
+        }
+    }
+    Ok(())
 }
 
 /// A size as QEMU shows it: three significant digits and a binary unit.

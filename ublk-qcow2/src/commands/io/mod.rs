@@ -7,7 +7,7 @@ mod parse;
 mod print;
 mod session;
 
-use super::CommandError;
+use super::{CommandError, image::refuse_served};
 use clap::Args;
 use qcow2_engine::{
     Image, OpenOptions,
@@ -52,6 +52,7 @@ enum Next {
 
 /// Runs the commands, then makes everything durable and closes the image.
 pub(crate) fn run(args: &IoArgs) -> Result<ExitCode, CommandError> {
+    refuse_served(&args.image)?;
     let files = Arc::new(Files::new(Caching::Auto));
     let ring = Uring::new(Arc::clone(&files), RING).map_err(CommandError::Ring)?;
     let executor = Executor::new(ring.clone());
