@@ -60,7 +60,7 @@ struct OpenFile {
 }
 
 impl Drop for OpenFile {
-    /// Nothing of a ring is under way: each ring holds the table until it has ended its operations.
+    /// Nothing of a ring is under way: a ring holds the table until its operations have ended.
     fn drop(&mut self) {
         locks::release(&self.file, self.claim);
     }
