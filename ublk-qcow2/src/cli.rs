@@ -51,6 +51,9 @@ pub(crate) struct AddArgs {
     /// Never change the image; the device is read-only.
     #[arg(long)]
     pub(crate) read_only: bool,
+    /// Attach even if somebody writes to the image; what is read may then be torn.
+    #[arg(short = 'U', long, requires = "read_only")]
+    pub(crate) force_share: bool,
     /// Memory for the image's metadata, in bytes or with a suffix K, M, G, T.
     #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = parse_size)]
     pub(crate) cache_size: u64,
