@@ -44,10 +44,11 @@ impl<I: Io> Lane<I> {
         if wanted > u64::from(present) {
             self.move_l1(wanted).await?;
         }
-        let mut meta = image.meta.lock();
-        meta.header.set_u64(header::SIZE_OFFSET as usize, size);
-        meta.graph.require(Rule::moved_l1_before_header());
-        drop(meta);
+        {
+            let mut meta = image.meta.lock();
+            meta.header.set_u64(header::SIZE_OFFSET as usize, size);
+            meta.graph.require(Rule::moved_l1_before_header());
+        }
         self.write_back().await
     }
 

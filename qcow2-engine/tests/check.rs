@@ -325,7 +325,9 @@ fn is_stricter(report: &CheckReport, file_len: u64) -> bool {
     use qcow2_engine::check::Problem;
     use qcow2_format::Corruption::{CopiedWithoutOffset, ReservedBits, ZeroFlagInVersion2};
     report.found.list.iter().any(|finding| match finding.problem {
-        Problem::Entry(CopiedWithoutOffset { .. } | ZeroFlagInVersion2 { .. }) | Problem::Overlap { .. } => true,
+        Problem::Entry(CopiedWithoutOffset { .. } | ZeroFlagInVersion2 { .. }) | Problem::Overlap { .. } => {
+            true
+        }
         // Bit 0 alone, in an image with subclusters.
         Problem::Entry(ReservedBits { raw, .. }) => raw & 1 != 0 && raw & 0x3f00_0000_0000_01fe == 0,
         Problem::Refcount { .. } => finding.at >= file_len,

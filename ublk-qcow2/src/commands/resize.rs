@@ -6,7 +6,10 @@ use super::{
 };
 use crate::cli::parse_size;
 use clap::Args;
-use qcow2_engine::{grow, io::files::Caching};
+use qcow2_engine::{
+    grow,
+    io::files::{Caching, Locking},
+};
 use std::path::PathBuf;
 
 #[derive(Debug, Args)]
@@ -20,7 +23,7 @@ pub(crate) struct ResizeArgs {
 
 pub(crate) fn run(args: &ResizeArgs) -> Result<(), CommandError> {
     refuse_served(&args.image)?;
-    let tool = Tool::new(Caching::Auto)?;
+    let tool = Tool::new(Caching::Auto, Locking::AsQemu)?;
     tool.run(grow(tool.ring.clone(), &*tool.files, &args.image, args.size))?;
     println!("Image resized.");
     Ok(())
