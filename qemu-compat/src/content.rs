@@ -26,6 +26,12 @@ pub fn tagged(at: u64, len: u64, number: u64) -> Vec<u8> {
     bytes
 }
 
+/// The number of the write whose bytes begin here.
+#[must_use]
+pub fn number_of(bytes: &[u8]) -> Option<u64> {
+    Some(u64::from_le_bytes(bytes.get(8..16)?.try_into().ok()?))
+}
+
 /// What a sector holds, told for people.
 pub struct Told<'a>(pub &'a [u8]);
 

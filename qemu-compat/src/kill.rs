@@ -8,7 +8,7 @@
 
 use crate::{
     command::wait,
-    content::{Told, tagged},
+    content::{self, Told, tagged},
     device::{Binary, Device, DeviceDisk, carry_out},
     disk::{Disk, Op, SECTOR, Server},
     fio,
@@ -207,7 +207,7 @@ fn number_of(sector: &[u8], address: u64) -> Option<u64> {
     if sector.iter().all(|&byte| byte == 0) {
         return Some(0);
     }
-    let number = u64::from_le_bytes(sector.get(8..16)?.try_into().ok()?);
+    let number = content::number_of(sector)?;
     (tagged(address, SECTOR, number) == sector).then_some(number)
 }
 

@@ -56,8 +56,7 @@ impl Mirror {
         self.chunks.keys().map(|index| index * CHUNK..((index + 1) * CHUNK).min(self.size))
     }
 
-    /// Does to the array what a request does to a disk. With `discards` false a discard does
-    /// nothing.
+    /// Does to the array what a request does to a disk.
     pub fn apply(&mut self, op: &Op) {
         match *op {
             Op::Write { at, ref bytes } => self.write(at, bytes),

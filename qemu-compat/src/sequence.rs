@@ -4,7 +4,7 @@
 //! freely but no sector, so that the outcome is known. Knows nothing of who serves the disk.
 
 use crate::{
-    content::tagged,
+    content::{number_of, tagged},
     disk::{Disk, Op, SECTOR},
     mirror::Mirror,
 };
@@ -19,6 +19,8 @@ const MAX_TRANSFER: u64 = 3 << 20;
 const READ_STRIDE: u64 = 1 << 20;
 /// Bytes around a point of interest of a huge disk that a sequence works on.
 const WINDOW: u64 = 4 << 20;
+/// Numbers of writes begin here, above those of the tools that made the image.
+const FIRST_NUMBER: u64 = 1_000_000;
 /// Requests that a failure shows of those which touched the place.
 const TOLD: usize = 12;
 
@@ -37,7 +39,8 @@ pub struct Player {
     discards: Discards,
     windows: Vec<Range<u64>>,
     number: u64,
-    history: Vec<(u64, Op)>,
+    /// Every change, in order.
+    history: Vec<Op>,
 }
 
 impl Player {
@@ -46,7 +49,7 @@ impl Player {
     pub fn new(mirror: &Mirror, discards: Discards, seed: u64) -> Self {
         let mut rng = fastrand::Rng::with_seed(seed);
         let windows = windows(mirror, &mut rng);
-        Self { rng, discards, windows, number: 1 << 32, history: Vec::new() }
+        Self { rng, discards, windows, number: FIRST_NUMBER, history: Vec::new() }
     }
 
     /// Carries `batches` batches out and compares what is read on the way.
@@ -94,7 +97,7 @@ impl Player {
         for op in batch {
             mirror.apply(op);
             if !matches!(op, Op::Read { .. } | Op::Flush) {
-                self.history.push((self.number, op.clone()));
+                self.history.push(op.clone());
             }
         }
         for (op, answer) in batch.iter().zip(answers) {
@@ -109,13 +112,15 @@ impl Player {
     fn story(&self, op: &Op, cluster: u64) -> String {
         let (at, len) = op.range();
         let near = at / cluster * cluster..(at + len).next_multiple_of(cluster);
-        let touched = self.history.iter().filter(|(_, op)| {
+        let touched = self.history.iter().filter(|op| {
             let (at, len) = op.range();
             at < near.end && at + len > near.start
         });
-        let mut story = format!("{op:?}; the last changes there:");
-        for (number, op) in touched.rev().take(TOLD) {
-            let _ = write!(story, " [{number}] {op:?};");
+        let mut story = format!("{op:?}; the last changes there, newest first:");
+        for op in touched.rev().take(TOLD) {
+            let number = if let Op::Write { bytes, .. } = op { number_of(bytes) } else { None };
+            let number = number.map_or(String::new(), |number| format!(" ({number})"));
+            let _ = write!(story, " {op:?}{number};");
         }
         story
     }

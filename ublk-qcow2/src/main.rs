@@ -31,6 +31,7 @@ fn main() -> ExitCode {
         Command::Features => commands::features::run().map(success),
         Command::Create(args) => commands::create::run(args).map(success),
         Command::Info(args) => commands::info::run(args).map(success),
+        Command::Resize(args) => commands::resize::run(args).map(success),
         Command::Check(args) => commands::check::run(args),
         Command::Io(args) => commands::io::run(args),
     };

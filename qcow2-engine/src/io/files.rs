@@ -1,11 +1,17 @@
-//! The table of real files: opening, direct or buffered I/O, length.
+//! The table of real files: opening, QEMU's image locks, direct or buffered I/O, length.
 //!
 //! [`Files`] is shared by all serving threads; a [`FileId`] is an index into it, and an entry is
 //! never replaced or closed before the table itself goes. So a ring may keep a file's descriptor,
-//! or a registration of it, for as long as it holds the table. This module blocks (it is used
+//! or a registration of it, for as long as it holds the table. The table as a whole is one user of the
+//! files in it: opened twice, a file is not in its own way. This module blocks (it is used
 //! while an image is opened or closed) and knows nothing of rings or formats.
 
+mod locks;
+
+pub use locks::Locking;
+
 use super::{Access, FileId, Storage};
+use locks::Claim;
 use nix::{
     errno::Errno,
     fcntl::{FcntlArg, OFlag, fcntl},
@@ -42,6 +48,7 @@ pub enum Caching {
 #[derive(Debug)]
 pub struct Files {
     caching: Caching,
+    locking: Locking,
     table: RwLock<Vec<OpenFile>>,
 }
 
@@ -50,13 +57,30 @@ struct OpenFile {
     file: File,
     path: PathBuf,
     direct: bool,
+    /// Device and inode.
+    identity: (u64, u64),
+    /// The locks that this descriptor has; if the file is in the table twice, the first has them all.
+    claim: Claim,
+}
+
+impl Drop for OpenFile {
+    /// Nothing of a ring is under way: a ring holds the table until its operations have ended.
+    fn drop(&mut self) {
+        locks::release(&self.file, self.claim);
+    }
 }
 
 impl Files {
-    /// An empty table whose files will be opened with `caching`.
+    /// An empty table whose files will be opened with `caching`, and locked as QEMU does.
     #[must_use]
     pub fn new(caching: Caching) -> Self {
-        Self { caching, table: RwLock::new(Vec::new()) }
+        Self::with_locking(caching, Locking::default())
+    }
+
+    /// An empty table whose files will be opened with `caching` and locked as `locking` says.
+    #[must_use]
+    pub fn with_locking(caching: Caching, locking: Locking) -> Self {
+        Self { caching, locking, table: RwLock::new(Vec::new()) }
     }
 
     /// The file's descriptor. It stays open, and stays this file's, while `self` lives.
@@ -109,11 +133,19 @@ impl Files {
 
 impl Storage for Files {
     fn open(&self, path: &Path, access: Access) -> io::Result<FileId> {
+        let wanted = Claim::of(access, self.locking)?;
         let file = open_regular_or_block(path, access)?;
+        let metadata = file.metadata()?;
         let direct = set_up_caching(&file, path, self.caching)?;
+        let identity = (metadata.dev(), metadata.ino());
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let id = u32::try_from(table.len()).map_err(|_| io::Error::other("too many open files"))?;
-        table.push(OpenFile { file, path: path.to_owned(), direct });
+        let mut claim = Claim::default();
+        match table.iter_mut().find(|open| open.identity == identity) {
+            Some(first) => first.claim = locks::extend(&first.file, path, first.claim, wanted)?,
+            None => claim = locks::extend(&file, path, claim, wanted)?,
+        }
+        table.push(OpenFile { file, path: path.to_owned(), direct, identity, claim });
         Ok(FileId(id))
     }
 

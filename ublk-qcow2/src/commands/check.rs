@@ -2,7 +2,7 @@
 
 use super::{
     CommandError,
-    image::{Tool, refuse_served},
+    image::{Tool, locking, refuse_served},
 };
 use clap::{Args, ValueEnum};
 use qcow2_engine::{CheckOptions, CheckReport, Error, Repair, check, io::files::Caching};
@@ -31,6 +31,9 @@ pub(crate) struct CheckArgs {
     /// What to repair. The image must not be in use.
     #[arg(short, long, value_enum, value_name = "WHAT")]
     repair: Option<What>,
+    /// Read the image even if somebody writes to it; what is found may then not be so.
+    #[arg(short = 'U', long, conflicts_with = "repair")]
+    force_share: bool,
     /// Print JSON, with the field names of qemu-img.
     #[arg(long)]
     json: bool,
@@ -88,7 +91,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, CommandError> {
     if args.repair.is_some() {
         refuse_served(&args.image)?;
     }
-    let tool = Tool::new(Caching::Buffered)?;
+    let tool = Tool::new(Caching::Buffered, locking(args.force_share))?;
     let repair = match args.repair {
         None => Repair::None,
         Some(What::Leaks) => Repair::Leaks,

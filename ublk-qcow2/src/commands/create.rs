@@ -6,7 +6,10 @@ use super::{
 };
 use crate::cli::parse_size;
 use clap::{Args, ValueEnum};
-use qcow2_engine::{Preallocation, create, io::files::Caching};
+use qcow2_engine::{
+    Preallocation, create,
+    io::files::{Caching, Locking},
+};
 use qcow2_format::{Backing, Blueprint, Compression, CreateOptions, Version};
 use std::{
     fs::{self, OpenOptions},
@@ -68,7 +71,7 @@ enum Mode {
 /// Makes the image.
 pub(crate) fn run(args: &CreateArgs) -> Result<(), CommandError> {
     let options = Options::merged(args);
-    let tool = Tool::new(Caching::Buffered)?;
+    let tool = Tool::new(Caching::Buffered, Locking::AsQemu)?;
     let backing = options.backing()?;
     let size = options.size(args, &tool, backing.as_ref())?;
     let (options, mode) = options.checked(size, backing)?;

@@ -4,7 +4,11 @@ use super::CommandError;
 use crate::{device, runfile};
 use qcow2_engine::{
     exec::block_on,
-    io::{Files, files::Caching, uring::Uring},
+    io::{
+        Files,
+        files::{Caching, Locking},
+        uring::Uring,
+    },
 };
 use std::{fs, future::Future, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
@@ -18,8 +22,8 @@ pub(super) struct Tool {
 }
 
 impl Tool {
-    pub(super) fn new(caching: Caching) -> Result<Self, CommandError> {
-        let files = Arc::new(Files::new(caching));
+    pub(super) fn new(caching: Caching, locking: Locking) -> Result<Self, CommandError> {
+        let files = Arc::new(Files::with_locking(caching, locking));
         let ring = Uring::new(Arc::clone(&files), RING).map_err(CommandError::Ring)?;
         Ok(Self { files, ring })
     }
@@ -33,10 +37,15 @@ impl Tool {
     }
 }
 
+/// What `--force-share` asks for.
+pub(super) fn locking(force_share: bool) -> Locking {
+    if force_share { Locking::ForceShare } else { Locking::AsQemu }
+}
+
 /// Refuses to work on an image that a server of this program has open: two writers destroy it, and a
 /// reader would see it half-written.
 ///
-/// This does not see other programs.
+/// The image's locks would refuse as well, and see other programs too; this knows the way out.
 pub(super) fn refuse_served(path: &Path) -> Result<(), CommandError> {
     let Ok(wanted) = fs::metadata(path) else { return Ok(()) };
     // Where the records cannot be read there is no server that this user could have started.

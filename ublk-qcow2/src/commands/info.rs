@@ -2,7 +2,7 @@
 
 use super::{
     CommandError,
-    image::{Tool, human_size, printable},
+    image::{Tool, human_size, locking, printable},
 };
 use clap::Args;
 use qcow2_engine::{
@@ -27,6 +27,9 @@ use std::{
 
 #[derive(Debug, Args)]
 pub(crate) struct InfoArgs {
+    /// Read the image even if somebody writes to it; what is told may then not be so.
+    #[arg(short = 'U', long)]
+    force_share: bool,
     /// Print JSON, with the field names of qemu-img.
     #[arg(long)]
     json: bool,
@@ -50,7 +53,7 @@ struct Info<'a> {
 
 /// Prints what the image says.
 pub(crate) fn run(args: &InfoArgs) -> Result<(), CommandError> {
-    let tool = Tool::new(Caching::Buffered)?;
+    let tool = Tool::new(Caching::Buffered, locking(args.force_share))?;
     let path = &args.image;
     let info = tool.run(async {
         let file = ImageFile::open(&tool.ring, &*tool.files, path, Access::ReadOnly).await?;

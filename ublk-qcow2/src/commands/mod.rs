@@ -9,6 +9,7 @@ mod image;
 pub(crate) mod info;
 pub(crate) mod io;
 pub(crate) mod list;
+pub(crate) mod resize;
 
 use crate::{control::ControlError, daemon::ServeError, runfile::RunFileError};
 

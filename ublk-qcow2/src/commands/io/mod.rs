@@ -7,7 +7,10 @@ mod parse;
 mod print;
 mod session;
 
-use super::{CommandError, image::refuse_served};
+use super::{
+    CommandError,
+    image::{locking, refuse_served},
+};
 use clap::Args;
 use qcow2_engine::{
     Image, OpenOptions,
@@ -36,6 +39,9 @@ pub(crate) struct IoArgs {
     /// Open the image for reading only.
     #[arg(short, long)]
     read_only: bool,
+    /// Read the image even if somebody writes to it; what is read may then be torn.
+    #[arg(short = 'U', long, requires = "read_only")]
+    force_share: bool,
     /// The format of the image.
     #[arg(short, long, value_name = "FORMAT", default_value = "qcow2", value_parser = ["qcow2"], hide = true)]
     format: String,
@@ -52,8 +58,10 @@ enum Next {
 
 /// Runs the commands, then makes everything durable and closes the image.
 pub(crate) fn run(args: &IoArgs) -> Result<ExitCode, CommandError> {
-    refuse_served(&args.image)?;
-    let files = Arc::new(Files::new(Caching::Auto));
+    if !args.read_only {
+        refuse_served(&args.image)?;
+    }
+    let files = Arc::new(Files::with_locking(Caching::Auto, locking(args.force_share)));
     let ring = Uring::new(Arc::clone(&files), RING).map_err(CommandError::Ring)?;
     let executor = Executor::new(ring.clone());
     let options = OpenOptions { read_only: args.read_only, ..OpenOptions::default() };
