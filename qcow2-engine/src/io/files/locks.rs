@@ -244,13 +244,13 @@ impl Conflict {
 }
 
 impl fmt::Display for Conflict {
-    /// What "somebody" does, with the name by which QEMU calls the lock that cannot be had.
+    /// The end of "in use by somebody", with QEMU's name of the lock that cannot be had.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Denied(Permission::Read) => write!(f, "lets nobody read it")?,
-            Self::Denied(_) => write!(f, "lets nobody write to it")?,
-            Self::Used(Permission::Read) => write!(f, "reads it")?,
-            Self::Used(_) => write!(f, "has it open for writing")?,
+            Self::Denied(Permission::Read) => f.write_str("; nobody else may read it")?,
+            Self::Denied(_) => f.write_str("; nobody else may write to it")?,
+            Self::Used(Permission::Read) => f.write_str(", for reading")?,
+            Self::Used(_) => f.write_str(", for writing")?,
         }
         match self {
             Self::Denied(permission) => write!(f, " (\"{}\" lock)", permission.name()),
@@ -264,7 +264,9 @@ fn busy(file: &File, conflict: Conflict) -> io::Error {
     let who = if holders.is_empty() { "another process".to_owned() } else { holders.join(" and ") };
     io::Error::new(
         io::ErrorKind::ResourceBusy,
-        format!("it is in use: {who} {conflict}; end that first, or only read the image, with --force-share"),
+        format!(
+            "it is in use by {who}{conflict}: end that first, or only read the image, with --force-share"
+        ),
     )
 }
 

@@ -50,7 +50,7 @@ fn one_writer_or_many_readers() {
     assert!(image.claim(ReadOnly, ForceShare).is_ok());
     drop(writer);
     let readers = [image.claim(ReadOnly, AsQemu).unwrap(), image.claim(ReadOnly, AsQemu).unwrap()];
-    assert!(refused(ReadWrite).contains("lets nobody write to it (\"write\" lock)"));
+    assert!(refused(ReadWrite).contains("nobody else may write to it (\"write\" lock)"));
     drop(readers);
     assert!(image.claim(ReadWrite, AsQemu).is_ok());
 }
