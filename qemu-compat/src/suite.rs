@@ -23,6 +23,9 @@ use std::{
     time::Duration,
 };
 
+/// Block size of the file systems on which images lie, in bytes.
+const HOST_BLOCK: u64 = 4096;
+
 /// How much there is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scale {
@@ -148,14 +151,17 @@ impl Cases {
     }
 
     fn fio(&mut self) {
-        let (megabytes, sizes): (u64, &[u64]) = match self.setting.scale {
-            Scale::Quick => (1, &[65536]),
-            Scale::Full => (16, &[512, 4096, 65536, 2 << 20]),
+        let (most, sizes): (u64, &[u64]) = match self.setting.scale {
+            Scale::Quick => (1 << 20, &[65536]),
+            Scale::Full => (16 << 20, &[512, 4096, 65536, 2 << 20]),
         };
         for &cluster in sizes {
             for queues in [1, 2] {
+                // In an emulated machine small clusters are allocated at one or two MiB a second. Each
+                // job needs room for fio's largest block.
+                let bytes_per_job = (cluster * 512).clamp(1 << 20, most);
                 self.add(format!("fio/verify-and-trim/{cluster}/{queues}q"), 300, move |it, dir| {
-                    let load = Verified { bytes_per_job: megabytes << 20, seed: it.seed };
+                    let load = Verified { bytes_per_job, seed: it.seed };
                     verified(&it.binary, dir, cluster, queues, load)
                 });
             }
@@ -195,13 +201,18 @@ fn verified(binary: &Binary, dir: &Path, cluster: u64, queues: u16, load: Verifi
     }
     disk.detach()?;
     qemu_img::check_clean(&image)?;
+    if cluster < HOST_BLOCK {
+        // Clusters that share a block of the host's file system are freed at different times, and a
+        // hole in a part of a block gives nothing back.
+        return Ok(());
+    }
     // Tables stay, at most as many as there were; one entry of 8 bytes maps a cluster.
-    let tables = load.device_bytes() / cluster * 8 + 16 * cluster.max(4096);
+    let tables = load.device_bytes() / cluster * 8 + 16 * cluster;
     let left = std::fs::metadata(&image)?.blocks() * 512;
     let most = empty * 512 + 2 * tables;
     ensure!(
         left <= most,
-        "{left} bytes of space are in use after everything was discarded, {most} at most expected"
+        "everything was discarded, yet {left} bytes of the file are in use, not {most} at most"
     );
     Ok(())
 }
