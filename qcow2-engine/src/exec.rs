@@ -38,9 +38,15 @@ struct Inner {
 }
 
 struct Task {
-    waker: Arc<TaskWaker>,
+    state: Arc<TaskWaker>,
     /// Absent while the task is being polled and after it has ended.
-    future: Option<Pin<Box<dyn Future<Output = ()>>>>,
+    run: Option<Run>,
+}
+
+/// What it takes to poll a task.
+struct Run {
+    future: Pin<Box<dyn Future<Output = ()>>>,
+    waker: Waker,
 }
 
 /// The tasks that have been woken, and the thread to be woken for them.
@@ -85,9 +91,10 @@ impl Executor {
         let index = inner.free.borrow_mut().pop().unwrap_or(tasks.len());
         let ready = Arc::clone(&inner.ready);
         // A fresh waker: one of the slot's previous task may still be about, and is harmless.
-        let waker = Arc::new(TaskWaker { index, is_queued: AtomicBool::new(false), ready });
-        Wake::wake_by_ref(&waker);
-        let task = Task { waker, future: Some(future) };
+        let state = Arc::new(TaskWaker { index, is_queued: AtomicBool::new(false), ready });
+        Wake::wake_by_ref(&state);
+        let waker = Waker::from(Arc::clone(&state));
+        let task = Task { state, run: Some(Run { future, waker }) };
         if index == tasks.len() {
             tasks.push(task);
         } else {
@@ -155,19 +162,18 @@ impl Executor {
     fn poll_task(&self, index: usize) {
         let inner = &*self.0;
         // Taken out, because polling may spawn.
-        let (future, waker) = {
+        let run = {
             let task = &mut inner.tasks.borrow_mut()[index];
-            (task.future.take(), Arc::clone(&task.waker))
+            task.state.is_queued.store(false, Ordering::Release);
+            task.run.take()
         };
-        waker.is_queued.store(false, Ordering::Release);
         // A waker of the slot's previous task, or of this one after its end, wakes nobody.
-        let Some(mut future) = future else { return };
-        let waker = Waker::from(waker);
-        if future.as_mut().poll(&mut Context::from_waker(&waker)).is_pending() {
-            inner.tasks.borrow_mut()[index].future = Some(future);
+        let Some(mut run) = run else { return };
+        if run.future.as_mut().poll(&mut Context::from_waker(&run.waker)).is_pending() {
+            inner.tasks.borrow_mut()[index].run = Some(run);
             return;
         }
-        drop(future);
+        drop(run);
         inner.free.borrow_mut().push(index);
         inner.live.set(inner.live.get() - 1);
     }

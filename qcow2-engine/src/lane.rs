@@ -35,6 +35,10 @@ struct FreeSlots {
     waiting: Vec<Waker>,
 }
 
+/// A request in flight, by its slot. Dropping it instead of ending it leaves the request in flight.
+#[must_use = "a request that is not ended keeps freed clusters from being used"]
+pub(crate) struct Flight(usize);
+
 impl<I> Clone for Lane<I> {
     fn clone(&self) -> Self {
         Self(Rc::clone(&self.0))
@@ -81,6 +85,15 @@ impl<I: Io> Lane<I> {
     /// is dropped half-way never ends, because the kernel may still work on it; then nothing that is
     /// freed later is reused until the image is opened again.
     pub(crate) async fn in_flight<T>(&self, request: impl Future<Output = T>) -> T {
+        let flight = self.begin().await;
+        let output = request.await;
+        self.end(flight);
+        output
+    }
+
+    /// Begins a request. [`Self::in_flight`] for requests whose future should not be moved, as that
+    /// costs small ones more than their look-up: [`Self::end`] must follow when it has ended.
+    pub(crate) async fn begin(&self) -> Flight {
         let inner = &*self.0;
         let index = poll_fn(|context| {
             let mut free = inner.free.borrow_mut();
@@ -94,7 +107,12 @@ impl<I: Io> Lane<I> {
         })
         .await;
         inner.image.epochs.enter(&inner.slots, index);
-        let output = request.await;
+        Flight(index)
+    }
+
+    /// Ends a request.
+    pub(crate) fn end(&self, Flight(index): Flight) {
+        let inner = &*self.0;
         inner.slots.leave(index);
         let waiting = {
             let mut free = inner.free.borrow_mut();
@@ -102,7 +120,6 @@ impl<I: Io> Lane<I> {
             std::mem::take(&mut free.waiting)
         };
         waiting.into_iter().for_each(Waker::wake);
-        output
     }
 
     /// Checks that a request lies inside the virtual disk.

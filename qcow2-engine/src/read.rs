@@ -18,11 +18,16 @@ impl<I: Io> Lane<I> {
     /// buffer's content is then undefined.
     pub async fn read(&self, at: u64, buf: Buf) -> Result<()> {
         self.check_range(at, buf.len() as u64)?;
-        self.in_flight(async {
-            let extents = self.resolve(at, buf.len() as u64).await?;
-            self.fill(&extents, &buf).await
-        })
-        .await
+        let flight = self.begin().await;
+        let result = self.read_entered(at, &buf).await;
+        self.end(flight);
+        result
+    }
+
+    /// [`Self::read`], from inside a request.
+    async fn read_entered(&self, at: u64, buf: &Buf) -> Result<()> {
+        let extents = self.resolve(at, buf.len() as u64).await?;
+        self.fill(&extents, buf).await
     }
 
     /// Where the bytes of a range are, for a caller who moves them.

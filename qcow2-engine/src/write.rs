@@ -52,11 +52,15 @@ impl<I: Io> Lane<I> {
     /// operation on an image file. Sectors of the range then hold their old or the new data.
     pub async fn write(&self, at: u64, buf: Buf) -> Result<()> {
         self.check_range(at, buf.len() as u64)?;
-        self.in_flight(async {
-            self.begin_mutation().await?;
-            self.write_entered(at, buf).await
-        })
-        .await
+        let flight = self.begin().await;
+        let result = self.mutate(at, buf).await;
+        self.end(flight);
+        result
+    }
+
+    async fn mutate(&self, at: u64, buf: Buf) -> Result<()> {
+        self.begin_mutation().await?;
+        self.write_entered(at, buf).await
     }
 
     /// [`Self::write`], from inside a request.

@@ -37,6 +37,9 @@ use std::{
     time::Duration,
 };
 
+/// The part of each tag's buffer whose pages are held for good, in bytes: 2 MiB per queue of 128 tags
+/// for small requests; large ones look their pages up in bulk.
+const HELD_BYTES: usize = 16 << 10;
 /// Failed requests that a queue reports one by one; from then on only powers of two are.
 const REPORTED_ERRORS: u64 = 16;
 /// Between two passes of write-back and of giving freed clusters back.
@@ -101,8 +104,8 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
     });
 
     let executor = Executor::new(ring.clone());
-    for tag in 0..queue.depth {
-        executor.spawn(Rc::clone(&context).serve_tag(tag, Buf::zeroed(queue.bounds.buffer_bytes as usize)));
+    for (tag, buf) in (0..queue.depth).zip(tag_buffers(queue, &ring)) {
+        executor.spawn(Rc::clone(&context).serve_tag(tag, buf));
     }
     executor.spawn(Rc::clone(&context).report_fetching());
     if queue.index == 0 {
@@ -110,6 +113,17 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
     }
     executor.run().map_err(QueueError::Ring)?;
     context.failure.take().map_or(Ok(()), |failure| Err(QueueError::Fetch(failure)))
+}
+
+/// A buffer for each tag, registered in part with the ring.
+fn tag_buffers(queue: &Queue, ring: &Uring) -> Vec<Buf> {
+    let bytes = queue.bounds.buffer_bytes as usize;
+    let buffers: Vec<_> = (0..queue.depth).map(|_| Buf::zeroed(bytes)).collect();
+    let held = buffers.iter().map(|buf| buf.slice(0..bytes.min(HELD_BYTES))).collect();
+    if let Err(error) = ring.register_buffers(held) {
+        tracing::info!(queue = queue.index, "no registered buffers, small requests cost more: {error}");
+    }
+    buffers
 }
 
 /// What the tags of a queue share.

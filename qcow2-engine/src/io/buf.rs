@@ -2,6 +2,7 @@
 
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
+    cell::Cell,
     fmt,
     ops::Range,
     ptr::NonNull,
@@ -28,6 +29,19 @@ pub struct Buf {
 struct Allocation {
     ptr: NonNull<u8>,
     layout: Layout,
+    registered: Cell<Option<Registration>>,
+}
+
+/// A part of an allocation whose pages a ring holds, so that operations on it need not look them up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Registration {
+    /// Names the ring.
+    pub(super) ring: usize,
+    /// The part's number in the ring's table of buffers.
+    pub(super) index: u16,
+    /// Byte offset in the allocation.
+    start: usize,
+    len: usize,
 }
 
 impl Buf {
@@ -42,7 +56,7 @@ impl Buf {
         let ptr = unsafe { alloc_zeroed(layout) };
         let Some(ptr) = NonNull::new(ptr) else { handle_alloc_error(layout) };
         let start = ptr.as_ptr().align_offset(ALIGNMENT);
-        Self { owner: Rc::new(Allocation { ptr, layout }), start, len }
+        Self { owner: Rc::new(Allocation { ptr, layout, registered: Cell::new(None) }), start, len }
     }
 
     /// Allocates a copy of `bytes`.
@@ -118,6 +132,25 @@ impl Buf {
         let mut bytes = vec![0; self.len];
         self.copy_to(0, &mut bytes);
         bytes
+    }
+
+    /// Notes that `ring` holds the window's pages as its buffer `index`.
+    pub(super) fn set_registered(&self, ring: usize, index: u16) {
+        let Self { start, len, .. } = *self;
+        self.owner.registered.set(Some(Registration { ring, index, start, len }));
+    }
+
+    /// Takes [`Self::set_registered`] back.
+    pub(super) fn clear_registered(&self) {
+        self.owner.registered.set(None);
+    }
+
+    /// The number of the registered buffer of `ring` in which the whole window lies, if there is one.
+    #[inline]
+    pub(super) fn registered_at(&self, ring: usize) -> Option<u16> {
+        let part = self.owner.registered.get()?;
+        let inside = self.start >= part.start && self.start + self.len <= part.start + part.len;
+        (inside && part.ring == ring).then_some(part.index)
     }
 
     /// Where the window begins, for the kernel.

@@ -10,18 +10,12 @@ use std::io;
 pub async fn read_zero_extended(io: &impl Io, file: FileId, at: u64, buf: &Buf) -> io::Result<()> {
     let mut done = 0;
     while done < buf.len() {
-        let rest = buf.slice(done..buf.len());
-        match io.read(file, at + done as u64, rest.clone()).await? {
-            0 => {
-                rest.fill(0);
-                return Ok(());
-            }
-            // An unaligned count is the end of the file: direct I/O could not go on from there.
-            count if count % 512 != 0 => {
-                rest.slice(count..rest.len()).fill(0);
-                return Ok(());
-            }
-            count => done += count,
+        let count = io.read(file, at + done as u64, buf.slice(done..buf.len())).await?;
+        done += count;
+        // The end of the file. An unaligned count is that too: direct I/O could not go on from there.
+        if count == 0 || count % 512 != 0 {
+            buf.slice(done..buf.len()).fill(0);
+            return Ok(());
         }
     }
     Ok(())

@@ -62,6 +62,8 @@ struct Inner {
     /// How to name each file, in the order of their ids; filled when first used.
     targets: RefCell<Vec<Option<Target>>>,
     guest_slots: RefCell<Vec<u32>>,
+    /// The buffers whose pages the ring holds; see [`Uring::register_buffers`].
+    buffers: RefCell<Vec<Buf>>,
     has_file_table: bool,
     has_ftruncate: bool,
     kick: Arc<Kick>,
@@ -145,6 +147,7 @@ impl Uring {
             files,
             targets: RefCell::default(),
             guest_slots: RefCell::new((FIRST_GUEST_SLOT..FILE_SLOTS).collect()),
+            buffers: RefCell::default(),
             has_file_table,
             has_ftruncate,
             kick: Arc::new(Kick { event, asleep: AtomicBool::new(false) }),
@@ -226,6 +229,30 @@ impl Uring {
         let slot = if self.0.has_file_table { self.0.guest_slots.borrow_mut().pop() } else { None };
         let slot = slot.filter(|&slot| self.0.update_file_slot(slot, fd.as_raw_fd()));
         Registered { ring: self.clone(), fd, slot }
+    }
+
+    /// Has the kernel look up and hold the pages of these windows once, instead of for each read and
+    /// write that lies wholly inside one of them. They take up memory, used or not, until the ring
+    /// is gone.
+    ///
+    /// # Errors
+    /// The limit on locked memory; a second call for the same ring.
+    pub fn register_buffers(&self, windows: Vec<Buf>) -> io::Result<()> {
+        let vectors: Vec<_> = windows
+            .iter()
+            .map(|window| libc::iovec { iov_base: window.as_ptr().cast(), iov_len: window.len() })
+            .collect();
+        // SAFETY: the windows' memory stays allocated as long as the ring, which keeps them.
+        unsafe { self.0.ring.borrow().submitter().register_buffers(&vectors)? };
+        // The kernel takes fewer than 2^14.
+        windows.iter().zip(0..).for_each(|(window, index)| window.set_registered(self.id(), index));
+        self.0.buffers.replace(windows);
+        Ok(())
+    }
+
+    /// Tells this ring from the others that exist at the same time.
+    fn id(&self) -> usize {
+        Rc::as_ptr(&self.0).addr()
     }
 
     fn start(&self, entry: squeue::Entry, keep: Keep, on_drop: OnDrop) -> Op {
@@ -374,15 +401,19 @@ impl Uring {
 impl Io for Uring {
     async fn read(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
         let len = buf.len().min(MAX_TRANSFER) as u32;
-        let entry =
-            entry_for!(self.target(file)?, |fd| opcode::Read::new(fd, buf.as_ptr(), len).offset(at).build());
+        let entry = entry_for!(self.target(file)?, |fd| match buf.registered_at(self.id()) {
+            Some(index) => opcode::ReadFixed::new(fd, buf.as_ptr(), len, index).offset(at).build(),
+            None => opcode::Read::new(fd, buf.as_ptr(), len).offset(at).build(),
+        });
         self.run(entry, Some(buf)).await
     }
 
     async fn write(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
         let len = buf.len().min(MAX_TRANSFER) as u32;
-        let entry =
-            entry_for!(self.target(file)?, |fd| opcode::Write::new(fd, buf.as_ptr(), len).offset(at).build());
+        let entry = entry_for!(self.target(file)?, |fd| match buf.registered_at(self.id()) {
+            Some(index) => opcode::WriteFixed::new(fd, buf.as_ptr(), len, index).offset(at).build(),
+            None => opcode::Write::new(fd, buf.as_ptr(), len).offset(at).build(),
+        });
         self.run(entry, Some(buf)).await
     }
 
@@ -475,6 +506,12 @@ impl Inner {
     /// Puts `fd` (-1: nothing) into the ring's table of files. Returns whether that worked.
     fn update_file_slot(&self, slot: u32, fd: RawFd) -> bool {
         self.ring.borrow().submitter().register_files_update(slot, &[fd]).is_ok()
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.buffers.get_mut().iter().for_each(Buf::clear_registered);
     }
 }
 

@@ -207,3 +207,41 @@ fn uring_speed() {
     executor.run().unwrap();
     println!("{:?} per no-op", start.elapsed() / OPERATIONS);
 }
+
+/// Transfers inside a registered window, beyond it, and on another ring must all move the right bytes.
+#[test]
+fn registered_buffers_are_used_where_they_reach() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("file");
+    std::fs::write(&path, (0..32768_u32).map(|i| (i / 512) as u8).collect::<Vec<_>>()).unwrap();
+    let files = Arc::new(Files::new(Caching::Buffered));
+    let file = files.open(&path, Access::ReadWrite).unwrap();
+    let (ring, other) = (Uring::new(Arc::clone(&files), 8).unwrap(), Uring::new(files, 8).unwrap());
+    let buf = Buf::zeroed(32768);
+    ring.register_buffers(vec![Buf::zeroed(4096), buf.slice(4096..16384)]).unwrap();
+    assert!(ring.register_buffers(vec![buf.clone()]).is_err(), "once only");
+
+    assert_eq!(buf.slice(4096..8192).registered_at(ring.id()), Some(1));
+    assert_eq!(buf.slice(16384 - 512..16384).registered_at(ring.id()), Some(1));
+    assert_eq!(buf.slice(0..8192).registered_at(ring.id()), None);
+    assert_eq!(buf.slice(8192..20480).registered_at(ring.id()), None);
+    assert_eq!(buf.slice(4096..8192).registered_at(other.id()), None);
+
+    for ring in [&ring, &other] {
+        for range in [4096..8192, 8704..9216, 0..8192, 8192..32768] {
+            buf.fill(0xee);
+            let at = 512;
+            let part = buf.slice(range.clone());
+            let count = block_on(ring, ring.read(file, at, part.clone())).unwrap().unwrap();
+            assert_eq!(count, range.len());
+            assert!(part.to_vec().iter().zip(at as usize..).all(|(byte, at)| *byte == (at / 512) as u8));
+        }
+        let part = buf.slice(5120..5632);
+        part.fill(0x55);
+        assert_eq!(block_on(ring, ring.write(file, 1024, part)).unwrap().unwrap(), 512);
+        assert_eq!(std::fs::read(&path).unwrap()[1023..1537], [&[1][..], &[0x55; 512], &[3]].concat());
+        std::fs::write(&path, (0..32768_u32).map(|i| (i / 512) as u8).collect::<Vec<_>>()).unwrap();
+    }
+    drop(ring);
+    assert_eq!(buf.slice(4096..8192).registered_at(other.id()), None);
+}
