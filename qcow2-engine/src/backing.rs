@@ -63,8 +63,18 @@ pub(crate) fn of(header: &Header, overlay: &Path, default: Option<Format>) -> Re
             )));
         }
     };
-    let directory = overlay.parent().unwrap_or(Path::new(""));
-    Ok(Some(Backing { path: directory.join(path), format }))
+    Ok(Some(Backing { path: beside(overlay, path), format }))
+}
+
+/// The path and format of a backing file that `overlay` is going to have.
+pub(crate) fn resolve(overlay: &Path, name: &[u8], format: &str) -> Result<(PathBuf, Format)> {
+    let refuse = |reason| Error::Backing { file: Arc::from(overlay.to_string_lossy()), reason };
+    let path = literal_path(name).map_err(refuse)?;
+    Ok((beside(overlay, path), format.parse().map_err(refuse)?))
+}
+
+fn beside(overlay: &Path, path: &Path) -> PathBuf {
+    overlay.parent().unwrap_or(Path::new("")).join(path)
 }
 
 /// A stored name as a path, unless QEMU would read something else into it.

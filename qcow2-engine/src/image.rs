@@ -99,9 +99,9 @@ impl Image {
         }
     }
 
-    /// Resolves a range of the virtual disk, without waiting.
-    pub(crate) fn resolve(&self, at: u64, len: u64) -> Result<Extents, Stop> {
-        resolve::resolve(&self.layers, &self.cache, 0, at, len)
+    /// Resolves a range of the virtual disk from where `extents` ends, without waiting.
+    pub(crate) fn resolve(&self, at: u64, len: u64, extents: &mut Extents) -> Result<(), Stop> {
+        resolve::resolve(&self.layers, &self.cache, 0, at, len, extents)
     }
 
     pub(crate) fn io_error(
@@ -121,9 +121,10 @@ impl<I: Io> Lane<I> {
     /// Resolves a range, loading what is missing. The answer holds as long as the request that
     /// asks is in flight.
     pub(crate) async fn resolve(&self, at: u64, len: u64) -> Result<Extents> {
+        let mut extents = Extents::new();
         loop {
-            match self.image().resolve(at, len) {
-                Ok(extents) => return Ok(extents),
+            match self.image().resolve(at, len, &mut extents) {
+                Ok(()) => return Ok(extents),
                 Err(Stop::Failed(error)) => return Err(error),
                 Err(Stop::Miss(key)) => self.load_slice(key).await?,
             }

@@ -2,7 +2,7 @@
 //!
 //! An [`Image`] is opened once and shared by all threads; each thread uses it through a [`Lane`],
 //! which joins it to that thread's [`io::Io`]. The life of a request is in the module named after
-//! it: [`read`], [`write`], [`discard`], [`flush`]. The engine knows nothing of ublk.
+//! it: `read`, `write`, `discard`, `flush`. The engine knows nothing of ublk.
 //!
 //! Durability: a completed write or discard is durable after a later completed [`Lane::flush`]. A
 //! crash at any moment leaves an image whose mapping is consistent and whose worst defect is leaked
@@ -11,14 +11,18 @@
 mod alloc;
 mod backing;
 mod cache;
+pub mod check;
 mod close;
+pub mod create;
 mod decompress;
 mod discard;
 mod epoch;
 mod error;
 pub mod exec;
 mod flush;
+mod grow;
 mod image;
+pub mod inspect;
 pub mod io;
 mod lane;
 mod layer;
@@ -35,8 +39,11 @@ pub mod sim;
 mod write;
 
 pub use backing::{Format, MAX_CHAIN};
+pub use check::{CheckOptions, CheckReport, Repair, check};
+pub use create::Preallocation;
 pub use discard::ZeroMode;
 pub use error::{Error, ErrorKind, Result};
+pub use grow::grow;
 pub use image::Image;
 pub use lane::Lane;
 pub use open::{DEFAULT_CACHE_BYTES, DEFAULT_EXTENT_BYTES, OpenOptions};

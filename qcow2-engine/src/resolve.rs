@@ -93,16 +93,18 @@ impl Extent {
     }
 }
 
-/// Resolves `len` bytes at guest offset `at`, as seen from layer `top` of the chain.
+/// Resolves `len` bytes at guest offset `at`, as seen from layer `top` of the chain, from where
+/// `extents` ends. What has been resolved before a miss stays: a request may need more slices than
+/// the cache holds at a time, so it must never need one of them twice.
 pub(crate) fn resolve(
     layers: &[Layer],
     cache: &SliceCache,
     top: usize,
     at: u64,
     len: u64,
-) -> Result<Extents, Stop> {
-    let mut extents = Extents::new();
-    let mut done = 0;
+    extents: &mut Extents,
+) -> Result<(), Stop> {
+    let mut done: u64 = extents.iter().map(Extent::len).sum();
     while done < len {
         let next = resolve_step(layers, cache, top, at + done, len - done)?;
         done += next.len();
@@ -110,7 +112,7 @@ pub(crate) fn resolve(
             extents.push(next);
         }
     }
-    Ok(extents)
+    Ok(())
 }
 
 /// Resolves the longest prefix of the range that one look-up per layer answers.

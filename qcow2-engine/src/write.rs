@@ -111,9 +111,10 @@ impl<I: Io> Lane<I> {
 
     /// Splits a write into pieces, loading the slices that say how.
     async fn split(&self, at: u64, len: u64) -> Result<SmallVec<[Piece; 2]>> {
+        let mut pieces = SmallVec::new();
         loop {
-            match split(self.image(), at, len) {
-                Ok(pieces) => return Ok(pieces),
+            match split(self.image(), at, len, &mut pieces) {
+                Ok(()) => return Ok(pieces),
                 Err(Stop::Failed(error)) => return Err(error),
                 Err(Stop::Miss(key)) => self.load_slice(key).await?,
             }
@@ -272,12 +273,12 @@ impl Placement<'_> {
     }
 }
 
-/// Splits a write by what has to be done. Pieces that are contiguous and alike are one.
-fn split(image: &Image, at: u64, len: u64) -> Result<SmallVec<[Piece; 2]>, Stop> {
+/// Splits a write by what has to be done, from where `pieces` ends. Pieces that are contiguous and
+/// alike are one. What has been found before a miss stays, as in [`crate::resolve`].
+fn split(image: &Image, at: u64, len: u64, pieces: &mut SmallVec<[Piece; 2]>) -> Result<(), Stop> {
     let layer = image.top();
     let cluster = layer.geometry.cluster_size();
-    let mut pieces: SmallVec<[Piece; 2]> = SmallVec::new();
-    let mut done = 0;
+    let mut done: u64 = pieces.iter().map(|piece| piece.len).sum();
     while done < len {
         let here = at + done;
         let part = to_boundary(here, cluster).min(len - done);
@@ -299,5 +300,5 @@ fn split(image: &Image, at: u64, len: u64) -> Result<SmallVec<[Piece; 2]>, Stop>
         }
         done += part;
     }
-    Ok(pieces)
+    Ok(())
 }

@@ -55,7 +55,8 @@ fn gated() -> (Gated, Lane<Gated>) {
     let files = MemFiles::default();
     create(&files, IMAGE, &CreateOptions { virtual_size: 8 << 20, ..CreateOptions::default() });
     let io = Gated { files: files.clone(), issued: Rc::default(), allowed: Rc::default() };
-    let image = common::run(Image::open(&io, &files, Path::new(IMAGE), &OpenOptions::default())).unwrap();
+    let image =
+        common::run(Image::open(&io, &files, Path::new(IMAGE), &OpenOptions::default())).expect("opens");
     let lane = Lane::new(&image, io.clone(), 8);
     (io, lane)
 }

@@ -1,1 +1,33 @@
-//! Placeholder.
+//! A kit that holds the real device and the engine against QEMU's own tools.
+//!
+//! ```text
+//! qemu_img, qemu_io   the tools           fixture  an image made by them, with what it holds
+//! disk                what a test does    matrix   which images
+//! engine | device     who serves          journey  the way of an image through the suite
+//! sequence, content, mirror               seeded requests and what must come of them
+//! fio, fs, kill, refusals, shape          what else a device has to stand
+//! suite → report                          all cases, one line each
+//! ```
+//!
+//! The binary of this package runs everything on real devices; `cargo test` runs the matrix
+//! through the engine in one process, which needs no device.
+
+pub mod command;
+pub mod content;
+pub mod device;
+pub mod disk;
+pub mod engine;
+pub mod fio;
+pub mod fixture;
+pub mod fs;
+pub mod journey;
+pub mod kill;
+pub mod matrix;
+pub mod mirror;
+pub mod qemu_img;
+pub mod qemu_io;
+pub mod refusals;
+pub mod report;
+pub mod sequence;
+pub mod shape;
+pub mod suite;

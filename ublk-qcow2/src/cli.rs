@@ -1,6 +1,9 @@
 //! The command line: what can be asked for, checked as far as it can be without doing anything.
 
-use crate::device::MAX_DEPTH;
+use crate::{
+    commands::{check::CheckArgs, create::CreateArgs, info::InfoArgs, io::IoArgs, resize::ResizeArgs},
+    device::MAX_DEPTH,
+};
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
@@ -22,6 +25,14 @@ pub(crate) enum Command {
     List(ListArgs),
     /// Show what this kernel's ublk driver offers.
     Features,
+    /// Make a new image.
+    Create(CreateArgs),
+    /// Show what an image says of itself; its backing file is not opened.
+    Info(InfoArgs),
+    Check(CheckArgs),
+    /// Make the virtual disk of an image larger.
+    Resize(ResizeArgs),
+    Io(IoArgs),
 }
 
 #[derive(Debug, Args)]
@@ -40,6 +51,9 @@ pub(crate) struct AddArgs {
     /// Never change the image; the device is read-only.
     #[arg(long)]
     pub(crate) read_only: bool,
+    /// Attach even if somebody writes to the image; what is read may then be torn.
+    #[arg(short = 'U', long, requires = "read_only")]
+    pub(crate) force_share: bool,
     /// Memory for the image's metadata, in bytes or with a suffix K, M, G, T.
     #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = parse_size)]
     pub(crate) cache_size: u64,

@@ -20,7 +20,11 @@ use nix::{
 use qcow2_engine::{
     Format, Image, Lane, OpenOptions,
     exec::block_on,
-    io::{Files, files::Caching, uring::Uring},
+    io::{
+        Files,
+        files::{Caching, Locking},
+        uring::Uring,
+    },
 };
 use std::{
     fs::File,
@@ -53,6 +57,7 @@ pub(crate) struct Config {
     pub(crate) queues: u16,
     pub(crate) depth: u16,
     pub(crate) read_only: bool,
+    pub(crate) locking: Locking,
     pub(crate) cache_bytes: u64,
     pub(crate) caching: Caching,
     pub(crate) backing_format: Option<Format>,
@@ -104,7 +109,7 @@ pub(crate) fn run(
     let (to_events, events) = mpsc::channel();
     watch_signals(to_events.clone()).map_err(ServeError::SetUp)?;
     let control = Control::open()?;
-    let files = Arc::new(Files::new(config.caching));
+    let files = Arc::new(Files::with_locking(config.caching, config.locking));
     let image = open_image(config, &files)?;
     let shape = shape_of(&image, config)?;
 

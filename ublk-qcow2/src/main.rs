@@ -23,14 +23,20 @@ use std::process::ExitCode;
 fn main() -> ExitCode {
     let cli = Cli::parse();
     tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).with_ansi(false).init();
+    let success = |()| ExitCode::SUCCESS;
     let result = match &cli.command {
-        Command::Add(args) => commands::add::run(args),
-        Command::Del(args) => commands::del::run(args),
-        Command::List(args) => commands::list::run(args),
-        Command::Features => commands::features::run(),
+        Command::Add(args) => commands::add::run(args).map(success),
+        Command::Del(args) => commands::del::run(args).map(success),
+        Command::List(args) => commands::list::run(args).map(success),
+        Command::Features => commands::features::run().map(success),
+        Command::Create(args) => commands::create::run(args).map(success),
+        Command::Info(args) => commands::info::run(args).map(success),
+        Command::Resize(args) => commands::resize::run(args).map(success),
+        Command::Check(args) => commands::check::run(args),
+        Command::Io(args) => commands::io::run(args),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("ublk-qcow2: {error}");
             ExitCode::FAILURE

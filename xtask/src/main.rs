@@ -2,6 +2,7 @@
 
 mod apt;
 mod bench;
+mod crash;
 mod demo;
 mod dist;
 mod kernel;
@@ -34,6 +35,8 @@ enum Task {
     Test(test::Options),
     /// The full compatibility matrix on both kernels
     TestCompat(test_compat::Options),
+    /// Crash simulated workloads at every moment and judge what is left
+    Crash(crash::Options),
     /// Compare the speed of the engines in the virtual machine
     Bench(bench::Options),
     /// The release binary in a tarball
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::command(&options),
         Task::Test(options) => test::command(&options),
         Task::TestCompat(options) => test_compat::command(&options),
+        Task::Crash(options) => crash::command(&options),
         Task::Bench(options) => bench::command(&options),
         Task::Dist => dist::command().map(|()| ExitCode::SUCCESS),
         Task::Vm(options) => vm::command(&options),

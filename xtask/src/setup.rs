@@ -72,7 +72,7 @@ pub(crate) enum Kernels<'a> {
 }
 
 /// Options of `cargo xtask setup`.
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Default, clap::Args)]
 pub(crate) struct Options {
     /// Prepare the virtual machine even where the host has a usable ublk driver
     #[arg(long)]

@@ -110,6 +110,11 @@ impl Refcounts {
         })
     }
 
+    /// The number of the first block after which there is none.
+    pub(crate) fn blocks_end(&self) -> u64 {
+        self.table.iter().rposition(|&raw| raw != 0).map_or(0, |last| last as u64 + 1)
+    }
+
     /// Where a page lies in the file, if its block exists.
     pub(crate) fn page_at(&self, page: u64) -> Result<Option<u64>> {
         let block = self.block_at(page / self.pages_per_block())?;

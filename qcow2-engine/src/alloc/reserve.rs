@@ -136,6 +136,15 @@ impl<I: Io> Lane<I> {
         }
     }
 
+    /// Reserves exactly `count` clusters in a row, for a table.
+    pub(crate) async fn reserve_row(&self, count: u64) -> Result<Reservation<'_>> {
+        let image = self.image();
+        let run = image.meta.lock().next_row(count)?;
+        let reservation = Reservation { image, lane: self.number(), run, use_: Use::Written };
+        self.extend_file(&reservation.run).await?;
+        Ok(reservation)
+    }
+
     /// Finds, counts and allocates an extent, or as much of it as `max` asks for if the host has
     /// no room for a whole one.
     async fn find_extent(&self, max: u64) -> Result<Run> {

@@ -67,6 +67,27 @@ impl Meta {
         }
     }
 
+    /// Takes `count` clusters in a row, behind everything that is counted so far, and counts them. The
+    /// blocks that count them come first: a row may be longer than what one block counts.
+    pub(crate) fn next_row(&mut self, count: u64) -> Result<Run> {
+        let per_block = self.geometry.refcounts_per_block();
+        let cursor = self.space.cursor;
+        let blocks = count.div_ceil(per_block - 1);
+        let mut first = self.refcounts.blocks_end();
+        while first + blocks > self.refcounts.table_place().1 {
+            self.grow_refcount_table(self.refcounts.table_place().1 * per_block)?;
+            first = self.refcounts.blocks_end();
+        }
+        let base = first * per_block;
+        let row = base + blocks..base + blocks + count;
+        let fresh = self.claim(base..row.end)?;
+        (0..blocks).for_each(|index| self.add_refcount_block(first + index, base + index));
+        self.count_once(base..row.end);
+        // What was passed over is still free.
+        self.space.cursor = cursor;
+        Ok(Run { clusters: row, fresh })
+    }
+
     /// `by` refers to these clusters from now on: their counts, and what leads to their counts, go
     /// to disk first (R1).
     pub(crate) fn refer(&mut self, clusters: Range<u64>, by: Page) {

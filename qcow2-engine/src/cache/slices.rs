@@ -21,6 +21,8 @@ const ENTRIES: usize = SLICE_BYTES as usize / 8;
 /// The fewest slots that a cache has: enough that a request which needs two slices, on each of
 /// several queues, cannot starve.
 const MIN_SLOTS: usize = 64;
+/// Slots per layer, at the least: one look-up needs a slice of each layer at the same time.
+const MIN_SLOTS_PER_LAYER: usize = 4;
 
 /// Names a slice: the layer of the chain and the slice's number in guest order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -64,9 +66,9 @@ impl SliceKey {
 impl SliceCache {
     /// A cache of `bytes` for layers with the given numbers of slices.
     pub(crate) fn new(bytes: u64, slices_per_layer: &[u64]) -> Self {
-        let slots = usize::try_from(bytes / SLICE_BYTES)
-            .unwrap_or(usize::MAX)
-            .clamp(MIN_SLOTS, u32::MAX as usize - 1);
+        let least = MIN_SLOTS.max(MIN_SLOTS_PER_LAYER * slices_per_layer.len());
+        let slots =
+            usize::try_from(bytes / SLICE_BYTES).unwrap_or(usize::MAX).clamp(least, u32::MAX as usize - 1);
         Self {
             slots: (0..slots).map(|_| Slot::empty()).collect(),
             directories: slices_per_layer.iter().map(|&count| Directory::new(count)).collect(),

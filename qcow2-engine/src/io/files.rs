@@ -1,12 +1,22 @@
-//! The table of real files: opening, direct or buffered I/O, length.
+//! The table of real files: opening, QEMU's image locks, direct or buffered I/O, length.
 //!
 //! [`Files`] is shared by all serving threads; a [`FileId`] is an index into it, and an entry is
 //! never replaced or closed before the table itself goes. So a ring may keep a file's descriptor,
-//! or a registration of it, for as long as it holds the table. This module blocks (it is used
+//! or a registration of it, for as long as it holds the table. The table as a whole is one user of the
+//! files in it: opened twice, a file is not in its own way. This module blocks (it is used
 //! while an image is opened or closed) and knows nothing of rings or formats.
 
+mod locks;
+
+pub use locks::Locking;
+
 use super::{Access, FileId, Storage};
-use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use locks::Claim;
+use nix::{
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, fcntl},
+    unistd::{Whence, lseek},
+};
 use std::{
     ffi::CStr,
     fs::{File, OpenOptions},
@@ -38,6 +48,7 @@ pub enum Caching {
 #[derive(Debug)]
 pub struct Files {
     caching: Caching,
+    locking: Locking,
     table: RwLock<Vec<OpenFile>>,
 }
 
@@ -46,13 +57,30 @@ struct OpenFile {
     file: File,
     path: PathBuf,
     direct: bool,
+    /// Device and inode.
+    identity: (u64, u64),
+    /// The locks that this descriptor has; if the file is in the table twice, the first has them all.
+    claim: Claim,
+}
+
+impl Drop for OpenFile {
+    /// Nothing of a ring is under way: a ring holds the table until its operations have ended.
+    fn drop(&mut self) {
+        locks::release(&self.file, self.claim);
+    }
 }
 
 impl Files {
-    /// An empty table whose files will be opened with `caching`.
+    /// An empty table whose files will be opened with `caching`, and locked as QEMU does.
     #[must_use]
     pub fn new(caching: Caching) -> Self {
-        Self { caching, table: RwLock::new(Vec::new()) }
+        Self::with_locking(caching, Locking::default())
+    }
+
+    /// An empty table whose files will be opened with `caching` and locked as `locking` says.
+    #[must_use]
+    pub fn with_locking(caching: Caching, locking: Locking) -> Self {
+        Self { caching, locking, table: RwLock::new(Vec::new()) }
     }
 
     /// The file's descriptor. It stays open, and stays this file's, while `self` lives.
@@ -105,11 +133,19 @@ impl Files {
 
 impl Storage for Files {
     fn open(&self, path: &Path, access: Access) -> io::Result<FileId> {
+        let wanted = Claim::of(access, self.locking)?;
         let file = open_regular_or_block(path, access)?;
+        let metadata = file.metadata()?;
         let direct = set_up_caching(&file, path, self.caching)?;
+        let identity = (metadata.dev(), metadata.ino());
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let id = u32::try_from(table.len()).map_err(|_| io::Error::other("too many open files"))?;
-        table.push(OpenFile { file, path: path.to_owned(), direct });
+        let mut claim = Claim::default();
+        match table.iter_mut().find(|open| open.identity == identity) {
+            Some(first) => first.claim = locks::extend(&first.file, path, first.claim, wanted)?,
+            None => claim = locks::extend(&file, path, claim, wanted)?,
+        }
+        table.push(OpenFile { file, path: path.to_owned(), direct, identity, claim });
         Ok(FileId(id))
     }
 
@@ -117,6 +153,17 @@ impl Storage for Files {
         // Seeking gives the length of a file and the capacity of a block device alike. The shared
         // file position is of no consequence: every transfer names its offset.
         self.with(file, |open| (&open.file).seek(SeekFrom::End(0)))
+    }
+
+    fn is_hole(&self, file: FileId, at: u64, len: u64) -> bool {
+        let Ok(start) = i64::try_from(at) else { return false };
+        let next_data = self.with(file, |open| Ok(lseek(&open.file, start, Whence::SeekData)));
+        match next_data {
+            Ok(Ok(data)) => data.cast_unsigned() >= at.saturating_add(len),
+            // No data from here to the end of the file.
+            Ok(Err(Errno::ENXIO)) => true,
+            _ => false,
+        }
     }
 }
 
@@ -274,6 +321,23 @@ mod tests {
         let files = Files::new(Caching::Auto);
         let id = files.open(Path::new("/proc/self/stat"), Access::ReadOnly).unwrap();
         assert!(!files.is_direct(id).unwrap());
+    }
+
+    #[test]
+    fn holes_are_known_where_the_file_system_tells() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("sparse");
+        let file = File::create(&path).unwrap();
+        file.set_len(64 << 20).unwrap();
+        file.write_all_at(&[1; 4096], 32 << 20).unwrap();
+        let files = Files::new(Caching::Buffered);
+        let id = files.open(&path, Access::ReadOnly).unwrap();
+        assert!(!files.is_hole(id, 0, 64 << 20));
+        assert!(!files.is_hole(id, (32 << 20) - 1, 2));
+        // A file system that does not tell calls nothing a hole, which is right, too.
+        if files.is_hole(id, 0, 1 << 20) {
+            assert!(files.is_hole(id, 48 << 20, u64::MAX));
+        }
     }
 
     #[test]

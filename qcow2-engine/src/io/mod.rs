@@ -46,6 +46,12 @@ pub trait Storage: Send + Sync {
     /// # Errors
     /// The operating system's.
     fn len(&self, file: FileId) -> io::Result<u64>;
+
+    /// Whether the range is known to be a hole, and so to read as zeros. False is always right; it
+    /// may cost reading what is not there.
+    fn is_hole(&self, _file: FileId, _at: u64, _len: u64) -> bool {
+        false
+    }
 }
 
 /// Asynchronous file operations of one thread. Offsets and lengths are bytes; when the file is

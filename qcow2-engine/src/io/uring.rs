@@ -538,6 +538,8 @@ impl Uring {
                 tracing::error!(in_flight = self.in_flight(), "leaking the memory of I/O that does not end");
                 self.0.slots.borrow_mut().leak();
                 std::mem::forget(self.0.kick_buf.clone());
+                // What may still be written must not lose its image locks.
+                std::mem::forget(Arc::clone(&self.0.files));
                 return;
             }
             self.reap();

@@ -166,6 +166,11 @@ mod tests {
     }
 
     #[test]
+    fn r2_moved_l1_before_header() {
+        assert_eq!(waves(&[Rule::moved_l1_before_header()], &[]), [vec![], vec![Page::Header]]);
+    }
+
+    #[test]
     fn r3_payload_before_mapping() {
         assert_eq!(waves(&[Rule::payload_before_mapping(SLICE)], &[]), [vec![], vec![SLICE]]);
     }

@@ -89,6 +89,11 @@ impl Rule {
         Self { name: RuleName::TableBeforeHeader, before: Before::Page(table), page: Page::Header }
     }
 
+    /// R2. The header is about to name an L1 table that was written, as a whole, before now.
+    pub(crate) fn moved_l1_before_header() -> Self {
+        Self { name: RuleName::TableBeforeHeader, before: Before::Payload, page: Page::Header }
+    }
+
     /// R3. `mapping` publishes a cluster whose bytes were written before now.
     pub(crate) fn payload_before_mapping(mapping: Page) -> Self {
         Self { name: RuleName::PayloadBeforeMapping, before: Before::Payload, page: mapping }

@@ -75,7 +75,15 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
             .collect::<Vec<_>>()
     };
     let mut fault = None;
-    let lanes = match rng.below(8) {
+    let lanes = match rng.below(9) {
+        // Overwrites of clusters that another lane discards, gives back and reuses.
+        8 => {
+            let overwrite = (0..4).map(|_| Request::Write(6 + rng.below(4) as usize, 2)).collect();
+            let mut churn = vec![Request::Discard(4, 10), Request::Flush, Request::Maintain];
+            churn.extend((0..4).map(|_| Request::Write(20 + 40 * rng.below(8) as usize, 20)));
+            churn.push(Request::Flush);
+            vec![overwrite, churn]
+        }
         0..=2 => vec![short(&mut rng)],
         // The same requests, all at the same time.
         3 => short(&mut rng).into_iter().map(|request| vec![request]).collect(),

@@ -76,6 +76,8 @@ struct Life<'a> {
     /// The last state that was judged: the disk's version and the model's time.
     judged: (u64, u64),
     memo: oracle::Memo,
+    /// Whether one operation at a time is held back: a late write lands when everything has moved on.
+    starves: bool,
 }
 
 /// Simulates a case.
@@ -98,6 +100,7 @@ pub fn simulate(fixture: &Fixture, case: &Case, totals: &mut Totals) -> Result<(
         totals,
         judged: (u64::MAX, 0),
         memo: oracle::Memo::default(),
+        starves: case.seed.is_multiple_of(3),
     };
     life.totals.workloads += 1;
     let image = match life.open(&names) {
@@ -220,6 +223,9 @@ impl Life<'_> {
                     return Ok(());
                 }
                 0 => return Err(format!("{} requests hang", tasks.len())),
+                1 => self.disk.complete(0),
+                // The oldest operation is left behind for as long as there are others.
+                waiting if self.starves => self.disk.complete(1 + self.rng.below(waiting - 1) as usize),
                 waiting => self.disk.complete(self.rng.below(waiting) as usize),
             };
             self.totals.operations += 1;

@@ -51,6 +51,7 @@ fn config(args: &AddArgs) -> Result<Config, CommandError> {
         queues: args.queues,
         depth: args.depth,
         read_only: args.read_only,
+        locking: super::image::locking(args.force_share),
         cache_bytes: args.cache_size,
         backing_format: args.backing_format,
         caching: match args.io {

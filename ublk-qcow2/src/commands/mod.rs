@@ -1,12 +1,17 @@
 //! One module per subcommand.
 
 pub(crate) mod add;
+pub(crate) mod check;
+pub(crate) mod create;
 pub(crate) mod del;
 pub(crate) mod features;
+mod image;
+pub(crate) mod info;
+pub(crate) mod io;
 pub(crate) mod list;
+pub(crate) mod resize;
 
 use crate::{control::ControlError, daemon::ServeError, runfile::RunFileError};
-use std::io;
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -21,9 +26,9 @@ pub(crate) enum CommandError {
     #[error("{0}")]
     Server(String),
     #[error("cannot go into the background: {0}")]
-    Background(io::Error),
+    Background(std::io::Error),
     #[error("{path}: {source}")]
-    Path { path: String, source: io::Error },
+    Path { path: String, source: std::io::Error },
     #[error("there is no device {0}")]
     NoDevice(u32),
     #[error(
@@ -31,7 +36,7 @@ pub(crate) enum CommandError {
     )]
     Claimed { id: u32, pid: i32 },
     #[error("cannot signal the server of device {id} (process {pid}): {source}")]
-    Signal { id: u32, pid: i32, source: io::Error },
+    Signal { id: u32, pid: i32, source: std::io::Error },
     #[error(
         "the server of device {id} (process {pid}) has not ended within {seconds} s; it may still be writing back"
     )]
@@ -40,6 +45,13 @@ pub(crate) enum CommandError {
     Unclean { id: u32, error: String },
     #[error("{0} devices could not be detached")]
     Several(usize),
+    #[error(transparent)]
+    Engine(#[from] qcow2_engine::Error),
+    #[error("cannot use io_uring: {0}")]
+    Ring(std::io::Error),
+    /// Arguments that make no sense together.
+    #[error("{0}")]
+    Usage(String),
     #[error("cannot print: {0}")]
-    Print(#[from] io::Error),
+    Print(#[from] std::io::Error),
 }

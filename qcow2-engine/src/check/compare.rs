@@ -1,0 +1,116 @@
+//! The counts on disk against the references that there are.
+
+use super::{
+    counts::CHUNK,
+    findings::{Finding, Owner, Problem, Remedy, Severity},
+    survey::Survey,
+};
+use crate::{inspect::ImageFile, io::Io};
+use qcow2_format::{Geometry, refcount};
+use std::{
+    collections::{BTreeSet, HashSet},
+    ops::Range,
+};
+
+/// The clusters of a refcount block whose count or references are not 0, a chunk at a time: what is
+/// empty on both sides costs next to nothing.
+pub(super) fn chunks_in_use<'a>(
+    survey: &'a Survey,
+    index: u64,
+    block: &'a [u8],
+) -> impl Iterator<Item = Range<u64>> + use<'a> {
+    let geometry = *survey.geometry();
+    let first = index * geometry.refcounts_per_block() / CHUNK;
+    let chunk_bytes = (CHUNK as usize) << geometry.refcount_order >> 3;
+    (first..)
+        .zip(block.chunks(chunk_bytes))
+        .filter(|(chunk, bytes)| survey.refs.has_chunk(*chunk) || bytes.iter().any(|byte| *byte != 0))
+        .map(|(chunk, _)| chunk * CHUNK..(chunk + 1) * CHUNK)
+}
+
+impl Survey {
+    /// Indices of the refcount blocks that count clusters with references.
+    pub(super) fn blocks_in_use(&self) -> BTreeSet<u64> {
+        let block_of = |chunk| self.geometry().refcount_table_index(chunk * CHUNK);
+        self.refs.chunks().into_iter().map(block_of).collect()
+    }
+
+    pub(super) async fn compare(&mut self, file: &ImageFile<'_, impl Io>) {
+        let geometry = *self.geometry();
+        let blocks = self.refcounts.blocks.clone();
+        let mut holes = HashSet::new();
+        let mut last = None;
+        for (&index, &at) in &blocks {
+            let block = match file.read_cluster(at).await {
+                Ok(Some(block)) => block,
+                Ok(None) => {
+                    holes.insert(index);
+                    continue;
+                }
+                Err(error) => {
+                    self.findings.structure(Owner::RefcountBlock, at, error);
+                    continue;
+                }
+            };
+            let ranges: Vec<_> = chunks_in_use(self, index, &block).collect();
+            for cluster in ranges.into_iter().flatten() {
+                let at = geometry.refcount_block_index(cluster) as usize;
+                self.compare_one(cluster, refcount::get(&block, geometry.refcount_order, at), &mut last);
+            }
+        }
+        for chunk in self.refs.chunks() {
+            let first = chunk * CHUNK;
+            if self.refcounts.has_block(first) && !holes.contains(&geometry.refcount_table_index(first)) {
+                continue;
+            }
+            self.uncounted(first..first + CHUNK, &mut last);
+        }
+        self.statistics.image_end_offset = last.map_or(0, |last: u64| (last + 1) << geometry.cluster_bits);
+    }
+
+    /// Clusters whose counts are all 0, because their block is a hole, or because they have none.
+    fn uncounted(&mut self, clusters: Range<u64>, last: &mut Option<u64>) {
+        let has_block = self.refcounts.has_block(clusters.start);
+        for cluster in clusters {
+            if self.refs.get(cluster) > 0 {
+                self.needs_rebuild |= !has_block;
+                self.compare_one(cluster, 0, last);
+            }
+        }
+    }
+
+    fn compare_one(&mut self, cluster: u64, count: u64, last: &mut Option<u64>) {
+        let geometry = *self.geometry();
+        let references = self.refs.get(cluster);
+        if count == 0 && references == 0 {
+            return;
+        }
+        if cluster < geometry.clusters_for(self.rules.file_len) {
+            *last = (*last).max(Some(cluster));
+        }
+        if count == references {
+            return;
+        }
+        let severity = if count > references { Severity::Leak } else { Severity::Corruption };
+        let remedy = self.remedy(&geometry, severity, references);
+        let at = cluster.saturating_mul(geometry.cluster_size());
+        let table = Owner::RefcountBlock;
+        self.findings.push(Finding {
+            severity,
+            table,
+            at,
+            problem: Problem::Refcount { count, references },
+            remedy,
+        });
+    }
+
+    fn remedy(&self, geometry: &Geometry, severity: Severity, references: u64) -> Remedy {
+        match severity {
+            Severity::Leak if self.hides_references => Remedy::None("other damage may hide references to it"),
+            Severity::Leak if self.lost_tables => Remedy::WithAll("lower the refcount"),
+            Severity::Leak => Remedy::WithLeaks("lower the refcount"),
+            _ if references > geometry.refcount_max() => Remedy::None("the refcounts are too narrow for it"),
+            _ => Remedy::WithAll("raise the refcount"),
+        }
+    }
+}

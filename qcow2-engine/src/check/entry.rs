@@ -1,0 +1,263 @@
+//! One entry of an L1 or L2 table, judged: what it refers to, what is wrong with it, and what it
+//! should be instead. Pure functions on values; the survey reports by them and the repair writes by
+//! them, so that both always agree.
+//!
+//! Damage does not hide references more than it must: an entry with reserved bits still refers to
+//! its cluster, as it does for QEMU. But it is not repaired: a table with such an entry may be no
+//! table at all, and what is written over it may be somebody's data.
+
+use qcow2_format::{
+    CompressedRange, Corruption, ExtendedEntry, Geometry, L1Entry, Mapping, Version,
+    error::EntryKind,
+    geometry::TABLE_ENTRY_BYTES,
+    l2::{COMPRESSED, COPIED, OFFSET, RESERVED, ZERO},
+};
+
+/// What an image's header says that matters to its entries.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rules {
+    pub(super) geometry: Geometry,
+    pub(super) has_data_file: bool,
+    pub(super) has_backing: bool,
+    pub(super) file_len: u64,
+}
+
+/// An L2 entry: one word, or two with subclusters (0 otherwise).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Slot {
+    pub(super) entry: u64,
+    pub(super) bitmap: u64,
+}
+
+/// What an L2 entry refers to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Target {
+    Nothing,
+    Cluster {
+        host: u64,
+        copied: bool,
+    },
+    Compressed(CompressedRange),
+    /// A cluster of the external data file.
+    External {
+        copied: bool,
+    },
+    /// It refers to something, but nobody can tell what.
+    Unknown,
+}
+
+/// A judged L2 entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Judged {
+    pub(super) target: Target,
+    pub(super) damage: Option<Corruption>,
+    /// What a repair makes of a damaged entry; without it, it has to stay.
+    pub(super) repaired: Option<Slot>,
+}
+
+/// A judged L1 entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct JudgedL1 {
+    /// Offset of the L2 table and the copied flag.
+    pub(super) table: Option<(u64, bool)>,
+    pub(super) damage: Option<Corruption>,
+    pub(super) repaired: Option<u64>,
+}
+
+impl Rules {
+    /// Bytes of an L2 entry.
+    pub(super) fn slot_bytes(&self) -> u64 {
+        self.geometry.l2_entry_bytes()
+    }
+
+    /// Whether a range ends so far behind the end of the file that it cannot be the file's last,
+    /// half-written cluster. QEMU draws the line at the same place.
+    pub(super) fn is_beyond_file(&self, at: u64, len: u64) -> bool {
+        at.saturating_add(len) >= self.file_len.saturating_add(self.geometry.cluster_size())
+    }
+
+    pub(super) fn judge_l1(&self, raw: u64) -> JudgedL1 {
+        let table = |entry| match entry {
+            L1Entry::Unallocated => None,
+            L1Entry::Table { offset, copied } => Some((offset.0, copied)),
+        };
+        let decode = |raw| L1Entry::decode(raw, &self.geometry);
+        let damage = match decode(raw) {
+            Ok(entry) => return JudgedL1 { table: table(entry), damage: None, repaired: None },
+            Err(damage) => damage,
+        };
+        let repaired = match damage {
+            Corruption::CopiedWithoutOffset { .. } => Some(0),
+            _ => None,
+        };
+        let read_as = repaired.unwrap_or(raw & (COPIED | OFFSET));
+        JudgedL1 { table: decode(read_as).ok().and_then(table), damage: Some(damage), repaired }
+    }
+
+    pub(super) fn judge(&self, slot: Slot) -> Judged {
+        match self.target(slot) {
+            Ok(target) => Judged { target, damage: None, repaired: None },
+            Err(damage) => {
+                let repaired = self.repaired(slot, damage);
+                let read_as = repaired.unwrap_or_else(|| self.read_leniently(slot, damage));
+                let target = self.target(read_as).unwrap_or(Target::Unknown);
+                Judged { target, damage: Some(damage), repaired }
+            }
+        }
+    }
+
+    /// The entry that reads as zeros, in place of one whose cluster does not exist. `None` where the
+    /// format cannot say it.
+    pub(super) fn without_cluster(&self, slot: Slot) -> Option<Slot> {
+        if self.geometry.extended_l2 {
+            let (allocated, zero) = (slot.bitmap & u64::from(u32::MAX), slot.bitmap >> 32);
+            let zero = if slot.entry & COMPRESSED != 0 { u64::from(u32::MAX) } else { zero | allocated };
+            return Some(Slot { entry: 0, bitmap: zero << 32 });
+        }
+        match self.geometry.version {
+            Version::V3 => Some(Slot { entry: ZERO, bitmap: 0 }),
+            Version::V2 if !self.has_backing => Some(Slot { entry: 0, bitmap: 0 }),
+            Version::V2 => None,
+        }
+    }
+
+    /// What an entry without damage refers to.
+    fn target(&self, slot: Slot) -> Result<Target, Corruption> {
+        let Slot { entry, bitmap } = slot;
+        // "The offset may only be 0 with bit 63 set (indicating a host cluster offset of 0) when an
+        // external data file is used."
+        if self.has_data_file && entry & !ZERO == COPIED {
+            return Ok(Target::External { copied: true });
+        }
+        let mapping = if self.geometry.extended_l2 {
+            match ExtendedEntry::decode(entry, bitmap, &self.geometry)? {
+                ExtendedEntry::Compressed(range) => Mapping::Compressed(range),
+                ExtendedEntry::Standard { host: None, .. } => Mapping::Unallocated,
+                ExtendedEntry::Standard { host: Some(host), copied, .. } => Mapping::Data { host, copied },
+            }
+        } else {
+            Mapping::decode(entry, &self.geometry)?
+        };
+        Ok(match mapping {
+            Mapping::Unallocated | Mapping::Zero { host: None, .. } => Target::Nothing,
+            Mapping::Compressed(range) => Target::Compressed(range),
+            Mapping::Data { copied, .. } | Mapping::Zero { copied, .. } if self.has_data_file => {
+                Target::External { copied }
+            }
+            Mapping::Data { host, copied } | Mapping::Zero { host: Some(host), copied } => {
+                Target::Cluster { host: host.0, copied }
+            }
+        })
+    }
+
+    /// What a repair makes of a damaged entry: only what does not change a byte of what the entry
+    /// can be read as.
+    fn repaired(&self, slot: Slot, damage: Corruption) -> Option<Slot> {
+        let with = |entry| Some(Slot { entry, ..slot });
+        let candidate = match damage {
+            Corruption::CopiedWithoutOffset { .. } | Corruption::CompressedCopied { .. } => {
+                with(slot.entry & !COPIED)
+            }
+            // It reads as zeros, wherever its cluster is.
+            Corruption::Misaligned { entry: EntryKind::L2, .. } if slot.entry & ZERO != 0 => with(ZERO),
+            _ => None,
+        };
+        candidate.filter(|&slot| self.target(slot).is_ok())
+    }
+
+    /// The entry without what is wrong with it, to find the cluster that it may refer to.
+    fn read_leniently(&self, slot: Slot, damage: Corruption) -> Slot {
+        match damage {
+            Corruption::ReservedBits { .. } if slot.entry & COMPRESSED == 0 => {
+                let zero = if self.geometry.extended_l2 { ZERO } else { 0 };
+                Slot { entry: slot.entry & !(RESERVED | zero), ..slot }
+            }
+            Corruption::ZeroFlagInVersion2 { .. } => Slot { entry: slot.entry & !ZERO, ..slot },
+            // Over the header: a reference to nothing that could be lost.
+            Corruption::CompressedInHeader { .. } => Slot { entry: 0, bitmap: 0 },
+            Corruption::CompressedBitmap { .. }
+            | Corruption::SubclusterAllocatedAndZero { .. }
+            | Corruption::SubclusterWithoutHost { .. } => Slot { bitmap: 0, ..slot },
+            _ => slot,
+        }
+    }
+}
+
+/// The entries of an L2 table.
+pub(super) fn slots<'a>(table: &'a [u8], rules: &Rules) -> impl Iterator<Item = Slot> + use<'a> {
+    let bytes = rules.slot_bytes() as usize;
+    table.chunks_exact(bytes).map(|slot| Slot { entry: word(slot, 0), bitmap: word(slot, 1) })
+}
+
+/// Writes an entry into the bytes of its table.
+pub(super) fn put_slot(table: &mut [u8], rules: &Rules, index: usize, slot: Slot) {
+    let at = index * rules.slot_bytes() as usize;
+    table[at..at + 8].copy_from_slice(&slot.entry.to_be_bytes());
+    if rules.geometry.extended_l2 {
+        table[at + 8..at + 16].copy_from_slice(&slot.bitmap.to_be_bytes());
+    }
+}
+
+fn word(bytes: &[u8], index: usize) -> u64 {
+    let at = index * TABLE_ENTRY_BYTES as usize;
+    bytes.get(at..).and_then(|bytes| bytes.first_chunk()).map_or(0, |word| u64::from_be_bytes(*word))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn rules() -> Rules {
+        let geometry = Geometry {
+            version: Version::V3,
+            cluster_bits: 16,
+            refcount_order: 4,
+            extended_l2: false,
+            virtual_size: 1 << 30,
+        };
+        Rules { geometry, has_data_file: false, has_backing: false, file_len: 10 << 16 }
+    }
+
+    fn slot(entry: u64) -> Slot {
+        Slot { entry, bitmap: 0 }
+    }
+
+    #[test]
+    fn damage_that_can_be_read_past_is_repaired_without_changing_the_content() {
+        let rules = rules();
+        for (entry, repaired) in [
+            (COPIED, Some(0)),
+            (COPIED | ZERO, Some(ZERO)),
+            (1 << 57 | COPIED | 0x5_0000, None),
+            (0x5_0200 | ZERO, Some(ZERO)),
+            (0x5_0200, None),
+            (COMPRESSED | COPIED | 0x5_0000, Some(COMPRESSED | 0x5_0000)),
+        ] {
+            let judged = rules.judge(slot(entry));
+            assert!(judged.damage.is_some(), "{entry:#x}");
+            assert_eq!(judged.repaired, repaired.map(slot), "{entry:#x}");
+        }
+        assert_eq!(rules.judge(slot(0x5_0200)).target, Target::Unknown);
+        let reserved = rules.judge(slot(1 << 57 | COPIED | 0x5_0000));
+        assert_eq!(reserved.target, Target::Cluster { host: 0x5_0000, copied: true });
+        assert_eq!(rules.judge_l1(COPIED).repaired, Some(0));
+        assert_eq!(rules.judge_l1(0x5_0200).repaired, None);
+        assert_eq!(rules.judge_l1(0x5_0001).table, Some((0x5_0000, false)));
+    }
+
+    #[test]
+    fn a_data_file_has_a_cluster_at_offset_0() {
+        let rules = Rules { has_data_file: true, ..rules() };
+        assert_eq!(rules.judge(slot(COPIED)).target, Target::External { copied: true });
+        assert_eq!(rules.judge(slot(0x5_0000)).target, Target::External { copied: false });
+        assert_eq!(rules.judge(slot(ZERO)).target, Target::Nothing);
+    }
+
+    #[test]
+    fn the_last_cluster_may_be_cut_off() {
+        let rules = Rules { file_len: (10 << 16) - 1, ..rules() };
+        assert!(!rules.is_beyond_file(9 << 16, 1 << 16));
+        assert!(rules.is_beyond_file(10 << 16, 1 << 16));
+        assert!(rules.is_beyond_file(u64::MAX - 5, 10));
+    }
+}

@@ -1,0 +1,256 @@
+//! Repair, in an order in which a crash at any moment leaves the image no worse than it was.
+//!
+//! ```text
+//! entries that cannot be right are cleared → counts are raised, or rebuilt → copied flags that are
+//! wrong are removed → counts are lowered → copied flags that are missing are set
+//! ```
+//!
+//! with an fdatasync at each arrow. A count is never below the number of references at any of them
+//! where it was not before, and a copied flag is set only where the count has durably become 1.
+
+use super::{
+    compare::chunks_in_use,
+    entry::{Slot, Target, put_slot, slots},
+    findings::Owner,
+    rebuild,
+    refcounts::Refcounts,
+    survey::{L1Table, Survey},
+};
+use crate::{
+    error::Result,
+    inspect::{ImageFile, SECTOR},
+    io::Io,
+};
+use qcow2_format::{geometry::TABLE_ENTRY_BYTES, l1, l2, refcount};
+use std::collections::HashSet;
+
+/// How far a repair goes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Repair {
+    /// Nothing is changed.
+    #[default]
+    None,
+    /// Leaked clusters are freed.
+    Leaks,
+    /// Whatever can be repaired without guessing.
+    All,
+}
+
+/// Which way refcounts are changed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Direction {
+    Raise,
+    Lower,
+}
+
+/// What is changed in L1 and L2 tables.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pass {
+    /// Damaged entries are corrected, those beyond the file cleared.
+    Entries,
+    /// Copied flags are removed where the count is not 1.
+    UnsetCopied,
+    /// Copied flags are set where the count is 1.
+    SetCopied,
+}
+
+/// Repairs what `survey` has found. Returns what could not be done, in words.
+pub(super) async fn run(
+    file: &mut ImageFile<'_, impl Io>,
+    mut survey: Survey,
+    repair: Repair,
+) -> Result<Vec<&'static str>> {
+    let mut refused = Vec::new();
+    if repair == Repair::All && !survey.doubtful.is_empty() {
+        refused.push("L2 tables with entries that make no sense, or that overlap data, are left as they are");
+    }
+    let had_corruptions = survey.findings.corruptions > 0;
+    if repair == Repair::All && had_corruptions {
+        edit_tables(file, &mut survey, Pass::Entries).await?;
+        file.sync().await?;
+        adjust_counts(file, &survey, Direction::Raise).await?;
+        file.sync().await?;
+        if survey.needs_rebuild {
+            refused.extend(rebuild::run(file, &mut survey).await?);
+        }
+        survey.forget_counts();
+        edit_tables(file, &mut survey, Pass::UnsetCopied).await?;
+        file.sync().await?;
+    }
+    let may_lower = match repair {
+        Repair::All => !survey.hides_references,
+        _ => !survey.hides_references && !survey.lost_tables,
+    };
+    if may_lower {
+        adjust_counts(file, &survey, Direction::Lower).await?;
+        file.sync().await?;
+    } else if survey.findings.leaks > 0 {
+        refused.push("leaked clusters are kept: damaged tables may hide references to them");
+    }
+    // Without corruptions every flag agreed with its count before the counts were lowered.
+    if repair == Repair::All || (!had_corruptions && survey.findings.leaks > 0) {
+        survey.forget_counts();
+        edit_tables(file, &mut survey, Pass::SetCopied).await?;
+        file.sync().await?;
+    }
+    Ok(refused)
+}
+
+impl Survey {
+    /// The counts on disk have changed.
+    fn forget_counts(&mut self) {
+        let blocks = std::mem::take(&mut self.refcounts.blocks);
+        self.refcounts = Refcounts::new(self.rules.geometry, blocks);
+    }
+}
+
+/// Makes the counts agree with the references, in one direction.
+async fn adjust_counts(file: &ImageFile<'_, impl Io>, survey: &Survey, direction: Direction) -> Result<()> {
+    let geometry = *survey.geometry();
+    let order = geometry.refcount_order;
+    let referred = survey.blocks_in_use();
+    for (&index, &at) in &survey.refcounts.blocks {
+        if direction == Direction::Raise && !referred.contains(&index) {
+            continue;
+        }
+        let old = match file.read_cluster(at).await {
+            Ok(Some(block)) => block,
+            Ok(None) if direction == Direction::Raise => vec![0; geometry.cluster_size() as usize],
+            // There is nothing to lower; what could not be read was reported, and stays.
+            Ok(None) | Err(_) => continue,
+        };
+        let mut new = old.clone();
+        for cluster in chunks_in_use(survey, index, &old).flatten() {
+            let in_block = geometry.refcount_block_index(cluster) as usize;
+            let count = refcount::get(&old, order, in_block);
+            let wanted = survey.refs.get(cluster).min(geometry.refcount_max());
+            let changes = match direction {
+                Direction::Raise => count < wanted,
+                Direction::Lower => count > wanted,
+            };
+            if changes {
+                refcount::set(&mut new, order, in_block, wanted);
+            }
+        }
+        file.write_changes(at, &old, &new).await?;
+    }
+    Ok(())
+}
+
+/// Goes over all L1 and L2 tables that the survey has walked, and corrects entries.
+async fn edit_tables(file: &ImageFile<'_, impl Io>, survey: &mut Survey, pass: Pass) -> Result<()> {
+    let mut edited = HashSet::new();
+    for l1 in survey.l1_tables.clone() {
+        if pass != Pass::Entries && l1.owner != Owner::ActiveL1 {
+            continue;
+        }
+        let len = (l1.entries * TABLE_ENTRY_BYTES).next_multiple_of(SECTOR);
+        let Ok(old) = file.read(l1.at, len).await else { continue };
+        let mut new = old.clone();
+        for entry in new.chunks_exact_mut(8).take(l1.entries as usize) {
+            let raw = u64::from_be_bytes((&*entry).try_into().unwrap_or_default());
+            let (changed, table) = edit_l1_entry(file, survey, pass, raw).await?;
+            entry.copy_from_slice(&changed.to_be_bytes());
+            if let Some(table) = table.filter(|&table| survey.is_l2_table(table) && edited.insert(table)) {
+                edit_l2_table(file, survey, pass, &l1, table).await?;
+            }
+        }
+        file.write_changes(l1.at, &old, &new).await?;
+    }
+    Ok(())
+}
+
+impl Survey {
+    /// Whether an L2 table is that and nothing else, as far as can be known.
+    fn is_l2_table(&self, host: u64) -> bool {
+        let cluster = host >> self.geometry().cluster_bits;
+        Owner::metadata(self.owners.get(cluster)) == Some(Owner::L2) && !self.doubtful.contains(&host)
+    }
+
+    /// Whether the copied flag of an entry that names `host` has to change.
+    async fn flag_changes(
+        &mut self,
+        file: &ImageFile<'_, impl Io>,
+        pass: Pass,
+        host: u64,
+        copied: bool,
+    ) -> Result<bool> {
+        let is_candidate = match pass {
+            Pass::Entries => false,
+            Pass::UnsetCopied => copied,
+            Pass::SetCopied => !copied,
+        };
+        if !is_candidate {
+            return Ok(false);
+        }
+        let count = self.refcounts.get(file, host >> self.rules.geometry.cluster_bits).await?;
+        Ok(copied != (count == 1))
+    }
+}
+
+/// The entry as it should be, and the L2 table that it names.
+async fn edit_l1_entry(
+    file: &ImageFile<'_, impl Io>,
+    survey: &mut Survey,
+    pass: Pass,
+    raw: u64,
+) -> Result<(u64, Option<u64>)> {
+    let judged = survey.rules.judge_l1(raw);
+    let kept = if pass == Pass::Entries { judged.repaired.unwrap_or(raw) } else { raw };
+    let Some((host, copied)) = judged.table else { return Ok((kept, None)) };
+    if survey.rules.is_beyond_file(host, survey.geometry().cluster_size()) {
+        return Ok((if pass == Pass::Entries { 0 } else { kept }, None));
+    }
+    let flag = if survey.flag_changes(file, pass, host, copied).await? { l1::COPIED } else { 0 };
+    Ok((kept ^ flag, Some(host)))
+}
+
+async fn edit_l2_table(
+    file: &ImageFile<'_, impl Io>,
+    survey: &mut Survey,
+    pass: Pass,
+    l1: &L1Table,
+    table: u64,
+) -> Result<()> {
+    debug_assert!(pass == Pass::Entries || l1.owner == Owner::ActiveL1);
+    let rules = survey.rules;
+    let Ok(Some(old)) = file.read_cluster(table).await else { return Ok(()) };
+    let mut new = old.clone();
+    for (index, slot) in slots(&old, &rules).enumerate() {
+        if slot.entry == 0 && slot.bitmap == 0 {
+            continue;
+        }
+        let changed = match pass {
+            Pass::Entries => corrected(survey, slot),
+            _ => with_right_flag(file, survey, pass, slot).await?,
+        };
+        put_slot(&mut new, &rules, index, changed);
+    }
+    file.write_changes(table, &old, &new).await
+}
+
+fn corrected(survey: &Survey, slot: Slot) -> Slot {
+    let rules = &survey.rules;
+    let judged = rules.judge(slot);
+    let kept = judged.repaired.unwrap_or(slot);
+    let (host, len) = match judged.target {
+        Target::Cluster { host, .. } => (host, rules.geometry.cluster_size()),
+        Target::Compressed(range) => (range.offset, range.len),
+        Target::Nothing | Target::External { .. } | Target::Unknown => return kept,
+    };
+    if rules.is_beyond_file(host, len) { rules.without_cluster(slot).unwrap_or(kept) } else { kept }
+}
+
+async fn with_right_flag(
+    file: &ImageFile<'_, impl Io>,
+    survey: &mut Survey,
+    pass: Pass,
+    slot: Slot,
+) -> Result<Slot> {
+    let flips = match survey.rules.judge(slot).target {
+        Target::Cluster { host, copied } => survey.flag_changes(file, pass, host, copied).await?,
+        Target::External { copied } => pass == Pass::SetCopied && !copied,
+        _ => false,
+    };
+    Ok(Slot { entry: slot.entry ^ if flips { l2::COPIED } else { 0 }, ..slot })
+}

@@ -1,0 +1,243 @@
+//! The survey's walk over L1 and L2 tables.
+
+use super::{
+    entry::{Judged, Slot, Target, slots},
+    findings::{Owner, Problem, Remedy},
+    survey::{Claim, L1Table, Survey},
+};
+use crate::{error::Result, inspect::ImageFile, io::Io};
+use futures_util::future::join_all;
+use qcow2_format::geometry::TABLE_ENTRY_BYTES;
+
+/// Bytes of L2 tables that are read at a time.
+const BATCH_BYTES: u64 = 2 << 20;
+/// L2 tables that are read at a time, at most.
+const MAX_BATCH: usize = 64;
+
+/// Where an L2 table is walked.
+#[derive(Clone, Copy)]
+struct Walk {
+    table: u64,
+    /// L1 entries that lead to it.
+    references: u64,
+    /// It belongs to the active mapping, whose copied flags count.
+    is_active: bool,
+}
+
+impl Survey {
+    /// L1 entries: references to L2 tables.
+    pub(super) async fn l1_entries(&mut self, file: &ImageFile<'_, impl Io>) {
+        for l1 in self.l1_tables.clone() {
+            let entries = match file.read_entries(l1.at, l1.entries).await {
+                Ok(entries) => entries,
+                Err(error) => {
+                    self.unusable(l1.owner, l1.at, error);
+                    continue;
+                }
+            };
+            for (index, &raw) in (0..).zip(&entries) {
+                if raw != 0
+                    && let Err(error) = self.l1_entry(file, &l1, index, raw).await
+                {
+                    self.unusable(l1.owner, l1.at, error);
+                }
+            }
+        }
+    }
+
+    async fn l1_entry(
+        &mut self,
+        file: &ImageFile<'_, impl Io>,
+        l1: &L1Table,
+        index: u64,
+        raw: u64,
+    ) -> Result<()> {
+        let at = l1.at + index * TABLE_ENTRY_BYTES;
+        let judged = self.rules.judge_l1(raw);
+        if let Some(source) = judged.damage {
+            self.findings.corruption(
+                l1.owner,
+                at,
+                Problem::Entry(source),
+                entry_remedy(judged.repaired.is_some()),
+            );
+            self.hides_references |= judged.repaired.is_none();
+        }
+        let Some((host, copied)) = judged.table else { return Ok(()) };
+        let len = self.geometry().cluster_size();
+        let (holder, owner) = (l1.owner, Owner::L2);
+        if self.rules.is_beyond_file(host, len) {
+            let remedy = Remedy::WithAll("clear the entry");
+            self.findings.corruption(holder, at, Problem::BeyondFile { owner, host, len }, remedy);
+            self.lost_tables = true;
+            return Ok(());
+        }
+        if self.claim(Claim { holder, at, owner, host, len }, 1) {
+            self.tables.add(host >> self.geometry().cluster_bits, 1);
+        } else {
+            self.hides_references = true;
+        }
+        if l1.owner == Owner::ActiveL1 {
+            self.copied_flag(file, Owner::ActiveL1, at, host, copied).await?;
+        }
+        Ok(())
+    }
+
+    /// L2 tables, each once, those of the active mapping first and in guest order.
+    pub(super) async fn l2_tables(&mut self, file: &ImageFile<'_, impl Io>) {
+        let batch = ((BATCH_BYTES >> self.geometry().cluster_bits) as usize).clamp(1, MAX_BATCH);
+        for l1 in self.l1_tables.clone() {
+            // It was read before: a failure now has been reported as what it means, or is new.
+            let entries = match file.read_entries(l1.at, l1.entries).await {
+                Ok(entries) => entries,
+                Err(error) => {
+                    self.unusable(l1.owner, l1.at, error);
+                    continue;
+                }
+            };
+            let walks: Vec<_> = entries.iter().filter_map(|&raw| self.next_walk(&l1, raw)).collect();
+            for walks in walks.chunks(batch) {
+                let reads = walks.iter().map(|walk| file.read_cluster(walk.table));
+                let tables = join_all(reads).await;
+                for (walk, table) in walks.iter().zip(tables) {
+                    match table {
+                        Ok(Some(table)) => self.l2_table(file, *walk, &table).await,
+                        Ok(None) => {}
+                        Err(error) => self.unusable(Owner::L2, walk.table, error),
+                    }
+                }
+            }
+        }
+    }
+
+    /// The table that an L1 entry names, unless it has been walked or cannot be.
+    fn next_walk(&mut self, l1: &L1Table, raw: u64) -> Option<Walk> {
+        let (table, _) = self.rules.judge_l1(raw).table?;
+        let cluster = table >> self.geometry().cluster_bits;
+        let references = self.tables.get(cluster);
+        if references == 0 {
+            return None;
+        }
+        self.tables.set(cluster, 0);
+        Some(Walk { table, references, is_active: l1.owner == Owner::ActiveL1 })
+    }
+
+    async fn l2_table(&mut self, file: &ImageFile<'_, impl Io>, walk: Walk, table: &[u8]) {
+        let rules = self.rules;
+        let mut expected = None;
+        for (index, slot) in (0..).zip(slots(table, &rules)) {
+            if slot == (Slot { entry: 0, bitmap: 0 }) {
+                continue;
+            }
+            let at = walk.table + index * rules.slot_bytes();
+            let judged = rules.judge(slot);
+            if let Some(source) = judged.damage {
+                let remedy = entry_remedy(judged.repaired.is_some());
+                self.findings.corruption(Owner::L2, at, Problem::Entry(source), remedy);
+                if judged.repaired.is_none() {
+                    self.hides_references = true;
+                    self.doubtful.insert(walk.table);
+                }
+            }
+            if walk.is_active {
+                self.count_guest_cluster(&judged, &mut expected);
+            }
+            if let Err(error) = self.l2_entry(file, walk, at, slot, judged.target).await {
+                self.findings.structure(Owner::RefcountBlock, at, error);
+            }
+        }
+    }
+
+    async fn l2_entry(
+        &mut self,
+        file: &ImageFile<'_, impl Io>,
+        walk: Walk,
+        at: u64,
+        slot: Slot,
+        target: Target,
+    ) -> Result<()> {
+        let holder = Owner::L2;
+        let (owner, host, len) = match target {
+            Target::Nothing | Target::Unknown => return Ok(()),
+            Target::External { copied } => {
+                if walk.is_active && !copied {
+                    self.wrong_flag(holder, at, 0, 1, copied);
+                }
+                return Ok(());
+            }
+            Target::Compressed(_) if self.rules.has_data_file => {
+                let remedy = Remedy::None("such an image cannot have compressed clusters");
+                self.findings.corruption(holder, at, Problem::CompressedInDataFile, remedy);
+                return Ok(());
+            }
+            Target::Compressed(range) => (Owner::Compressed, range.offset, range.len),
+            Target::Cluster { host, .. } => (Owner::Data, host, self.geometry().cluster_size()),
+        };
+        if self.rules.is_beyond_file(host, len) {
+            let remedy = match self.rules.without_cluster(slot) {
+                Some(_) => Remedy::WithAll("make it read as zeros"),
+                None => Remedy::None("version 2 has no zero clusters, and the backing file would show"),
+            };
+            self.stuck_entries |= matches!(remedy, Remedy::None(_));
+            self.findings.corruption(holder, at, Problem::BeyondFile { owner, host, len }, remedy);
+            return Ok(());
+        }
+        self.claim(Claim { holder, at, owner, host, len }, walk.references);
+        match target {
+            Target::Cluster { host, copied } if walk.is_active => {
+                self.copied_flag(file, holder, at, host, copied).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// "Set to 1 only if the refcount is exactly one."
+    async fn copied_flag(
+        &mut self,
+        file: &ImageFile<'_, impl Io>,
+        table: Owner,
+        at: u64,
+        host: u64,
+        copied: bool,
+    ) -> Result<()> {
+        let count = self.refcounts.get(file, host >> self.rules.geometry.cluster_bits).await?;
+        if copied != (count == 1) {
+            self.wrong_flag(table, at, host, count, copied);
+        }
+        Ok(())
+    }
+
+    fn wrong_flag(&mut self, table: Owner, at: u64, host: u64, count: u64, is_set: bool) {
+        let remedy = Remedy::WithAll("correct the flag");
+        self.findings.corruption(table, at, Problem::CopiedFlag { host, count, is_set }, remedy);
+    }
+
+    /// Statistics, as QEMU makes them: a compressed cluster always counts as fragmented, and the
+    /// first cluster of an L2 table never does.
+    fn count_guest_cluster(&mut self, judged: &Judged, expected: &mut Option<u64>) {
+        let statistics = &mut self.statistics;
+        match judged.target {
+            Target::Compressed(_) => {
+                statistics.allocated_clusters += 1;
+                statistics.compressed_clusters += 1;
+                statistics.fragmented_clusters += 1;
+            }
+            Target::Cluster { host, .. } => {
+                statistics.allocated_clusters += 1;
+                statistics.fragmented_clusters +=
+                    u64::from(expected.is_some_and(|expected| expected != host));
+                *expected = Some(host + self.rules.geometry.cluster_size());
+            }
+            Target::External { .. } => statistics.allocated_clusters += 1,
+            Target::Nothing | Target::Unknown => {}
+        }
+    }
+}
+
+fn entry_remedy(is_repairable: bool) -> Remedy {
+    if is_repairable {
+        Remedy::WithAll("correct the entry")
+    } else {
+        Remedy::None("what it should be is not known")
+    }
+}

@@ -1,0 +1,118 @@
+//! Growing the virtual disk: a longer L1 table, then the header that names it.
+//!
+//! The new table is written to clusters of its own and the header changes in one sector, so a crash
+//! leaves the old size or the new one (R2). It is done on an image that nobody else uses; a served
+//! image would have to be paused first.
+
+use crate::{
+    error::{Error, Result},
+    image::Image,
+    io::{Buf, Io, Storage, exact},
+    lane::Lane,
+    layer::Layer,
+    open::OpenOptions,
+    order::rules::{Page, Rule},
+};
+use qcow2_format::{Geometry, Version, geometry::MAX_L1_BYTES, header};
+use std::{path::Path, sync::Arc, sync::atomic::Ordering};
+
+/// Grows the virtual disk of an image to `size` bytes, rounded up to a sector. The new part reads as
+/// zeros. Durable on return.
+///
+/// # Errors
+/// As for opening and writing; a smaller size, a size beyond the format's limits, a version 2 image
+/// with snapshots (which could not say how long they are), a backing file that reaches beyond the
+/// present end (and would show in the new part). The image then has its old size.
+pub async fn grow<I: Io>(io: I, storage: &(impl Storage + ?Sized), path: &Path, size: u64) -> Result<()> {
+    let image = Image::open(&io, storage, path, &OpenOptions::default()).await?;
+    let lane = Lane::new(&image, io, 1);
+    let outcome = lane.grow(size.next_multiple_of(512)).await;
+    // What was reserved goes back even if it failed.
+    outcome.and(lane.close().await)
+}
+
+impl<I: Io> Lane<I> {
+    async fn grow(&self, size: u64) -> Result<()> {
+        let image = self.image();
+        image.can_grow_to(size)?;
+        if size == image.virtual_size() {
+            return Ok(());
+        }
+        self.begin_mutation().await?;
+        let wanted = Geometry { virtual_size: size, ..*image.geometry() }.l1_entries();
+        let present = image.header_u32(header::L1_SIZE_OFFSET);
+        if wanted > u64::from(present) {
+            self.move_l1(wanted).await?;
+        }
+        {
+            let mut meta = image.meta.lock();
+            meta.header.set_u64(header::SIZE_OFFSET as usize, size);
+            meta.graph.require(Rule::moved_l1_before_header());
+        }
+        self.write_back().await
+    }
+
+    /// Writes a longer copy of the L1 table and has the header point to it.
+    async fn move_l1(&self, entries: u64) -> Result<()> {
+        let image = self.image();
+        let (geometry, layer) = (image.geometry(), image.top());
+        let bytes = (entries * 8).next_multiple_of(geometry.cluster_size());
+        let clusters = geometry.clusters_for(bytes);
+        let mut reservation = self.reserve_row(clusters).await?;
+        let table = Buf::zeroed(bytes as usize);
+        for (index, entry) in layer.l1.iter().enumerate().take(entries as usize) {
+            table.copy_from(index * 8, &entry.load(Ordering::Acquire).to_be_bytes());
+        }
+        let at = reservation.clusters().start << geometry.cluster_bits;
+        reservation.begin_writing();
+        let written = exact::write_all(self.io(), layer.file, at, &table).await;
+        reservation.end_writing();
+        written.map_err(|source| image.io_error("write of the L1 table", layer.file, at, source))?;
+        let old = layer.l1_at >> geometry.cluster_bits;
+        let old_len = geometry.clusters_for(u64::from(image.header_u32(header::L1_SIZE_OFFSET)) * 8);
+        let mut meta = image.meta.lock();
+        meta.header.set_u32(header::L1_SIZE_OFFSET as usize, entries as u32);
+        meta.header.set_u64(header::L1_TABLE_OFFSET as usize, at);
+        meta.graph.require(Rule::moved_l1_before_header());
+        meta.refer(reservation.clusters(), Page::Header);
+        meta.unmapped(old..old + old_len);
+        drop(meta);
+        reservation.commit();
+        Ok(())
+    }
+}
+
+impl Image {
+    fn can_grow_to(&self, size: u64) -> Result<()> {
+        let file = Arc::clone(&self.top().name);
+        let refuse = |reason| Err(Error::NotSupported { file: Arc::clone(&file), reason });
+        let geometry = Geometry { virtual_size: size, ..*self.geometry() };
+        if size < self.virtual_size() {
+            return refuse("an image cannot be made smaller");
+        }
+        if i64::try_from(size).is_err() || geometry.l1_entries() * 8 > MAX_L1_BYTES {
+            return Err(Error::TooLarge {
+                file,
+                reason: "the L1 table would be too large for this cluster size",
+            });
+        }
+        if geometry.version == Version::V2 && self.header_u32(header::SNAPSHOT_COUNT_OFFSET) > 0 {
+            return refuse("a version 2 image with snapshots cannot be resized");
+        }
+        let backing_size = self.layers.get(1).map_or(0, |layer| match layer {
+            Layer::Qcow2(layer) => layer.geometry.virtual_size,
+            Layer::Raw(layer) => layer.len,
+        });
+        if size > self.virtual_size() && backing_size > self.virtual_size() {
+            return refuse("its backing file is longer and would show in the new part");
+        }
+        Ok(())
+    }
+
+    /// A field of the header as it is, or is about to be, on disk.
+    fn header_u32(&self, offset: u64) -> u32 {
+        let meta = self.meta.lock();
+        let at = offset as usize;
+        u32::from_be_bytes(meta.header.0[at..at + 4].try_into().unwrap_or_default())
+    }
+}

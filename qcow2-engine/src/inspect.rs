@@ -1,0 +1,211 @@
+//! An image's own structures, read as they are: where `info` and [`check`](fn@crate::check) start.
+//!
+//! An [`ImageFile`] is one file with a decodable header. It need not be one that can be served: dirty
+//! and corrupt images, encrypted ones and those with subclusters or a data file are welcome. Its
+//! backing file and data file are never opened. What L1, L2 and refcount tables hold is not known
+//! here.
+
+use crate::{
+    error::{Error, Result},
+    io::{Access, Buf, FileId, Io, Storage, exact},
+};
+use qcow2_format::{
+    FormatError, Geometry, Header, Snapshot,
+    bitmap::{self, Bitmap},
+    header::HEADER_READ_BYTES,
+    snapshot::{self, TableExtent},
+};
+use std::{io, path::Path, sync::Arc};
+
+/// The unit of every transfer, in bytes: what direct I/O asks for at most.
+pub(crate) const SECTOR: u64 = 512;
+/// How much of a snapshot table is read first; then twice as much as long as it goes on.
+const SNAPSHOT_READ_BYTES: u64 = 64 << 10;
+
+/// A QCOW2 file, open without its chain.
+pub struct ImageFile<'a, I> {
+    io: &'a I,
+    is_hole: Box<dyn Fn(u64, u64) -> bool + 'a>,
+    file: FileId,
+    name: Arc<str>,
+    pub(crate) header: Header,
+    /// Length of the file in bytes; a repair may extend it.
+    pub(crate) file_len: u64,
+}
+
+impl<'a, I: Io> ImageFile<'a, I> {
+    /// Opens a file and decodes its header.
+    ///
+    /// # Errors
+    /// The file cannot be opened or read, or its header is not that of a QCOW2 image.
+    pub async fn open(
+        io: &'a I,
+        storage: &'a (impl Storage + ?Sized),
+        path: &Path,
+        access: Access,
+    ) -> Result<Self> {
+        let failed = |source| Error::Open { path: path.to_owned(), source: Arc::new(source) };
+        let file = storage.open(path, access).map_err(failed)?;
+        let file_len = storage.len(file).map_err(failed)?;
+        let name: Arc<str> = Arc::from(path.to_string_lossy());
+        let damaged = |source| Error::Format { file: Arc::clone(&name), source: Arc::new(source) };
+        let mut bytes = vec![0; (HEADER_READ_BYTES as u64).min(file_len) as usize];
+        read_at(io, file, &name, 0, &mut bytes).await?;
+        let needed = Header::decode_prefix(&bytes, file_len).map_err(damaged)?;
+        if needed > bytes.len() {
+            bytes.resize(needed, 0);
+            read_at(io, file, &name, 0, &mut bytes).await?;
+        }
+        let header = Header::decode(&bytes, file_len).map_err(damaged)?;
+        let is_hole = Box::new(move |at, len| storage.is_hole(file, at, len));
+        Ok(Self { io, is_hole, file, name, header, file_len })
+    }
+
+    /// The header.
+    #[must_use]
+    pub fn header(&self) -> &Header {
+        &self.header
+    }
+
+    /// Length of the file in bytes.
+    #[must_use]
+    pub fn file_len(&self) -> u64 {
+        self.file_len
+    }
+
+    /// Reads the snapshot table.
+    ///
+    /// # Errors
+    /// A failed read; a table that is damaged or goes beyond the end of the file.
+    pub async fn snapshots(&self) -> Result<Vec<Snapshot>> {
+        Ok(self.snapshot_table().await?.0)
+    }
+
+    /// The snapshots, and the length of their table in bytes.
+    pub(crate) async fn snapshot_table(&self) -> Result<(Vec<Snapshot>, u64)> {
+        let (at, count) = (self.header.snapshot_table.0, self.header.snapshot_count);
+        if count == 0 {
+            return Ok((Vec::new(), 0));
+        }
+        let available = self.file_len.saturating_sub(at);
+        let mut wanted = SNAPSHOT_READ_BYTES;
+        loop {
+            let bytes = self.read(at, wanted.min(available)).await?;
+            match snapshot::table_extent(&bytes, count).map_err(|source| self.damaged(source))? {
+                TableExtent::Complete(len) => {
+                    let snapshots =
+                        snapshot::decode_table(&bytes, count).map_err(|source| self.damaged(source))?;
+                    return Ok((snapshots, len));
+                }
+                TableExtent::NeedsAtLeast(needed) if needed > available => {
+                    let what = "the snapshot table";
+                    return Err(self.damaged(FormatError::Truncated { what, needed, available }));
+                }
+                TableExtent::NeedsAtLeast(needed) => wanted = needed.max(2 * wanted),
+            }
+        }
+    }
+
+    /// Reads the bitmap directory; there are no bitmaps where the header says that they are not
+    /// consistent.
+    ///
+    /// # Errors
+    /// A failed read; a damaged directory.
+    pub async fn bitmaps(&self) -> Result<Vec<Bitmap>> {
+        let Some(extension) = self.header.bitmaps.filter(|_| self.header.bitmaps_consistent()) else {
+            return Ok(Vec::new());
+        };
+        let bytes = self.read(extension.directory.0, extension.directory_bytes).await?;
+        bitmap::decode_directory(&bytes, &extension, &self.geometry(), self.file_len)
+            .map_err(|source| self.damaged(source))
+    }
+
+    pub(crate) fn geometry(&self) -> Geometry {
+        self.header.geometry()
+    }
+
+    pub(crate) fn name(&self) -> &Arc<str> {
+        &self.name
+    }
+
+    /// Reads `len` bytes; what lies beyond the end of the file reads as zeros.
+    pub(crate) async fn read(&self, at: u64, len: u64) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; len as usize];
+        read_at(self.io, self.file, &self.name, at, &mut bytes).await?;
+        Ok(bytes)
+    }
+
+    /// Reads a cluster of metadata; `None` where the file has a hole, so that a sparse file costs what
+    /// is in it and not its length.
+    pub(crate) async fn read_cluster(&self, at: u64) -> Result<Option<Vec<u8>>> {
+        let len = self.geometry().cluster_size();
+        if (self.is_hole)(at, len) { Ok(None) } else { self.read(at, len).await.map(Some) }
+    }
+
+    /// Reads a table of `count` 8-byte entries.
+    pub(crate) async fn read_entries(&self, at: u64, count: u64) -> Result<Vec<u64>> {
+        let bytes = self.read(at, count * 8).await?;
+        Ok(bytes
+            .chunks_exact(8)
+            .map(|entry| u64::from_be_bytes(entry.try_into().unwrap_or_default()))
+            .collect())
+    }
+
+    /// Writes whole sectors.
+    pub(crate) async fn write(&self, at: u64, bytes: &[u8]) -> Result<()> {
+        debug_assert!(at.is_multiple_of(SECTOR) && (bytes.len() as u64).is_multiple_of(SECTOR));
+        exact::write_all(self.io, self.file, at, &Buf::from_bytes(bytes))
+            .await
+            .map_err(|source| self.failed("write", at, source))
+    }
+
+    /// Writes the sectors in which `new` differs from `old`, both being what is at `at`.
+    pub(crate) async fn write_changes(&self, at: u64, old: &[u8], new: &[u8]) -> Result<()> {
+        let sector = SECTOR as usize;
+        let mut start = 0;
+        while start < new.len() {
+            let differs = |at: usize| at < new.len() && old[at..at + sector] != new[at..at + sector];
+            let mut end = start;
+            while differs(end) {
+                end += sector;
+            }
+            if start < end {
+                self.write(at + start as u64, &new[start..end]).await?;
+            }
+            start = end + sector;
+        }
+        Ok(())
+    }
+
+    /// Makes what was written durable.
+    pub(crate) async fn sync(&self) -> Result<()> {
+        self.io.sync(self.file).await.map_err(|source| self.failed("fdatasync", 0, source))
+    }
+
+    pub(crate) async fn set_len(&self, len: u64) -> Result<()> {
+        self.io.set_len(self.file, len).await.map_err(|source| self.failed("truncation", len, source))
+    }
+
+    fn failed(&self, operation: &'static str, at: u64, source: io::Error) -> Error {
+        Error::Io { operation, file: Arc::clone(&self.name), at, source: Arc::new(source) }
+    }
+
+    fn damaged(&self, source: FormatError) -> Error {
+        Error::Format { file: Arc::clone(&self.name), source: Arc::new(source) }
+    }
+}
+
+/// Fills `out` from whole sectors around it; what lies beyond the end of the file is zeros.
+async fn read_at(io: &impl Io, file: FileId, name: &Arc<str>, at: u64, out: &mut [u8]) -> Result<()> {
+    let start = at - at % SECTOR;
+    let skip = (at - start) as usize;
+    let buf = Buf::zeroed((skip + out.len()).next_multiple_of(SECTOR as usize));
+    exact::read_zero_extended(io, file, start, &buf).await.map_err(|source| Error::Io {
+        operation: "read",
+        file: Arc::clone(name),
+        at,
+        source: Arc::new(source),
+    })?;
+    buf.copy_to(skip, out);
+    Ok(())
+}

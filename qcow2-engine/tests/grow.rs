@@ -1,0 +1,62 @@
+//! Growing a virtual disk, held against an array and against qemu-img.
+
+#[allow(dead_code, reason = "shared by several test programs")]
+mod common;
+
+use common::{IMAGE, Mirror, create, run};
+use qcow2_engine::{ErrorKind, grow, io::mem::MemFiles};
+use qcow2_format::{Backing, CreateOptions, Version};
+use std::path::Path;
+
+fn options(cluster_bits: u32, refcount_order: u32, version: Version) -> CreateOptions {
+    CreateOptions { virtual_size: 1 << 20, cluster_bits, refcount_order, version, ..CreateOptions::default() }
+}
+
+#[test]
+fn the_l1_table_grows_where_it_must_and_nothing_is_lost() {
+    // With 512-byte clusters an L1 entry maps 32 KiB, and a 64-bit refcount block counts 64 clusters:
+    // 160 MiB need a table of 80 clusters, longer than what a block counts.
+    for (bits, order, version, last) in [
+        (9, 4, Version::V2, 12 << 20),
+        (9, 6, Version::V3, 160 << 20),
+        (12, 0, Version::V3, 12 << 20),
+        (16, 4, Version::V3, 12 << 20),
+    ] {
+        let files = MemFiles::default();
+        create(&files, IMAGE, &options(bits, order, version));
+        let mut mirror = Mirror::open(&files, vec![0; 1 << 20]);
+        mirror.write(100 << 10, 1, 200 << 10);
+        run(mirror.lane.close()).expect("close");
+        let mut bytes = mirror.bytes;
+        for size in [(1 << 20) + 512, 3 << 20, last] {
+            run(grow(files.clone(), &files, Path::new(IMAGE), size as u64)).expect("grow");
+            bytes.resize(size, 0);
+            let mut mirror = Mirror::open(&files, bytes);
+            mirror.write(size as u64 - 4096, 9, 4096);
+            if size <= 12 << 20 {
+                mirror.verify();
+            }
+            run(mirror.lane.close()).expect("close");
+            bytes = mirror.bytes;
+        }
+        Mirror::open(&files, bytes).close_and_judge();
+    }
+}
+
+#[test]
+fn what_cannot_be_grown_is_refused_and_unchanged() {
+    let files = MemFiles::default();
+    files.put("base.raw", vec![7; 2 << 20]);
+    let backing = Some(Backing { name: b"base.raw".to_vec(), format: "raw".into() });
+    create(&files, IMAGE, &CreateOptions { backing, ..options(16, 4, Version::V3) });
+    let before = files.get(IMAGE);
+    for (size, kind) in [
+        (512 << 10, ErrorKind::Unsupported),
+        (4 << 20, ErrorKind::Unsupported),
+        (u64::MAX / 2 - 511, ErrorKind::TooLarge),
+    ] {
+        let error = run(grow(files.clone(), &files, Path::new(IMAGE), size)).expect_err("refused");
+        assert_eq!(error.kind(), kind, "{error}");
+        assert_eq!(files.get(IMAGE), before);
+    }
+}

@@ -1,0 +1,87 @@
+//! `qemu-compat run`: the device suite, one line per case.
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, Parser, Subcommand};
+use qemu_compat::{
+    device::{Binary, existing},
+    report,
+    suite::{Scale, Setting, cases},
+};
+use std::{path::PathBuf, process::ExitCode};
+
+/// Holds real /dev/ublkbN devices against QEMU's own tools.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Run the cases; needs root, a ublk driver and QEMU's tools.
+    Run(RunArgs),
+}
+
+#[derive(Debug, Args)]
+struct RunArgs {
+    /// Each feature once (the default).
+    #[arg(long, conflicts_with = "full")]
+    quick: bool,
+    /// Every pair of features, and longer runs.
+    #[arg(long)]
+    full: bool,
+    /// The ublk-qcow2 to test.
+    #[arg(long, default_value = "ublk-qcow2")]
+    binary: PathBuf,
+    /// Where images go; a disk file system with a few GiB.
+    #[arg(long, default_value = ".")]
+    dir: PathBuf,
+    /// Only cases whose name contains this.
+    #[arg(long, default_value = "")]
+    filter: String,
+    /// Only print the names of the cases.
+    #[arg(long)]
+    list: bool,
+    /// Seed of everything random [default: from the clock].
+    #[arg(long)]
+    seed: Option<u64>,
+}
+
+fn main() -> ExitCode {
+    let Action::Run(args) = Cli::parse().command;
+    match run(args) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("qemu-compat: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: RunArgs) -> Result<ExitCode> {
+    let scale = if args.full { Scale::Full } else { Scale::Quick };
+    let seed = args.seed.unwrap_or_else(|| fastrand::u64(..1 << 32));
+    let dir = args.dir.canonicalize().with_context(|| format!("no directory {}", args.dir.display()))?;
+    let binary = Binary::new(args.binary);
+    let mut cases = cases(Setting { binary: binary.clone(), dir, seed, scale });
+    cases.retain(|case| case.name().contains(&args.filter));
+    if args.list {
+        cases.iter().for_each(|case| println!("{}", case.name()));
+        return Ok(ExitCode::SUCCESS);
+    }
+    ensure!(!cases.is_empty(), "no case has {:?} in its name", args.filter);
+    println!("{} cases, seed {seed}: repeat with --seed {seed}", cases.len());
+    let before = existing();
+    let account = report::run_all(cases, || {
+        let left: Vec<_> = existing().difference(&before).cloned().collect();
+        for id in left.iter().filter_map(|name| name.strip_prefix("ublkc")) {
+            // The case has failed by this; the next ones need not suffer.
+            let _ = binary.run(["del", "-n", id]);
+        }
+        ensure!(left.is_empty(), "devices were left behind: {left:?}");
+        Ok(())
+    });
+    // A case that hangs keeps its thread: end without waiting for it.
+    std::process::exit(i32::from(account.failed > 0 || account.passed == 0));
+}

@@ -1,0 +1,184 @@
+//! What a user does wrong, and what the program must say then.
+//!
+//! Each refusal is an image or a command line, with words that the message must contain. The
+//! program must fail, name the cause, print no device and leave none behind.
+
+use crate::{
+    command::{TOOL_LIMIT, run},
+    device::{Binary, existing},
+    qemu_img,
+};
+use anyhow::{Context, Result, ensure};
+use std::{
+    fs::{self, File},
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// Offset of the last byte of `incompatible_features` in a version 3 header (big-endian).
+const INCOMPATIBLE_LOW_BYTE: u64 = 79;
+/// Offset of `incompatible_features`' first byte, whose bits are all unknown.
+const INCOMPATIBLE_HIGH_BYTE: u64 = 72;
+
+/// An image that must be refused.
+pub struct Refusal {
+    /// What is wrong with it.
+    pub name: &'static str,
+    /// One of these must be in the message, in any case of letters.
+    pub words: &'static [&'static str],
+    make: fn(&Path) -> Result<PathBuf>,
+}
+
+/// The images that are refused at `add`.
+pub const REFUSALS: &[Refusal] = &[
+    Refusal { name: "missing", words: &["no such file"], make: |dir| Ok(dir.join("missing.qcow2")) },
+    Refusal { name: "directory", words: &["a directory"], make: |dir| Ok(dir.to_owned()) },
+    Refusal {
+        name: "not-qcow2",
+        words: &["qcow2", "magic"],
+        make: |dir| {
+            fs::write(dir.join("image"), vec![0x5a; 1 << 20])?;
+            Ok(dir.join("image"))
+        },
+    },
+    Refusal {
+        name: "empty",
+        words: &["qcow2", "magic", "short", "truncated", "bytes"],
+        make: |dir| {
+            File::create(dir.join("image"))?;
+            Ok(dir.join("image"))
+        },
+    },
+    Refusal { name: "dirty-bit", words: &["dirty"], make: |dir| patched(dir, INCOMPATIBLE_LOW_BYTE, 1) },
+    Refusal { name: "corrupt-bit", words: &["corrupt"], make: |dir| patched(dir, INCOMPATIBLE_LOW_BYTE, 2) },
+    Refusal {
+        name: "unknown-feature",
+        words: &["incompatible", "unknown"],
+        make: |dir| patched(dir, INCOMPATIBLE_HIGH_BYTE, 0x40),
+    },
+    Refusal {
+        name: "extended-l2",
+        words: &["extended l2", "subcluster"],
+        make: |dir| created(dir, "extended_l2=on,cluster_size=64k"),
+    },
+    Refusal {
+        name: "data-file",
+        words: &["data file"],
+        make: |dir| created(dir, &format!("data_file={}", dir.join("data.raw").display())),
+    },
+    Refusal { name: "luks", words: &["encrypt", "luks"], make: encrypted },
+    Refusal {
+        name: "backing-missing",
+        words: &["base.raw"],
+        make: |dir| {
+            let base = dir.join("base.raw");
+            fs::write(&base, vec![1; 65536])?;
+            let image = dir.join("image.qcow2");
+            qemu_img::create(&image, "cluster_size=64k", Some((&base, qemu_img::Format::Raw)), 1 << 20)?;
+            fs::remove_file(base)?;
+            Ok(image)
+        },
+    },
+];
+
+impl Refusal {
+    /// Tries to attach the image.
+    ///
+    /// # Errors
+    /// It was attached, the message does not name the cause, or something is left behind.
+    pub fn hold(&self, binary: &Binary, dir: &Path) -> Result<()> {
+        let image = (self.make)(dir).context("making the image")?;
+        refuse(binary, &["add".as_ref(), image.as_os_str()], self.words)
+    }
+}
+
+/// Runs a command that must fail and say one of `words`, and leave the devices as they are.
+///
+/// # Errors
+/// It does not.
+pub fn refuse(binary: &Binary, args: &[&std::ffi::OsStr], words: &[&str]) -> Result<()> {
+    let before = existing();
+    let finished = binary.run(args)?;
+    let message = finished.stderr.to_lowercase();
+    ensure!(!finished.status.success(), "`{}` succeeded: {}", finished.line, finished.text());
+    ensure!(
+        finished.status.code().is_some(),
+        "`{}` was ended by a signal: {}",
+        finished.line,
+        finished.text()
+    );
+    ensure!(!message.contains("panicked"), "`{}` panicked: {message}", finished.line);
+    ensure!(finished.stdout.is_empty(), "`{}` printed {}", finished.line, finished.stdout);
+    ensure!(
+        words.iter().any(|word| message.contains(word)),
+        "`{}` says {message:?}, which names none of {words:?}",
+        finished.line
+    );
+    let after = existing();
+    ensure!(after == before, "devices before: {before:?}, after: {after:?}");
+    Ok(())
+}
+
+/// Command lines that are wrong in themselves.
+///
+/// # Errors
+/// One of them is accepted, or its message does not help.
+pub fn command_lines(binary: &Binary, dir: &Path) -> Result<()> {
+    let image = created(dir, "cluster_size=64k")?;
+    let image = image.as_os_str();
+    let add = |option: &'static str, value: &'static str, words: &[&str]| {
+        refuse(binary, &["add".as_ref(), option.as_ref(), value.as_ref(), image], words)
+    };
+    add("-q", "0", &["0"])?;
+    add("-d", "100000", &["100000"])?;
+    add("--io", "fast", &["fast"])?;
+    add("--cache-size", "many", &["many"])?;
+    add("--no-such-option", "1", &["no-such-option"])?;
+    refuse(binary, &["add".as_ref()], &["image"])?;
+    refuse(binary, &["del".as_ref()], &["--all", "-n"])?;
+    refuse(binary, &["del".as_ref(), "-n".as_ref(), "777".as_ref()], &["no device 777"])?;
+    refuse(binary, &["fly".as_ref()], &["fly"])
+}
+
+/// A number that is taken cannot be taken again, and the device that has it goes on.
+///
+/// # Errors
+/// The second is accepted, or harms the first.
+pub fn number_in_use(binary: &Binary, dir: &Path) -> Result<()> {
+    let image = created(dir, "cluster_size=64k")?;
+    let other = dir.join("other.qcow2");
+    qemu_img::create(&other, "cluster_size=64k", None, 1 << 20)?;
+    let device = binary.add(&["-n", "5"], &image)?;
+    ensure!(device.id() == 5, "asked for number 5, got {}", device.id());
+    refuse(
+        binary,
+        &["add".as_ref(), "-n".as_ref(), "5".as_ref(), other.as_os_str()],
+        &["exists", "in use", "taken"],
+    )?;
+    ensure!(device.listed()?.state == "serving", "the first device has suffered");
+    fs::read(device.path()).context("the first device cannot be read any more")?;
+    device.detach()
+}
+
+fn created(dir: &Path, options: &str) -> Result<PathBuf> {
+    let image = dir.join("image.qcow2");
+    qemu_img::create(&image, options, None, 1 << 20)?;
+    Ok(image)
+}
+
+fn patched(dir: &Path, at: u64, byte: u8) -> Result<PathBuf> {
+    let image = created(dir, "cluster_size=64k")?;
+    File::options().write(true).open(&image)?.write_all_at(&[byte], at)?;
+    Ok(image)
+}
+
+fn encrypted(dir: &Path) -> Result<PathBuf> {
+    let image = dir.join("image.qcow2");
+    let mut command = Command::new("qemu-img");
+    command.args(["create", "-q", "-f", "qcow2", "--object", "secret,id=key,data=secret", "-o"]);
+    // The least that QEMU takes for deriving the key: it is slow in an emulated machine.
+    command.arg("encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10").arg(&image).arg("1M");
+    run(&mut command, TOOL_LIMIT)?.success()?;
+    Ok(image)
+}

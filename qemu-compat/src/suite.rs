@@ -1,0 +1,218 @@
+//! The cases of the device suite, in the order in which they run.
+//!
+//! Cheap and telling ones come first: when the device does not work at all, that shows in seconds.
+
+use crate::{
+    device::{Binary, DeviceDisk},
+    disk::{Disk, Op, Server},
+    fio::Verified,
+    fixture::{Backing, Compat, Recipe},
+    fs,
+    journey::{Effort, journey},
+    kill, matrix,
+    mirror::Mirror,
+    qemu_img, refusals,
+    report::Case,
+    shape,
+};
+use anyhow::{Context, Result, ensure};
+use std::{
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+/// Block size of the file systems on which images lie, in bytes.
+const HOST_BLOCK: u64 = 4096;
+
+/// How much there is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scale {
+    /// Each feature once: minutes, in an emulated machine.
+    Quick,
+    /// Every pair of features, and longer runs.
+    Full,
+}
+
+/// What all cases share.
+#[derive(Clone, Debug)]
+pub struct Setting {
+    /// The program under test.
+    pub binary: Binary,
+    /// Where images go.
+    pub dir: PathBuf,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// How much there is to do.
+    pub scale: Scale,
+}
+
+/// Gathers cases; each gets a directory of its own, removed when it ends.
+struct Cases {
+    setting: Arc<Setting>,
+    cases: Vec<Case>,
+}
+
+/// All cases.
+#[must_use]
+pub fn cases(setting: Setting) -> Vec<Case> {
+    let mut cases = Cases { setting: Arc::new(setting), cases: Vec::new() };
+    cases.refusals();
+    cases.shapes();
+    cases.matrix();
+    cases.file_systems();
+    cases.fio();
+    cases.kills();
+    cases.cases
+}
+
+impl Cases {
+    fn add(
+        &mut self,
+        name: impl Into<String>,
+        limit: u64,
+        body: impl FnOnce(&Setting, &Path) -> Result<()> + Send + 'static,
+    ) {
+        let setting = Arc::clone(&self.setting);
+        // The full suite may share the machine with others.
+        let factor = if setting.scale == Scale::Full { 3 } else { 1 };
+        self.cases.push(Case::new(name, Duration::from_secs(limit * factor), move || {
+            let dir = tempfile::Builder::new().prefix("compat-").tempdir_in(&setting.dir)?;
+            body(&setting, dir.path())
+        }));
+    }
+
+    fn refusals(&mut self) {
+        for refusal in refusals::REFUSALS {
+            self.add(format!("refusal/{}", refusal.name), 60, |it, dir| refusal.hold(&it.binary, dir));
+        }
+        self.add("refusal/command-lines", 60, |it, dir| refusals::command_lines(&it.binary, dir));
+        self.add("refusal/number-in-use", 60, |it, dir| refusals::number_in_use(&it.binary, dir));
+    }
+
+    fn shapes(&mut self) {
+        let recipes = [
+            Recipe { queues: 2, ..Recipe::plain(16) },
+            Recipe::plain(9),
+            Recipe { size: (48 << 20) + 1536, ..Recipe::plain(21) },
+            Recipe { compat: Compat::V2, backing: Backing::Raw, ..Recipe::plain(16) },
+        ];
+        for recipe in recipes {
+            self.add(format!("limits/{}", recipe.name()), 60, move |it, dir| {
+                shape::limits(&it.binary, dir, &recipe)
+            });
+        }
+        for recipe in [Recipe::plain(16), Recipe { backing: Backing::Chain, ..Recipe::plain(12) }] {
+            let name = format!("read-only/{}", recipe.name());
+            self.add(name, 60, move |it, dir| shape::read_only(&it.binary, dir, &recipe));
+        }
+        self.add("limits/beyond-the-end", 60, |it, dir| {
+            let image = dir.join("image.qcow2");
+            qemu_img::create(&image, "cluster_size=64k", None, 1_048_064)?;
+            let mut disk = it.binary.attach(&image, 1)?;
+            shape::beyond_the_end(&mut disk)?;
+            disk.detach()?;
+            qemu_img::check_clean(&image)
+        });
+    }
+
+    fn matrix(&mut self) {
+        let (recipes, batches) = match self.setting.scale {
+            Scale::Quick => (matrix::quick(), 12),
+            Scale::Full => (matrix::full(), 40),
+        };
+        for (index, recipe) in recipes.into_iter().enumerate() {
+            // The way back through qemu-io doubles the work; half of the quick ones take it, and not
+            // the huge one, whose comparison is slow.
+            let is_huge = recipe.size > 1 << 30;
+            let returns = usize::from(self.setting.scale == Scale::Full || (index % 2 == 1 && !is_huge));
+            let effort = Effort { batches, returns };
+            self.add(format!("matrix/{}", recipe.name()), 120, move |it, dir| {
+                journey(&it.binary, dir, &recipe, effort, it.seed)
+                    .with_context(|| format!("seed {}", it.seed))
+            });
+        }
+    }
+
+    fn file_systems(&mut self) {
+        let mut variants =
+            vec![(fs::Kind::Xfs, "cluster_size=64k", "2"), (fs::Kind::Ext4, "cluster_size=4k", "1")];
+        if self.setting.scale == Scale::Full {
+            variants.push((fs::Kind::Ext4, "cluster_size=2M,refcount_bits=1", "2"));
+            variants.push((fs::Kind::Xfs, "cluster_size=512", "2"));
+            variants.push((fs::Kind::Xfs, "cluster_size=64k,compat=0.10", "1"));
+        }
+        for (kind, options, queues) in variants {
+            self.add(format!("fs/{}/{options}/{queues}q", kind.name()), 240, move |it, dir| {
+                fs::life(&it.binary, dir, kind, options, queues, it.seed)
+            });
+        }
+    }
+
+    fn fio(&mut self) {
+        let (most, sizes): (u64, &[u64]) = match self.setting.scale {
+            Scale::Quick => (1 << 20, &[65536]),
+            Scale::Full => (16 << 20, &[512, 4096, 65536, 2 << 20]),
+        };
+        for &cluster in sizes {
+            for queues in [1, 2] {
+                // In an emulated machine small clusters are allocated at one or two MiB a second. Each
+                // job needs room for fio's largest block.
+                let bytes_per_job = (cluster * 512).clamp(1 << 20, most);
+                self.add(format!("fio/verify-and-trim/{cluster}/{queues}q"), 300, move |it, dir| {
+                    let load = Verified { bytes_per_job, seed: it.seed };
+                    verified(&it.binary, dir, cluster, queues, load)
+                });
+            }
+        }
+    }
+
+    fn kills(&mut self) {
+        let mut variants = vec![("cluster_size=64k", 65536, 2)];
+        if self.setting.scale == Scale::Full {
+            variants.push(("cluster_size=512", 512, 1));
+            variants.push(("cluster_size=4k,refcount_bits=1", 4096, 2));
+            variants.push(("cluster_size=2M,lazy_refcounts=on", 2 << 20, 2));
+            variants.push(("cluster_size=64k,compat=0.10", 65536, 1));
+        }
+        for (options, cluster, queues) in variants {
+            self.add(format!("kill/{options}/{queues}q"), 300, move |it, dir| {
+                kill::kill_under_load(&it.binary, dir, options, cluster, queues, 4, it.seed)
+                    .with_context(|| format!("seed {}", it.seed))
+            });
+        }
+    }
+}
+
+/// fio's verified load; then everything is discarded, and the image file shrinks.
+fn verified(binary: &Binary, dir: &Path, cluster: u64, queues: u16, load: Verified) -> Result<()> {
+    let image = dir.join("image.qcow2");
+    qemu_img::create(&image, &format!("cluster_size={cluster}"), None, load.device_bytes())?;
+    let empty = std::fs::metadata(&image)?.blocks();
+    let device = binary.add(&["-q", &queues.to_string()], &image)?;
+    load.run(&device.path())?;
+    let mut disk = DeviceDisk::open(device)?;
+    let mirror = Mirror::new(disk.size(), cluster);
+    disk.run(&[Op::Discard { at: 0, len: disk.size() }])?;
+    for at in (0..disk.size()).step_by(1 << 20) {
+        let bytes = disk.run(&[Op::Read { at, len: 1 << 20 }])?;
+        mirror.compare(at, &bytes[0]).context("after discarding everything")?;
+    }
+    disk.detach()?;
+    qemu_img::check_clean(&image)?;
+    if cluster < HOST_BLOCK {
+        // Clusters that share a block of the host's file system are freed at different times, and a
+        // hole in a part of a block gives nothing back.
+        return Ok(());
+    }
+    // Tables stay, at most as many as there were; one entry of 8 bytes maps a cluster.
+    let tables = load.device_bytes() / cluster * 8 + 16 * cluster;
+    let left = std::fs::metadata(&image)?.blocks() * 512;
+    let most = empty * 512 + 2 * tables;
+    ensure!(
+        left <= most,
+        "everything was discarded, yet {left} bytes of the file are in use, not {most} at most"
+    );
+    Ok(())
+}

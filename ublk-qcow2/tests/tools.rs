@@ -1,0 +1,289 @@
+//! `create`, `info`, `check` and `io` of the real binary, held against qemu-img and qemu-io.
+
+use serde_json::Value;
+use std::{
+    fs,
+    os::unix::fs::FileExt,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+
+const OURS: &str = env!("CARGO_BIN_EXE_ublk-qcow2");
+
+fn run(program: &str, directory: &Path, args: &[&str]) -> Output {
+    Command::new(program)
+        .args(args)
+        .current_dir(directory)
+        .output()
+        .unwrap_or_else(|error| panic!("{program}: {error}; cargo xtask setup installs it"))
+}
+
+fn ours(directory: &Path, args: &[&str]) -> Output {
+    run(OURS, directory, args)
+}
+
+fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&[&output.stdout[..], &output.stderr].concat()).into_owned()
+}
+
+fn succeeds(output: Output) -> String {
+    assert!(output.status.success(), "{}", text(&output));
+    text(&output)
+}
+
+fn code(output: &Output) -> i32 {
+    output.status.code().expect("an exit code")
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{error}: {}", text(output)))
+}
+
+/// Runs a script on standard input.
+fn scripted(program: &str, directory: &Path, args: &[&str], script: &str) -> Output {
+    fs::write(directory.join("script"), script).expect("script");
+    let input = fs::File::open(directory.join("script")).expect("script");
+    let mut command = Command::new(program);
+    command.args(args).current_dir(directory).stdin(Stdio::from(input));
+    command.output().expect("starts")
+}
+
+/// Numbers that look random and are the same each time.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self, sides: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % sides
+    }
+}
+
+const DISK: u64 = 3 << 20;
+
+/// Commands at any byte, and some at whole sectors that are in flight together.
+fn script(seed: u64, discards: bool) -> String {
+    let mut dice = Dice(seed);
+    let mut script = String::new();
+    for _ in 0..60 {
+        let at = dice.roll(DISK);
+        let len = 1 + dice.roll((DISK - at).min(200_000));
+        let pattern = dice.roll(256);
+        script += &match dice.roll(8) {
+            0 => format!("write -z {at} {len}\n"),
+            1 => format!("write -z -u {at} {len}\n"),
+            2 if discards => format!("discard {} 64k\n", at / 65536 * 65536),
+            3 => {
+                let sector = (at / 512).min(DISK / 512 - 40);
+                let writes =
+                    (0..4).map(|part| format!("aio_write -P {pattern} {} 4096\n", (sector + 8 * part) * 512));
+                writes.chain(["aio_flush\n".to_owned()]).collect()
+            }
+            4 => "flush\n".into(),
+            _ => format!("write -P {pattern} {at} {len}\nread -P {pattern} {at} {len}\n"),
+        };
+    }
+    script
+}
+
+#[test]
+fn images_that_we_make_and_write_are_as_if_qemu_had() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    let base: Vec<u8> = (0..2_000_000_u32).map(|index| (index / 512) as u8 | 1).collect();
+    fs::write(path.join("base.raw"), base).expect("base");
+    succeeds(run(
+        "qemu-img",
+        path,
+        &["create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", "mid.qcow2"],
+    ));
+    succeeds(run("qemu-io", path, &["-f", "qcow2", "-c", "write -P 77 300000 400000", "mid.qcow2"]));
+    let backings = [&[][..], &["-b", "base.raw", "-F", "raw"], &["-b", "mid.qcow2", "-F", "qcow2"]];
+    let mut seed = 0;
+    for options in [
+        "cluster_size=512",
+        "cluster_size=4k,refcount_bits=1",
+        "compat=0.10",
+        "cluster_size=64k,refcount_bits=64,lazy_refcounts=on",
+        "cluster_size=2M,compression_type=zstd",
+        "preallocation=metadata",
+        "preallocation=falloc,cluster_size=4k",
+    ] {
+        for backing in backings {
+            if !backing.is_empty() && options.contains("preallocation") {
+                continue;
+            }
+            seed += 1;
+            let story = format!("{options} {backing:?} seed {seed}");
+            let make =
+                |name| [&["create", "-q", "-f", "qcow2", "-o", options][..], backing, &[name, "3M"]].concat();
+            succeeds(ours(path, &make("ours.qcow2")));
+            succeeds(run("qemu-img", path, &make("theirs.qcow2")));
+            succeeds(run("qemu-img", path, &["check", "-q", "ours.qcow2"]));
+            succeeds(run("qemu-img", path, &["compare", "-q", "ours.qcow2", "theirs.qcow2"]));
+
+            // Version 2 cannot discard over a backing file, and what a discard of less than a
+            // cluster does is up to the implementation.
+            let discards = !options.contains("2M") && (backing.is_empty() || !options.contains("0.10"));
+            let script = script(seed, discards);
+            let said = succeeds(scripted(OURS, path, &["io", "ours.qcow2"], &script));
+            assert!(!said.contains("failed"), "{story}: {said}");
+            succeeds(scripted("qemu-io", path, &["-f", "qcow2", "theirs.qcow2"], &script));
+            let compared = run("qemu-img", path, &["compare", "ours.qcow2", "theirs.qcow2"]);
+            assert_eq!(code(&compared), 0, "{story}: {}", text(&compared));
+            succeeds(run("qemu-img", path, &["check", "-q", "ours.qcow2"]));
+            succeeds(ours(path, &["check", "ours.qcow2"]));
+            succeeds(ours(path, &["check", "theirs.qcow2"]));
+        }
+    }
+}
+
+#[test]
+fn a_new_overlay_has_the_size_of_its_backing_file_and_failures_leave_nothing() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    fs::create_dir(path.join("sub")).expect("directory");
+    fs::write(path.join("sub/odd.raw"), vec![1; 70_001]).expect("base");
+    succeeds(ours(path, &["create", "-b", "odd.raw", "-F", "raw", "sub/a.qcow2"]));
+    succeeds(ours(path, &["create", "-b", "a.qcow2", "-F", "qcow2", "sub/b.qcow2"]));
+    for name in ["sub/a.qcow2", "sub/b.qcow2"] {
+        let info = json(&run("qemu-img", path, &["info", "--output=json", name]));
+        assert_eq!(info["virtual-size"], 70_144, "{name}");
+    }
+    succeeds(ours(path, &["create", "-u", "-b", "none.raw", "-F", "raw", "c.qcow2", "1M"]));
+    fs::copy(path.join("c.qcow2"), path.join("kept.qcow2")).expect("copy");
+    for bad in [
+        &["create", "-b", "kept.qcow2", "new.qcow2"][..],
+        &["create", "new.qcow2"],
+        &["create", "-u", "-b", "none.raw", "-F", "raw", "new.qcow2"],
+        &["create", "-b", "none.raw", "-F", "raw", "new.qcow2"],
+        &["create", "-o", "cluster_size=1000", "new.qcow2", "1M"],
+        &["create", "-o", "compat=0.10,refcount_bits=1", "new.qcow2", "1M"],
+        &["create", "-b", "kept.qcow2", "-F", "qcow2", "kept.qcow2"],
+        &["create", "-o", "preallocation=metadata", "-u", "-b", "x", "-F", "raw", "kept.qcow2", "1M"],
+    ] {
+        assert_ne!(code(&ours(path, bad)), 0, "{bad:?}");
+    }
+    assert!(!path.join("new.qcow2").exists());
+    let content = |name| fs::read(path.join(name)).expect("readable");
+    assert_eq!(content("kept.qcow2"), content("c.qcow2"));
+}
+
+/// Every field of `ours` is in `theirs` with the same value, but for what is known to differ.
+fn assert_agrees(ours: &Value, theirs: &Value, at: &str) {
+    // Features by name are our addition; QEMU rounds the file's length up to a sector; the space
+    // that a file takes changes with time.
+    if ["/features", "/children", "/actual-size"].contains(&at) {
+        return;
+    }
+    match (ours, theirs) {
+        (Value::Object(ours), Value::Object(theirs)) => {
+            for (name, value) in ours {
+                assert_agrees(value, theirs.get(name).unwrap_or(&Value::Null), &format!("{at}/{name}"));
+            }
+        }
+        (Value::Array(ours), Value::Array(theirs)) if ours.len() == theirs.len() => {
+            ours.iter().zip(theirs).for_each(|(ours, theirs)| assert_agrees(ours, theirs, at));
+        }
+        _ => assert_eq!(ours, theirs, "{at}"),
+    }
+}
+
+#[test]
+fn info_says_what_qemu_img_says() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    succeeds(run("qemu-img", path, &["create", "-q", "-f", "raw", "base.raw", "5M"]));
+    for (name, options, extra) in [
+        ("plain.qcow2", "cluster_size=4k,refcount_bits=64", &[][..]),
+        ("old.qcow2", "compat=0.10", &[]),
+        ("zstd.qcow2", "compression_type=zstd,lazy_refcounts=on", &[]),
+        ("subclusters.qcow2", "extended_l2=on", &[]),
+        ("overlay.qcow2", "compat=1.1", &["-b", "base.raw", "-F", "raw"]),
+        ("data.qcow2", "data_file=data.raw,data_file_raw=on", &[]),
+    ] {
+        let args = [&["create", "-q", "-f", "qcow2", "-o", options][..], extra, &[name, "5M"]].concat();
+        succeeds(run("qemu-img", path, &args));
+        if name == "plain.qcow2" {
+            succeeds(run("qemu-img", path, &["snapshot", "-c", "first", name]));
+            succeeds(run("qemu-img", path, &["bitmap", "--add", "-g", "8192", name, "dirt"]));
+        }
+        let theirs = json(&run("qemu-img", path, &["info", "--output=json", name]));
+        let said = json(&ours(path, &["info", "--json", name]));
+        assert_agrees(&said, &theirs, "");
+        assert_agrees(&theirs["format-specific"], &said["format-specific"], "");
+        assert_agrees(&theirs["snapshots"], &said["snapshots"], "");
+        succeeds(ours(path, &["info", name]));
+    }
+    // Nothing but the image itself is opened.
+    fs::remove_file(path.join("base.raw")).expect("removed");
+    assert!(succeeds(ours(path, &["info", "overlay.qcow2"])).contains("backing file: base.raw"));
+}
+
+#[test]
+fn check_has_the_exit_codes_of_qemu_img_and_repairs() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    let check = |args: &[&str]| ours(path, &[&["check"][..], args, &["image.qcow2"]].concat());
+    let theirs = || run("qemu-img", path, &["check", "-f", "qcow2", "image.qcow2"]);
+    succeeds(ours(path, &["create", "-q", "image.qcow2", "16M"]));
+    succeeds(ours(path, &["io", "-c", "write 0 1M", "image.qcow2"]));
+    assert_eq!((code(&check(&[])), code(&theirs())), (0, 0));
+
+    // The refcount block is the third cluster. A cluster that is counted and that nobody uses:
+    let file = fs::File::options().read(true).write(true).open(path.join("image.qcow2")).expect("opens");
+    let len = file.metadata().expect("metadata").len();
+    let (count_of_last, count_of_new) = (2 * 65536 + 2 * (len / 65536 - 1), 2 * 65536 + 2 * len / 65536);
+    file.set_len(len + 65536).expect("longer");
+    file.write_all_at(&[0, 1], count_of_new).expect("damage");
+    assert_eq!(json(&check(&["--json"]))["leaks"], 1);
+    assert_eq!((code(&check(&[])), code(&theirs())), (3, 3));
+    let repaired = check(&["-r", "leaks"]);
+    assert!(text(&repaired).contains("1 leaked clusters"), "{}", text(&repaired));
+    assert_eq!((code(&repaired), code(&theirs())), (0, 0));
+
+    // A count too low:
+    file.write_all_at(&[0, 0], count_of_last).expect("damage");
+    assert_eq!((code(&check(&["-q"])), code(&theirs())), (2, 2));
+    assert_eq!(code(&check(&["--repair", "leaks"])), 2);
+    assert_eq!((code(&check(&["--repair", "all"])), code(&theirs()), code(&check(&[]))), (0, 0, 0));
+
+    fs::write(path.join("image.qcow2"), "no image at all").expect("written");
+    assert_eq!((code(&check(&[])), code(&run("qemu-img", path, &["check", "image.qcow2"]))), (63, 63));
+    fs::remove_file(path.join("image.qcow2")).expect("removed");
+    assert_eq!((code(&check(&[])), code(&theirs())), (1, 1));
+}
+
+#[test]
+fn io_fails_where_qemu_io_fails() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path: PathBuf = directory.path().into();
+    succeeds(ours(&path, &["create", "-q", "image.qcow2", "1M"]));
+    for (commands, expected) in [
+        (&["write -P 5 0 4k", "read -P 5 0 4k"][..], 0),
+        (&["read -P 6 0 4k"], 1),
+        (&["read -P 5 -s 1 -l 100 100 1k"], 0),
+        (&["read 1M 1"], 1),
+        (&["nonsense", "read 0 1"], 1),
+        (&["quit", "nonsense"], 0),
+        (&["sleep 1", "length", "flush"], 0),
+    ] {
+        let args: Vec<_> = commands.iter().flat_map(|command| ["-c", *command]).collect();
+        let said = ours(&path, &[&["io"][..], &args, &["image.qcow2"]].concat());
+        assert_eq!(code(&said), expected, "{commands:?}: {}", text(&said));
+        let theirs = run("qemu-io", &path, &[&["-f", "qcow2"][..], &args, &["image.qcow2"]].concat());
+        assert_eq!(code(&theirs), expected, "{commands:?}: {}", text(&theirs));
+    }
+    // qemu-io prints it and exits with 0; here a failure is one wherever it happens.
+    for commands in [&["-c", "aio_read -P 6 0 4k", "-c", "aio_flush"][..], &["-c", "aio_read -P 6 0 4k"]] {
+        let said = ours(&path, &[&["io"][..], commands, &["image.qcow2"]].concat());
+        assert_eq!(code(&said), 1, "{}", text(&said));
+        assert!(
+            text(&said).contains("Pattern verification failed at offset 0, 4096 bytes"),
+            "{}",
+            text(&said)
+        );
+    }
+    let refused = ours(&path, &["io", "-r", "-c", "write 0 512", "image.qcow2"]);
+    assert_eq!(code(&refused), 1);
+    assert!(text(&refused).contains("read-only"), "{}", text(&refused));
+}
