@@ -10,7 +10,7 @@ use crate::{
     layer::{Layer, Qcow2Layer},
     locks::RangeLocks,
     meta::Meta,
-    open::Autoclear,
+    open::{Autoclear, table_entries},
     resolve::{self, Extents, Stop},
 };
 use parking_lot::Mutex;
@@ -149,10 +149,7 @@ impl<I: Io> Lane<I> {
                 if layer.slice_location(key.slice)? != Some(at) {
                     continue;
                 }
-                let entries = bytes
-                    .chunks_exact(8)
-                    .map(|entry| u64::from_be_bytes(entry.try_into().unwrap_or_default()));
-                image.cache.insert(key, entries)
+                image.cache.insert(key, table_entries(&bytes))
             };
             if inserted {
                 return Ok(());

@@ -8,6 +8,7 @@
 use crate::{
     error::{Error, Result},
     io::{Access, Buf, FileId, Io, Storage, exact},
+    open::table_entries,
 };
 use qcow2_format::{
     FormatError, Geometry, Header, Snapshot,
@@ -145,10 +146,7 @@ impl<'a, I: Io> ImageFile<'a, I> {
     /// Reads a table of `count` 8-byte entries.
     pub(crate) async fn read_entries(&self, at: u64, count: u64) -> Result<Vec<u64>> {
         let bytes = self.read(at, count * 8).await?;
-        Ok(bytes
-            .chunks_exact(8)
-            .map(|entry| u64::from_be_bytes(entry.try_into().unwrap_or_default()))
-            .collect())
+        Ok(table_entries(&bytes).collect())
     }
 
     /// Writes whole sectors.
