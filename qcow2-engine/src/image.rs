@@ -14,7 +14,7 @@ use crate::{
     resolve::{self, Extents, Stop},
 };
 use parking_lot::Mutex;
-use qcow2_format::Geometry;
+use qcow2_format::{Geometry, Header};
 use std::{io, sync::Arc};
 
 /// A QCOW2 image with its backing chain, open for reading or for reading and writing.
@@ -30,6 +30,8 @@ pub struct Image {
     pub(crate) flusher: Flusher,
     pub(crate) autoclear: Autoclear,
     pub(crate) read_only: bool,
+    /// The header as it was when the image was opened.
+    pub(crate) header: Header,
     /// The file's length when it was opened: never cut shorter than that.
     pub(crate) opened_len: u64,
     /// Clusters that a lane reserves at a time.
@@ -46,6 +48,8 @@ pub struct Image {
     pub(crate) growth: RangeLocks,
     /// One at a time: giving freed clusters back.
     pub(crate) reclaiming: RangeLocks,
+    /// One at a time: searching for leaks.
+    pub(crate) searching: RangeLocks,
 }
 
 /// `loads` numbers refcount pages above every slice of every layer.

@@ -12,7 +12,8 @@ use crate::{
         space::Space,
     },
     epoch::Epochs,
-    order::graph::Graph,
+    leaks::watch::Watch,
+    order::{graph::Graph, rules::Page},
 };
 use qcow2_format::Geometry;
 use std::{ops::Range, sync::Arc};
@@ -26,6 +27,7 @@ pub(crate) struct Meta {
     pub(crate) space: Space,
     pub(crate) lanes: Vec<LaneSpace>,
     pub(crate) frees: Frees,
+    pub(crate) watch: Watch,
     pub(crate) header: HeaderPage,
     /// Cuts begun so far; the number of the cut under way or of the last one.
     pub(crate) cuts_begun: u64,
@@ -52,7 +54,23 @@ impl Meta {
         if clusters.is_empty() {
             return;
         }
+        self.watch.touch(clusters.clone());
         let (cut, epoch) = (self.cuts_begun + 1, self.epochs.advance());
         clusters.for_each(|cluster| self.frees.push(Free { cluster, cut, epoch }));
+    }
+
+    /// Sets the count of a cluster whose page is resident. All counts are changed here.
+    pub(crate) fn set_count(&mut self, cluster: u64, count: u64) {
+        let page = self.refcounts.set(cluster, count);
+        self.graph.touch(Page::Refcount(page));
+        self.watch.touch(cluster..cluster + 1);
+    }
+
+    /// Lowers the count of a cluster whose page is resident; at 0 the allocator may find it.
+    pub(crate) fn lower_count(&mut self, cluster: u64, count: u64) {
+        self.set_count(cluster, count);
+        if count == 0 {
+            self.space.cursor = self.space.cursor.min(cluster);
+        }
     }
 }

@@ -11,6 +11,7 @@ use crate::{
     io::{Access, Buf, FileId, Io, Storage, exact},
     lane::Lane,
     layer::{Layer, Qcow2Layer, RawLayer},
+    leaks::watch::Watch,
     locks::RangeLocks,
     meta::{HeaderPage, Meta},
     order::graph::Graph,
@@ -154,6 +155,7 @@ impl Image {
             },
             lanes: Vec::new(),
             frees: Frees::default(),
+            watch: Watch::default(),
             header: HeaderPage(first_page),
             cuts_begun: 0,
             epochs: Arc::clone(&epochs),
@@ -169,6 +171,7 @@ impl Image {
                 clearing: RangeLocks::default(),
             },
             read_only: options.read_only,
+            header: header.clone(),
             opened_len: top.len,
             extent_clusters: (options.extent_bytes >> geometry.cluster_bits).max(1),
             mappings: RangeLocks::default(),
@@ -177,6 +180,7 @@ impl Image {
             refills: RangeLocks::default(),
             growth: RangeLocks::default(),
             reclaiming: RangeLocks::default(),
+            searching: RangeLocks::default(),
         }
     }
 }

@@ -30,6 +30,11 @@ impl Frees {
         self.0.len()
     }
 
+    /// The clusters that wait, as often as references to them do.
+    pub(crate) fn clusters(&self) -> impl Iterator<Item = u64> + '_ {
+        self.0.iter().map(|free| free.cluster)
+    }
+
     /// Takes out what may be given back, up to `max` references.
     pub(crate) fn take_ready(
         &mut self,

@@ -10,11 +10,13 @@ mod compare;
 mod counts;
 mod entry;
 mod findings;
+pub(crate) mod live;
 mod rebuild;
 mod refcounts;
 mod repair;
 mod survey;
 mod tables;
+pub(crate) mod window;
 
 pub use findings::{DEFAULT_MAX_FINDINGS, Finding, Findings, Owner, Problem, Remedy, Severity};
 pub use repair::Repair;
