@@ -89,7 +89,9 @@ impl Image {
     /// Switches an ordering rule off, to see that its absence is noticed.
     #[cfg(feature = "sim")]
     pub fn disable_rule(&self, rule: crate::RuleName) {
-        self.meta.lock().graph.disable(rule);
+        let mut meta = self.meta.lock();
+        meta.graph.disable(rule);
+        meta.watch.disable(rule);
     }
 
     pub(crate) fn top(&self) -> &Qcow2Layer {

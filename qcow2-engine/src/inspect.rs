@@ -61,8 +61,20 @@ impl<'a, I: Io> ImageFile<'a, I> {
             read_at(io, file, &name, 0, &mut bytes).await?;
         }
         let header = Header::decode(&bytes, file_len).map_err(damaged)?;
+        Ok(Self::around(io, storage, file, name, header, file_len))
+    }
+
+    /// A file that is open already, with its decoded header.
+    pub(crate) fn around(
+        io: &'a I,
+        storage: &'a (impl Storage + ?Sized),
+        file: FileId,
+        name: Arc<str>,
+        header: Header,
+        file_len: u64,
+    ) -> Self {
         let is_hole = Box::new(move |at, len| storage.is_hole(file, at, len));
-        Ok(Self { io, is_hole, file, name, header, file_len, live: None })
+        Self { io, is_hole, file, name, header, file_len, live: None }
     }
 
     /// The header.

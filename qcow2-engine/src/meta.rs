@@ -54,7 +54,7 @@ impl Meta {
         if clusters.is_empty() {
             return;
         }
-        self.watch.touch(clusters.clone());
+        self.watch.unmapped(clusters.clone());
         let (cut, epoch) = (self.cuts_begun + 1, self.epochs.advance());
         clusters.for_each(|cluster| self.frees.push(Free { cluster, cut, epoch }));
     }
@@ -63,7 +63,7 @@ impl Meta {
     pub(crate) fn set_count(&mut self, cluster: u64, count: u64) {
         let page = self.refcounts.set(cluster, count);
         self.graph.touch(Page::Refcount(page));
-        self.watch.touch(cluster..cluster + 1);
+        self.watch.counted(cluster..cluster + 1);
     }
 
     /// Lowers the count of a cluster whose page is resident; at 0 the allocator may find it.

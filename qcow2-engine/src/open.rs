@@ -4,10 +4,12 @@ use crate::{
     alloc::{frees::Frees, refcounts::Refcounts, space::Space},
     backing::{self, Format, MAX_CHAIN},
     cache::slices::{SLICE_BYTES, SliceCache},
+    check::dirty,
     epoch::Epochs,
     error::{Error, Result},
     flush::Flusher,
     image::Image,
+    inspect::ImageFile,
     io::{Access, Buf, FileId, Io, Storage, exact},
     lane::Lane,
     layer::{Layer, Qcow2Layer, RawLayer},
@@ -80,16 +82,15 @@ impl Image {
     ///
     /// # Errors
     /// A file cannot be opened or read, is not a sound QCOW2 image, needs a feature that is not
-    /// served, or its backing chain cannot be followed. Nothing has been changed.
+    /// served, or its backing chain cannot be followed. Nothing has been changed, but for refcounts
+    /// of an image that was marked dirty.
     pub async fn open<I: Io>(
         io: &I,
         storage: &(impl Storage + ?Sized),
         path: &Path,
         options: &OpenOptions,
     ) -> Result<Arc<Self>> {
-        let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
-        let top = open_file(storage, path, access)?;
-        let (header, first_page) = read_header(io, &top).await?;
+        let (top, header, first_page) = open_top(io, storage, path, options.read_only).await?;
         let mut layers = vec![Layer::Qcow2(load_layer(io, &top, &header, 0).await?)];
         let mut next = backing::of(&header, path, options.backing_format)?;
         while let Some(backing) = next.take() {
@@ -210,6 +211,28 @@ impl<I: Io> Lane<I> {
         image.autoclear.is_clear.store(true, Ordering::Release);
         Ok(())
     }
+}
+
+/// Opens the top file. If its refcounts may be behind, they are repaired before it is written to; for
+/// reading nobody needs them.
+async fn open_top(
+    io: &impl Io,
+    storage: &(impl Storage + ?Sized),
+    path: &Path,
+    read_only: bool,
+) -> Result<(Opened, Header, Vec<u8>)> {
+    let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
+    let mut top = open_file(storage, path, access)?;
+    let (header, first_page) = read_header(io, &top).await?;
+    if read_only || header.incompatible & header::DIRTY == 0 {
+        return Ok((top, header, first_page));
+    }
+    let mut file = ImageFile::around(io, storage, top.file, Arc::clone(&top.name), header, top.len);
+    dirty::repair_at_open(&mut file).await?;
+    // A new refcount structure makes the file longer.
+    top.len = file.file_len;
+    let (header, first_page) = read_header(io, &top).await?;
+    Ok((top, header, first_page))
 }
 
 fn open_file(storage: &(impl Storage + ?Sized), path: &Path, access: Access) -> Result<Opened> {

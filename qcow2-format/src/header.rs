@@ -200,7 +200,7 @@ impl Header {
     }
 
     /// Refuses what the engine does not serve, by name, the least understood first: unknown
-    /// incompatible bits, corrupt, dirty, encryption, external data file, extended L2 entries.
+    /// incompatible bits, corrupt, encryption, external data file, extended L2 entries.
     ///
     /// # Errors
     /// The first feature that is not served.
@@ -214,7 +214,6 @@ impl Header {
         let is_set = |bit| self.incompatible & bit != 0;
         match self.crypt {
             _ if is_set(CORRUPT) => Err(Unsupported::Corrupt),
-            _ if is_set(DIRTY) => Err(Unsupported::Dirty),
             CryptMethod::Aes | CryptMethod::Luks => Err(Unsupported::Encryption(self.crypt)),
             CryptMethod::None if is_set(EXTERNAL_DATA) => Err(Unsupported::ExternalDataFile),
             CryptMethod::None if is_set(EXTENDED_L2) => Err(Unsupported::ExtendedL2),

@@ -63,6 +63,9 @@ pub(crate) struct AddArgs {
     /// Format of backing files where the image does not say it: qcow2 or raw. It is never guessed.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) backing_format: Option<qcow2_engine::Format>,
+    /// Leave clusters that a crash has leaked as they are, instead of giving them back in the background.
+    #[arg(long)]
+    pub(crate) no_reclaim: bool,
     /// Stay in the foreground; SIGINT or SIGTERM detaches.
     #[arg(long)]
     pub(crate) foreground: bool,

@@ -61,6 +61,8 @@ pub(crate) struct Config {
     pub(crate) cache_bytes: u64,
     pub(crate) caching: Caching,
     pub(crate) backing_format: Option<Format>,
+    /// Whether to give back what a crash has leaked.
+    pub(crate) reclaims: bool,
 }
 
 /// Why a server could not start, or not end cleanly.
@@ -117,7 +119,8 @@ pub(crate) fn run(
     let mut device = Device::add(control, &wanted)?;
     device.describe(&shape)?;
     let run_file = RunFile::create(record(config, &device, &shape))?;
-    let service = Service { image, files, char_device: Arc::new(device.open_char()?) };
+    let reclaims = config.reclaims;
+    let service = Service { image, files, char_device: Arc::new(device.open_char()?), reclaims };
     let mut queues = Queues::new(events);
     let started = queues.bring_up(&service, &mut device, &to_events, announce);
     let is_announced = started.is_ok();
@@ -144,6 +147,7 @@ struct Service {
     image: Arc<Image>,
     files: Arc<Files>,
     char_device: Arc<File>,
+    reclaims: bool,
 }
 
 fn open_image(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {
@@ -243,6 +247,7 @@ impl Queues {
                 char_device: Arc::clone(&service.char_device),
                 image: Arc::clone(&service.image),
                 files: Arc::clone(&service.files),
+                reclaims: service.reclaims,
             };
             self.threads.push(spawn(queue, to_events.clone()).map_err(ServeError::SetUp)?);
             self.running += 1;

@@ -82,13 +82,13 @@ impl LaneSpace {
 impl Meta {
     /// A lane has a new extent.
     fn fill_lane(&mut self, lane: usize, run: Run) {
-        self.watch.touch(run.clusters.clone());
+        self.watch.reserved(run.clusters.clone());
         self.lanes[lane].extent = Some(run);
     }
 
     /// An untouched run goes back to its lane's extent, or the way of freed clusters.
     fn put_back(&mut self, lane: usize, run: &Run) {
-        self.watch.touch(run.clusters.clone());
+        self.watch.reserved(run.clusters.clone());
         if !self.lanes[lane].put_back(run) {
             self.unmapped(run.clusters.clone());
         }

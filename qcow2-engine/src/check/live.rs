@@ -131,10 +131,13 @@ impl<'a, I: Io> ImageFile<'a, I> {
         };
         loop {
             let entry = live.l1_entry(walk.l1_index);
-            let damaged =
-                |source| Error::Corrupt { file: Arc::clone(self.name()), table: "L1", at: walk.table, source };
-            let L1Entry::Table { offset, .. } =
-                L1Entry::decode(entry, &self.geometry()).map_err(damaged)?
+            let damaged = |source| Error::Corrupt {
+                file: Arc::clone(self.name()),
+                table: "L1",
+                at: walk.table,
+                source,
+            };
+            let L1Entry::Table { offset, .. } = L1Entry::decode(entry, &self.geometry()).map_err(damaged)?
             else {
                 return Ok(None);
             };

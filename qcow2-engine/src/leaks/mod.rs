@@ -70,10 +70,13 @@ use crate::{
     io::Io,
     lane::Lane,
     meta::Meta,
+    order::rules::RuleName,
     reclaim::in_rows,
 };
 use std::{future::Future, ops::Range, pin::Pin};
 
+/// Rounds over a window, at the most.
+const MAX_ROUNDS: usize = 4;
 /// Clusters that are compared in one step.
 const SETTLED: u64 = 4096;
 /// Of which so many under one hold of the metadata lock.
@@ -92,7 +95,8 @@ pub struct Reclaimed {
     pub freed: u64,
     /// Clusters that are still in use, and were counted too often.
     pub lowered: u64,
-    /// Clusters that are counted too often, and whose copied flags a repair would have to change.
+    /// Clusters that stay counted too often: a repair would have to change copied flags as well, or
+    /// they were changing all the time.
     pub left: u64,
     /// How it ended.
     pub verdict: Verdict,
@@ -121,8 +125,17 @@ impl From<crate::Error> for Stop {
     }
 }
 
-/// Clusters that are counted too often, and the references that they have.
-type Excess = Vec<(u64, u64)>;
+/// What is not as it should be.
+#[derive(Default)]
+struct Found {
+    /// Clusters that are counted too often, and the references that they have.
+    excess: Vec<(u64, u64)>,
+    /// Clusters that are counted too often and have to stay so.
+    flagged: u64,
+    /// Clusters that may be counted too often, but were touched. Nothing touches a cluster that nobody
+    /// refers to; one that is still in use may lose another reference while it is being judged.
+    touched: u64,
+}
 
 /// Puts the window down when dropped.
 struct Watching<'a>(&'a Image);
@@ -169,8 +182,17 @@ impl<I: Io> Lane<I> {
             rest(pace).await?;
             let window = first..end.min(first + size);
             first = window.end;
-            if image.has_block_in(&window) {
-                self.search_window(window, pace, reclaimed).await?;
+            if !image.has_block_in(&window) {
+                continue;
+            }
+            for round in 1.. {
+                let found = self.search_window(window.clone(), pace, reclaimed).await?;
+                if found.touched == 0 || round == MAX_ROUNDS {
+                    reclaimed.left += found.flagged + found.touched;
+                    break;
+                }
+                // What waits to be freed would be touched again.
+                self.maintain().await?;
             }
         }
         Ok(())
@@ -181,26 +203,29 @@ impl<I: Io> Lane<I> {
         clusters: Range<u64>,
         pace: &dyn Pace,
         reclaimed: &mut Reclaimed,
-    ) -> Result<(), Stop> {
+    ) -> Result<Found, Stop> {
         let image = self.image();
         let (_watching, epoch) = {
             let _no_batch = image.reclaiming.acquire(0..1).await;
             image.watch(clusters.clone())
         };
-        while !image.epochs.has_passed(epoch) {
+        while !image.epochs.has_passed(epoch) && !image.is_disabled(RuleName::RequestsBeforeSearch) {
             rest(pace).await?;
         }
-        self.write_back().await?;
+        if !image.is_disabled(RuleName::CutBeforeSearch) {
+            self.write_back().await?;
+        }
         let window = match live::count(self.io(), image, pace, Window::new(clusters.clone())).await {
             Counted::All(window) => window,
             Counted::Stopped => return Err(Stop::Verdict(Verdict::Stopped)),
             Counted::Doubt(reason) => return Err(doubt(&reason)),
         };
+        let mut found = Found::default();
         for first in clusters.clone().step_by(SETTLED as usize) {
             rest(pace).await?;
-            self.settle(first..clusters.end.min(first + SETTLED), &window, reclaimed).await?;
+            self.settle(first..clusters.end.min(first + SETTLED), &window, &mut found, reclaimed).await?;
         }
-        Ok(())
+        Ok(found)
     }
 
     /// Compares counts with references, and lowers those that are too high.
@@ -208,15 +233,16 @@ impl<I: Io> Lane<I> {
         &self,
         clusters: Range<u64>,
         window: &Window,
+        found: &mut Found,
         reclaimed: &mut Reclaimed,
     ) -> Result<(), Stop> {
         // What is in a batch of freed clusters was touched before; here it is in nobody's way.
         let _no_batch = self.image().reclaiming.acquire(0..1).await;
-        let mut excess = Excess::new();
         for first in clusters.clone().step_by(LOCKED as usize) {
             let some = first..clusters.end.min(first + LOCKED);
-            reclaimed.left += self.compare(some, window, &mut excess).await?;
+            self.compare(some, window, found).await?;
         }
+        let excess = std::mem::take(&mut found.excess);
         let unused: Vec<_> =
             excess.iter().filter(|(_, references)| *references == 0).map(|(cluster, _)| *cluster).collect();
         for row in in_rows(&unused) {
@@ -232,11 +258,10 @@ impl<I: Io> Lane<I> {
         Ok(())
     }
 
-    /// Finds the untouched clusters that are counted too often. Returns how many of them have to stay
-    /// as they are.
-    async fn compare(&self, clusters: Range<u64>, window: &Window, excess: &mut Excess) -> Result<u64, Stop> {
+    /// Finds the untouched clusters that are counted too often.
+    async fn compare(&self, clusters: Range<u64>, window: &Window, found: &mut Found) -> Result<(), Stop> {
         let image = self.image();
-        let (mut next, mut left) = (clusters.start, 0);
+        let mut next = clusters.start;
         while next < clusters.end {
             let needed = {
                 let mut meta = image.meta.lock();
@@ -244,8 +269,9 @@ impl<I: Io> Lane<I> {
                     match meta.judge(next, window)? {
                         Count::Needs(page) => break Some(page),
                         Count::Is(Judged::InOrder) => {}
-                        Count::Is(Judged::Excess(references)) => excess.push((next, references)),
-                        Count::Is(Judged::HasFlag) => left += 1,
+                        Count::Is(Judged::Excess(references)) => found.excess.push((next, references)),
+                        Count::Is(Judged::HasFlag) => found.flagged += 1,
+                        Count::Is(Judged::Touched) => found.touched += 1,
                         Count::Is(Judged::Lacking { count, references }) => {
                             let at = next << image.geometry().cluster_bits;
                             return Err(doubt(&format!(
@@ -263,7 +289,7 @@ impl<I: Io> Lane<I> {
                 self.load_refcount_page(page).await?;
             }
         }
-        Ok(left)
+        Ok(())
     }
 
     /// Lowers a count, unless the cluster has been touched meanwhile. Returns whether it has.
@@ -290,8 +316,10 @@ impl<I: Io> Lane<I> {
 
 /// What is to be done about a cluster.
 enum Judged {
-    /// Nothing: touched, or counted as often as it is referred to, or too much to tell.
+    /// Nothing: it is counted as often as it is referred to, or there is too much to tell.
     InOrder,
+    /// Nothing now: it was touched. But it may be counted too often, and have been so before.
+    Touched,
     /// It is counted too often; so many references are right.
     Excess(u64),
     /// It is counted too often, but the entry that refers to it would have to change as well.
@@ -302,13 +330,14 @@ enum Judged {
 
 impl Meta {
     fn judge(&mut self, cluster: u64, window: &Window) -> Result<Count<Judged>> {
-        if self.watch.is_touched(cluster) {
-            return Ok(Count::Is(Judged::InOrder));
-        }
         let count = match self.refcounts.get(cluster)? {
             Count::Needs(page) => return Ok(Count::Needs(page)),
             Count::Is(count) => count,
         };
+        if self.watch.is_touched(cluster) {
+            let is_suspect = window.references(cluster).is_some_and(|seen| 0 < seen && seen < count);
+            return Ok(Count::Is(if is_suspect { Judged::Touched } else { Judged::InOrder }));
+        }
         Ok(Count::Is(match window.references(cluster) {
             Some(references) if references > count => Judged::Lacking { count, references },
             Some(references) if references == count => Judged::InOrder,
@@ -329,16 +358,21 @@ impl Image {
         let mut meta = self.meta.lock();
         let Meta { watch, frees, lanes, .. } = &mut *meta;
         watch.begin(window);
-        frees.clusters().for_each(|cluster| watch.touch(cluster..cluster + 1));
-        lanes.iter().filter_map(|lane| lane.clusters()).for_each(|extent| watch.touch(extent));
+        frees.clusters().for_each(|cluster| watch.unmapped(cluster..cluster + 1));
+        lanes.iter().filter_map(|lane| lane.clusters()).for_each(|extent| watch.reserved(extent));
         (Watching(self), self.epochs.advance())
+    }
+
+    fn is_disabled(&self, rule: RuleName) -> bool {
+        self.meta.lock().graph.is_disabled(rule)
     }
 
     /// Why clusters may be in use though nothing that is known here refers to them.
     fn may_hide_references(&self) -> Option<&'static str> {
         let unknown_bits = self.header.autoclear & !qcow2_format::header::KNOWN_AUTOCLEAR != 0;
-        (unknown_bits || !self.header.unknown_extensions.is_empty())
-            .then_some("it has header extensions that are not known here, which may have clusters of their own")
+        (unknown_bits || !self.header.unknown_extensions.is_empty()).then_some(
+            "it has header extensions that are not known here, which may have clusters of their own",
+        )
     }
 
     /// Clusters from here on have no count.

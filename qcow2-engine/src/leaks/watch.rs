@@ -4,6 +4,7 @@
 //! so here, under the metadata lock, in the same step. What was touched is out of the search's
 //! reach. Without a search the window is empty and a touch is one comparison.
 
+use crate::order::rules::RuleName;
 use std::ops::Range;
 
 /// The clusters under consideration, and those of them that have been touched.
@@ -14,6 +15,8 @@ pub(crate) struct Watch {
     touched: Vec<u64>,
     /// It is no longer known who uses what.
     is_blind: bool,
+    /// The touch that a mutation check has switched off.
+    disabled: Option<RuleName>,
 }
 
 impl Watch {
@@ -29,8 +32,32 @@ impl Watch {
         (self.window, self.touched) = (0..0, Vec::new());
     }
 
+    /// The counts of these clusters change.
+    pub(crate) fn counted(&mut self, clusters: Range<u64>) {
+        self.touch(RuleName::CountedIsNoLeak, clusters);
+    }
+
+    /// The mapping has let go of these clusters.
+    pub(crate) fn unmapped(&mut self, clusters: Range<u64>) {
+        self.touch(RuleName::UnmappedIsNoLeak, clusters);
+    }
+
+    /// These clusters are in a lane's extent, and the next ones to be referred to.
+    pub(crate) fn reserved(&mut self, clusters: Range<u64>) {
+        self.touch(RuleName::ReservedIsNoLeak, clusters);
+    }
+
+    /// Switches a touch off, for the mutation check.
+    #[cfg(feature = "sim")]
+    pub(crate) fn disable(&mut self, rule: RuleName) {
+        self.disabled = Some(rule);
+    }
+
     /// What refers to these clusters, or may come to refer to them, has changed.
-    pub(crate) fn touch(&mut self, clusters: Range<u64>) {
+    fn touch(&mut self, rule: RuleName, clusters: Range<u64>) {
+        if self.disabled == Some(rule) {
+            return;
+        }
         let inside = clusters.start.max(self.window.start)..clusters.end.min(self.window.end);
         for index in inside.map(|cluster| cluster - self.window.start) {
             self.touched[index as usize / 64] |= 1 << (index % 64);
@@ -58,12 +85,12 @@ mod tests {
     #[test]
     fn only_what_was_not_touched_inside_the_window_is_free_to_be_judged() {
         let mut watch = Watch::default();
-        watch.touch(0..1000);
+        watch.counted(0..1000);
         assert!(watch.is_touched(7), "nothing is watched");
         watch.begin(100..230);
-        watch.touch(90..101);
-        watch.touch(164..166);
-        watch.touch(229..400);
+        watch.counted(90..101);
+        watch.unmapped(164..166);
+        watch.reserved(229..400);
         let untouched: Vec<_> = (0..500).filter(|&cluster| !watch.is_touched(cluster)).collect();
         let expected: Vec<_> = (101..164).chain(166..229).collect();
         assert_eq!(untouched, expected);

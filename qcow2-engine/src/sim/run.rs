@@ -20,8 +20,11 @@ use std::{
     path::Path,
     pin::Pin,
     rc::Rc,
-    sync::Arc,
-    task::{Context, Poll, Waker},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    task::{Context, Poll, Wake, Waker},
 };
 
 /// A life to be simulated. The same case always goes the same way.
@@ -73,8 +76,21 @@ type Task = Pin<Box<dyn Future<Output = Result<(), String>>>>;
 
 /// Clusters that a lane reserves: few, so that the file stays small and extents run out.
 const EXTENT_CLUSTERS: u64 = 8;
+/// One operation in so many is completed though the oldest is to be left behind: a task that only
+/// waits for it, and rests meanwhile, would otherwise wait for ever.
+const PATIENCE: u64 = 100;
 /// Rounds of polling without progress, at the most, before a case counts as a hang.
 const MAX_STEPS: u64 = 200_000;
+
+/// Whether a task has been woken.
+#[derive(Default)]
+struct Woken(AtomicBool);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
 
 struct Life<'a> {
     fixture: &'a Fixture,
@@ -235,10 +251,15 @@ pub fn age(fixture: &Fixture) -> Result<Fixture, String> {
     let (mut life, names) = Life::new(fixture, 1, &mut totals);
     let image = life.open(&names)?;
     let lane = Lane::new(&image, life.disk.clone(), 4);
-    let requests: Vec<_> =
-        AGEING.into_iter().filter(|request| fixture.can_discard || !matches!(request, Request::Discard(..))).collect();
-    let player =
-        Player { lane: lane.clone(), model: Rc::clone(&life.model), cluster_sectors: fixture.cluster_sectors };
+    let requests: Vec<_> = AGEING
+        .into_iter()
+        .filter(|request| fixture.can_discard || !matches!(request, Request::Discard(..)))
+        .collect();
+    let player = Player {
+        lane: lane.clone(),
+        model: Rc::clone(&life.model),
+        cluster_sectors: fixture.cluster_sectors,
+    };
     life.drive(vec![play(player, requests, EARLIER, false)], false)?;
     let buf = Buf::zeroed(fixture.content.len() * 512);
     let read = {
@@ -297,7 +318,7 @@ impl<'a> Life<'a> {
     /// Polls the tasks and completes operations, in the order that the seed chooses, until all
     /// tasks have ended. With `judge`, at every moment a crash is tried.
     fn drive(&mut self, mut tasks: Vec<Task>, judge: bool) -> Result<(), String> {
-        for _ in 0..MAX_STEPS {
+        for step in 0..MAX_STEPS {
             self.poll(&mut tasks)?;
             if judge {
                 self.crash_here()?;
@@ -308,8 +329,10 @@ impl<'a> Life<'a> {
                 }
                 0 => return Err(format!("{} requests hang", tasks.len())),
                 1 => self.disk.complete(0),
-                // The oldest operation is left behind for as long as there are others.
-                waiting if self.starves => self.disk.complete(1 + self.rng.below(waiting - 1) as usize),
+                // The oldest operation is left behind for as long as there are others, but not for ever.
+                waiting if self.starves && step % PATIENCE != 0 => {
+                    self.disk.complete(1 + self.rng.below(waiting - 1) as usize)
+                }
                 waiting => self.disk.complete(self.rng.below(waiting) as usize),
             };
             self.totals.operations += 1;
@@ -319,7 +342,9 @@ impl<'a> Life<'a> {
 
     /// Polls until nothing moves any more.
     fn poll(&self, tasks: &mut Vec<Task>) -> Result<(), String> {
-        let mut context = Context::from_waker(Waker::noop());
+        let woken = Arc::new(Woken::default());
+        let waker = Waker::from(Arc::clone(&woken));
+        let mut context = Context::from_waker(&waker);
         loop {
             let before = (tasks.len(), self.disk.waiting(), self.model.borrow().now());
             let mut failure = None;
@@ -333,7 +358,9 @@ impl<'a> Life<'a> {
             if let Some(failure) = failure {
                 return Err(failure);
             }
-            if (tasks.len(), self.disk.waiting(), self.model.borrow().now()) == before {
+            // A task may have let go of what another one waits for, and done nothing else.
+            let has_woken = woken.0.swap(false, Ordering::Relaxed);
+            if !has_woken && (tasks.len(), self.disk.waiting(), self.model.borrow().now()) == before {
                 return Ok(());
             }
         }
