@@ -72,17 +72,16 @@ impl Pace for Busy {
             let step = self.steps.replace(self.steps.get() + 1);
             let lane = &self.lanes[step % 2];
             let at = step * 77 * 4096 % (DISK - (64 << 10)) / 512 * 512;
-            let mut bytes = self.bytes.borrow_mut();
             match step % 5 {
                 0..=2 => {
                     let data = vec![step as u8 | 1; 24 << 10];
                     lane.write(at as u64, Buf::from_bytes(&data)).await.expect("write");
-                    bytes[at..at + data.len()].copy_from_slice(&data);
+                    self.bytes.borrow_mut()[at..at + data.len()].copy_from_slice(&data);
                 }
                 3 => {
                     let at = at >> 16 << 16;
                     lane.write_zeroes(at as u64, 64 << 10, ZeroMode::Unmap).await.expect("zeroes");
-                    bytes[at..at + (64 << 10)].fill(0);
+                    self.bytes.borrow_mut()[at..at + (64 << 10)].fill(0);
                 }
                 _ => lane.maintain().await.expect("maintain"),
             }

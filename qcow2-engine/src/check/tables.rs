@@ -51,13 +51,7 @@ impl Survey {
     pub(super) async fn l1_entries(&mut self, file: &ImageFile<'_, impl Io>) {
         for l1 in self.l1_tables.clone() {
             for range in l1.parts(self.l1_step()) {
-                let entries = match file.l1_entries(&l1, range.clone()).await {
-                    Ok(entries) => entries,
-                    Err(error) => {
-                        self.unusable(l1.owner, l1.at, error);
-                        break;
-                    }
-                };
+                let Some(entries) = self.l1_part(file, &l1, range.clone()).await else { break };
                 for (index, &raw) in range.zip(&entries) {
                     if raw != 0
                         && let Err(error) = self.l1_entry(file, &l1, index, raw).await
@@ -70,6 +64,17 @@ impl Survey {
                 }
             }
         }
+    }
+
+    /// Some entries of an L1 table; that they cannot be read is noted.
+    async fn l1_part(
+        &mut self,
+        file: &ImageFile<'_, impl Io>,
+        l1: &L1Table,
+        range: Range<u64>,
+    ) -> Option<Vec<u64>> {
+        let entries = file.l1_entries(l1, range).await;
+        entries.map_err(|error| self.unusable(l1.owner, l1.at, error)).ok()
     }
 
     fn l1_step(&self) -> u64 {
@@ -119,13 +124,7 @@ impl Survey {
         for l1 in self.l1_tables.clone() {
             for range in l1.parts(self.l1_step()) {
                 // It was read before: a failure now has been reported as what it means, or is new.
-                let entries = match file.l1_entries(&l1, range.clone()).await {
-                    Ok(entries) => entries,
-                    Err(error) => {
-                        self.unusable(l1.owner, l1.at, error);
-                        break;
-                    }
-                };
+                let Some(entries) = self.l1_part(file, &l1, range.clone()).await else { break };
                 let walks: Vec<_> =
                     range.zip(&entries).filter_map(|(index, &raw)| self.next_walk(&l1, index, raw)).collect();
                 if self.window.is_some() {
