@@ -9,7 +9,8 @@ use super::space::{Next, Run};
 use crate::{
     error::{ErrorKind, Result},
     image::Image,
-    io::Io,
+    inspect::SECTOR,
+    io::{Buf, Io, exact},
     lane::Lane,
     meta::Meta,
 };
@@ -209,8 +210,11 @@ impl<I: Io> Lane<I> {
         let from = at.max(run.clusters.start << bits);
         let file = image.top().file;
         let grown = match self.io().allocate(file, from, end - from).await {
-            // Not every file system can allocate ahead; all can be extended.
-            Err(error) if error.kind() == IoKind::Unsupported => self.io().set_len(file, end).await,
+            // Not every file system can allocate ahead; all can be extended. Not by a new length: the
+            // file may be longer by now, as a cut writes new refcount blocks behind its end.
+            Err(error) if error.kind() == IoKind::Unsupported => {
+                exact::write_all(self.io(), file, end - SECTOR, &Buf::zeroed(SECTOR as usize)).await
+            }
             other => other,
         };
         grown.map_err(|source| image.io_error("allocation", file, from, source))?;
