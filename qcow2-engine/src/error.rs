@@ -129,6 +129,14 @@ pub enum Error {
         /// The file's name.
         file: Arc<str>,
     },
+    /// The log that a dead server has left cannot be replayed.
+    #[error("{file}: its redo log cannot be replayed: {reason}")]
+    Redo {
+        /// The file's name.
+        file: Arc<str>,
+        /// What is wrong with the log.
+        reason: String,
+    },
     /// An earlier fdatasync failed: what is on disk is no longer known.
     #[error("{file}: an earlier flush failed ({cause}); close and reopen the image")]
     Poisoned {
@@ -169,9 +177,11 @@ impl Error {
                 Some(libc::ENOSPC | libc::EDQUOT) => ErrorKind::NoSpace,
                 errno => ErrorKind::Io(errno),
             },
-            Self::Format { .. } | Self::Corrupt { .. } | Self::Refcount { .. } | Self::Decompress { .. } => {
-                ErrorKind::Corrupt
-            }
+            Self::Redo { .. }
+            | Self::Format { .. }
+            | Self::Corrupt { .. }
+            | Self::Refcount { .. }
+            | Self::Decompress { .. } => ErrorKind::Corrupt,
             Self::Unsupported { .. } | Self::Backing { .. } | Self::NotSupported { .. } => {
                 ErrorKind::Unsupported
             }

@@ -11,6 +11,7 @@ use crate::{
     locks::RangeLocks,
     meta::Meta,
     open::{Autoclear, table_entries},
+    redo::RedoLog,
     resolve::{self, Extents, Stop},
 };
 use parking_lot::Mutex;
@@ -82,10 +83,20 @@ impl Image {
         self.layers.iter().map(|layer| &**layer.name())
     }
 
+    /// From now on changes of the mapping are remembered in `log`, which is empty: what it held has
+    /// been replayed. To be called before the first request.
+    pub fn keep_redo_log(&self, log: RedoLog) {
+        self.meta.lock().redo = Some(log);
+    }
+
     /// Switches an ordering rule off, to see that its absence is noticed.
     #[cfg(feature = "sim")]
     pub fn disable_rule(&self, rule: crate::RuleName) {
-        self.meta.lock().graph.disable(rule);
+        let mut meta = self.meta.lock();
+        meta.graph.disable(rule);
+        if let (crate::RuleName::RedoBeforeAcknowledgement, Some(redo)) = (rule, &mut meta.redo) {
+            redo.mute();
+        }
     }
 
     pub(crate) fn top(&self) -> &Qcow2Layer {

@@ -33,6 +33,8 @@ mod order;
 mod publish;
 mod read;
 mod reclaim;
+mod redo;
+mod replay;
 mod resolve;
 #[cfg(feature = "sim")]
 pub mod sim;
@@ -48,4 +50,5 @@ pub use image::Image;
 pub use lane::Lane;
 pub use open::{DEFAULT_CACHE_BYTES, DEFAULT_EXTENT_BYTES, OpenOptions};
 pub use order::rules::RuleName;
+pub use redo::{MIN_REDO_BYTES, REDO_BYTES, RedoError, RedoLog, RedoMemory};
 pub use resolve::{Extent, Extents};

@@ -13,6 +13,7 @@ use crate::{
     },
     epoch::Epochs,
     order::graph::Graph,
+    redo::{Record, RedoLog},
 };
 use qcow2_format::Geometry;
 use std::{ops::Range, sync::Arc};
@@ -30,6 +31,8 @@ pub(crate) struct Meta {
     /// Cuts begun so far; the number of the cut under way or of the last one.
     pub(crate) cuts_begun: u64,
     pub(crate) epochs: Arc<Epochs>,
+    /// Where changes are remembered for the next process, if anywhere.
+    pub(crate) redo: Option<RedoLog>,
 }
 
 /// The first bytes of the file as they are, or are about to be, on disk.
@@ -46,6 +49,18 @@ impl HeaderPage {
 }
 
 impl Meta {
+    /// R7: remembers a change for the next process. Room has been asked for under the same lock.
+    pub(crate) fn log(&mut self, record: Record) {
+        if let Some(redo) = &mut self.redo {
+            redo.append(record);
+        }
+    }
+
+    /// Whether the redo log, if there is one, has room for `records`; if not, a cut makes some.
+    pub(crate) fn has_log_room(&self, records: u64) -> bool {
+        self.redo.as_ref().is_none_or(|redo| redo.room() >= records)
+    }
+
     /// Nothing in memory refers to these clusters any more, as of now: one reference to each is
     /// given back when R5 allows it.
     pub(crate) fn unmapped(&mut self, clusters: Range<u64>) {

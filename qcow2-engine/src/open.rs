@@ -157,6 +157,7 @@ impl Image {
             header: HeaderPage(first_page),
             cuts_begun: 0,
             epochs: Arc::clone(&epochs),
+            redo: None,
         };
         Self {
             layers,

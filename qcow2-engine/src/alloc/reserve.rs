@@ -155,6 +155,7 @@ impl<I: Io> Lane<I> {
             match next {
                 Next::Run(run) => break run,
                 Next::Needs(page) => self.load_refcount_page(page).await?,
+                Next::NeedsCut => self.write_back().await?,
             }
         };
         match self.extend_file(&run).await {

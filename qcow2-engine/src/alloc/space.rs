@@ -10,9 +10,14 @@ use crate::{
     error::{Error, Result},
     meta::Meta,
     order::rules::{Page, Rule},
+    redo::Record,
 };
 use qcow2_format::{HostOffset, geometry::MAX_REFTABLE_BYTES, header};
 use std::{ops::Range, sync::Arc};
+
+/// Records in the redo log of one growth of the refcount table: the largest table has 16384 clusters
+/// of 512 bytes, which 256 blocks count, and has grown by a third.
+const MAX_GROWTH_RECORDS: u64 = 512;
 
 /// Free space as seen by the allocator. Clusters are counted from the start of the file.
 pub(crate) struct Space {
@@ -40,6 +45,8 @@ pub(crate) enum Next {
     Run(Run),
     /// Load this refcount page and ask again.
     Needs(u64),
+    /// The redo log is full: carry a cut out and ask again.
+    NeedsCut,
 }
 
 impl Meta {
@@ -48,6 +55,9 @@ impl Meta {
         loop {
             let cursor = self.space.cursor;
             match self.refcounts.place(cursor)? {
+                Place::BeyondTable | Place::NoBlock { .. } if !self.has_log_room(MAX_GROWTH_RECORDS) => {
+                    return Ok(Next::NeedsCut);
+                }
                 Place::BeyondTable => self.grow_refcount_table(cursor)?,
                 Place::NoBlock { block } => {
                     self.claim(cursor..cursor + 1)?;
@@ -127,8 +137,9 @@ impl Meta {
     }
 
     /// Enters a new refcount block that lies in cluster `at`.
-    fn add_refcount_block(&mut self, block: u64, at: u64) {
+    pub(crate) fn add_refcount_block(&mut self, block: u64, at: u64) {
         self.refcounts.add_block(block, HostOffset(at << self.geometry.cluster_bits));
+        self.log(Record::Block { block, cluster: at });
         let table = Page::RefcountTable(self.refcounts.table_page(block));
         for page in self.refcounts.block_pages(block).map(Page::Refcount) {
             self.graph.touch(page);
@@ -139,7 +150,7 @@ impl Meta {
     /// Moves the refcount table to a larger place at `base`, the first cluster that it does not
     /// reach: new blocks first, then the table, all counted by those blocks.
     fn grow_refcount_table(&mut self, base: u64) -> Result<()> {
-        let (old_at, old_entries) = self.refcounts.table_place();
+        let (_, old_entries) = self.refcounts.table_place();
         let per_cluster = self.geometry.cluster_size() / 8;
         let plan =
             plan_table(base, old_entries / per_cluster, per_cluster, self.geometry.refcounts_per_block());
@@ -151,28 +162,35 @@ impl Meta {
         }
         let end = base + plan.blocks + plan.table_clusters;
         self.claim(base..end)?;
-        let table_at = (base + plan.blocks) << self.geometry.cluster_bits;
-        self.refcounts.move_table(table_at, (plan.table_clusters * per_cluster) as usize);
+        self.place_refcount_table(base + plan.blocks..end);
         let first_block = self.refcounts.block_of(base);
         for index in 0..plan.blocks {
             self.add_refcount_block(first_block + index, base + index);
         }
         self.count_once(base..end);
-        for block in
-            (0..plan.table_clusters * per_cluster).step_by((self.refcounts.page_bytes() / 8) as usize)
-        {
+        Ok(())
+    }
+
+    /// Has the refcount table lie in these clusters from now on, and lets go of the old ones.
+    pub(crate) fn place_refcount_table(&mut self, clusters: Range<u64>) {
+        let (old_at, old_entries) = self.refcounts.table_place();
+        let per_cluster = self.geometry.cluster_size() / 8;
+        let (at, count) = (clusters.start << self.geometry.cluster_bits, clusters.end - clusters.start);
+        let entries = count * per_cluster;
+        self.refcounts.move_table(at, entries as usize);
+        self.log(Record::RefcountTable { clusters: count, first: clusters.start });
+        for block in (0..entries).step_by((self.refcounts.page_bytes() / 8) as usize) {
             let page = Page::RefcountTable(self.refcounts.table_page(block));
             self.graph.touch(page);
             self.graph.require(Rule::table_before_header(page));
         }
-        self.header.set_u64(header::REFCOUNT_TABLE_OFFSET as usize, table_at);
-        self.header.set_u32(header::REFCOUNT_TABLE_CLUSTERS_OFFSET as usize, plan.table_clusters as u32);
+        self.header.set_u64(header::REFCOUNT_TABLE_OFFSET as usize, at);
+        self.header.set_u32(header::REFCOUNT_TABLE_CLUSTERS_OFFSET as usize, count as u32);
         self.graph.touch(Page::Header);
         let old = old_at >> self.geometry.cluster_bits;
         self.space.fixed.retain(|fixed| fixed.start != old);
-        self.space.fixed.push(base + plan.blocks..end);
+        self.space.fixed.push(clusters);
         self.unmapped(old..old + old_entries / per_cluster);
-        Ok(())
     }
 }
 
