@@ -169,6 +169,12 @@ pub enum ErrorKind {
 }
 
 impl Error {
+    /// Whether a file could not be opened because somebody else uses it in a way that excludes this.
+    #[must_use]
+    pub fn is_locked(&self) -> bool {
+        matches!(self, Self::Open { source, .. } if source.kind() == io::ErrorKind::ResourceBusy)
+    }
+
     /// The error's class.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {

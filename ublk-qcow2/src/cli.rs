@@ -5,6 +5,7 @@ use crate::{
     device::MAX_DEPTH,
 };
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// Serve a QCOW2 image as a block device, /dev/ublkbN.
@@ -21,6 +22,8 @@ pub(crate) enum Command {
     Add(AddArgs),
     /// Detach devices: drain, write back and close.
     Del(DelArgs),
+    /// Serve a device again whose server has died; its users see a pause and no error.
+    Recover(RecoverArgs),
     /// List the attached devices.
     List(ListArgs),
     /// Show what this kernel's ublk driver offers.
@@ -66,6 +69,25 @@ pub(crate) struct AddArgs {
     /// Stay in the foreground; SIGINT or SIGTERM detaches.
     #[arg(long)]
     pub(crate) foreground: bool,
+    /// If the server dies its device is dead: I/O fails, writes that were not flushed are lost.
+    #[arg(long)]
+    pub(crate) no_recovery: bool,
+    /// If the server dies its device waits for `ublk-qcow2 recover`.
+    #[arg(long)]
+    pub(crate) no_supervisor: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RecoverArgs {
+    /// Device number.
+    #[arg(short = 'n', long = "number", value_name = "ID", value_parser = clap::value_parser!(u32).range(..MAX_ID))]
+    pub(crate) id: u32,
+    /// Stay in the foreground; SIGINT or SIGTERM detaches.
+    #[arg(long)]
+    pub(crate) foreground: bool,
+    /// If the new server dies as well the device waits again.
+    #[arg(long)]
+    pub(crate) no_supervisor: bool,
 }
 
 #[derive(Debug, Args)]
@@ -94,7 +116,8 @@ pub(crate) struct ListArgs {
 }
 
 /// How the image file is read and written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum IoMode {
     /// Direct where the file allows it, else buffered.
     Auto,

@@ -7,10 +7,8 @@ mod parse;
 mod print;
 mod session;
 
-use super::{
-    CommandError,
-    image::{locking, refuse_served},
-};
+use super::{CommandError, image::refuse_served};
+use crate::config;
 use clap::Args;
 use qcow2_engine::{
     Image, OpenOptions,
@@ -61,7 +59,7 @@ pub(crate) fn run(args: &IoArgs) -> Result<ExitCode, CommandError> {
     if !args.read_only {
         refuse_served(&args.image)?;
     }
-    let files = Arc::new(Files::with_locking(Caching::Auto, locking(args.force_share)));
+    let files = Arc::new(Files::with_locking(Caching::Auto, config::locking(args.force_share)));
     let ring = Uring::new(Arc::clone(&files), RING).map_err(CommandError::Ring)?;
     let executor = Executor::new(ring.clone());
     let options = OpenOptions { read_only: args.read_only, ..OpenOptions::default() };
