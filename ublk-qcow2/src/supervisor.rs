@@ -29,8 +29,9 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// A server that has lived this long has served: its death says nothing of the next one's.
-const SERVED: Duration = Duration::from_secs(2);
+/// A server that has served for this long died of something else than the requests that were waiting
+/// for it: its death says nothing of the next one's.
+const SERVED: Duration = Duration::from_millis(200);
 /// Servers in a row that die younger before the device is left to its users.
 const MAX_EARLY_DEATHS: u32 = 8;
 /// The pause after the first of them; each later one is twice as long: 12.7 s in all.
