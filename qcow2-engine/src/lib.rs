@@ -2,7 +2,7 @@
 //!
 //! An [`Image`] is opened once and shared by all threads; each thread uses it through a [`Lane`],
 //! which joins it to that thread's [`io::Io`]. The life of a request is in the module named after
-//! it: `read`, `write`, `discard`, `flush`. The engine knows nothing of ublk.
+//! it: `read`, `write`, `discard`, `flush`; `direct` is the short cut for those that one transfer answers. The engine knows nothing of ublk.
 //!
 //! Durability: a completed write or discard is durable after a later completed [`Lane::flush`]. A
 //! crash at any moment leaves an image whose mapping is consistent and whose worst defect is leaked
@@ -15,6 +15,7 @@ pub mod check;
 mod close;
 pub mod create;
 mod decompress;
+mod direct;
 mod discard;
 mod epoch;
 mod error;
@@ -43,6 +44,7 @@ mod write;
 pub use backing::{Format, MAX_CHAIN};
 pub use check::{CheckOptions, CheckReport, Repair, check};
 pub use create::Preallocation;
+pub use direct::Direct;
 pub use discard::ZeroMode;
 pub use error::{Error, ErrorKind, Result};
 pub use grow::grow;

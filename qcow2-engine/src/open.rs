@@ -182,16 +182,23 @@ impl Image {
     }
 }
 
+impl Autoclear {
+    /// Whether there is nothing to clear any more.
+    pub(crate) fn is_clear(&self) -> bool {
+        self.is_clear.load(Ordering::Acquire)
+    }
+}
+
 impl<I: Io> Lane<I> {
     /// Clears the autoclear bits before the first change, durably: what they vouch for (bitmaps,
     /// and whatever a later QEMU adds) is not kept true here.
     pub(crate) async fn clear_autoclear(&self) -> Result<()> {
         let image = self.image();
-        if image.autoclear.is_clear.load(Ordering::Acquire) {
+        if image.autoclear.is_clear() {
             return Ok(());
         }
         let _clearing = image.autoclear.clearing.acquire(0..1).await;
-        if image.autoclear.is_clear.load(Ordering::Acquire) {
+        if image.autoclear.is_clear() {
             return Ok(());
         }
         let page = {

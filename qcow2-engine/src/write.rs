@@ -22,14 +22,14 @@ use std::{ops::Range, sync::Arc};
 
 /// A part of a write that is handled in one way. Offsets and lengths are bytes of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Piece {
+pub(crate) struct Piece {
     at: u64,
     len: u64,
-    kind: Kind,
+    pub(crate) kind: Kind,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(crate) enum Kind {
     /// The clusters are the image's own: contiguous in the file from this byte.
     InPlace { host: u64 },
     /// Some cluster has to be allocated; all lie in one L2 slice.
@@ -275,7 +275,7 @@ impl Placement<'_> {
 
 /// Splits a write by what has to be done, from where `pieces` ends. Pieces that are contiguous and
 /// alike are one. What has been found before a miss stays, as in [`crate::resolve`].
-fn split(image: &Image, at: u64, len: u64, pieces: &mut SmallVec<[Piece; 2]>) -> Result<(), Stop> {
+pub(crate) fn split(image: &Image, at: u64, len: u64, pieces: &mut SmallVec<[Piece; 2]>) -> Result<(), Stop> {
     let layer = image.top();
     let cluster = layer.geometry.cluster_size();
     let mut done: u64 = pieces.iter().map(|piece| piece.len).sum();
