@@ -14,6 +14,7 @@ mod cache;
 pub mod check;
 mod close;
 pub mod create;
+mod damage;
 mod decompress;
 mod discard;
 mod epoch;
@@ -36,6 +37,7 @@ mod reclaim;
 mod resolve;
 #[cfg(feature = "sim")]
 pub mod sim;
+mod territory;
 mod write;
 
 pub use backing::{Format, MAX_CHAIN};
@@ -49,3 +51,4 @@ pub use lane::Lane;
 pub use open::{DEFAULT_CACHE_BYTES, DEFAULT_EXTENT_BYTES, OpenOptions};
 pub use order::rules::RuleName;
 pub use resolve::{Extent, Extents};
+pub use territory::Conflict;

@@ -7,6 +7,7 @@
 
 use super::refcounts::{Count, Place};
 use crate::{
+    check::Owner,
     error::{Error, Result},
     meta::Meta,
     order::rules::{Page, Rule},
@@ -22,8 +23,6 @@ pub(crate) struct Space {
     pub(crate) fresh_from: u64,
     /// The file extends at least to this byte.
     pub(crate) file_end: u64,
-    /// Host ranges that are never handed out, whatever their refcount says, in clusters.
-    pub(crate) fixed: Vec<Range<u64>>,
 }
 
 /// Clusters in a row, counted once and not referred to yet.
@@ -102,20 +101,30 @@ impl Meta {
 
     /// Moves the cursor over a run that is taken; says whether it is fresh.
     fn claim(&mut self, run: Range<u64>) -> Result<bool> {
-        if let Some(fixed) =
-            self.space.fixed.iter().find(|fixed| fixed.start < run.end && run.start < fixed.end)
-        {
-            return Err(Error::Refcount {
-                file: Arc::clone(&self.file),
-                at: fixed.start.max(run.start) << self.geometry.cluster_bits,
-                value: 0,
-                reason: "but it holds live metadata: the image is damaged, run `check --repair all`",
-            });
-        }
+        self.check_unused(&run)?;
         let fresh = run.start >= self.space.fresh_from;
         self.space.fresh_from = self.space.fresh_from.max(run.end);
         self.space.cursor = run.end;
         Ok(fresh)
+    }
+
+    /// A count of 0 is not enough: the count may be what is damaged.
+    fn check_unused(&self, run: &Range<u64>) -> Result<()> {
+        let wrong = |cluster: u64, reason| Error::Refcount {
+            file: Arc::clone(&self.file),
+            at: cluster << self.geometry.cluster_bits,
+            value: 0,
+            reason,
+        };
+        for cluster in run.clone() {
+            if let Some(owner) = self.territory.owner(cluster) {
+                return Err(wrong(cluster, format!("but it is in use as {owner}")));
+            }
+        }
+        match self.frees.find(run) {
+            Some(cluster) => Err(wrong(cluster, "but an entry named it until a moment ago".into())),
+            None => Ok(()),
+        }
     }
 
     /// Sets the counts of clusters whose pages are resident to one.
@@ -129,6 +138,7 @@ impl Meta {
     /// Enters a new refcount block that lies in cluster `at`.
     fn add_refcount_block(&mut self, block: u64, at: u64) {
         self.refcounts.add_block(block, HostOffset(at << self.geometry.cluster_bits));
+        self.territory.add_refcount_block(at);
         let table = Page::RefcountTable(self.refcounts.table_page(block));
         for page in self.refcounts.block_pages(block).map(Page::Refcount) {
             self.graph.touch(page);
@@ -169,8 +179,7 @@ impl Meta {
         self.header.set_u32(header::REFCOUNT_TABLE_CLUSTERS_OFFSET as usize, plan.table_clusters as u32);
         self.graph.touch(Page::Header);
         let old = old_at >> self.geometry.cluster_bits;
-        self.space.fixed.retain(|fixed| fixed.start != old);
-        self.space.fixed.push(base + plan.blocks..end);
+        self.territory.set_area(Owner::RefcountTable, base + plan.blocks..end);
         self.unmapped(old..old + old_entries / per_cluster);
         Ok(())
     }
