@@ -21,6 +21,8 @@ mod epoch;
 mod error;
 pub mod exec;
 mod flush;
+#[cfg(feature = "sim")]
+pub mod fuzz;
 mod grow;
 mod image;
 pub mod inspect;
@@ -40,7 +42,7 @@ pub mod sim;
 mod territory;
 mod write;
 
-pub use backing::{Format, MAX_CHAIN};
+pub use backing::{BackingPolicy, Format, MAX_CHAIN};
 pub use check::{CheckOptions, CheckReport, Repair, check};
 pub use create::Preallocation;
 pub use discard::ZeroMode;

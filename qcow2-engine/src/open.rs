@@ -2,7 +2,7 @@
 
 use crate::{
     alloc::{frees::Frees, refcounts::Refcounts, space::Space},
-    backing::{self, Format, MAX_CHAIN},
+    backing::{self, BackingPolicy, Format, MAX_CHAIN, MAX_CHAIN_L1_BYTES},
     cache::slices::{SLICE_BYTES, SliceCache},
     damage::Damage,
     epoch::Epochs,
@@ -49,6 +49,8 @@ pub struct OpenOptions {
     pub extent_bytes: u64,
     /// The format of a backing file where the image does not say it.
     pub backing_format: Option<Format>,
+    /// Which backing files may be opened.
+    pub backing_policy: BackingPolicy,
 }
 
 impl Default for OpenOptions {
@@ -58,6 +60,7 @@ impl Default for OpenOptions {
             cache_bytes: DEFAULT_CACHE_BYTES,
             extent_bytes: DEFAULT_EXTENT_BYTES,
             backing_format: None,
+            backing_policy: BackingPolicy::Any,
         }
     }
 }
@@ -93,13 +96,16 @@ impl Image {
         let (header, first_page) = read_header(io, &top, access).await?;
         let mut layers = vec![Layer::Qcow2(load_layer(io, &top, &header, 0).await?)];
         let mut next = backing::of(&header, path, options.backing_format)?;
+        let mut l1_bytes = u64::from(header.l1_entries) * 8;
         while let Some(backing) = next.take() {
             let overlay = layers.last().map(|layer| Arc::clone(layer.name())).unwrap_or_default();
             if layers.len() == MAX_CHAIN {
                 let reason = format!("the backing chain is longer than {MAX_CHAIN} files, or a loop");
                 return Err(Error::Backing { file: overlay, reason });
             }
-            let opened = open_file(storage, &backing.path, Access::ReadOnly)?;
+            let from = Path::new(&*overlay).to_owned();
+            let path = options.backing_policy.admit(&from, backing.path)?;
+            let opened = open_file(storage, &path, Access::ReadOnly)?;
             layers.push(match backing.format {
                 Format::Raw => Layer::Raw(RawLayer {
                     file: opened.file,
@@ -108,6 +114,12 @@ impl Image {
                 }),
                 Format::Qcow2 => {
                     let (header, _) = read_header(io, &opened, Access::ReadOnly).await?;
+                    l1_bytes += u64::from(header.l1_entries) * 8;
+                    if l1_bytes > MAX_CHAIN_L1_BYTES {
+                        let reason =
+                            format!("the L1 tables of the chain are larger than {MAX_CHAIN_L1_BYTES} bytes");
+                        return Err(Error::Backing { file: opened.name, reason });
+                    }
                     next = backing::of(&header, &opened.path, options.backing_format)?;
                     Layer::Qcow2(load_layer(io, &opened, &header, layers.len() as u16).await?)
                 }

@@ -18,7 +18,7 @@ use nix::{
     sys::signal::{SigSet, Signal},
 };
 use qcow2_engine::{
-    Format, Image, Lane, OpenOptions,
+    BackingPolicy, Format, Image, Lane, OpenOptions,
     exec::block_on,
     io::{
         Files,
@@ -61,6 +61,7 @@ pub(crate) struct Config {
     pub(crate) cache_bytes: u64,
     pub(crate) caching: Caching,
     pub(crate) backing_format: Option<Format>,
+    pub(crate) backing_policy: BackingPolicy,
 }
 
 /// Why a server could not start, or not end cleanly.
@@ -152,6 +153,7 @@ fn open_image(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeEr
         read_only: config.read_only,
         cache_bytes: config.cache_bytes,
         backing_format: config.backing_format,
+        backing_policy: config.backing_policy.clone(),
         ..OpenOptions::default()
     };
     block_on(&ring, Image::open(&ring, &**files, &config.image, &options))

@@ -54,6 +54,7 @@ fn config(args: &AddArgs) -> Result<Config, CommandError> {
         locking: super::image::locking(args.force_share),
         cache_bytes: args.cache_size,
         backing_format: args.backing_format,
+        backing_policy: args.backing.policy(),
         caching: match args.io {
             IoMode::Auto => Caching::Auto,
             IoMode::Direct => Caching::Direct,

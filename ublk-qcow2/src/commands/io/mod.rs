@@ -11,6 +11,7 @@ use super::{
     CommandError,
     image::{locking, refuse_served},
 };
+use crate::cli::BackingArgs;
 use clap::Args;
 use qcow2_engine::{
     Image, OpenOptions,
@@ -42,6 +43,8 @@ pub(crate) struct IoArgs {
     /// Read the image even if somebody writes to it; what is read may then be torn.
     #[arg(short = 'U', long, requires = "read_only")]
     force_share: bool,
+    #[command(flatten)]
+    backing: BackingArgs,
     /// The format of the image.
     #[arg(short, long, value_name = "FORMAT", default_value = "qcow2", value_parser = ["qcow2"], hide = true)]
     format: String,
@@ -64,7 +67,11 @@ pub(crate) fn run(args: &IoArgs) -> Result<ExitCode, CommandError> {
     let files = Arc::new(Files::with_locking(Caching::Auto, locking(args.force_share)));
     let ring = Uring::new(Arc::clone(&files), RING).map_err(CommandError::Ring)?;
     let executor = Executor::new(ring.clone());
-    let options = OpenOptions { read_only: args.read_only, ..OpenOptions::default() };
+    let options = OpenOptions {
+        read_only: args.read_only,
+        backing_policy: args.backing.policy(),
+        ..OpenOptions::default()
+    };
     let image = executor
         .block_on(Image::open(&ring, &*files, &args.image, &options))
         .map_err(CommandError::Ring)??;
