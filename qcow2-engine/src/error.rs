@@ -4,6 +4,7 @@
 //! [`Error::kind`] is the small closed set that callers branch on (the daemon turns it into an
 //! errno).
 
+use crate::territory::Conflict;
 use qcow2_format::{Corruption, FormatError, Unsupported};
 use std::{io, path::PathBuf, sync::Arc};
 
@@ -79,7 +80,29 @@ pub enum Error {
         /// Its count.
         value: u64,
         /// Why that does not do.
-        reason: &'static str,
+        reason: String,
+    },
+    /// An entry names a cluster that is something else, or nothing.
+    #[error("{file}: {table} entry for offset {at} names the cluster at {host}, which is {conflict}")]
+    Conflict {
+        /// The file's name.
+        file: Arc<str>,
+        /// Which table.
+        table: &'static str,
+        /// Guest or host offset that the entry stands for.
+        at: u64,
+        /// Host offset that it names.
+        host: u64,
+        /// What is there.
+        conflict: Conflict,
+    },
+    /// Damage was met before: the image is not changed any more.
+    #[error("{file} is damaged and not written to any more ({cause}); detach it and run check --repair all")]
+    Condemned {
+        /// The file's name.
+        file: Arc<str>,
+        /// What was met.
+        cause: Arc<str>,
     },
     /// A compressed cluster does not decompress.
     #[error("{file}: compressed cluster at offset {at}: {reason}")]
@@ -187,6 +210,8 @@ impl Error {
             | Self::Format { .. }
             | Self::Corrupt { .. }
             | Self::Refcount { .. }
+            | Self::Conflict { .. }
+            | Self::Condemned { .. }
             | Self::Decompress { .. } => ErrorKind::Corrupt,
             Self::Unsupported { .. } | Self::Backing { .. } | Self::NotSupported { .. } => {
                 ErrorKind::Unsupported
@@ -195,6 +220,16 @@ impl Error {
             Self::ReadOnly { .. } => ErrorKind::ReadOnly,
             Self::TooLarge { .. } => ErrorKind::TooLarge,
             Self::Interrupted { .. } | Self::Poisoned { .. } => ErrorKind::Poisoned,
+        }
+    }
+
+    /// Whether it says that the tables of the image `top` are damaged, so that no change to it is safe.
+    pub(crate) fn condemns(&self, top: &Arc<str>) -> bool {
+        match self {
+            Self::Corrupt { file, .. } | Self::Refcount { file, .. } | Self::Conflict { file, .. } => {
+                file == top
+            }
+            _ => false,
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use crate::{
     cache::slices::{SliceCache, SliceKey},
+    damage::Damage,
     epoch::Epochs,
     error::{Error, Result},
     flush::Flusher,
@@ -13,10 +14,14 @@ use crate::{
     open::{Autoclear, table_entries},
     redo::RedoLog,
     resolve::{self, Extents, Stop},
+    territory::Sieve,
 };
 use parking_lot::Mutex;
 use qcow2_format::Geometry;
-use std::{io, sync::Arc};
+use std::{
+    io,
+    sync::{Arc, atomic::AtomicU64},
+};
 
 /// A QCOW2 image with its backing chain, open for reading or for reading and writing.
 ///
@@ -30,6 +35,11 @@ pub struct Image {
     pub(crate) epochs: Arc<Epochs>,
     pub(crate) flusher: Flusher,
     pub(crate) autoclear: Autoclear,
+    /// Which clusters may hold metadata.
+    pub(crate) sieve: Arc<Sieve>,
+    pub(crate) damage: Damage,
+    /// A bit for each L1 entry whose table is known to be the active mapping's alone.
+    pub(crate) vouched: Box<[AtomicU64]>,
     pub(crate) read_only: bool,
     /// The file's length when it was opened: never cut shorter than that.
     pub(crate) opened_len: u64,

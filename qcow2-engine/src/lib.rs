@@ -14,6 +14,7 @@ mod cache;
 pub mod check;
 mod close;
 pub mod create;
+mod damage;
 mod decompress;
 mod direct;
 mod discard;
@@ -21,6 +22,8 @@ mod epoch;
 mod error;
 pub mod exec;
 mod flush;
+#[cfg(feature = "sim")]
+pub mod fuzz;
 mod grow;
 mod image;
 pub mod inspect;
@@ -39,9 +42,10 @@ mod replay;
 mod resolve;
 #[cfg(feature = "sim")]
 pub mod sim;
+mod territory;
 mod write;
 
-pub use backing::{Format, MAX_CHAIN};
+pub use backing::{BackingPolicy, Format, MAX_CHAIN};
 pub use check::{CheckOptions, CheckReport, Repair, check};
 pub use create::Preallocation;
 pub use direct::Direct;
@@ -54,3 +58,4 @@ pub use open::{DEFAULT_CACHE_BYTES, DEFAULT_EXTENT_BYTES, OpenOptions};
 pub use order::rules::RuleName;
 pub use redo::{MIN_REDO_BYTES, REDO_BYTES, RedoError, RedoLog, RedoMemory};
 pub use resolve::{Extent, Extents};
+pub use territory::Conflict;

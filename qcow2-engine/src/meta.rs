@@ -14,6 +14,7 @@ use crate::{
     epoch::Epochs,
     order::graph::Graph,
     redo::{Record, RedoLog},
+    territory::Territory,
 };
 use qcow2_format::Geometry;
 use std::{ops::Range, sync::Arc};
@@ -27,6 +28,8 @@ pub(crate) struct Meta {
     pub(crate) space: Space,
     pub(crate) lanes: Vec<LaneSpace>,
     pub(crate) frees: Frees,
+    /// Where live metadata is.
+    pub(crate) territory: Territory,
     pub(crate) header: HeaderPage,
     /// Cuts begun so far; the number of the cut under way or of the last one.
     pub(crate) cuts_begun: u64,
@@ -39,6 +42,10 @@ pub(crate) struct Meta {
 pub(crate) struct HeaderPage(pub(crate) Vec<u8>);
 
 impl HeaderPage {
+    pub(crate) fn u64(&self, at: usize) -> u64 {
+        u64::from_be_bytes(self.0[at..at + 8].try_into().unwrap_or_default())
+    }
+
     pub(crate) fn set_u64(&mut self, at: usize, value: u64) {
         self.0[at..at + 8].copy_from_slice(&value.to_be_bytes());
     }

@@ -148,10 +148,10 @@ impl Image {
             {
                 L1Entry::Table { offset, copied: true } if offset.0 >> bits == cluster => {}
                 L1Entry::Table { offset, .. } => {
-                    self.publish_table(&mut meta, index, cluster);
-                    meta.unmapped(offset.0 >> bits..(offset.0 >> bits) + 1);
+                    let old = offset.0 >> bits;
+                    self.publish_table(&mut meta, index, cluster, old..old + 1);
                 }
-                L1Entry::Unallocated => self.publish_table(&mut meta, index, cluster),
+                L1Entry::Unallocated => self.publish_table(&mut meta, index, cluster, 0..0),
             }
         }
         Ok(())

@@ -35,7 +35,7 @@ fn empty(size: u64, cluster_bits: u32) -> MemFiles {
 /// A process that keeps a log.
 fn first_process(files: &MemFiles, memory: &RedoMemory, size: u64) -> Mirror {
     let mirror = Mirror::open(files, vec![0; size as usize]);
-    mirror.lane.image().keep_redo_log(RedoLog::create(Arc::clone(memory)).unwrap());
+    mirror.lane.image().keep_redo_log(RedoLog::create(Arc::clone(memory)).expect("large enough"));
     mirror
 }
 
@@ -44,7 +44,7 @@ fn next_process(killed: Mirror, memory: &RedoMemory) -> (Mirror, usize) {
     let Mirror { files, lane, bytes } = killed;
     drop(lane);
     let next = Mirror::open(&files, bytes);
-    let log = RedoLog::open(Arc::clone(memory)).unwrap();
+    let log = RedoLog::open(Arc::clone(memory)).expect("sound");
     let replayed = run(next.lane.replay(&log)).expect("replays");
     (next, replayed)
 }

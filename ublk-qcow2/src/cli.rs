@@ -5,6 +5,7 @@ use crate::{
     device::MAX_DEPTH,
 };
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use qcow2_engine::BackingPolicy;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -66,6 +67,8 @@ pub(crate) struct AddArgs {
     /// Format of backing files where the image does not say it: qcow2 or raw. It is never guessed.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) backing_format: Option<qcow2_engine::Format>,
+    #[command(flatten)]
+    pub(crate) backing: BackingArgs,
     /// Stay in the foreground; SIGINT or SIGTERM detaches.
     #[arg(long)]
     pub(crate) foreground: bool,
@@ -113,6 +116,31 @@ pub(crate) struct ListArgs {
     /// Print a JSON array.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+/// Which backing files may be opened; without an option, whatever local path the image names.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BackingArgs {
+    /// Refuse an image that has a backing file.
+    #[arg(long, conflicts_with = "backing_dir")]
+    no_backing: bool,
+    /// Open backing files below this directory only; may be given several times.
+    #[arg(long, value_name = "DIR")]
+    backing_dir: Vec<PathBuf>,
+}
+
+impl BackingArgs {
+    pub(crate) fn policy(&self) -> BackingPolicy {
+        match (self.no_backing, &self.backing_dir[..]) {
+            (true, _) => BackingPolicy::None,
+            (false, []) => BackingPolicy::Any,
+            // The server's working directory is another one.
+            (false, directories) => {
+                let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+                BackingPolicy::Under(directories.iter().map(absolute).collect())
+            }
+        }
+    }
 }
 
 /// How the image file is read and written.

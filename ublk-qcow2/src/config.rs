@@ -3,7 +3,7 @@
 
 use crate::cli::{AddArgs, IoMode};
 use qcow2_engine::{
-    Format, OpenOptions,
+    BackingPolicy, Format, OpenOptions,
     io::{
         Files,
         files::{Caching, Locking},
@@ -28,6 +28,8 @@ pub(crate) struct Config {
     pub(crate) io: IoMode,
     #[serde(with = "format_name")]
     pub(crate) backing_format: Option<Format>,
+    #[serde(with = "PolicyForm")]
+    pub(crate) backing_policy: BackingPolicy,
     /// Whether the device waits for another server when this one dies.
     pub(crate) recovery: bool,
 }
@@ -44,6 +46,7 @@ impl Config {
             cache_bytes: args.cache_size,
             io: args.io,
             backing_format: args.backing_format,
+            backing_policy: args.backing.policy(),
             recovery: !args.no_recovery,
         })
     }
@@ -64,6 +67,7 @@ impl Config {
             read_only: self.read_only,
             cache_bytes: self.cache_bytes,
             backing_format: self.backing_format,
+            backing_policy: self.backing_policy.clone(),
             ..OpenOptions::default()
         }
     }
@@ -77,6 +81,15 @@ impl Config {
 /// What `--force-share` asks for.
 pub(crate) fn locking(force_share: bool) -> Locking {
     if force_share { Locking::ForceShare } else { Locking::AsQemu }
+}
+
+/// How a policy is written down.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "BackingPolicy")]
+enum PolicyForm {
+    Any,
+    None,
+    Under(Vec<PathBuf>),
 }
 
 /// A format by its name on the command line.
@@ -109,6 +122,7 @@ pub(crate) fn example() -> Config {
         cache_bytes: 1 << 20,
         io: IoMode::Direct,
         backing_format: Some(Format::Raw),
+        backing_policy: BackingPolicy::Under(vec!["/images".into()]),
         recovery: true,
     }
 }

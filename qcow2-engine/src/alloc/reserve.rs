@@ -198,6 +198,7 @@ impl<I: Io> Lane<I> {
         };
         grown.map_err(|source| image.io_error("allocation", file, from, source))?;
         image.meta.lock().space.file_end = end;
+        image.sieve.set_end(image.geometry().clusters_for(end));
         Ok(())
     }
 }

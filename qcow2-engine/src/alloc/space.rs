@@ -7,6 +7,7 @@
 
 use super::refcounts::{Count, Place};
 use crate::{
+    check::Owner,
     error::{Error, Result},
     meta::Meta,
     order::rules::{Page, Rule},
@@ -27,8 +28,6 @@ pub(crate) struct Space {
     pub(crate) fresh_from: u64,
     /// The file extends at least to this byte.
     pub(crate) file_end: u64,
-    /// Host ranges that are never handed out, whatever their refcount says, in clusters.
-    pub(crate) fixed: Vec<Range<u64>>,
 }
 
 /// Clusters in a row, counted once and not referred to yet.
@@ -112,20 +111,30 @@ impl Meta {
 
     /// Moves the cursor over a run that is taken; says whether it is fresh.
     fn claim(&mut self, run: Range<u64>) -> Result<bool> {
-        if let Some(fixed) =
-            self.space.fixed.iter().find(|fixed| fixed.start < run.end && run.start < fixed.end)
-        {
-            return Err(Error::Refcount {
-                file: Arc::clone(&self.file),
-                at: fixed.start.max(run.start) << self.geometry.cluster_bits,
-                value: 0,
-                reason: "but it holds live metadata: the image is damaged, run `check --repair all`",
-            });
-        }
+        self.check_unused(&run)?;
         let fresh = run.start >= self.space.fresh_from;
         self.space.fresh_from = self.space.fresh_from.max(run.end);
         self.space.cursor = run.end;
         Ok(fresh)
+    }
+
+    /// A count of 0 is not enough: the count may be what is damaged.
+    fn check_unused(&self, run: &Range<u64>) -> Result<()> {
+        let wrong = |cluster: u64, reason| Error::Refcount {
+            file: Arc::clone(&self.file),
+            at: cluster << self.geometry.cluster_bits,
+            value: 0,
+            reason,
+        };
+        for cluster in run.clone() {
+            if let Some(owner) = self.territory.owner(cluster) {
+                return Err(wrong(cluster, format!("but it is in use as {owner}")));
+            }
+        }
+        match self.frees.find(run) {
+            Some(cluster) => Err(wrong(cluster, "but an entry named it until a moment ago".into())),
+            None => Ok(()),
+        }
     }
 
     /// Sets the counts of clusters whose pages are resident to one.
@@ -140,6 +149,7 @@ impl Meta {
     pub(crate) fn add_refcount_block(&mut self, block: u64, at: u64) {
         self.refcounts.add_block(block, HostOffset(at << self.geometry.cluster_bits));
         self.log(Record::Block { block, cluster: at });
+        self.territory.add_refcount_block(at);
         let table = Page::RefcountTable(self.refcounts.table_page(block));
         for page in self.refcounts.block_pages(block).map(Page::Refcount) {
             self.graph.touch(page);
@@ -188,8 +198,7 @@ impl Meta {
         self.header.set_u32(header::REFCOUNT_TABLE_CLUSTERS_OFFSET as usize, count as u32);
         self.graph.touch(Page::Header);
         let old = old_at >> self.geometry.cluster_bits;
-        self.space.fixed.retain(|fixed| fixed.start != old);
-        self.space.fixed.push(clusters);
+        self.territory.set_area(Owner::RefcountTable, clusters);
         self.unmapped(old..old + old_entries / per_cluster);
     }
 }
