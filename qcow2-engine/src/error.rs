@@ -50,6 +50,17 @@ pub enum Error {
         /// The feature.
         source: Arc<Unsupported>,
     },
+    /// The image is marked dirty, and its refcounts cannot be repaired while it is opened.
+    #[error(
+        "{file} is marked dirty, and repairing its refcounts failed: {reason}; \
+         run `ublk-qcow2 check --repair all`, or open it read-only"
+    )]
+    Dirty {
+        /// The file's name.
+        file: Arc<str>,
+        /// What is in the way.
+        reason: String,
+    },
     /// The backing chain cannot be followed.
     #[error("{file}: {reason}")]
     Backing {
@@ -212,6 +223,7 @@ impl Error {
             | Self::Refcount { .. }
             | Self::Conflict { .. }
             | Self::Condemned { .. }
+            | Self::Dirty { .. }
             | Self::Decompress { .. } => ErrorKind::Corrupt,
             Self::Unsupported { .. } | Self::Backing { .. } | Self::NotSupported { .. } => {
                 ErrorKind::Unsupported

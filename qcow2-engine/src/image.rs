@@ -17,7 +17,7 @@ use crate::{
     territory::Sieve,
 };
 use parking_lot::Mutex;
-use qcow2_format::Geometry;
+use qcow2_format::{Geometry, Header};
 use std::{
     io,
     sync::{Arc, atomic::AtomicU64},
@@ -41,6 +41,8 @@ pub struct Image {
     /// A bit for each L1 entry whose table is known to be the active mapping's alone.
     pub(crate) vouched: Box<[AtomicU64]>,
     pub(crate) read_only: bool,
+    /// The header as it was when the image was opened.
+    pub(crate) header: Header,
     /// The file's length when it was opened: never cut shorter than that.
     pub(crate) opened_len: u64,
     /// Clusters that a lane reserves at a time.
@@ -57,6 +59,8 @@ pub struct Image {
     pub(crate) growth: RangeLocks,
     /// One at a time: giving freed clusters back.
     pub(crate) reclaiming: RangeLocks,
+    /// One at a time: searching for leaks.
+    pub(crate) searching: RangeLocks,
 }
 
 /// `loads` numbers refcount pages above every slice of every layer.
@@ -107,6 +111,7 @@ impl Image {
         if let (crate::RuleName::RedoBeforeAcknowledgement, Some(redo)) = (rule, &mut meta.redo) {
             redo.mute();
         }
+        meta.watch.disable(rule);
     }
 
     pub(crate) fn top(&self) -> &Qcow2Layer {

@@ -6,6 +6,7 @@
 //! here.
 
 use crate::{
+    check::live::Live,
     error::{Error, Result},
     io::{Access, Buf, FileId, Io, Storage, exact},
     open::table_entries,
@@ -25,13 +26,15 @@ const SNAPSHOT_READ_BYTES: u64 = 64 << 10;
 
 /// A QCOW2 file, open without its chain.
 pub struct ImageFile<'a, I> {
-    io: &'a I,
-    is_hole: Box<dyn Fn(u64, u64) -> bool + 'a>,
-    file: FileId,
-    name: Arc<str>,
+    pub(crate) io: &'a I,
+    pub(crate) is_hole: Box<dyn Fn(u64, u64) -> bool + 'a>,
+    pub(crate) file: FileId,
+    pub(crate) name: Arc<str>,
     pub(crate) header: Header,
     /// Length of the file in bytes; a repair may extend it.
     pub(crate) file_len: u64,
+    /// The image is being served: its newest tables are in memory.
+    pub(crate) live: Option<Live<'a>>,
 }
 
 impl<'a, I: Io> ImageFile<'a, I> {
@@ -58,21 +61,20 @@ impl<'a, I: Io> ImageFile<'a, I> {
             read_at(io, file, &name, 0, &mut bytes).await?;
         }
         let header = Header::decode(&bytes, file_len).map_err(damaged)?;
-        let is_hole = Box::new(move |at, len| storage.is_hole(file, at, len));
-        Ok(Self { io, is_hole, file, name, header, file_len })
+        Ok(Self::around(io, storage, file, name, header, file_len))
     }
 
-    /// A file that is open already.
+    /// A file that is open already, with its decoded header.
     pub(crate) fn around(
         io: &'a I,
         storage: &'a (impl Storage + ?Sized),
         file: FileId,
-        name: &Arc<str>,
-        header: &Header,
+        name: Arc<str>,
+        header: Header,
         file_len: u64,
     ) -> Self {
         let is_hole = Box::new(move |at, len| storage.is_hole(file, at, len));
-        Self { io, is_hole, file, name: Arc::clone(name), header: header.clone(), file_len }
+        Self { io, is_hole, file, name, header, file_len, live: None }
     }
 
     /// The header.
@@ -144,15 +146,20 @@ impl<'a, I: Io> ImageFile<'a, I> {
 
     /// Reads `len` bytes; what lies beyond the end of the file reads as zeros.
     pub(crate) async fn read(&self, at: u64, len: u64) -> Result<Vec<u8>> {
+        self.rest().await?;
         let mut bytes = vec![0; len as usize];
         read_at(self.io, self.file, &self.name, at, &mut bytes).await?;
         Ok(bytes)
     }
 
-    /// Reads a cluster of metadata; `None` where the file has a hole, so that a sparse file costs what
-    /// is in it and not its length.
+    /// Reads a cluster of metadata; see [`Self::read_part`].
     pub(crate) async fn read_cluster(&self, at: u64) -> Result<Option<Vec<u8>>> {
-        let len = self.geometry().cluster_size();
+        self.read_part(at, self.geometry().cluster_size()).await
+    }
+
+    /// Reads a part of a cluster; `None` where the file has a hole, so that a sparse file costs what is
+    /// in it and not its length.
+    pub(crate) async fn read_part(&self, at: u64, len: u64) -> Result<Option<Vec<u8>>> {
         if (self.is_hole)(at, len) { Ok(None) } else { self.read(at, len).await.map(Some) }
     }
 

@@ -12,7 +12,8 @@ use crate::{
         space::Space,
     },
     epoch::Epochs,
-    order::graph::Graph,
+    leaks::watch::Watch,
+    order::{graph::Graph, rules::Page},
     redo::{Record, RedoLog},
     territory::Territory,
 };
@@ -30,6 +31,7 @@ pub(crate) struct Meta {
     pub(crate) frees: Frees,
     /// Where live metadata is.
     pub(crate) territory: Territory,
+    pub(crate) watch: Watch,
     pub(crate) header: HeaderPage,
     /// Cuts begun so far; the number of the cut under way or of the last one.
     pub(crate) cuts_begun: u64,
@@ -74,7 +76,23 @@ impl Meta {
         if clusters.is_empty() {
             return;
         }
+        self.watch.unmapped(clusters.clone());
         let (cut, epoch) = (self.cuts_begun + 1, self.epochs.advance());
         clusters.for_each(|cluster| self.frees.push(Free { cluster, cut, epoch }));
+    }
+
+    /// Sets the count of a cluster whose page is resident. All counts are changed here.
+    pub(crate) fn set_count(&mut self, cluster: u64, count: u64) {
+        let page = self.refcounts.set(cluster, count);
+        self.graph.touch(Page::Refcount(page));
+        self.watch.counted(cluster..cluster + 1);
+    }
+
+    /// Lowers the count of a cluster whose page is resident; at 0 the allocator may find it.
+    pub(crate) fn lower_count(&mut self, cluster: u64, count: u64) {
+        self.set_count(cluster, count);
+        if count == 0 {
+            self.space.cursor = self.space.cursor.min(cluster);
+        }
     }
 }

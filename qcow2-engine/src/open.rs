@@ -4,6 +4,7 @@ use crate::{
     alloc::{frees::Frees, refcounts::Refcounts, space::Space},
     backing::{self, BackingPolicy, Format, MAX_CHAIN, MAX_CHAIN_L1_BYTES},
     cache::slices::{SLICE_BYTES, SliceCache},
+    check::dirty,
     damage::Damage,
     epoch::Epochs,
     error::{Error, Result},
@@ -13,6 +14,7 @@ use crate::{
     io::{Access, Buf, FileId, Io, Storage, exact},
     lane::Lane,
     layer::{Layer, Qcow2Layer, RawLayer},
+    leaks::watch::Watch,
     locks::RangeLocks,
     meta::{HeaderPage, Meta},
     order::graph::Graph,
@@ -84,16 +86,15 @@ impl Image {
     ///
     /// # Errors
     /// A file cannot be opened or read, is not a sound QCOW2 image, needs a feature that is not
-    /// served, or its backing chain cannot be followed. Nothing has been changed.
+    /// served, or its backing chain cannot be followed. Nothing has been changed, but for refcounts
+    /// of an image that was marked dirty.
     pub async fn open<I: Io>(
         io: &I,
         storage: &(impl Storage + ?Sized),
         path: &Path,
         options: &OpenOptions,
     ) -> Result<Arc<Self>> {
-        let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
-        let top = open_file(storage, path, access)?;
-        let (header, first_page) = read_header(io, &top, access).await?;
+        let (top, header, first_page) = open_top(io, storage, path, options.read_only).await?;
         let mut layers = vec![Layer::Qcow2(load_layer(io, &top, &header, 0).await?)];
         let mut next = backing::of(&header, path, options.backing_format)?;
         let mut l1_bytes = u64::from(header.l1_entries) * 8;
@@ -168,6 +169,7 @@ impl Image {
             lanes: Vec::new(),
             frees: Frees::default(),
             territory,
+            watch: Watch::default(),
             header: HeaderPage(first_page),
             cuts_begun: 0,
             epochs: Arc::clone(&epochs),
@@ -191,6 +193,7 @@ impl Image {
                 clearing: RangeLocks::default(),
             },
             read_only: options.read_only,
+            header: header.clone(),
             opened_len: top.len,
             extent_clusters: (options.extent_bytes >> geometry.cluster_bits).max(1),
             mappings: RangeLocks::default(),
@@ -199,6 +202,7 @@ impl Image {
             refills: RangeLocks::default(),
             growth: RangeLocks::default(),
             reclaiming: RangeLocks::default(),
+            searching: RangeLocks::default(),
         }
     }
 }
@@ -235,6 +239,28 @@ impl<I: Io> Lane<I> {
         image.autoclear.is_clear.store(true, Ordering::Release);
         Ok(())
     }
+}
+
+/// Opens the top file. If its refcounts may be behind, they are repaired before it is written to; for
+/// reading nobody needs them.
+async fn open_top(
+    io: &impl Io,
+    storage: &(impl Storage + ?Sized),
+    path: &Path,
+    read_only: bool,
+) -> Result<(Opened, Header, Vec<u8>)> {
+    let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
+    let mut top = open_file(storage, path, access)?;
+    let (header, first_page) = read_header(io, &top, access).await?;
+    if read_only || header.incompatible & header::DIRTY == 0 {
+        return Ok((top, header, first_page));
+    }
+    let mut file = ImageFile::around(io, storage, top.file, Arc::clone(&top.name), header, top.len);
+    dirty::repair_at_open(&mut file).await?;
+    // A new refcount structure makes the file longer.
+    top.len = file.file_len;
+    let (header, first_page) = read_header(io, &top, access).await?;
+    Ok((top, header, first_page))
 }
 
 fn open_file(storage: &(impl Storage + ?Sized), path: &Path, access: Access) -> Result<Opened> {
@@ -316,7 +342,7 @@ async fn snapshot_places(
     if header.snapshot_count == 0 {
         return Ok(SnapshotPlaces::default());
     }
-    let file = ImageFile::around(io, storage, top.file, &top.name, header, top.len);
+    let file = ImageFile::around(io, storage, top.file, Arc::clone(&top.name), header.clone(), top.len);
     let (snapshots, len) = file.snapshot_table().await?;
     let table = header.snapshot_table;
     for (index, snapshot) in (0..).zip(&snapshots) {

@@ -10,7 +10,7 @@ use crate::{
     image::Image,
     io::Io,
     lane::Lane,
-    order::rules::{Page, RuleName},
+    order::rules::RuleName,
 };
 use std::{collections::BTreeMap, io::ErrorKind, ops::Range, sync::Arc};
 
@@ -110,11 +110,7 @@ impl<I: Io> Lane<I> {
                     Count::Needs(page) => page,
                     Count::Is(count) if count < by => return Err(image.too_low(cluster, count)),
                     Count::Is(count) => {
-                        let page = meta.refcounts.set(cluster, count - by);
-                        meta.graph.touch(Page::Refcount(page));
-                        if count == by {
-                            meta.space.cursor = meta.space.cursor.min(cluster);
-                        }
+                        meta.lower_count(cluster, count - by);
                         return Ok(());
                     }
                 }
@@ -123,7 +119,7 @@ impl<I: Io> Lane<I> {
         }
     }
 
-    async fn punch(&self, clusters: Range<u64>) -> Result<()> {
+    pub(crate) async fn punch(&self, clusters: Range<u64>) -> Result<()> {
         let image = self.image();
         let bits = image.geometry().cluster_bits;
         let (at, len) = (clusters.start << bits, (clusters.end - clusters.start) << bits);
@@ -159,7 +155,7 @@ impl Image {
 }
 
 /// Sorted numbers as ranges.
-fn in_rows(sorted: &[u64]) -> Vec<Range<u64>> {
+pub(crate) fn in_rows(sorted: &[u64]) -> Vec<Range<u64>> {
     let mut rows: Vec<Range<u64>> = Vec::new();
     for &number in sorted {
         match rows.last_mut() {

@@ -17,7 +17,6 @@ use crate::{
     image::Image,
     io::Io,
     lane::Lane,
-    order::rules::Page,
     redo::{Record, RedoLog},
 };
 use qcow2_format::{HostOffset, L1Entry, Mapping};
@@ -78,8 +77,7 @@ impl<I: Io> Lane<I> {
                 match meta.refcounts.get(cluster)? {
                     Count::Is(1) => return Ok(()),
                     Count::Is(_) => {
-                        let page = meta.refcounts.set(cluster, 1);
-                        meta.graph.touch(Page::Refcount(page));
+                        meta.set_count(cluster, 1);
                         return Ok(());
                     }
                     Count::Needs(page) => page,

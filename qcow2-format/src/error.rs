@@ -443,9 +443,6 @@ pub enum Corruption {
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum Unsupported {
-    /// Bit 0: refcounts may be wrong.
-    #[error("the image is marked dirty (incompatible feature bit 0): its refcounts need repair first")]
-    Dirty,
     /// Bit 1: any structure may be wrong.
     #[error(
         "the image is marked corrupt (incompatible feature bit 1): it can be read only, until check --repair all \

@@ -200,8 +200,8 @@ impl Header {
     }
 
     /// Refuses what the engine does not serve, by name, the least understood first: unknown
-    /// incompatible bits, dirty, encryption, external data file, extended L2 entries. What it serves
-    /// for reading only: see [`Header::check_writable`].
+    /// incompatible bits, encryption, external data file, extended L2 entries. What it serves for reading
+    /// only: see [`Header::check_writable`].
     ///
     /// # Errors
     /// The first feature that is not served.
@@ -214,7 +214,6 @@ impl Header {
         }
         let is_set = |bit| self.incompatible & bit != 0;
         match self.crypt {
-            _ if is_set(DIRTY) => Err(Unsupported::Dirty),
             CryptMethod::Aes | CryptMethod::Luks => Err(Unsupported::Encryption(self.crypt)),
             CryptMethod::None if is_set(EXTERNAL_DATA) => Err(Unsupported::ExternalDataFile),
             CryptMethod::None if is_set(EXTENDED_L2) => Err(Unsupported::ExtendedL2),

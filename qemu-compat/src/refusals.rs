@@ -50,7 +50,6 @@ pub const REFUSALS: &[Refusal] = &[
             Ok(dir.join("image"))
         },
     },
-    Refusal { name: "dirty-bit", words: &["dirty"], make: |dir| patched(dir, INCOMPATIBLE_LOW_BYTE, 1) },
     Refusal { name: "corrupt-bit", words: &["corrupt"], make: |dir| patched(dir, INCOMPATIBLE_LOW_BYTE, 2) },
     Refusal {
         name: "unknown-feature",

@@ -69,6 +69,9 @@ pub(crate) struct AddArgs {
     pub(crate) backing_format: Option<qcow2_engine::Format>,
     #[command(flatten)]
     pub(crate) backing: BackingArgs,
+    /// Leave clusters that a crash has leaked as they are, instead of giving them back in the background.
+    #[arg(long)]
+    pub(crate) no_reclaim: bool,
     /// Stay in the foreground; SIGINT or SIGTERM detaches.
     #[arg(long)]
     pub(crate) foreground: bool,

@@ -30,6 +30,8 @@ pub(crate) struct Config {
     pub(crate) backing_format: Option<Format>,
     #[serde(with = "PolicyForm")]
     pub(crate) backing_policy: BackingPolicy,
+    /// Whether to give back what a crash has leaked.
+    pub(crate) reclaims: bool,
     /// Whether the device waits for another server when this one dies.
     pub(crate) recovery: bool,
 }
@@ -47,6 +49,7 @@ impl Config {
             io: args.io,
             backing_format: args.backing_format,
             backing_policy: args.backing.policy(),
+            reclaims: !args.no_reclaim,
             recovery: !args.no_recovery,
         })
     }
@@ -123,6 +126,7 @@ pub(crate) fn example() -> Config {
         io: IoMode::Direct,
         backing_format: Some(Format::Raw),
         backing_policy: BackingPolicy::Under(vec!["/images".into()]),
+        reclaims: true,
         recovery: true,
     }
 }

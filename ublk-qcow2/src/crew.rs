@@ -33,6 +33,8 @@ pub(crate) struct Service {
     pub(crate) image: Arc<Image>,
     pub(crate) files: Arc<Files>,
     pub(crate) char_device: Arc<File>,
+    /// Whether to give back what a crash has leaked.
+    pub(crate) reclaims: bool,
 }
 
 /// What the commanding thread waits for.
@@ -91,6 +93,7 @@ impl Crew {
                 char_device: Arc::clone(&service.char_device),
                 image: Arc::clone(&service.image),
                 files: Arc::clone(&service.files),
+                reclaims: service.reclaims,
             };
             self.threads.push(spawn(queue, self.to_events.clone()).map_err(ServeError::SetUp)?);
             self.running += 1;

@@ -137,7 +137,8 @@ fn make(id: Option<u32>, config: &Config) -> Result<Ready, ServeError> {
         None
     };
     keep_log(&image, redo.as_ref(), config)?;
-    let service = Service { image, files, char_device: Arc::new(device.open_char()?) };
+    let char_device = Arc::new(device.open_char()?);
+    let service = Service { image, files, char_device, reclaims: config.reclaims };
     Ok(Ready { service, device, run_file, redo })
 }
 
@@ -162,7 +163,8 @@ fn take_over_as(record: &Record) -> Result<(Service, Device, Option<RedoFile>), 
     let files = Arc::new(config.files());
     let (image, redo) = open_as_left(record, &files)?;
     keep_log(&image, redo.as_ref(), config)?;
-    let service = Service { image, files, char_device: Arc::new(device.open_char()?) };
+    let char_device = Arc::new(device.open_char()?);
+    let service = Service { image, files, char_device, reclaims: config.reclaims };
     Ok((service, device, redo))
 }
 
@@ -236,7 +238,7 @@ fn serve(
     };
     let stopped = device.stop().map_err(ServeError::from);
     let drained = crew.drain(if stopped.is_ok() { DRAIN_WAIT } else { HOPELESS_DRAIN_WAIT });
-    let Service { image, files, char_device } = service;
+    let Service { image, files, char_device, .. } = service;
     // While a queue may still write the image cannot be closed; it is then as after a crash.
     let closed = if drained.is_ok() { close_image(&image, &files) } else { Ok(()) };
     // The driver deletes a device when nobody has it open.

@@ -19,7 +19,7 @@ use io_uring::{opcode, types};
 use libublk::sys;
 use memmap2::{MmapOptions, MmapRaw};
 use qcow2_engine::{
-    Error, Image, Lane,
+    Error, Image, Lane, Pace, Verdict,
     exec::Executor,
     io::{
         Buf, Files,
@@ -32,7 +32,7 @@ use std::{
     future::{Future, poll_fn},
     io,
     os::fd::AsFd,
-    pin::pin,
+    pin::{Pin, pin},
     rc::Rc,
     sync::Arc,
     task::{Poll, Waker},
@@ -47,6 +47,8 @@ const HELD_BYTES: usize = 16 << 10;
 const REPORTED_ERRORS: u64 = 16;
 /// Between two passes of write-back and of giving freed clusters back.
 const MAINTENANCE_PAUSE: Duration = Duration::from_secs(1);
+/// Between two steps of the search for leaks, each of which takes a tenth of that.
+const RECLAIM_REST: Duration = Duration::from_millis(1);
 /// From linux/prctl.h; missing in the crate libc.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 /// The kernel's result for a command of a stopped queue.
@@ -60,6 +62,8 @@ pub(crate) struct Queue {
     pub(crate) char_device: Arc<File>,
     pub(crate) image: Arc<Image>,
     pub(crate) files: Arc<Files>,
+    /// Whether to give back what a crash has leaked; queue 0 does it.
+    pub(crate) reclaims: bool,
 }
 
 /// Why a queue ended other than by the device being stopped.
@@ -113,6 +117,9 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
     executor.spawn(Rc::clone(&context).report_fetching());
     if queue.index == 0 {
         executor.spawn(Rc::clone(&context).maintain());
+        if queue.reclaims {
+            executor.spawn(Rc::clone(&context).reclaim_leaks());
+        }
     }
     executor.run().map_err(QueueError::Ring)?;
     context.failure.take().map_or(Ok(()), |failure| Err(QueueError::Fetch(failure)))
@@ -164,6 +171,35 @@ impl Context {
             }
             if let Err(error) = self.lane.maintain().await {
                 self.report(&format_args!("maintenance: {error}"));
+            }
+        }
+    }
+
+    /// The search for leaks, once, a little after the device has come into service.
+    async fn reclaim_leaks(self: Rc<Self>) {
+        let pause = (MAINTENANCE_PAUSE.as_micros() / RECLAIM_REST.as_micros()) as u32;
+        for _ in 0..pause {
+            if !self.rest().await {
+                return;
+            }
+        }
+        match self.lane.reclaim_leaks(&*self).await {
+            Err(error) => tracing::warn!("leaked clusters were not all given back: {error}"),
+            Ok(done) => {
+                let (freed, lowered) = (done.freed, done.lowered);
+                if freed + lowered > 0 {
+                    let bytes = freed * self.lane.image().geometry().cluster_size();
+                    tracing::info!(freed, bytes, lowered, "gave back clusters that a crash had leaked");
+                }
+                if done.left > 0 {
+                    tracing::info!(
+                        left = done.left,
+                        "clusters stay counted too often: run `ublk-qcow2 check --repair leaks`"
+                    );
+                }
+                if let Verdict::Doubt(reason) = done.verdict {
+                    tracing::warn!("the search for leaked clusters ended: {reason}; run `ublk-qcow2 check`");
+                }
             }
         }
     }
@@ -229,6 +265,12 @@ impl Context {
         if count <= REPORTED_ERRORS || count.is_power_of_two() {
             tracing::error!(queue = self.index, count, "request failed: {error}");
         }
+    }
+}
+
+impl Pace for Context {
+    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
+        Box::pin(async { self.ring.sleep(RECLAIM_REST).await.is_ok() && self.serving.get() > 0 })
     }
 }
 

@@ -46,6 +46,11 @@ impl Frees {
         self.taken.clear();
     }
 
+    /// The clusters that have not been given back yet, as often as references to them.
+    pub(crate) fn clusters(&self) -> impl Iterator<Item = u64> + '_ {
+        self.waiting.iter().chain(&self.taken).map(|free| free.cluster)
+    }
+
     /// Takes out what may be given back, up to `max` references.
     pub(crate) fn take_ready(
         &mut self,

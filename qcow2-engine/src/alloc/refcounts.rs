@@ -199,6 +199,11 @@ impl Refcounts {
         self.table[first..first + per_page].iter().flat_map(|entry| entry.to_be_bytes()).collect()
     }
 
+    /// Some of the table's entries.
+    pub(crate) fn table_entries(&self, range: Range<u64>) -> &[u64] {
+        self.table.get(range.start as usize..range.end as usize).unwrap_or_default()
+    }
+
     /// Enters a new, empty block at `at`; its pages are resident from now on.
     pub(crate) fn add_block(&mut self, block: u64, at: HostOffset) {
         let bytes = self.page_bytes() as usize;

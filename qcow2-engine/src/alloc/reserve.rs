@@ -11,6 +11,7 @@ use crate::{
     image::Image,
     io::Io,
     lane::Lane,
+    meta::Meta,
 };
 use std::{io::ErrorKind as IoKind, ops::Range};
 
@@ -71,6 +72,27 @@ impl LaneSpace {
     pub(crate) fn take_rest(&mut self) -> Option<Run> {
         self.extent.take()
     }
+
+    /// What is left of the extent.
+    pub(crate) fn clusters(&self) -> Option<Range<u64>> {
+        self.extent.as_ref().map(|run| run.clusters.clone())
+    }
+}
+
+impl Meta {
+    /// A lane has a new extent.
+    fn fill_lane(&mut self, lane: usize, run: Run) {
+        self.watch.reserved(run.clusters.clone());
+        self.lanes[lane].extent = Some(run);
+    }
+
+    /// An untouched run goes back to its lane's extent, or the way of freed clusters.
+    fn put_back(&mut self, lane: usize, run: &Run) {
+        self.watch.reserved(run.clusters.clone());
+        if !self.lanes[lane].put_back(run) {
+            self.unmapped(run.clusters.clone());
+        }
+    }
 }
 
 impl Reservation<'_> {
@@ -106,14 +128,10 @@ impl Drop for Reservation<'_> {
             // The kernel may still write to them. Leaked, until the image is opened again.
             Use::Writing => {
                 tracing::warn!(clusters = ?self.run.clusters, "clusters of an abandoned write are leaked");
+                self.image.meta.lock().watch.go_blind();
             }
             Use::Written => self.image.meta.lock().unmapped(self.run.clusters.clone()),
-            Use::Untouched => {
-                let mut meta = self.image.meta.lock();
-                if !meta.lanes[self.lane].put_back(&self.run) {
-                    meta.unmapped(self.run.clusters.clone());
-                }
-            }
+            Use::Untouched => self.image.meta.lock().put_back(self.lane, &self.run),
         }
     }
 }
@@ -131,7 +149,7 @@ impl<I: Io> Lane<I> {
             let _refill = image.refills.acquire(lane as u64..lane as u64 + 1).await;
             if image.meta.lock().lanes[lane].extent.is_none() {
                 let run = self.find_extent(max).await?;
-                image.meta.lock().lanes[lane].extent = Some(run);
+                image.meta.lock().fill_lane(lane, run);
             }
         }
     }

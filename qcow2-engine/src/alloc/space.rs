@@ -140,8 +140,7 @@ impl Meta {
     /// Sets the counts of clusters whose pages are resident to one.
     fn count_once(&mut self, clusters: Range<u64>) {
         for cluster in clusters {
-            let page = self.refcounts.set(cluster, 1);
-            self.graph.touch(Page::Refcount(page));
+            self.set_count(cluster, 1);
         }
     }
 

@@ -174,6 +174,8 @@ pub struct Findings {
     /// The first of the findings, as many as were asked for.
     pub list: Vec<Finding>,
     max: usize,
+    /// The first one that is more than a count that is behind.
+    pub(super) damage: Option<Box<Finding>>,
 }
 
 impl Findings {
@@ -202,6 +204,9 @@ impl Findings {
             Severity::Leak => self.leaks += 1,
             Severity::Corruption => self.corruptions += 1,
             Severity::CheckError => self.check_errors += 1,
+        }
+        if self.damage.is_none() && !finding.is_of_counts() {
+            self.damage = Some(Box::new(finding.clone()));
         }
         if self.list.len() < self.max {
             self.list.push(finding);

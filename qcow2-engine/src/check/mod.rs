@@ -8,13 +8,16 @@
 
 mod compare;
 mod counts;
+pub(crate) mod dirty;
 mod entry;
 mod findings;
+pub(crate) mod live;
 mod rebuild;
 mod refcounts;
 mod repair;
 mod survey;
 mod tables;
+pub(crate) mod window;
 
 pub use findings::{DEFAULT_MAX_FINDINGS, Finding, Findings, Owner, Problem, Remedy, Severity};
 pub use repair::Repair;
@@ -105,7 +108,7 @@ pub async fn check<I: Io>(
     let refused = repair::run(&mut file, survey, options.repair).await?;
     let Survey { findings: remaining, statistics, .. } = Survey::of(&file, options.max_findings).await;
     if remaining.corruptions == 0 && remaining.check_errors == 0 && is_marked {
-        clear_marks(&mut file).await?;
+        clear_marks(&mut file, MARKS).await?;
     }
     Ok(report(file.header(), found, remaining, refused, statistics))
 }
@@ -125,9 +128,10 @@ fn report(
     CheckReport { found, remaining, refused, statistics, is_dirty, is_corrupt }
 }
 
-async fn clear_marks(file: &mut ImageFile<'_, impl Io>) -> Result<()> {
+/// Clears some of the bits that say that something may be wrong, durably.
+async fn clear_marks(file: &mut ImageFile<'_, impl Io>, marks: u64) -> Result<()> {
     let mut sector = file.read(0, SECTOR).await?;
-    let features = file.header.incompatible & !MARKS;
+    let features = file.header.incompatible & !marks;
     sector[header::INCOMPATIBLE_OFFSET as usize..][..8].copy_from_slice(&features.to_be_bytes());
     file.write(0, &sector).await?;
     file.sync().await?;

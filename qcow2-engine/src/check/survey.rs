@@ -12,6 +12,7 @@ use super::{
     entry::Rules,
     findings::{Findings, Owner, Problem, Remedy},
     refcounts::Refcounts,
+    window::Window,
 };
 use crate::{
     error::{Error, Result},
@@ -25,7 +26,7 @@ use qcow2_format::{
     header,
 };
 use std::{
-    collections::{BTreeMap, HashSet},
+    collections::{BTreeMap, HashMap, HashSet},
     sync::Arc,
 };
 
@@ -75,12 +76,14 @@ pub(super) struct Survey {
     pub(super) rules: Rules,
     pub(super) findings: Findings,
     pub(super) statistics: Statistics,
+    /// Where an image that is being served has its references counted instead.
+    pub(super) window: Option<Window>,
     /// References to each cluster.
     pub(super) refs: Counts,
     /// [`Owner`] of each cluster of metadata.
     pub(super) owners: Bytes,
-    /// L1 entries that name each L2 table; what has been walked is 0 again.
-    pub(super) tables: Counts,
+    /// L1 entries that name each L2 table, by cluster; what has been walked is gone.
+    pub(super) tables: HashMap<u64, u64>,
     pub(super) l1_tables: Vec<L1Table>,
     pub(super) refcounts: Refcounts,
     /// Offsets of all refcount blocks that hold a reference, sound or not.
@@ -101,9 +104,16 @@ pub(super) struct Survey {
 impl Survey {
     /// Surveys an image. What cannot be read is a finding, not an error.
     pub(super) async fn of(file: &ImageFile<'_, impl Io>, max_findings: usize) -> Self {
+        let mut survey = Self::new(file, max_findings);
+        survey.count_references(file).await;
+        survey.compare(file).await;
+        survey
+    }
+
+    pub(super) fn new(file: &ImageFile<'_, impl Io>, max_findings: usize) -> Self {
         let header = file.header();
         let geometry = file.geometry();
-        let mut survey = Self {
+        Self {
             rules: Rules {
                 geometry,
                 has_data_file: header.incompatible & header::EXTERNAL_DATA != 0,
@@ -115,9 +125,10 @@ impl Survey {
                 total_clusters: geometry.clusters_for(geometry.virtual_size),
                 ..Statistics::default()
             },
+            window: None,
             refs: Counts::default(),
             owners: Bytes::default(),
-            tables: Counts::default(),
+            tables: HashMap::new(),
             l1_tables: Vec::new(),
             refcounts: Refcounts::new(geometry, BTreeMap::new()),
             claimed_blocks: Vec::new(),
@@ -126,15 +137,17 @@ impl Survey {
             doubtful: HashSet::new(),
             lost_tables: false,
             stuck_entries: false,
-        };
-        survey.header_tables(file);
-        survey.snapshots(file).await;
-        survey.bitmaps(file).await;
-        survey.refcount_blocks(file).await;
-        survey.l1_entries(file).await;
-        survey.l2_tables(file).await;
-        survey.compare(file).await;
-        survey
+        }
+    }
+
+    /// Everything but the comparison with the counts.
+    pub(super) async fn count_references(&mut self, file: &ImageFile<'_, impl Io>) {
+        self.header_tables(file);
+        self.snapshots(file).await;
+        self.bitmaps(file).await;
+        self.refcount_blocks(file).await;
+        self.l1_entries(file).await;
+        self.l2_tables(file).await;
     }
 
     pub(super) fn geometry(&self) -> &Geometry {
@@ -154,9 +167,14 @@ impl Survey {
     pub(super) fn claim(&mut self, claim: Claim, references: u64) -> bool {
         let Claim { holder, at, owner, host, len } = claim;
         let geometry = *self.geometry();
+        let clusters = host >> geometry.cluster_bits..geometry.clusters_for(host + len);
+        if let Some(window) = &mut self.window {
+            window.claim(&claim, clusters, references);
+            return true;
+        }
         let is_metadata = !matches!(owner, Owner::Data | Owner::Compressed);
         let mut is_alone = true;
-        for cluster in host >> geometry.cluster_bits..geometry.clusters_for(host + len) {
+        for cluster in clusters {
             match Owner::metadata(self.owners.get(cluster)) {
                 None if is_metadata => self.owners.set(cluster, owner as u8),
                 None => {}
@@ -320,7 +338,7 @@ impl Survey {
         let (holder, owner, len) = (Owner::RefcountTable, Owner::RefcountBlock, geometry.cluster_size());
         let table = file.header().refcount_table.0;
         let count = u64::from(file.header().refcount_table_clusters) * len / TABLE_ENTRY_BYTES;
-        let entries = match file.read_entries(table, count).await {
+        let entries = match file.refcount_table_entries(count).await {
             Ok(entries) => entries,
             Err(error) => {
                 self.needs_rebuild = true;
@@ -337,7 +355,9 @@ impl Survey {
                     Problem::BeyondFile { owner, host, len }
                 }
                 Ok(Some(HostOffset(host))) => {
-                    self.claimed_blocks.push(host);
+                    if self.window.is_none() {
+                        self.claimed_blocks.push(host);
+                    }
                     if self.claim(Claim { holder, at, owner, host, len }, 1) {
                         blocks.insert(index, host);
                     } else {

@@ -8,41 +8,77 @@ use super::{
 use crate::{error::Result, inspect::ImageFile, io::Io};
 use futures_util::future::join_all;
 use qcow2_format::geometry::TABLE_ENTRY_BYTES;
+use std::ops::Range;
 
 /// Bytes of L2 tables that are read at a time.
 const BATCH_BYTES: u64 = 2 << 20;
 /// L2 tables that are read at a time, at most.
 const MAX_BATCH: usize = 64;
 
-/// Where an L2 table is walked.
+/// Entries of L1 tables that are read at a time.
+const L1_ENTRIES: u64 = 64 << 10;
+/// L2 tables of snapshots that are kept track of while an image is served: at most 20 MiB of memory.
+const LIVE_TABLES: usize = 1 << 19;
+/// Bytes of tables that are looked at in one step while the image is served: 2048 entries, less than
+/// a tenth of a millisecond.
+const LIVE_BYTES: u64 = 16 << 10;
+
+/// Where an L2 table is walked, or a part of it.
 #[derive(Clone, Copy)]
-struct Walk {
-    table: u64,
+pub(super) struct Walk {
+    pub(super) table: u64,
+    /// The bytes of the table: from here on, so many.
+    pub(super) skip: u64,
+    pub(super) len: u64,
+    /// The L1 entry that leads to it, or the first of them.
+    pub(super) l1_index: u64,
     /// L1 entries that lead to it.
     references: u64,
     /// It belongs to the active mapping, whose copied flags count.
-    is_active: bool,
+    pub(super) is_active: bool,
+}
+
+impl L1Table {
+    /// Its entries, as many at a time as are read.
+    fn parts(&self, entries: u64) -> impl Iterator<Item = Range<u64>> + use<> {
+        let end = self.entries;
+        (0..end).step_by(entries as usize).map(move |first| first..end.min(first + entries))
+    }
 }
 
 impl Survey {
     /// L1 entries: references to L2 tables.
     pub(super) async fn l1_entries(&mut self, file: &ImageFile<'_, impl Io>) {
         for l1 in self.l1_tables.clone() {
-            let entries = match file.read_entries(l1.at, l1.entries).await {
-                Ok(entries) => entries,
-                Err(error) => {
-                    self.unusable(l1.owner, l1.at, error);
-                    continue;
+            for range in l1.parts(self.l1_step()) {
+                let Some(entries) = self.l1_part(file, &l1, range.clone()).await else { break };
+                for (index, &raw) in range.zip(&entries) {
+                    if raw != 0
+                        && let Err(error) = self.l1_entry(file, &l1, index, raw).await
+                    {
+                        self.unusable(l1.owner, l1.at, error);
+                    }
                 }
-            };
-            for (index, &raw) in (0..).zip(&entries) {
-                if raw != 0
-                    && let Err(error) = self.l1_entry(file, &l1, index, raw).await
-                {
-                    self.unusable(l1.owner, l1.at, error);
+                if self.is_over(file) {
+                    return;
                 }
             }
         }
+    }
+
+    /// Some entries of an L1 table; that they cannot be read is noted.
+    async fn l1_part(
+        &mut self,
+        file: &ImageFile<'_, impl Io>,
+        l1: &L1Table,
+        range: Range<u64>,
+    ) -> Option<Vec<u64>> {
+        let entries = file.l1_entries(l1, range).await;
+        entries.map_err(|error| self.unusable(l1.owner, l1.at, error)).ok()
+    }
+
+    fn l1_step(&self) -> u64 {
+        if self.window.is_some() { LIVE_BYTES / TABLE_ENTRY_BYTES } else { L1_ENTRIES }
     }
 
     async fn l1_entry(
@@ -73,7 +109,7 @@ impl Survey {
             return Ok(());
         }
         if self.claim(Claim { holder, at, owner, host, len }, 1) {
-            self.tables.add(host >> self.geometry().cluster_bits, 1);
+            self.note_table(&l1.owner, host >> self.geometry().cluster_bits);
         } else {
             self.hides_references = true;
         }
@@ -85,41 +121,81 @@ impl Survey {
 
     /// L2 tables, each once, those of the active mapping first and in guest order.
     pub(super) async fn l2_tables(&mut self, file: &ImageFile<'_, impl Io>) {
-        let batch = ((BATCH_BYTES >> self.geometry().cluster_bits) as usize).clamp(1, MAX_BATCH);
         for l1 in self.l1_tables.clone() {
-            // It was read before: a failure now has been reported as what it means, or is new.
-            let entries = match file.read_entries(l1.at, l1.entries).await {
-                Ok(entries) => entries,
-                Err(error) => {
-                    self.unusable(l1.owner, l1.at, error);
-                    continue;
+            for range in l1.parts(self.l1_step()) {
+                // It was read before: a failure now has been reported as what it means, or is new.
+                let Some(entries) = self.l1_part(file, &l1, range.clone()).await else { break };
+                let walks: Vec<_> =
+                    range.zip(&entries).filter_map(|(index, &raw)| self.next_walk(&l1, index, raw)).collect();
+                if self.window.is_some() {
+                    self.walk_in_steps(file, &walks).await;
+                } else {
+                    self.walk(file, &walks).await;
                 }
-            };
-            let walks: Vec<_> = entries.iter().filter_map(|&raw| self.next_walk(&l1, raw)).collect();
-            for walks in walks.chunks(batch) {
-                let reads = walks.iter().map(|walk| file.read_cluster(walk.table));
-                let tables = join_all(reads).await;
-                for (walk, table) in walks.iter().zip(tables) {
-                    match table {
-                        Ok(Some(table)) => self.l2_table(file, *walk, &table).await,
-                        Ok(None) => {}
-                        Err(error) => self.unusable(Owner::L2, walk.table, error),
-                    }
+                if self.is_over(file) {
+                    return;
                 }
             }
         }
     }
 
-    /// The table that an L1 entry names, unless it has been walked or cannot be.
-    fn next_walk(&mut self, l1: &L1Table, raw: u64) -> Option<Walk> {
-        let (table, _) = self.rules.judge_l1(raw).table?;
-        let cluster = table >> self.geometry().cluster_bits;
-        let references = self.tables.get(cluster);
-        if references == 0 {
-            return None;
+    /// Walks whole tables, several at a time.
+    async fn walk(&mut self, file: &ImageFile<'_, impl Io>, walks: &[Walk]) {
+        let batch = ((BATCH_BYTES >> self.geometry().cluster_bits) as usize).clamp(1, MAX_BATCH);
+        for walks in walks.chunks(batch) {
+            let tables = join_all(walks.iter().map(|walk| file.l2_part(walk))).await;
+            for (walk, table) in walks.iter().zip(tables) {
+                self.l2_read(file, *walk, table).await;
+            }
         }
-        self.tables.set(cluster, 0);
-        Some(Walk { table, references, is_active: l1.owner == Owner::ActiveL1 })
+    }
+
+    /// Walks tables a part at a time.
+    async fn walk_in_steps(&mut self, file: &ImageFile<'_, impl Io>, walks: &[Walk]) {
+        for walk in walks {
+            for skip in (0..walk.len).step_by(LIVE_BYTES as usize) {
+                let part = Walk { skip, len: LIVE_BYTES.min(walk.len - skip), ..*walk };
+                let table = file.l2_part(&part).await;
+                self.l2_read(file, part, table).await;
+                if self.is_over(file) {
+                    return;
+                }
+            }
+        }
+    }
+
+    async fn l2_read(&mut self, file: &ImageFile<'_, impl Io>, walk: Walk, table: Result<Option<Vec<u8>>>) {
+        match table {
+            Ok(Some(table)) => self.l2_table(file, walk, &table).await,
+            Ok(None) => {}
+            Err(error) => self.unusable(Owner::L2, walk.table, error),
+        }
+    }
+
+    /// An L1 entry names a table. While an image is served its active mapping is walked by itself,
+    /// because a table that it shares with a snapshot may be replaced at any moment.
+    fn note_table(&mut self, l1: &Owner, cluster: u64) {
+        if self.window.is_some() && *l1 == Owner::ActiveL1 {
+            return;
+        }
+        *self.tables.entry(cluster).or_default() += 1;
+        if self.window.is_some() && self.tables.len() > LIVE_TABLES {
+            // More memory than a search may take.
+            self.hides_references = true;
+        }
+    }
+
+    /// The table that an L1 entry names, unless it has been walked or cannot be.
+    fn next_walk(&mut self, l1: &L1Table, l1_index: u64, raw: u64) -> Option<Walk> {
+        let (table, _) = self.rules.judge_l1(raw).table?;
+        let is_active = l1.owner == Owner::ActiveL1;
+        let references = if self.window.is_some() && is_active {
+            1
+        } else {
+            self.tables.remove(&(table >> self.geometry().cluster_bits))?
+        };
+        let (skip, len) = (0, self.geometry().cluster_size());
+        Some(Walk { table, skip, len, l1_index, references, is_active })
     }
 
     async fn l2_table(&mut self, file: &ImageFile<'_, impl Io>, walk: Walk, table: &[u8]) {
@@ -129,7 +205,7 @@ impl Survey {
             if slot == (Slot { entry: 0, bitmap: 0 }) {
                 continue;
             }
-            let at = walk.table + index * rules.slot_bytes();
+            let at = walk.table + walk.skip + index * rules.slot_bytes();
             let judged = rules.judge(slot);
             if let Some(source) = judged.damage {
                 let remedy = entry_remedy(judged.repaired.is_some());
@@ -200,7 +276,12 @@ impl Survey {
         host: u64,
         copied: bool,
     ) -> Result<()> {
-        let count = self.refcounts.get(file, host >> self.rules.geometry.cluster_bits).await?;
+        let cluster = host >> self.rules.geometry.cluster_bits;
+        if let Some(window) = &mut self.window {
+            window.mark_active(cluster);
+            return Ok(());
+        }
+        let count = self.refcounts.get(file, cluster).await?;
         if copied != (count == 1) {
             self.wrong_flag(table, at, host, count, copied);
         }

@@ -4,7 +4,8 @@
 //! page may be written only after something else is durable: another page, or the payload that was
 //! written before the page was changed. Rule 5 (freeing runs backwards) is not an edge between pages:
 //! [`crate::alloc::frees`] holds a freed cluster back until the cut that unmaps it is durable. Rule 6
-//! is what a flush waits for: [`crate::flush`].
+//! is what a flush waits for: [`crate::flush`]. Rule 8 is what the search for leaks keeps away from:
+//! [`crate::leaks`].
 
 /// A metadata page: the unit of write-back. Numbers count pages (or slices) from the table's start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -51,11 +52,21 @@ pub enum RuleName {
     CutBeforeFlushReturns,
     /// R7: a change of the mapping is in the redo log before its request is acknowledged.
     RedoBeforeAcknowledgement,
+    /// R8: a cluster whose count changes is no leak.
+    CountedIsNoLeak,
+    /// R8: a cluster that the mapping lets go of, or that waits to be freed, is no leak.
+    UnmappedIsNoLeak,
+    /// R8: a cluster in a lane's extent is no leak.
+    ReservedIsNoLeak,
+    /// R8: requests that were in flight when the search began end before references are counted.
+    RequestsBeforeSearch,
+    /// R8: what was changed before is on disk when references are counted.
+    CutBeforeSearch,
 }
 
 impl RuleName {
     /// All of them.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 14] = [
         Self::RefcountBeforeReference,
         Self::BlockBeforeTable,
         Self::TableBeforeHeader,
@@ -65,6 +76,11 @@ impl RuleName {
         Self::RequestsBeforeReuse,
         Self::CutBeforeFlushReturns,
         Self::RedoBeforeAcknowledgement,
+        Self::CountedIsNoLeak,
+        Self::UnmappedIsNoLeak,
+        Self::ReservedIsNoLeak,
+        Self::RequestsBeforeSearch,
+        Self::CutBeforeSearch,
     ];
 }
 

@@ -3,7 +3,7 @@
 use super::{
     disk::Fault,
     rng::Rng,
-    run::{Case, Totals, simulate},
+    run::{Case, Totals, age, simulate},
     workload::{Fixture, Initial, Maker, Request, Variant},
 };
 use crate::RuleName;
@@ -43,10 +43,14 @@ pub struct Failure {
 
 /// Attempts with other completion orders for each smaller case.
 const SHRINK_SEEDS: u64 = 24;
-/// One in this many cases is on the image whose refcount table grows: it is large, so slow.
+/// One in this many cases is on an image whose refcount table grows: it is large, so slow.
 const FULL_TABLE_SHARE: u64 = 64;
+/// Images whose refcount table grows, at the end of the list.
+const FULL_TABLES: u64 = 2;
+/// One in so many cases is on an image with leaks, with a search for them.
+const LEAKY_SHARE: u64 = 3;
 
-/// Makes all images, the large one last.
+/// Makes all images, each as qemu-img made it and as a crash left it, the large ones last.
 ///
 /// # Errors
 /// qemu-img or qemu-io is missing, or fails.
@@ -58,7 +62,11 @@ pub fn fixtures(directory: &Path) -> io::Result<Vec<Fixture>> {
             fixtures.push(maker.make(variant, initial)?);
         }
     }
-    fixtures.push(maker.make_full_table()?);
+    let leaky: Result<Vec<_>, _> = fixtures.iter().map(age).collect();
+    fixtures.extend(leaky.map_err(io::Error::other)?);
+    let full = maker.make_full_table()?;
+    fixtures.push(age(&full).map_err(io::Error::other)?);
+    fixtures.push(full);
     Ok(fixtures)
 }
 
@@ -66,8 +74,15 @@ pub fn fixtures(directory: &Path) -> io::Result<Vec<Fixture>> {
 #[must_use]
 pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
     let mut rng = Rng::new(seed ^ number.wrapping_mul(0xD6E8_FEB8_6659_FD93));
-    let small = fixtures.len() as u64 - 1;
-    let fixture = if number % FULL_TABLE_SHARE == FULL_TABLE_SHARE - 1 { small } else { rng.below(small) };
+    // First the sound ones, then as many leaky ones.
+    let half = (fixtures.len() as u64 - FULL_TABLES) / 2;
+    let is_leaky = rng.below(LEAKY_SHARE) == 0;
+    let fixture = match (number % FULL_TABLE_SHARE == FULL_TABLE_SHARE - 1, is_leaky) {
+        (false, false) => rng.below(half),
+        (false, true) => half + rng.below(half),
+        (true, true) => 2 * half,
+        (true, false) => 2 * half + 1,
+    };
     let short = |rng: &mut Rng| {
         let len = 1 + rng.below(3);
         (0..len)
@@ -75,7 +90,7 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
             .collect::<Vec<_>>()
     };
     let mut fault = None;
-    let lanes = match rng.below(9) {
+    let mut lanes = match rng.below(9) {
         // Overwrites of clusters that another lane discards, gives back and reuses.
         8 => {
             let overwrite = (0..4).map(|_| Request::Write(6 + rng.below(4) as usize, 2)).collect();
@@ -95,6 +110,13 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
             (0..1 + rng.below(2)).map(|_| random_requests(&mut rng, 10)).collect()
         }
     };
+    if is_leaky {
+        let window = [16, 60, 1 << 20][rng.below(3) as usize];
+        let mut search = random_requests(&mut rng, 2);
+        search.push(Request::Reclaim(window));
+        search.extend(random_requests(&mut rng, 2));
+        lanes.push(search);
+    }
     (fixture as usize, Case { lanes, seed: rng.draw(), fault, disabled: None })
 }
 

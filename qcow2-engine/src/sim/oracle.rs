@@ -98,6 +98,9 @@ impl<'a> Reader<'a> {
     fn open(bytes: &'a [u8]) -> Result<Self, String> {
         let header = Header::decode(bytes, bytes.len() as u64).map_err(|error| error.to_string())?;
         header.check_supported().and(header.check_writable()).map_err(|error| error.to_string())?;
+        if header.incompatible & qcow2_format::header::DIRTY != 0 {
+            return Err("it is marked dirty".to_owned());
+        }
         let geometry = header.geometry();
         let clusters = geometry.clusters_for(bytes.len() as u64) as usize;
         Ok(Self { bytes, header, geometry, references: vec![0; clusters], exclusive: vec![false; clusters] })

@@ -94,6 +94,10 @@ pub struct Fixture {
     pub backing: Option<Vec<u8>>,
     /// The content of the virtual disk.
     pub content: Vec<Value>,
+    /// What every sector holds in every internal snapshot.
+    pub snapshot: Vec<Value>,
+    /// A crash has left it, with leaks.
+    pub is_leaky: bool,
     /// Sectors of a cluster.
     pub cluster_sectors: usize,
     /// Whether it can discard: not with version 2 and a backing file.
@@ -113,6 +117,8 @@ pub enum Request {
     Flush,
     /// The periodic work: write back, give freed clusters back.
     Maintain,
+    /// The search for leaks, with windows of so many clusters.
+    Reclaim(u64),
 }
 
 impl Request {
@@ -153,7 +159,7 @@ impl Request {
                 let end = (at + count) / cluster_sectors * cluster_sectors;
                 first..end.max(first)
             }
-            Self::Flush | Self::Maintain => 0..0,
+            Self::Flush | Self::Maintain | Self::Reclaim(_) => 0..0,
         }
     }
 }
@@ -241,7 +247,9 @@ impl Maker {
             cluster_sectors: variant.cluster_sectors,
             can_discard: variant.compat == "1.1" || backing.is_none(),
             backing,
+            snapshot: content.clone(),
             content,
+            is_leaky: false,
         })
     }
 
@@ -272,7 +280,9 @@ impl Maker {
             name: "FullTable".into(),
             image,
             backing: None,
+            snapshot: content.clone(),
             content,
+            is_leaky: false,
             cluster_sectors: 1,
             can_discard: true,
         })

@@ -323,7 +323,7 @@ fn what_is_not_served_is_refused_by_name() {
     let with = |incompatible| Header { incompatible, ..v3() }.check_supported();
     assert_eq!(with(0), Ok(()));
     assert_eq!(with(COMPRESSION), Ok(()));
-    assert_eq!(with(DIRTY), Err(Unsupported::Dirty));
+    assert_eq!(with(DIRTY), Ok(()), "it is repaired");
     assert_eq!(with(CORRUPT), Ok(()), "for reading");
     assert_eq!(with(EXTERNAL_DATA), Err(Unsupported::ExternalDataFile));
     assert_eq!(with(EXTENDED_L2), Err(Unsupported::ExtendedL2));

@@ -1,0 +1,198 @@
+//! A survey of an image that is being served: the search for leaks (`leaks/`) counts references with
+//! the same code as a check, but from a moving picture.
+//!
+//! What may have another place by the time that it is read is taken from memory, where it is always
+//! true: the refcount table and the active L1 table. A part of an L2 table counts only if its L1
+//! entry is the same after the read. All else that is read does not move while an image is served:
+//! snapshots and what only they refer to, bitmaps, refcount blocks. Which entries may be behind
+//! what is in memory, and why that does no harm, is told in `leaks/mod.rs`.
+
+use super::{
+    findings::{Finding, Owner, Problem, Remedy, Severity},
+    survey::{L1Table, Survey},
+    tables::Walk,
+    window::Window,
+};
+use crate::{
+    error::{Error, Result},
+    image::Image,
+    inspect::ImageFile,
+    io::Io,
+    leaks::Pace,
+};
+use qcow2_format::{HostOffset, L1Entry, geometry::TABLE_ENTRY_BYTES};
+use std::{
+    cell::Cell,
+    ops::Range,
+    sync::{Arc, atomic::Ordering},
+};
+
+/// Entries of a refcount table that are copied while the metadata lock is held.
+const LOCKED_ENTRIES: u64 = 8 << 10;
+
+/// A served image, and when to rest while it is read.
+pub(crate) struct Live<'a> {
+    image: &'a Image,
+    pace: &'a dyn Pace,
+    is_stopped: Cell<bool>,
+}
+
+/// How a survey of a served image ended.
+pub(crate) enum Counted {
+    /// With every reference to the window's clusters.
+    All(Window),
+    /// Because it was told to.
+    Stopped,
+    /// With something that makes no sense, in words.
+    Doubt(String),
+}
+
+/// Counts the references to a window of a served image's clusters.
+pub(crate) async fn count<I: Io>(io: &I, image: &Image, pace: &dyn Pace, window: Window) -> Counted {
+    let live = Live { image, pace, is_stopped: Cell::new(false) };
+    let file = ImageFile::served(io, image, live);
+    let mut survey = Survey::live(&file, window);
+    survey.count_references(&file).await;
+    if file.live.as_ref().is_some_and(|live| live.is_stopped.get()) {
+        return Counted::Stopped;
+    }
+    survey.bound_tables(&file);
+    match (survey.window.take(), survey.findings.list.first()) {
+        (Some(window), None) if !survey.hides_references => Counted::All(window),
+        (_, Some(finding)) => Counted::Doubt(finding.to_string()),
+        _ => Counted::Doubt("a structure that cannot be used hides references".to_owned()),
+    }
+}
+
+impl<'a, I: Io> ImageFile<'a, I> {
+    /// The top file of a served image.
+    fn served(io: &'a I, image: &Image, live: Live<'a>) -> Self {
+        let mut header = image.header.clone();
+        let (table, entries, file_len) = {
+            let meta = image.meta.lock();
+            let (table, entries) = meta.refcounts.table_place();
+            (table, entries, meta.space.file_end)
+        };
+        header.refcount_table = HostOffset(table);
+        header.refcount_table_clusters =
+            (entries * TABLE_ENTRY_BYTES / image.geometry().cluster_size()) as u32;
+        let top = image.top();
+        Self {
+            io,
+            is_hole: Box::new(|_, _| false),
+            file: top.file,
+            name: Arc::clone(&top.name),
+            header,
+            file_len,
+            live: Some(live),
+        }
+    }
+
+    /// Rests, if it should; an error where it should not go on.
+    pub(crate) async fn rest(&self) -> Result<()> {
+        let Some(live) = &self.live else { return Ok(()) };
+        if !live.is_stopped.get() && live.pace.rest().await {
+            return Ok(());
+        }
+        live.is_stopped.set(true);
+        Err(Error::NotSupported { file: Arc::clone(self.name()), reason: "the search was stopped" })
+    }
+
+    /// Some entries of an L1 table.
+    pub(super) async fn l1_entries(&self, l1: &L1Table, range: Range<u64>) -> Result<Vec<u64>> {
+        if let (Some(live), Owner::ActiveL1) = (&self.live, l1.owner) {
+            self.rest().await?;
+            return Ok(range.map(|index| live.l1_entry(index)).collect());
+        }
+        self.read_entries(l1.at + range.start * TABLE_ENTRY_BYTES, range.end - range.start).await
+    }
+
+    /// The first `count` entries of the refcount table.
+    pub(super) async fn refcount_table_entries(&self, count: u64) -> Result<Vec<u64>> {
+        let Some(live) = &self.live else {
+            return self.read_entries(self.header.refcount_table.0, count).await;
+        };
+        let mut entries = Vec::with_capacity(count as usize);
+        while (entries.len() as u64) < count {
+            self.rest().await?;
+            let at = entries.len() as u64;
+            let meta = live.image.meta.lock();
+            entries.extend(meta.refcounts.table_entries(at..count.min(at + LOCKED_ENTRIES)));
+        }
+        Ok(entries)
+    }
+
+    /// A part of an L2 table; `None` where the file has a hole. The table of the active mapping may be
+    /// replaced by a copy, and its old place be used for something else, while it is read: then the
+    /// copy is read, whose entries are the same or newer.
+    pub(super) async fn l2_part(&self, walk: &Walk) -> Result<Option<Vec<u8>>> {
+        let Some(live) = self.live.as_ref().filter(|_| walk.is_active) else {
+            return self.read_part(walk.table + walk.skip, walk.len).await;
+        };
+        loop {
+            let entry = live.l1_entry(walk.l1_index);
+            let damaged = |source| Error::Corrupt {
+                file: Arc::clone(self.name()),
+                table: "L1",
+                at: walk.table,
+                source,
+            };
+            let L1Entry::Table { offset, .. } = L1Entry::decode(entry, &self.geometry()).map_err(damaged)?
+            else {
+                return Ok(None);
+            };
+            let part = self.read(offset.0 + walk.skip, walk.len).await?;
+            if live.l1_entry(walk.l1_index) == entry {
+                return Ok(Some(part));
+            }
+        }
+    }
+}
+
+impl Live<'_> {
+    fn l1_entry(&self, index: u64) -> u64 {
+        self.image.top().l1.get(index as usize).map_or(0, |entry| entry.load(Ordering::Acquire))
+    }
+}
+
+impl Survey {
+    /// A survey that counts into a window, and for which any finding is the end.
+    fn live(file: &ImageFile<'_, impl Io>, window: Window) -> Self {
+        let mut survey = Self::new(file, 1);
+        survey.window = Some(window);
+        // The file grows meanwhile: what lies beyond its end is found at the end.
+        survey.rules.file_len = u64::MAX;
+        survey
+    }
+
+    /// Whether to go no further.
+    pub(super) fn is_over(&mut self, file: &ImageFile<'_, impl Io>) -> bool {
+        self.bound_tables(file);
+        self.window.is_some() && (self.hides_references || !self.findings.is_clean())
+    }
+
+    /// Tables that nothing shares cannot take more than the file: with that the work is bounded, too.
+    /// And nothing is referred to beyond its end.
+    fn bound_tables(&mut self, file: &ImageFile<'_, impl Io>) {
+        let (Some(window), Some(live)) = (&self.window, &file.live) else { return };
+        let geometry = &self.rules.geometry;
+        let len = {
+            let space = &live.image.meta.lock().space;
+            // A new refcount block is entered before the file is extended over it.
+            space.file_end.max(space.fresh_from << geometry.cluster_bits)
+        };
+        let referred = window.referred_end << geometry.cluster_bits;
+        let problem = if window.sole_bytes > len.saturating_add(geometry.cluster_size()) {
+            Problem::Structure(Error::NotSupported {
+                file: Arc::clone(file.name()),
+                reason: "its tables claim more clusters than the file has",
+            })
+        } else if referred > len.next_multiple_of(geometry.cluster_size()) {
+            Problem::BeyondFile { owner: Owner::Data, host: referred, len: 0 }
+        } else {
+            return;
+        };
+        let (severity, table) = (Severity::Corruption, Owner::Header);
+        self.findings.push(Finding { severity, table, at: 0, problem, remedy: Remedy::None("not searched") });
+    }
+}

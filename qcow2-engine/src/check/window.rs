@@ -1,0 +1,106 @@
+//! The references to the clusters of one part of a file, in memory of a fixed size: what the search
+//! for leaks counts into, where a check keeps a sparse count of everything.
+
+use super::{findings::Owner, survey::Claim};
+use std::ops::Range;
+
+/// Clusters that are counted at a time, at the most: 8 MiB of counters, for 256 GiB of a file at
+/// 64 KiB clusters. A larger file is surveyed several times.
+pub(crate) const MAX_WINDOW: u64 = 4 << 20;
+/// The counters' upper bit: the active mapping has an entry for the cluster that should say whether
+/// it is shared.
+const IS_ACTIVE: u16 = 1 << 15;
+/// A counter that has reached this counts no further.
+const MANY: u16 = IS_ACTIVE - 1;
+
+/// References to a window of clusters.
+pub(crate) struct Window {
+    clusters: Range<u64>,
+    counters: Vec<u16>,
+    /// One more than the highest cluster that anything refers to, inside the window or not.
+    pub(crate) referred_end: u64,
+    /// Bytes of the tables that can be referred to once only. In a sound image they lie side by side.
+    pub(super) sole_bytes: u64,
+}
+
+impl Window {
+    pub(crate) fn new(clusters: Range<u64>) -> Self {
+        let counters = vec![0; (clusters.end - clusters.start) as usize];
+        Self { clusters, counters, referred_end: 0, sole_bytes: 0 }
+    }
+
+    /// References found to a cluster; `None` where there are more than are counted.
+    pub(crate) fn references(&self, cluster: u64) -> Option<u64> {
+        let count = self.counter(cluster) & MANY;
+        (count < MANY).then_some(count.into())
+    }
+
+    /// Whether the active mapping has an entry for it with a copied flag.
+    pub(crate) fn is_active(&self, cluster: u64) -> bool {
+        self.counter(cluster) & IS_ACTIVE != 0
+    }
+
+    pub(super) fn claim(&mut self, claim: &Claim, clusters: Range<u64>, references: u64) {
+        let is_shared = match claim.owner {
+            Owner::Data | Owner::Compressed => true,
+            Owner::L2 => claim.holder == Owner::SnapshotL1,
+            _ => false,
+        };
+        if !is_shared {
+            self.sole_bytes = self.sole_bytes.saturating_add(claim.len);
+        }
+        self.referred_end = self.referred_end.max(clusters.end);
+        let references = u16::try_from(references).unwrap_or(MANY);
+        for cluster in clusters.start.max(self.clusters.start)..clusters.end.min(self.clusters.end) {
+            let counter = &mut self.counters[(cluster - self.clusters.start) as usize];
+            let sum = (*counter & MANY).saturating_add(references).min(MANY);
+            *counter = *counter & IS_ACTIVE | sum;
+        }
+    }
+
+    pub(super) fn mark_active(&mut self, cluster: u64) {
+        if self.clusters.contains(&cluster) {
+            self.counters[(cluster - self.clusters.start) as usize] |= IS_ACTIVE;
+        }
+    }
+
+    fn counter(&self, cluster: u64) -> u16 {
+        // Beyond the window nothing is known.
+        let index = cluster.checked_sub(self.clusters.start).unwrap_or(u64::MAX);
+        self.counters.get(index as usize).copied().unwrap_or(MANY)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counters_stop_at_the_top_and_know_nothing_beyond_the_window() {
+        let mut window = Window::new(10..20);
+        let claim = Claim { holder: Owner::L2, at: 0, owner: Owner::Data, host: 0, len: 1 };
+        window.claim(&claim, 8..12, 3);
+        window.mark_active(11);
+        window.mark_active(25);
+        window.claim(&claim, 11..12, u64::MAX);
+        window.claim(&claim, 11..12, 5);
+        assert_eq!([10, 11, 12, 9, 20].map(|at| window.references(at)), [Some(3), None, Some(0), None, None]);
+        assert!(window.is_active(11) && !window.is_active(10));
+        window.claim(&claim, 12..13, 1);
+        window.mark_active(12);
+        assert_eq!((window.references(12), window.referred_end), (Some(1), 13));
+    }
+
+    #[test]
+    fn what_can_be_referred_to_once_is_summed_up() {
+        let mut window = Window::new(0..1);
+        let mut claim = |holder, owner| {
+            window.claim(&Claim { holder, at: 0, owner, host: 0, len: 100 }, 0..1, 1);
+            window.sole_bytes
+        };
+        assert_eq!(claim(Owner::L2, Owner::Data), 0);
+        assert_eq!(claim(Owner::SnapshotL1, Owner::L2), 0, "snapshots share tables");
+        assert_eq!(claim(Owner::ActiveL1, Owner::L2), 100);
+        assert_eq!(claim(Owner::SnapshotTable, Owner::SnapshotL1), 200);
+    }
+}

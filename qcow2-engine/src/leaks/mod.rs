@@ -1,0 +1,396 @@
+//! Giving back what a crash has leaked, while the image is being served.
+//!
+//! ```text
+//! a window of clusters is watched → requests of before have ended → a cut
+//!   → references are counted, as they are on disk → clusters that were not touched and are counted
+//!   too often: hole punched, count lowered → the next window
+//! ```
+//!
+//! A leak is a cluster whose count is above the number of references to it. A crash leaves them:
+//! extents that were reserved ahead, clusters that waited to be freed. Nobody in memory knows of a
+//! leak, so nobody changes it, and that is how it is told from a cluster that is on its way from one
+//! state to another: whatever has to do with a cluster *touches* it ([`watch`]), and what was touched
+//! is never judged.
+//!
+//! # Why it is safe
+//!
+//! Let a cluster be untouched when it is judged. The claim is that the references to it have been the
+//! same since the window was taken up, that they are durable, and that all of them were counted.
+//!
+//! 1. **What gains its first reference is touched.** A new reference goes to a cluster that was counted
+//!    a moment ago (`Meta::set_count` touches), or lay in a lane's extent (touched when the window is
+//!    taken up, or when it comes into the extent later), or was reserved out of one before. Only a
+//!    request holds a reservation, so those of before the window are published, or back in an extent
+//!    or in `frees`, when all requests that were in flight have ended.
+//! 2. **What loses a reference is touched**: `Meta::unmapped` is the only way, and what waits in `frees`
+//!    is touched when the window is taken up. No batch of freed clusters is under way then.
+//! 3. **A reference never moves** from one place to another without its cluster being touched, with one
+//!    exception: the copy of an L2 table that a snapshot shares. It has the same entries; the table
+//!    loses one reference, the copy gains one (both are touched), and the clusters in it are referred to
+//!    by the active mapping once before and once after.
+//! 4. **The cut** makes durable what had happened before it: so the disk has no reference to an
+//!    untouched cluster but those that are in memory, and none that memory has not. Its barrier covers
+//!    what a daemon that was killed had written, too.
+//! 5. **All are counted.** What moves is read where it cannot be missed (`check/live.rs`):
+//!    - *L1 table*: in memory. A table that it names was in the file, complete, before it was named; its
+//!      entries of after the cut may be missing, but those clusters are touched.
+//!    - *A table that is copied* while it is read: its place may be freed and used by others. Its L1
+//!      entry is looked at again after the read, and the copy is read instead. In both, the entries of
+//!      untouched clusters are the same. So every table of the active mapping is counted by itself,
+//!      once; those of the snapshots, which nobody changes, are counted once for each L1 entry.
+//!    - *A new table*: all that it refers to is touched.
+//!    - *Refcount table and blocks*: the table in memory, at its present place. It moves with its
+//!      entries, and a block never goes away; both places are touched when it moves, and a new block's
+//!      cluster is.
+//!    - *A cut under way* while a table is read: of entries that change, the clusters are touched; the
+//!      others are the same bytes in both versions.
+//! 6. **Nobody is given a leak** before its hole has been punched: it is counted until then.
+//!
+//! Whatever makes no sense ends the search for good: what cannot be decoded, a reference beyond the
+//! file, a count below the references, header extensions that are not known. A copied flag would be
+//! wrong where a count becomes 1 and the active mapping has the one reference; our own crashes do not
+//! leave that, and it is left to `check --repair`.
+//!
+//! # Bounds
+//!
+//! Memory: [`MAX_WINDOW`]. Time: a step is one read of 16 KiB, or [`SETTLED`] clusters compared, with a
+//! rest before each; the metadata lock is held for [`LOCKED`] counts at a time. Requests wait for none of it.
+
+pub(crate) mod watch;
+
+use crate::{
+    alloc::refcounts::Count,
+    check::{
+        live::{self, Counted},
+        window::{MAX_WINDOW, Window},
+    },
+    epoch::Epoch,
+    error::Result,
+    image::Image,
+    io::Io,
+    lane::Lane,
+    meta::Meta,
+    order::rules::RuleName,
+    reclaim::in_rows,
+};
+use std::{future::Future, ops::Range, pin::Pin};
+
+/// Rounds over a window, at the most.
+const MAX_ROUNDS: usize = 4;
+/// Clusters that are compared in one step.
+const SETTLED: u64 = 4096;
+/// Of which so many under one hold of the metadata lock.
+const LOCKED: u64 = 256;
+
+/// The pace of work that nobody waits for.
+pub trait Pace {
+    /// Rests before the next step. Says whether to go on.
+    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>>;
+}
+
+/// What a search for leaks has given back.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reclaimed {
+    /// Clusters that are free now.
+    pub freed: u64,
+    /// Clusters that are still in use, and were counted too often.
+    pub lowered: u64,
+    /// Clusters that stay counted too often: a repair would have to change copied flags as well, or
+    /// they were changing all the time.
+    pub left: u64,
+    /// How it ended.
+    pub verdict: Verdict,
+}
+
+/// How a search for leaks ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The whole image has been searched.
+    Complete,
+    /// It was told to stop.
+    Stopped,
+    /// Something makes no sense: nothing was given back from then on. In words.
+    Doubt(String),
+}
+
+/// A step that did not come to its end.
+enum Stop {
+    Verdict(Verdict),
+    Failed(crate::Error),
+}
+
+impl From<crate::Error> for Stop {
+    fn from(error: crate::Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// What is not as it should be.
+#[derive(Default)]
+struct Found {
+    /// Clusters that are counted too often, and the references that they have.
+    excess: Vec<(u64, u64)>,
+    /// Clusters that are counted too often and have to stay so.
+    flagged: u64,
+    /// Clusters that may be counted too often, but were touched. Nothing touches a cluster that nobody
+    /// refers to; one that is still in use may lose another reference while it is being judged.
+    touched: u64,
+}
+
+/// Puts the window down when dropped.
+struct Watching<'a>(&'a Image);
+
+impl Drop for Watching<'_> {
+    fn drop(&mut self) {
+        self.0.meta.lock().watch.end();
+    }
+}
+
+impl<I: Io> Lane<I> {
+    /// Searches the image for clusters that a crash has leaked, and gives them back, beside whatever
+    /// else is going on. To be called once, from one lane, when the image has been opened.
+    ///
+    /// # Errors
+    /// As [`Self::flush`], or a failed read or hole punch; what was not given back stays a leak.
+    pub async fn reclaim_leaks(&self, pace: &dyn Pace) -> Result<Reclaimed> {
+        self.reclaim_leaks_by(MAX_WINDOW, pace).await
+    }
+
+    /// [`Self::reclaim_leaks`], with windows of so many clusters.
+    pub(crate) async fn reclaim_leaks_by(&self, window: u64, pace: &dyn Pace) -> Result<Reclaimed> {
+        let mut reclaimed = Reclaimed { freed: 0, lowered: 0, left: 0, verdict: Verdict::Complete };
+        match self.search(window, pace, &mut reclaimed).await {
+            Ok(()) => {}
+            Err(Stop::Verdict(verdict)) => reclaimed.verdict = verdict,
+            Err(Stop::Failed(error)) => return Err(error),
+        }
+        Ok(reclaimed)
+    }
+
+    async fn search(&self, size: u64, pace: &dyn Pace, reclaimed: &mut Reclaimed) -> Result<(), Stop> {
+        let image = self.image();
+        if image.read_only {
+            return Ok(());
+        }
+        if let Some(reason) = image.may_hide_references() {
+            return Err(doubt(reason));
+        }
+        let _searching = image.searching.acquire(0..1).await;
+        let end = image.counted_end();
+        let mut first = 0;
+        while first < end {
+            rest(pace).await?;
+            let window = first..end.min(first + size);
+            first = window.end;
+            if !image.has_block_in(&window) {
+                continue;
+            }
+            for round in 1.. {
+                let found = self.search_window(window.clone(), pace, reclaimed).await?;
+                if found.touched == 0 || round == MAX_ROUNDS {
+                    reclaimed.left += found.flagged + found.touched;
+                    break;
+                }
+                // What waits to be freed would be touched again.
+                self.maintain().await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn search_window(
+        &self,
+        clusters: Range<u64>,
+        pace: &dyn Pace,
+        reclaimed: &mut Reclaimed,
+    ) -> Result<Found, Stop> {
+        let image = self.image();
+        let (_watching, epoch) = {
+            let _no_batch = image.reclaiming.acquire(0..1).await;
+            image.watch(clusters.clone())
+        };
+        while !image.epochs.has_passed(epoch) && !image.is_disabled(RuleName::RequestsBeforeSearch) {
+            rest(pace).await?;
+        }
+        if !image.is_disabled(RuleName::CutBeforeSearch) {
+            self.write_back().await?;
+        }
+        let window = match live::count(self.io(), image, pace, Window::new(clusters.clone())).await {
+            Counted::All(window) => window,
+            Counted::Stopped => return Err(Stop::Verdict(Verdict::Stopped)),
+            Counted::Doubt(reason) => return Err(doubt(&reason)),
+        };
+        let mut found = Found::default();
+        for first in clusters.clone().step_by(SETTLED as usize) {
+            rest(pace).await?;
+            self.settle_row(first..clusters.end.min(first + SETTLED), &window, &mut found, reclaimed).await?;
+        }
+        Ok(found)
+    }
+
+    /// Compares counts with references, and lowers those that are too high.
+    async fn settle_row(
+        &self,
+        clusters: Range<u64>,
+        window: &Window,
+        found: &mut Found,
+        reclaimed: &mut Reclaimed,
+    ) -> Result<(), Stop> {
+        // What is in a batch of freed clusters was touched before; here it is in nobody's way.
+        let _no_batch = self.image().reclaiming.acquire(0..1).await;
+        for first in clusters.clone().step_by(LOCKED as usize) {
+            let some = first..clusters.end.min(first + LOCKED);
+            self.compare(some, window, found).await?;
+        }
+        let excess = std::mem::take(&mut found.excess);
+        let unused: Vec<_> =
+            excess.iter().filter(|(_, references)| *references == 0).map(|(cluster, _)| *cluster).collect();
+        for row in in_rows(&unused) {
+            self.punch(row).await?;
+        }
+        for (cluster, references) in excess {
+            match self.lower_to(cluster, references).await? {
+                false => {}
+                true if references == 0 => reclaimed.freed += 1,
+                true => reclaimed.lowered += 1,
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds the untouched clusters that are counted too often.
+    async fn compare(&self, clusters: Range<u64>, window: &Window, found: &mut Found) -> Result<(), Stop> {
+        let image = self.image();
+        let mut next = clusters.start;
+        while next < clusters.end {
+            let needed = {
+                let mut meta = image.meta.lock();
+                loop {
+                    match meta.judge(next, window)? {
+                        Count::Needs(page) => break Some(page),
+                        Count::Is(Judged::InOrder) => {}
+                        Count::Is(Judged::Excess(references)) => found.excess.push((next, references)),
+                        Count::Is(Judged::HasFlag) => found.flagged += 1,
+                        Count::Is(Judged::Touched) => found.touched += 1,
+                        Count::Is(Judged::Lacking { count, references }) => {
+                            let at = next << image.geometry().cluster_bits;
+                            return Err(doubt(&format!(
+                                "the cluster at {at:#x} has refcount {count} and {references} references"
+                            )));
+                        }
+                    }
+                    next += 1;
+                    if next == clusters.end {
+                        break None;
+                    }
+                }
+            };
+            if let Some(page) = needed {
+                self.load_refcount_page(page).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Lowers a count, unless the cluster has been touched meanwhile. Returns whether it has.
+    async fn lower_to(&self, cluster: u64, references: u64) -> Result<bool> {
+        let image = self.image();
+        loop {
+            let needed = {
+                let mut meta = image.meta.lock();
+                if meta.watch.is_touched(cluster) {
+                    return Ok(false);
+                }
+                match meta.refcounts.get(cluster)? {
+                    Count::Needs(page) => page,
+                    Count::Is(_) => {
+                        meta.lower_count(cluster, references);
+                        return Ok(true);
+                    }
+                }
+            };
+            self.load_refcount_page(needed).await?;
+        }
+    }
+}
+
+/// What is to be done about a cluster.
+enum Judged {
+    /// Nothing: it is counted as often as it is referred to, or there is too much to tell.
+    InOrder,
+    /// Nothing now: it was touched. But it may be counted too often, and have been so before.
+    Touched,
+    /// It is counted too often; so many references are right.
+    Excess(u64),
+    /// It is counted too often, but the entry that refers to it would have to change as well.
+    HasFlag,
+    /// It is not counted often enough.
+    Lacking { count: u64, references: u64 },
+}
+
+impl Meta {
+    fn judge(&mut self, cluster: u64, window: &Window) -> Result<Count<Judged>> {
+        let count = match self.refcounts.get(cluster)? {
+            Count::Needs(page) => return Ok(Count::Needs(page)),
+            Count::Is(count) => count,
+        };
+        if self.watch.is_touched(cluster) {
+            let is_suspect = window.references(cluster).is_some_and(|seen| 0 < seen && seen < count);
+            return Ok(Count::Is(if is_suspect { Judged::Touched } else { Judged::InOrder }));
+        }
+        Ok(Count::Is(match window.references(cluster) {
+            Some(references) if references > count => Judged::Lacking { count, references },
+            Some(references) if references == count => Judged::InOrder,
+            Some(1) if window.is_active(cluster) => Judged::HasFlag,
+            Some(references) => {
+                let is_metadata = self.territory.owner(cluster).is_some();
+                if is_metadata && references == 0 { Judged::InOrder } else { Judged::Excess(references) }
+            }
+            None => Judged::InOrder,
+        }))
+    }
+}
+
+impl Image {
+    /// Takes a window up. What is on its way is touched; nothing else has been.
+    fn watch(&self, window: Range<u64>) -> (Watching<'_>, Epoch) {
+        let mut meta = self.meta.lock();
+        let Meta { watch, frees, lanes, .. } = &mut *meta;
+        watch.begin(window);
+        frees.clusters().for_each(|cluster| watch.unmapped(cluster..cluster + 1));
+        lanes.iter().filter_map(|lane| lane.clusters()).for_each(|extent| watch.reserved(extent));
+        (Watching(self), self.epochs.advance())
+    }
+
+    fn is_disabled(&self, rule: RuleName) -> bool {
+        self.meta.lock().graph.is_disabled(rule)
+    }
+
+    /// Why clusters may be in use though nothing that is known here refers to them.
+    fn may_hide_references(&self) -> Option<&'static str> {
+        let unknown_bits = self.header.autoclear & !qcow2_format::header::KNOWN_AUTOCLEAR != 0;
+        (unknown_bits || !self.header.unknown_extensions.is_empty()).then_some(
+            "it has header extensions that are not known here, which may have clusters of their own",
+        )
+    }
+
+    /// Clusters from here on have no count.
+    fn counted_end(&self) -> u64 {
+        let meta = self.meta.lock();
+        meta.refcounts.blocks_end() * meta.geometry.refcounts_per_block()
+    }
+
+    fn has_block_in(&self, clusters: &Range<u64>) -> bool {
+        let meta = self.meta.lock();
+        let blocks = meta.refcounts.block_of(clusters.start)..meta.refcounts.block_of(clusters.end - 1) + 1;
+        meta.refcounts.table_entries(blocks).iter().any(|&entry| entry != 0)
+    }
+}
+
+async fn rest(pace: &dyn Pace) -> Result<(), Stop> {
+    if pace.rest().await { Ok(()) } else { Err(Stop::Verdict(Verdict::Stopped)) }
+}
+
+fn doubt(reason: &str) -> Stop {
+    Stop::Verdict(Verdict::Doubt(reason.to_owned()))
+}

@@ -1,0 +1,189 @@
+//! What a crash leaks is given back at the next opening, beside requests on other lanes.
+
+#[allow(dead_code, reason = "shared by several test programs")]
+mod common;
+
+use common::{IMAGE, Mirror, run};
+use qcow2_engine::{
+    CheckOptions, Image, Lane, OpenOptions, Pace, Verdict, ZeroMode, check,
+    io::{Buf, mem::MemFiles},
+};
+use std::{
+    cell::{Cell, RefCell},
+    future::Future,
+    path::Path,
+    pin::Pin,
+    process::Command,
+};
+
+const DISK: usize = 8 << 20;
+
+fn tool(name: &str, args: &[&str]) {
+    let output = Command::new(name).args(args).output().expect("qemu-utils are installed: cargo xtask setup");
+    assert!(output.status.success(), "{name} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// An image made by QEMU, with what a crash of ours leaves of it, and its content.
+fn leaky(options: &str, has_snapshots: bool) -> (MemFiles, Vec<u8>) {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path().join(IMAGE);
+    let name = path.to_str().expect("UTF-8");
+    tool("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, name, "8M"]);
+    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 7 0 3M", "-c", "write -P 9 5M 1M", name]);
+    let mut bytes = vec![0; DISK];
+    bytes[..3 << 20].fill(7);
+    bytes[5 << 20..6 << 20].fill(9);
+    if has_snapshots {
+        tool("qemu-img", &["snapshot", "-c", "one", name]);
+        tool("qemu-io", &["-f", "qcow2", "-c", "write -P 8 1M 64k", name]);
+        tool("qemu-img", &["snapshot", "-c", "two", name]);
+        bytes[1 << 20..(1 << 20) + (64 << 10)].fill(8);
+    }
+    let files = MemFiles::default();
+    files.put(IMAGE, std::fs::read(&path).expect("image"));
+    let mut mirror = Mirror::open(&files, bytes);
+    mirror.write(0, 1, 512 << 10);
+    mirror.write(6 << 20, 2, 300 << 10);
+    mirror.flush();
+    mirror.discard(2 << 20, 1 << 20);
+    mirror.write(5 << 20, 3, 100 << 10);
+    mirror.flush();
+    let bytes = std::mem::take(&mut mirror.bytes);
+    (files, bytes)
+}
+
+fn leaks(files: &MemFiles) -> u64 {
+    let found = run(check(files, files, Path::new(IMAGE), CheckOptions::default())).expect("checks").found;
+    assert_eq!((found.corruptions, found.check_errors), (0, 0), "{:?}", found.list);
+    found.leaks
+}
+
+/// Requests on two lanes, one between any two steps of the search.
+struct Busy {
+    lanes: [Lane<MemFiles>; 2],
+    bytes: RefCell<Vec<u8>>,
+    steps: Cell<usize>,
+    stop_at: usize,
+}
+
+impl Pace for Busy {
+    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
+        Box::pin(async {
+            let step = self.steps.replace(self.steps.get() + 1);
+            let lane = &self.lanes[step % 2];
+            let at = step * 77 * 4096 % (DISK - (64 << 10)) / 512 * 512;
+            match step % 5 {
+                0..=2 => {
+                    let data = vec![step as u8 | 1; 24 << 10];
+                    lane.write(at as u64, Buf::from_bytes(&data)).await.expect("write");
+                    self.bytes.borrow_mut()[at..at + data.len()].copy_from_slice(&data);
+                }
+                3 => {
+                    let at = at >> 16 << 16;
+                    lane.write_zeroes(at as u64, 64 << 10, ZeroMode::Unmap).await.expect("zeroes");
+                    self.bytes.borrow_mut()[at..at + (64 << 10)].fill(0);
+                }
+                _ => lane.maintain().await.expect("maintain"),
+            }
+            step + 1 < self.stop_at
+        })
+    }
+}
+
+fn open(files: &MemFiles) -> std::sync::Arc<Image> {
+    run(Image::open(files, files, Path::new(IMAGE), &OpenOptions::default())).expect("opens")
+}
+
+#[test]
+fn leaks_are_given_back_under_load() {
+    for (options, has_snapshots) in [
+        ("cluster_size=64k", false),
+        ("cluster_size=64k", true),
+        ("cluster_size=4k,refcount_bits=64", true),
+        ("cluster_size=4k,refcount_bits=1", false),
+        ("cluster_size=512", true),
+        ("compat=0.10,cluster_size=2M", true),
+    ] {
+        let (files, bytes) = leaky(options, has_snapshots);
+        let before = leaks(&files);
+        assert!(before > 0, "{options}: the crash has leaked nothing");
+        let image = open(&files);
+        let mut mirror = Mirror::around(&files, &image, bytes);
+        let lanes = [(); 2].map(|()| Lane::new(&image, files.clone(), 4));
+        let busy = Busy {
+            lanes,
+            bytes: RefCell::new(std::mem::take(&mut mirror.bytes)),
+            steps: Cell::new(0),
+            stop_at: usize::MAX,
+        };
+        let done = run(mirror.lane.reclaim_leaks(&busy)).expect("search");
+        assert_eq!(done.verdict, Verdict::Complete, "{options}");
+        assert_eq!((done.freed + done.lowered, done.left), (before, 0), "{options}");
+        mirror.bytes = busy.bytes.into_inner();
+        mirror.verify();
+        mirror.close_and_judge();
+    }
+}
+
+#[test]
+fn a_search_stops_when_told_and_begins_anew_at_the_next_opening() {
+    let (files, bytes) = leaky("cluster_size=4k", true);
+    let image = open(&files);
+    let lane = Lane::new(&image, files.clone(), 4);
+    for stop_at in [1, 2, 3, 5, 8] {
+        let lanes = [(); 2].map(|()| Lane::new(&image, files.clone(), 4));
+        let bytes = RefCell::new(bytes.clone());
+        let done =
+            run(lane.reclaim_leaks(&Busy { lanes, bytes, steps: Cell::new(0), stop_at })).expect("search");
+        assert_eq!(done.verdict, Verdict::Stopped);
+    }
+    run(lane.close()).expect("close");
+    assert!(leaks(&files) > 0);
+}
+
+/// Rests without doing anything.
+struct Idle;
+
+impl Pace for Idle {
+    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
+        Box::pin(std::future::ready(true))
+    }
+}
+
+/// One word of an image, as it must not be.
+#[test]
+fn whatever_makes_no_sense_ends_the_search_and_nothing_is_given_back() {
+    let (files, _) = leaky("cluster_size=64k", false);
+    let sound = files.get(IMAGE).expect("kept");
+    let word = |at: usize| u64::from_be_bytes(sound[at..at + 8].try_into().expect("8 bytes"));
+    let l2 = (word(word(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
+    let block = word(word(48) as usize) as usize;
+    // A reserved bit, a place beyond the file, a count of 0 (of the L2 table) below the references.
+    let count = block + (l2 >> 16) * 2;
+    let damages: [(usize, Vec<u8>); 3] = [
+        (l2 + 8 * 20, (word(l2 + 8 * 20) | 1 << 57).to_be_bytes().to_vec()),
+        (l2 + 8 * 20, (1_u64 << 63 | 0x7fff << 16).to_be_bytes().to_vec()),
+        (count, vec![0, 0]),
+    ];
+    for (at, bytes) in damages {
+        let mut damaged = sound.clone();
+        damaged[at..at + bytes.len()].copy_from_slice(&bytes);
+        files.put(IMAGE, damaged.clone());
+        let image = open(&files);
+        let done = run(Lane::new(&image, files.clone(), 1).reclaim_leaks(&Idle)).expect("search");
+        assert!(matches!(done.verdict, Verdict::Doubt(_)), "{done:?}");
+        assert_eq!((done.freed, done.lowered), (0, 0));
+        assert!(files.get(IMAGE).expect("kept") == damaged, "the file was changed");
+    }
+}
+
+#[test]
+fn a_read_only_image_is_left_alone() {
+    let (files, _) = leaky("cluster_size=64k", false);
+    let before = files.get(IMAGE);
+    let options = OpenOptions { read_only: true, ..OpenOptions::default() };
+    let image = run(Image::open(&files, &files, Path::new(IMAGE), &options)).expect("opens");
+    let done = run(Lane::new(&image, files.clone(), 1).reclaim_leaks(&Idle)).expect("search");
+    assert_eq!(done.freed, 0);
+    assert!(files.get(IMAGE) == before);
+}
