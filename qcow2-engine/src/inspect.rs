@@ -62,6 +62,19 @@ impl<'a, I: Io> ImageFile<'a, I> {
         Ok(Self { io, is_hole, file, name, header, file_len })
     }
 
+    /// A file that is open already.
+    pub(crate) fn around(
+        io: &'a I,
+        storage: &'a (impl Storage + ?Sized),
+        file: FileId,
+        name: &Arc<str>,
+        header: &Header,
+        file_len: u64,
+    ) -> Self {
+        let is_hole = Box::new(move |at, len| storage.is_hole(file, at, len));
+        Self { io, is_hole, file, name: Arc::clone(name), header: header.clone(), file_len }
+    }
+
     /// The header.
     #[must_use]
     pub fn header(&self) -> &Header {

@@ -16,7 +16,7 @@ use crate::{
     resolve::{Extent, Stop, to_boundary},
 };
 use futures_util::future::join_all;
-use qcow2_format::Mapping;
+use qcow2_format::{HostOffset, Mapping};
 use smallvec::SmallVec;
 use std::{ops::Range, sync::Arc};
 
@@ -55,7 +55,7 @@ impl<I: Io> Lane<I> {
         let flight = self.begin().await;
         let result = self.mutate(at, buf).await;
         self.end(flight);
-        result
+        self.settle(result).await
     }
 
     async fn mutate(&self, at: u64, buf: Buf) -> Result<()> {
@@ -149,6 +149,7 @@ impl<I: Io> Lane<I> {
             _ => None,
         };
         if let Some(host) = kept(self.mapping(first).await?) {
+            self.image().check_target(HostOffset(host << bits), first << bits)?;
             return Ok(Placement::Kept(host));
         }
         let mut new = 1;
@@ -220,7 +221,7 @@ impl<I: Io> Lane<I> {
         let count = placement.count();
         let bits = self.image().geometry().cluster_bits;
         self.publish(guest.clone(), Some(first..first + count), |cluster| {
-            let host = qcow2_format::HostOffset((first + cluster - guest.start) << bits);
+            let host = HostOffset((first + cluster - guest.start) << bits);
             Some(Mapping::Data { host, copied: true })
         })
         .await?;
@@ -237,6 +238,7 @@ impl<I: Io> Lane<I> {
             return Err(Error::ReadOnly { file: Arc::clone(&image.top().name) });
         }
         image.flusher.check()?;
+        image.damage.check(&image.top().name)?;
         self.clear_autoclear().await
     }
 }
@@ -285,6 +287,7 @@ pub(crate) fn split(image: &Image, at: u64, len: u64, pieces: &mut SmallVec<[Pie
         let kind = match layer.look_up(&image.cache, here)? {
             Lookup::Miss(key) => return Err(Stop::Miss(key)),
             Lookup::Entry(Mapping::Data { host, copied: true }) => {
+                image.check_target(host, here)?;
                 Kind::InPlace { host: host.0 + layer.geometry.in_cluster(here) }
             }
             Lookup::NoTable | Lookup::Entry(_) => Kind::Allocate,

@@ -447,7 +447,10 @@ pub enum Unsupported {
     #[error("the image is marked dirty (incompatible feature bit 0): its refcounts need repair first")]
     Dirty,
     /// Bit 1: any structure may be wrong.
-    #[error("the image is marked corrupt (incompatible feature bit 1): it needs repair first")]
+    #[error(
+        "the image is marked corrupt (incompatible feature bit 1): it can be read only, until check --repair all \
+         has repaired it"
+    )]
     Corrupt,
     /// Bit 2: payload in another file.
     #[error("the image uses an external data file (incompatible feature bit 2), which is not supported")]

@@ -49,11 +49,13 @@ pub enum RuleName {
     RequestsBeforeReuse,
     /// R6: a flush returns when a cut that began after it arrived is durable.
     CutBeforeFlushReturns,
+    /// R7: a change of the mapping is in the redo log before its request is acknowledged.
+    RedoBeforeAcknowledgement,
 }
 
 impl RuleName {
     /// All of them.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::RefcountBeforeReference,
         Self::BlockBeforeTable,
         Self::TableBeforeHeader,
@@ -62,6 +64,7 @@ impl RuleName {
         Self::UnmapBeforeReuse,
         Self::RequestsBeforeReuse,
         Self::CutBeforeFlushReturns,
+        Self::RedoBeforeAcknowledgement,
     ];
 }
 

@@ -97,7 +97,7 @@ pub fn judge(bytes: &[u8], case: &Case<'_>) -> Result<Findings, String> {
 impl<'a> Reader<'a> {
     fn open(bytes: &'a [u8]) -> Result<Self, String> {
         let header = Header::decode(bytes, bytes.len() as u64).map_err(|error| error.to_string())?;
-        header.check_supported().map_err(|error| error.to_string())?;
+        header.check_supported().and(header.check_writable()).map_err(|error| error.to_string())?;
         let geometry = header.geometry();
         let clusters = geometry.clusters_for(bytes.len() as u64) as usize;
         Ok(Self { bytes, header, geometry, references: vec![0; clusters], exclusive: vec![false; clusters] })

@@ -2,6 +2,7 @@
 
 use super::{
     disk::{Disk, Fault},
+    kill::Memory,
     model::{Model, Value},
     oracle,
     rng::Rng,
@@ -50,6 +51,8 @@ pub struct Totals {
     pub worst_leaks: u64,
     /// Completed operations of all cases.
     pub operations: u64,
+    /// Processes killed.
+    pub kills: u64,
 }
 
 impl Totals {
@@ -60,27 +63,31 @@ impl Totals {
         self.images.extend(other.images);
         self.worst_leaks = self.worst_leaks.max(other.worst_leaks);
         self.operations += other.operations;
+        self.kills += other.kills;
     }
 }
 
-type Task = Pin<Box<dyn Future<Output = Result<(), String>>>>;
+pub(super) type Task = Pin<Box<dyn Future<Output = Result<(), String>>>>;
 
 /// Clusters that a lane reserves: few, so that the file stays small and extents run out.
 const EXTENT_CLUSTERS: u64 = 8;
 /// Rounds of polling without progress, at the most, before a case counts as a hang.
 const MAX_STEPS: u64 = 200_000;
 
-struct Life<'a> {
-    fixture: &'a Fixture,
-    disk: Disk,
-    model: Rc<RefCell<Model>>,
-    rng: Rng,
-    totals: &'a mut Totals,
+pub(super) struct Life<'a> {
+    pub(super) fixture: &'a Fixture,
+    pub(super) disk: Disk,
+    pub(super) model: Rc<RefCell<Model>>,
+    pub(super) rng: Rng,
+    pub(super) totals: &'a mut Totals,
     /// The last state that was judged: the disk's version and the model's time.
-    judged: (u64, u64),
-    memo: oracle::Memo,
+    pub(super) judged: (u64, u64),
+    pub(super) memo: oracle::Memo,
     /// Whether one operation at a time is held back: a late write lands when everything has moved on.
-    starves: bool,
+    pub(super) starves: bool,
+    pub(super) redo: Memory,
+    /// How many processes have served the image so far, with this one.
+    pub(super) processes: u32,
 }
 
 /// Simulates a case.
@@ -88,9 +95,9 @@ struct Life<'a> {
 /// # Errors
 /// What is wrong, in words.
 pub fn simulate(fixture: &Fixture, case: &Case, totals: &mut Totals) -> Result<(), String> {
-    let mut files = vec![("image".to_owned(), fixture.image.clone())];
-    files.extend(fixture.backing.clone().map(|bytes| ("base".to_owned(), bytes)));
-    let (disk, names) = Disk::new(&files);
+    let contents: Vec<&[u8]> =
+        [fixture.image.as_slice()].into_iter().chain(fixture.backing.as_deref()).collect();
+    let disk = Disk::new(&contents);
     if let Some((at, fault)) = case.fault {
         disk.fail_after(at, fault);
     }
@@ -104,14 +111,17 @@ pub fn simulate(fixture: &Fixture, case: &Case, totals: &mut Totals) -> Result<(
         judged: (u64::MAX, 0),
         memo: oracle::Memo::default(),
         starves: case.seed.is_multiple_of(3),
+        redo: Memory::new(),
+        processes: 1,
     };
     life.totals.workloads += 1;
-    let image = match life.open(&names) {
+    let image = match life.open() {
         Ok(image) => image,
         // An image that cannot be read is not opened, and nothing has happened.
         Err(_) if case.fault.is_some() => return Ok(()),
         Err(error) => return Err(format!("it does not open: {error}")),
     };
+    image.keep_redo_log(life.redo.create().map_err(|error| error.to_string())?);
     if let Some(rule) = case.disabled {
         image.disable_rule(rule);
     }
@@ -203,7 +213,8 @@ async fn carry_out(player: &Player, number: u32, request: Request) -> Result<(),
 }
 
 impl Life<'_> {
-    fn open(&mut self, names: &super::disk::Names) -> Result<Arc<Image>, String> {
+    pub(super) fn open(&mut self) -> Result<Arc<Image>, String> {
+        let names = self.disk.names(&["image", "base"]);
         let opened = Rc::new(RefCell::new(None));
         let (result, disk) = (Rc::clone(&opened), self.disk.clone());
         let cluster_bits = u32::from(self.fixture.image[23]);
@@ -213,7 +224,7 @@ impl Life<'_> {
             ..OpenOptions::default()
         };
         let mut open = Box::pin(async move {
-            let image = Image::open(&disk, names, Path::new("image"), &options).await;
+            let image = Image::open(&disk, &names, Path::new("image"), &options).await;
             *result.borrow_mut() = Some(image);
         });
         let mut context = Context::from_waker(Waker::noop());
@@ -227,11 +238,12 @@ impl Life<'_> {
 
     /// Polls the tasks and completes operations, in the order that the seed chooses, until all
     /// tasks have ended. With `judge`, at every moment a crash is tried.
-    fn drive(&mut self, mut tasks: Vec<Task>, judge: bool) -> Result<(), String> {
+    pub(super) fn drive(&mut self, mut tasks: Vec<Task>, judge: bool) -> Result<(), String> {
         for _ in 0..MAX_STEPS {
             self.poll(&mut tasks)?;
             if judge {
                 self.crash_here()?;
+                self.kill_here()?;
             }
             match self.disk.waiting() as u64 {
                 0 if tasks.is_empty() => {
@@ -332,7 +344,7 @@ impl Life<'_> {
         Ok(())
     }
 
-    fn check_live(&self, buf: &Buf) -> Result<(), String> {
+    pub(super) fn check_live(&self, buf: &Buf) -> Result<(), String> {
         let bytes = buf.to_vec();
         let model = self.model.borrow();
         for (sector, bytes) in bytes.chunks_exact(512).enumerate() {
