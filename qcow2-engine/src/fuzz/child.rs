@@ -39,7 +39,7 @@ pub const REPAIRED: &str = "repaired.qcow2";
 pub const READ_BEFORE: &str = "before.raw";
 /// See [`READ_BEFORE`].
 pub const READ_AFTER: &str = "after.raw";
-const REQUESTS: u64 = 24;
+const REQUESTS: u64 = 48;
 
 /// Works on the image in the present directory.
 ///

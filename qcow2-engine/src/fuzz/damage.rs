@@ -75,7 +75,8 @@ const HEADER_FIELDS: [(&str, u64, usize); 18] = [
 ];
 
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
-const FLAGS: [u64; 5] = [0, 1 << 63, 1 << 62, 1, 1 << 63 | 1];
+/// Mostly "copied", which allows a write in place.
+const FLAGS: [u64; 7] = [1 << 63, 1 << 63, 1 << 63, 0, 1 << 62, 1, 1 << 63 | 1];
 
 /// What is known of a sample: its fields by kind, and places worth pointing at.
 pub struct Anatomy {
@@ -192,7 +193,7 @@ impl Anatomy {
         let value = old.iter().fold(0, |value, byte| value << 8 | u64::from(*byte));
         let bits = spot.width as u64 * 8;
         let flags = FLAGS[rng.below(FLAGS.len() as u64) as usize];
-        let new = match rng.below(14) {
+        let new = match rng.below(18) {
             0 => 0,
             1 => u64::MAX,
             2 => value ^ 1 << rng.below(bits),

@@ -107,7 +107,9 @@ pub fn violation(directory: &Path, finished: &Finished) -> io::Result<Option<Str
         if let Some(found) = lost_metadata(&account, &before, &after) {
             return Ok(Some(found));
         }
+        // QEMU's check does not see everything: two tables at one place, for instance, with a count of two.
         if matches!(sound, Verdict::Sound | Verdict::Leaks)
+            && account.check.is_some_and(|[corruptions, _, errors]| corruptions + errors == 0)
             && let Some(found) = harmed(directory, &account)?
         {
             return Ok(Some(found));
@@ -239,12 +241,10 @@ fn lost_metadata(account: &Account, before: &[u8], after: &[u8]) -> Option<Strin
     None
 }
 
-/// An image that QEMU finds sound stays so, and what was not touched keeps its bytes.
+/// An image that both checks find sound stays so, and what was not touched keeps its bytes.
 fn harmed(directory: &Path, account: &Account) -> io::Result<Option<String>> {
-    // QEMU's check does not see that version 2 has no zero flag; its driver refuses the cluster, too.
-    let only_driver_tells = |message: &&String| message.contains("which version 2 does not know");
-    if let Some(message) = account.corrupt.as_ref().filter(|message| !only_driver_tells(message)) {
-        return Ok(Some(format!("qemu-img check finds the image sound, we do not: {message}")));
+    if let Some(message) = &account.corrupt {
+        return Ok(Some(format!("both checks find the image sound, and a request does not: {message}")));
     }
     if qemu_check(directory, WRITTEN)? == Verdict::Corrupt {
         return Ok(Some("the image was sound, and is corrupt after our requests".into()));
