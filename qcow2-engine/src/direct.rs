@@ -41,7 +41,8 @@ impl<I: Io> Lane<I> {
     /// Begins a write that one transfer carries out; otherwise as [`Lane::direct_read`].
     #[inline]
     pub fn direct_write(&self, at: u64, len: u64) -> Option<Direct> {
-        if !self.image().takes_writes() {
+        // What `begin_mutation` refuses or has to prepare.
+        if self.image().check_changes().is_err() || !self.image().autoclear.is_clear() {
             return None;
         }
         self.begin_direct(at, len, Image::one_place)
@@ -92,11 +93,6 @@ impl Image {
             },
             _ => None,
         }
-    }
-
-    /// Whether a change needs no preparation and no refusal; see [`Lane::begin_mutation`].
-    fn takes_writes(&self) -> bool {
-        !self.read_only && self.autoclear.is_clear() && self.flusher.check().is_ok()
     }
 }
 

@@ -233,13 +233,19 @@ impl<I: Io> Lane<I> {
 
     /// Refuses changes to an image that takes none, and does what the first change needs.
     pub(crate) async fn begin_mutation(&self) -> Result<()> {
-        let image = self.image();
-        if image.read_only {
-            return Err(Error::ReadOnly { file: Arc::clone(&image.top().name) });
-        }
-        image.flusher.check()?;
-        image.damage.check(&image.top().name)?;
+        self.image().check_changes()?;
         self.clear_autoclear().await
+    }
+}
+
+impl Image {
+    /// Whether changes are taken: one decision for the long way and the short cut.
+    pub(crate) fn check_changes(&self) -> Result<()> {
+        if self.read_only {
+            return Err(Error::ReadOnly { file: Arc::clone(&self.top().name) });
+        }
+        self.flusher.check()?;
+        self.damage.check(&self.top().name)
     }
 }
 

@@ -68,6 +68,7 @@ fn refused(what: &str, parts: &Parts, request: Request, words: &str) {
         assert!(error.to_string().contains("not written to any more"), "{what}: {error}");
     }
     assert_read(&lane, 8 * parts.cluster(), 0x22, what);
+    assert!(lane.direct_write(8 * parts.cluster(), 512).is_none(), "{what}: not by the short cut either");
     run(lane.flush()).expect(what);
     run(lane.maintain()).expect(what);
     run(lane.close()).expect(what);
