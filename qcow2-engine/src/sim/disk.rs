@@ -39,6 +39,8 @@ pub enum Change {
     },
     /// A new length.
     Length(u64),
+    /// At least this length: an allocation never cuts a file off that has grown meanwhile.
+    Extend(u64),
 }
 
 /// What the host does to an operation.
@@ -117,6 +119,7 @@ impl Change {
                 bytes[start..end].fill(0);
             }
             Self::Length(len) => bytes.resize(*len as usize, 0),
+            Self::Extend(len) => bytes.resize(bytes.len().max(*len as usize), 0),
         }
     }
 }
@@ -322,8 +325,7 @@ impl Io for Disk {
     }
 
     async fn allocate(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
-        let end = (at + len).max(self.0.borrow().files[file.0 as usize].current.len() as u64);
-        self.issue(file, |_| Kind::Change(Change::Length(end))).await.map(drop)
+        self.issue(file, |_| Kind::Change(Change::Extend(at + len))).await.map(drop)
     }
 
     async fn punch_hole(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
