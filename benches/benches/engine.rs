@@ -1,4 +1,4 @@
-//! Look-up hit and miss, allocating write, flush, decode; hits on one thread and on two.
+//! Look-up hit and miss, write in place, allocating write, flush, decode; hits on one thread and on two.
 
 use benches::{fill, image, run};
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
@@ -43,6 +43,19 @@ fn look_up(criterion: &mut Criterion) {
         bencher.iter(|| {
             at = (at + (32 << 20)) % (4096 * MIB);
             run(lane.map(at, 4096))
+        });
+    });
+}
+
+fn overwrite(criterion: &mut Criterion) {
+    let (_, lane) = image(64 * MIB, 32 * MIB);
+    fill(&lane);
+    let data = Buf::zeroed(4096);
+    let mut at = 0;
+    criterion.bench_function("write in place of 4 KiB", |bencher| {
+        bencher.iter(|| {
+            at = (at + 17 * 65536 + 4096) % (64 * MIB);
+            run(lane.write(at & !4095, data.clone()))
         });
     });
 }
@@ -104,5 +117,5 @@ fn allocate(criterion: &mut Criterion) {
     }
 }
 
-criterion_group!(engine, decode, look_up, two_threads, allocate);
+criterion_group!(engine, decode, look_up, overwrite, two_threads, allocate);
 criterion_main!(engine);

@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use qcow2_format::Header;
 use std::{
     ffi::OsStr,
+    fs,
     os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     sync::Arc,
@@ -17,6 +18,49 @@ use std::{
 /// The deepest chain that is opened: as deep as snapshot tools make them, far from what a stack or
 /// a file table could not take.
 pub const MAX_CHAIN: usize = 256;
+
+/// Bytes of L1 tables that a chain may have in all: they are all in memory. 256 files of 64 TiB in
+/// clusters of 64 KiB have as many.
+pub(crate) const MAX_CHAIN_L1_BYTES: u64 = 256 << 20;
+
+/// Which backing files are opened. Their names come from the images.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub enum BackingPolicy {
+    /// Any plain local path, as QEMU does it.
+    #[default]
+    Any,
+    /// None: an image that names one is refused.
+    None,
+    /// Files below these directories, links followed first.
+    Under(Vec<PathBuf>),
+}
+
+impl BackingPolicy {
+    /// The path to open for a backing file that `overlay` names.
+    pub(crate) fn admit(&self, overlay: &Path, path: PathBuf) -> Result<PathBuf> {
+        let refuse = |why: String| Error::Backing { file: Arc::from(overlay.to_string_lossy()), reason: why };
+        let shown = path.display().to_string();
+        let directories = match self {
+            Self::Any => return Ok(path),
+            Self::None => {
+                return Err(refuse(format!("it names the backing file '{shown}', and none is to be opened")));
+            }
+            Self::Under(directories) => directories,
+        };
+        let real = |path: &Path| {
+            fs::canonicalize(path)
+                .map_err(|source| Error::Open { path: path.to_owned(), source: Arc::new(source) })
+        };
+        // What is opened is what was judged: the path without links.
+        let path = real(&path)?;
+        for directory in directories {
+            if path.starts_with(real(directory)?) {
+                return Ok(path);
+            }
+        }
+        Err(refuse(format!("its backing file '{shown}' is not below a directory that --backing-dir allows")))
+    }
+}
 
 /// How a backing file is to be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -14,9 +14,18 @@ impl<I: Io> Lane<I> {
     /// # Errors
     /// As [`Self::flush`]. What could not be given back is a leak, never a loss.
     pub async fn close(&self) -> Result<()> {
+        let outcome = self.close_entered().await;
+        self.settle(outcome).await
+    }
+
+    async fn close_entered(&self) -> Result<()> {
         let image = self.image();
         if image.read_only {
             return Ok(());
+        }
+        if image.damage.is_condemned() {
+            // What was acknowledged before is made durable; nothing that is counted is believed.
+            return self.write_back().await;
         }
         {
             let mut meta = image.meta.lock();

@@ -71,6 +71,28 @@ mod tests {
         }
     }
 
+    /// A frame header may ask for a window of terabytes, to be allocated before a byte is decoded.
+    #[test]
+    fn a_zstd_frame_cannot_ask_for_memory() {
+        // Magic; no single segment, no checksum; a window descriptor with the largest exponent, 2^41; one
+        // last raw block of a byte.
+        let frame = [0x28, 0xb5, 0x2f, 0xfd, 0x00, 0xf8, 0x09, 0x00, 0x00, 0x41];
+        let error = cluster(Compression::Zstd, &frame, 4096).unwrap_err().to_string();
+        assert!(error.contains("too much memory"), "{error}");
+    }
+
+    /// More than a cluster is what QEMU takes as well: the rest of the stream is not looked at.
+    #[test]
+    fn overlong_output_is_cut_off_at_the_cluster() {
+        let bytes: Vec<u8> = (0..16384_u32).map(|at| (at / 9) as u8).collect();
+        for (kind, input) in [
+            (Compression::Zlib, deflated(&bytes)),
+            (Compression::Zstd, zstd::bulk::compress(&bytes, 3).unwrap()),
+        ] {
+            assert_eq!(cluster(kind, &input, 4096).unwrap(), bytes[..4096], "{kind:?}");
+        }
+    }
+
     #[test]
     fn short_and_damaged_streams_are_refused() {
         let bytes = vec![7; 4096];

@@ -37,11 +37,11 @@ impl<I: Io> Lane<I> {
                 reason: "a version 2 image with a backing file cannot discard",
             });
         }
-        self.in_flight(async {
+        let outcome = self.in_flight(async {
             self.begin_mutation().await?;
             self.zero_clusters(self.image().whole_clusters(at, len), ZeroMode::Unmap).await
-        })
-        .await
+        });
+        self.settle(outcome.await).await
     }
 
     /// Makes the range read as zeros. Offset and length are multiples of 512 bytes.
@@ -50,11 +50,11 @@ impl<I: Io> Lane<I> {
     /// As for a write.
     pub async fn write_zeroes(&self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
         self.check_range(at, len)?;
-        self.in_flight(async {
+        let outcome = self.in_flight(async {
             self.begin_mutation().await?;
             self.write_zeroes_entered(at, len, mode).await
-        })
-        .await
+        });
+        self.settle(outcome.await).await
     }
 
     async fn write_zeroes_entered(&self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {

@@ -4,7 +4,8 @@
 //! [`Error::kind`] is the small closed set that callers branch on (the daemon turns it into an
 //! errno).
 
-use qcow2_format::{Corruption, FormatError, Unsupported};
+use crate::territory::Conflict;
+use qcow2_format::{Corruption, FormatError, Unsupported, error::EntryKind};
 use std::{io, path::PathBuf, sync::Arc};
 
 /// The result of an engine operation.
@@ -90,7 +91,29 @@ pub enum Error {
         /// Its count.
         value: u64,
         /// Why that does not do.
-        reason: &'static str,
+        reason: String,
+    },
+    /// An entry names a cluster that is something else, or nothing.
+    #[error("{file}: {table} entry for offset {at} names the cluster at {host}, which is {conflict}")]
+    Conflict {
+        /// The file's name.
+        file: Arc<str>,
+        /// Which table.
+        table: &'static str,
+        /// Guest or host offset that the entry stands for.
+        at: u64,
+        /// Host offset that it names.
+        host: u64,
+        /// What is there.
+        conflict: Conflict,
+    },
+    /// Damage was met before: the image is not changed any more.
+    #[error("{file} is damaged and not written to any more ({cause}); detach it and run check --repair all")]
+    Condemned {
+        /// The file's name.
+        file: Arc<str>,
+        /// What was met.
+        cause: Arc<str>,
     },
     /// A compressed cluster does not decompress.
     #[error("{file}: compressed cluster at offset {at}: {reason}")]
@@ -140,6 +163,14 @@ pub enum Error {
         /// The file's name.
         file: Arc<str>,
     },
+    /// The log that a dead server has left cannot be replayed.
+    #[error("{file}: its redo log cannot be replayed: {reason}")]
+    Redo {
+        /// The file's name.
+        file: Arc<str>,
+        /// What is wrong with the log.
+        reason: String,
+    },
     /// An earlier fdatasync failed: what is on disk is no longer known.
     #[error("{file}: an earlier flush failed ({cause}); close and reopen the image")]
     Poisoned {
@@ -172,6 +203,12 @@ pub enum ErrorKind {
 }
 
 impl Error {
+    /// Whether a file could not be opened because somebody else uses it in a way that excludes this.
+    #[must_use]
+    pub fn is_locked(&self) -> bool {
+        matches!(self, Self::Open { source, .. } if source.kind() == io::ErrorKind::ResourceBusy)
+    }
+
     /// The error's class.
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
@@ -180,11 +217,14 @@ impl Error {
                 Some(libc::ENOSPC | libc::EDQUOT) => ErrorKind::NoSpace,
                 errno => ErrorKind::Io(errno),
             },
-            Self::Format { .. }
+            Self::Redo { .. }
+            | Self::Format { .. }
             | Self::Corrupt { .. }
             | Self::Refcount { .. }
-            | Self::Decompress { .. }
-            | Self::Dirty { .. } => ErrorKind::Corrupt,
+            | Self::Conflict { .. }
+            | Self::Condemned { .. }
+            | Self::Dirty { .. }
+            | Self::Decompress { .. } => ErrorKind::Corrupt,
             Self::Unsupported { .. } | Self::Backing { .. } | Self::NotSupported { .. } => {
                 ErrorKind::Unsupported
             }
@@ -192,6 +232,20 @@ impl Error {
             Self::ReadOnly { .. } => ErrorKind::ReadOnly,
             Self::TooLarge { .. } => ErrorKind::TooLarge,
             Self::Interrupted { .. } | Self::Poisoned { .. } => ErrorKind::Poisoned,
+        }
+    }
+
+    /// Whether it says that the tables of the image `top` are damaged, so that no change to it is safe.
+    pub(crate) fn condemns(&self, top: &Arc<str>) -> bool {
+        match self {
+            // `qemu-img check` finds nothing wrong with it: the request fails, and it alone.
+            Self::Corrupt {
+                source: Corruption::CopiedWithoutOffset { entry: EntryKind::L2, .. }, ..
+            } => false,
+            Self::Corrupt { file, .. } | Self::Refcount { file, .. } | Self::Conflict { file, .. } => {
+                file == top
+            }
+            _ => false,
         }
     }
 }

@@ -17,6 +17,7 @@ use crate::{
         graph::Plan,
         rules::{Page, RuleName},
     },
+    redo::RedoLog,
 };
 use futures_util::future::join_all;
 use parking_lot::Mutex;
@@ -63,6 +64,8 @@ struct Lead<'a> {
     image: &'a Image,
     number: u64,
     plan: Plan,
+    /// The records of the redo log before this one are covered.
+    redo_end: u64,
 }
 
 /// A page of a cut: its place in the file and its bytes at the time of the cut.
@@ -154,7 +157,8 @@ impl<I: Io> Lane<I> {
         let image = self.image();
         let (dirty, freed) = {
             let meta = image.meta.lock();
-            (meta.graph.len() > image.dirty_limit(), meta.frees.len() > MAX_FREES)
+            let fills = meta.redo.as_ref().is_some_and(RedoLog::is_filling);
+            (fills || meta.graph.len() > image.dirty_limit(), meta.frees.len() > MAX_FREES)
         };
         if dirty || freed {
             self.write_back().await?;
@@ -226,7 +230,8 @@ impl Image {
         meta.cuts_begun += 1;
         let plan = meta.graph.cut();
         let copies = plan.waves.iter().flatten().map(|&page| (page, self.copy_page(&meta, page))).collect();
-        (Lead { image: self, number: meta.cuts_begun, plan }, copies)
+        let redo_end = meta.redo.as_ref().map_or(0, RedoLog::tail);
+        (Lead { image: self, number: meta.cuts_begun, plan, redo_end }, copies)
     }
 
     fn copy_page(&self, meta: &Meta, page: Page) -> Copy {
@@ -275,8 +280,13 @@ impl Lead<'_> {
     }
 
     fn finish(&mut self, error: Option<Error>) {
-        if error.is_some() {
-            self.image.meta.lock().graph.give_back(std::mem::take(&mut self.plan));
+        {
+            let mut meta = self.image.meta.lock();
+            match (&error, &mut meta.redo) {
+                (Some(_), _) => meta.graph.give_back(std::mem::take(&mut self.plan)),
+                (None, Some(redo)) => redo.retire(self.redo_end),
+                (None, None) => {}
+            }
         }
         self.image.flusher.end(self.number, error);
     }

@@ -5,6 +5,7 @@
 //! image would have to be paused first.
 
 use crate::{
+    check::Owner,
     error::{Error, Result},
     image::Image,
     io::{Buf, Io, Storage, exact},
@@ -27,6 +28,7 @@ pub async fn grow<I: Io>(io: I, storage: &(impl Storage + ?Sized), path: &Path, 
     let image = Image::open(&io, storage, path, &OpenOptions::default()).await?;
     let lane = Lane::new(&image, io, 1);
     let outcome = lane.grow(size.next_multiple_of(512)).await;
+    let outcome = lane.settle(outcome).await;
     // What was reserved goes back even if it failed.
     outcome.and(lane.close().await)
 }
@@ -75,6 +77,7 @@ impl<I: Io> Lane<I> {
         meta.header.set_u64(header::L1_TABLE_OFFSET as usize, at);
         meta.graph.require(Rule::moved_l1_before_header());
         meta.refer(reservation.clusters(), Page::Header);
+        meta.territory.set_area(Owner::ActiveL1, reservation.clusters());
         meta.unmapped(old..old + old_len);
         drop(meta);
         reservation.commit();

@@ -2,6 +2,7 @@
 
 use crate::{
     cache::slices::{SliceCache, SliceKey},
+    damage::Damage,
     epoch::Epochs,
     error::{Error, Result},
     flush::Flusher,
@@ -11,11 +12,16 @@ use crate::{
     locks::RangeLocks,
     meta::Meta,
     open::{Autoclear, table_entries},
+    redo::RedoLog,
     resolve::{self, Extents, Stop},
+    territory::Sieve,
 };
 use parking_lot::Mutex;
 use qcow2_format::{Geometry, Header};
-use std::{io, sync::Arc};
+use std::{
+    io,
+    sync::{Arc, atomic::AtomicU64},
+};
 
 /// A QCOW2 image with its backing chain, open for reading or for reading and writing.
 ///
@@ -29,6 +35,11 @@ pub struct Image {
     pub(crate) epochs: Arc<Epochs>,
     pub(crate) flusher: Flusher,
     pub(crate) autoclear: Autoclear,
+    /// Which clusters may hold metadata.
+    pub(crate) sieve: Arc<Sieve>,
+    pub(crate) damage: Damage,
+    /// A bit for each L1 entry whose table is known to be the active mapping's alone.
+    pub(crate) vouched: Box<[AtomicU64]>,
     pub(crate) read_only: bool,
     /// The header as it was when the image was opened.
     pub(crate) header: Header,
@@ -86,11 +97,20 @@ impl Image {
         self.layers.iter().map(|layer| &**layer.name())
     }
 
+    /// From now on changes of the mapping are remembered in `log`, which is empty: what it held has
+    /// been replayed. To be called before the first request.
+    pub fn keep_redo_log(&self, log: RedoLog) {
+        self.meta.lock().redo = Some(log);
+    }
+
     /// Switches an ordering rule off, to see that its absence is noticed.
     #[cfg(feature = "sim")]
     pub fn disable_rule(&self, rule: crate::RuleName) {
         let mut meta = self.meta.lock();
         meta.graph.disable(rule);
+        if let (crate::RuleName::RedoBeforeAcknowledgement, Some(redo)) = (rule, &mut meta.redo) {
+            redo.mute();
+        }
         meta.watch.disable(rule);
     }
 

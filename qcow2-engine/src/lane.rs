@@ -37,6 +37,7 @@ struct FreeSlots {
 
 /// A request in flight, by its slot. Dropping it instead of ending it leaves the request in flight.
 #[must_use = "a request that is not ended keeps freed clusters from being used"]
+#[derive(Debug)]
 pub(crate) struct Flight(usize);
 
 impl<I> Clone for Lane<I> {
@@ -110,13 +111,26 @@ impl<I: Io> Lane<I> {
         Flight(index)
     }
 
+    /// [`Self::begin`] for a request that does not wait; `None` where it would have to.
+    #[inline]
+    pub(crate) fn try_begin(&self) -> Option<Flight> {
+        let inner = &*self.0;
+        let index = inner.free.borrow_mut().indices.pop()?;
+        inner.image.epochs.enter(&inner.slots, index);
+        Some(Flight(index))
+    }
+
     /// Ends a request.
+    #[inline]
     pub(crate) fn end(&self, Flight(index): Flight) {
         let inner = &*self.0;
         inner.slots.leave(index);
         let waiting = {
             let mut free = inner.free.borrow_mut();
             free.indices.push(index);
+            if free.waiting.is_empty() {
+                return;
+            }
             std::mem::take(&mut free.waiting)
         };
         waiting.into_iter().for_each(Waker::wake);

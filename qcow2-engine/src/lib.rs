@@ -2,7 +2,7 @@
 //!
 //! An [`Image`] is opened once and shared by all threads; each thread uses it through a [`Lane`],
 //! which joins it to that thread's [`io::Io`]. The life of a request is in the module named after
-//! it: `read`, `write`, `discard`, `flush`. The engine knows nothing of ublk.
+//! it: `read`, `write`, `discard`, `flush`; `direct` is the short cut for those that one transfer answers. The engine knows nothing of ublk.
 //!
 //! Durability: a completed write or discard is durable after a later completed [`Lane::flush`]. A
 //! crash at any moment leaves an image whose mapping is consistent and whose worst defect is leaked
@@ -14,12 +14,16 @@ mod cache;
 pub mod check;
 mod close;
 pub mod create;
+mod damage;
 mod decompress;
+mod direct;
 mod discard;
 mod epoch;
 mod error;
 pub mod exec;
 mod flush;
+#[cfg(feature = "sim")]
+pub mod fuzz;
 mod grow;
 mod image;
 pub mod inspect;
@@ -34,14 +38,18 @@ mod order;
 mod publish;
 mod read;
 mod reclaim;
+mod redo;
+mod replay;
 mod resolve;
 #[cfg(feature = "sim")]
 pub mod sim;
+mod territory;
 mod write;
 
-pub use backing::{Format, MAX_CHAIN};
+pub use backing::{BackingPolicy, Format, MAX_CHAIN};
 pub use check::{CheckOptions, CheckReport, Repair, check};
 pub use create::Preallocation;
+pub use direct::Direct;
 pub use discard::ZeroMode;
 pub use error::{Error, ErrorKind, Result};
 pub use grow::grow;
@@ -50,4 +58,6 @@ pub use lane::Lane;
 pub use leaks::{Pace, Reclaimed, Verdict};
 pub use open::{DEFAULT_CACHE_BYTES, DEFAULT_EXTENT_BYTES, OpenOptions};
 pub use order::rules::RuleName;
+pub use redo::{MIN_REDO_BYTES, REDO_BYTES, RedoError, RedoLog, RedoMemory};
 pub use resolve::{Extent, Extents};
+pub use territory::Conflict;

@@ -14,6 +14,8 @@ use crate::{
     epoch::Epochs,
     leaks::watch::Watch,
     order::{graph::Graph, rules::Page},
+    redo::{Record, RedoLog},
+    territory::Territory,
 };
 use qcow2_format::Geometry;
 use std::{ops::Range, sync::Arc};
@@ -27,17 +29,25 @@ pub(crate) struct Meta {
     pub(crate) space: Space,
     pub(crate) lanes: Vec<LaneSpace>,
     pub(crate) frees: Frees,
+    /// Where live metadata is.
+    pub(crate) territory: Territory,
     pub(crate) watch: Watch,
     pub(crate) header: HeaderPage,
     /// Cuts begun so far; the number of the cut under way or of the last one.
     pub(crate) cuts_begun: u64,
     pub(crate) epochs: Arc<Epochs>,
+    /// Where changes are remembered for the next process, if anywhere.
+    pub(crate) redo: Option<RedoLog>,
 }
 
 /// The first bytes of the file as they are, or are about to be, on disk.
 pub(crate) struct HeaderPage(pub(crate) Vec<u8>);
 
 impl HeaderPage {
+    pub(crate) fn u64(&self, at: usize) -> u64 {
+        u64::from_be_bytes(self.0[at..at + 8].try_into().unwrap_or_default())
+    }
+
     pub(crate) fn set_u64(&mut self, at: usize, value: u64) {
         self.0[at..at + 8].copy_from_slice(&value.to_be_bytes());
     }
@@ -48,6 +58,18 @@ impl HeaderPage {
 }
 
 impl Meta {
+    /// R7: remembers a change for the next process. Room has been asked for under the same lock.
+    pub(crate) fn log(&mut self, record: Record) {
+        if let Some(redo) = &mut self.redo {
+            redo.append(record);
+        }
+    }
+
+    /// Whether the redo log, if there is one, has room for `records`; if not, a cut makes some.
+    pub(crate) fn has_log_room(&self, records: u64) -> bool {
+        self.redo.as_ref().is_none_or(|redo| redo.room() >= records)
+    }
+
     /// Nothing in memory refers to these clusters any more, as of now: one reference to each is
     /// given back when R5 allows it.
     pub(crate) fn unmapped(&mut self, clusters: Range<u64>) {

@@ -2,9 +2,10 @@
 
 use crate::{
     alloc::{frees::Frees, refcounts::Refcounts, space::Space},
-    backing::{self, Format, MAX_CHAIN},
+    backing::{self, BackingPolicy, Format, MAX_CHAIN, MAX_CHAIN_L1_BYTES},
     cache::slices::{SLICE_BYTES, SliceCache},
     check::dirty,
+    damage::Damage,
     epoch::Epochs,
     error::{Error, Result},
     flush::Flusher,
@@ -17,12 +18,12 @@ use crate::{
     locks::RangeLocks,
     meta::{HeaderPage, Meta},
     order::graph::Graph,
+    territory::{SnapshotPlaces, Sources, Territory},
 };
 use parking_lot::Mutex;
-use qcow2_format::{Geometry, Header, Version, header, header::HEADER_READ_BYTES};
+use qcow2_format::{FormatError, Header, Snapshot, Unsupported, Version, header, header::HEADER_READ_BYTES};
 use std::{
     io,
-    ops::Range,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -50,6 +51,8 @@ pub struct OpenOptions {
     pub extent_bytes: u64,
     /// The format of a backing file where the image does not say it.
     pub backing_format: Option<Format>,
+    /// Which backing files may be opened.
+    pub backing_policy: BackingPolicy,
 }
 
 impl Default for OpenOptions {
@@ -59,6 +62,7 @@ impl Default for OpenOptions {
             cache_bytes: DEFAULT_CACHE_BYTES,
             extent_bytes: DEFAULT_EXTENT_BYTES,
             backing_format: None,
+            backing_policy: BackingPolicy::Any,
         }
     }
 }
@@ -93,13 +97,16 @@ impl Image {
         let (top, header, first_page) = open_top(io, storage, path, options.read_only).await?;
         let mut layers = vec![Layer::Qcow2(load_layer(io, &top, &header, 0).await?)];
         let mut next = backing::of(&header, path, options.backing_format)?;
+        let mut l1_bytes = u64::from(header.l1_entries) * 8;
         while let Some(backing) = next.take() {
             let overlay = layers.last().map(|layer| Arc::clone(layer.name())).unwrap_or_default();
             if layers.len() == MAX_CHAIN {
                 let reason = format!("the backing chain is longer than {MAX_CHAIN} files, or a loop");
                 return Err(Error::Backing { file: overlay, reason });
             }
-            let opened = open_file(storage, &backing.path, Access::ReadOnly)?;
+            let from = Path::new(&*overlay).to_owned();
+            let path = options.backing_policy.admit(&from, backing.path)?;
+            let opened = open_file(storage, &path, Access::ReadOnly)?;
             layers.push(match backing.format {
                 Format::Raw => Layer::Raw(RawLayer {
                     file: opened.file,
@@ -107,15 +114,24 @@ impl Image {
                     len: opened.len.next_multiple_of(512),
                 }),
                 Format::Qcow2 => {
-                    let (header, _) = read_header(io, &opened).await?;
+                    let (header, _) = read_header(io, &opened, Access::ReadOnly).await?;
+                    l1_bytes += u64::from(header.l1_entries) * 8;
+                    if l1_bytes > MAX_CHAIN_L1_BYTES {
+                        let reason =
+                            format!("the L1 tables of the chain are larger than {MAX_CHAIN_L1_BYTES} bytes");
+                        return Err(Error::Backing { file: opened.name, reason });
+                    }
                     next = backing::of(&header, &opened.path, options.backing_format)?;
                     Layer::Qcow2(load_layer(io, &opened, &header, layers.len() as u16).await?)
                 }
             });
         }
-        let refcount_table =
-            if options.read_only { Vec::new() } else { read_refcount_table(io, &top, &header).await? };
-        Ok(Arc::new(Self::assemble(layers, &top, &header, first_page, refcount_table, options)))
+        let parts = if options.read_only {
+            Changeable { refcount_table: Vec::new(), territory: Territory::none(), damage: None }
+        } else {
+            Changeable::read(io, storage, &top, &header, &layers[0]).await?
+        };
+        Ok(Arc::new(Self::assemble(layers, &top, &header, first_page, parts, options)))
     }
 
     fn assemble(
@@ -123,9 +139,10 @@ impl Image {
         top: &Opened,
         header: &Header,
         first_page: Vec<u8>,
-        refcount_table: Vec<u64>,
+        parts: Changeable,
         options: &OpenOptions,
     ) -> Self {
+        let Changeable { refcount_table, territory, damage } = parts;
         let geometry = header.geometry();
         let slices: Vec<u64> = layers
             .iter()
@@ -148,22 +165,26 @@ impl Image {
                 header.refcount_table.0,
                 refcount_pages,
             ),
-            space: Space {
-                cursor: 0,
-                fresh_from: geometry.clusters_for(top.len),
-                file_end: top.len,
-                fixed: fixed_ranges(header, &geometry),
-            },
+            space: Space { cursor: 0, fresh_from: geometry.clusters_for(top.len), file_end: top.len },
             lanes: Vec::new(),
             frees: Frees::default(),
+            territory,
             watch: Watch::default(),
             header: HeaderPage(first_page),
             cuts_begun: 0,
             epochs: Arc::clone(&epochs),
+            redo: None,
         };
+        let l1_entries = layers.first().map_or(0, |layer| match layer {
+            Layer::Qcow2(layer) => layer.l1.len(),
+            Layer::Raw(_) => 0,
+        });
         Self {
             layers,
             cache,
+            sieve: Arc::clone(meta.territory.sieve()),
+            damage: Damage::seen(damage),
+            vouched: (0..l1_entries.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             meta: Mutex::new(meta),
             epochs,
             flusher: Flusher::default(),
@@ -186,16 +207,23 @@ impl Image {
     }
 }
 
+impl Autoclear {
+    /// Whether there is nothing to clear any more.
+    pub(crate) fn is_clear(&self) -> bool {
+        self.is_clear.load(Ordering::Acquire)
+    }
+}
+
 impl<I: Io> Lane<I> {
     /// Clears the autoclear bits before the first change, durably: what they vouch for (bitmaps,
     /// and whatever a later QEMU adds) is not kept true here.
     pub(crate) async fn clear_autoclear(&self) -> Result<()> {
         let image = self.image();
-        if image.autoclear.is_clear.load(Ordering::Acquire) {
+        if image.autoclear.is_clear() {
             return Ok(());
         }
         let _clearing = image.autoclear.clearing.acquire(0..1).await;
-        if image.autoclear.is_clear.load(Ordering::Acquire) {
+        if image.autoclear.is_clear() {
             return Ok(());
         }
         let page = {
@@ -223,7 +251,7 @@ async fn open_top(
 ) -> Result<(Opened, Header, Vec<u8>)> {
     let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
     let mut top = open_file(storage, path, access)?;
-    let (header, first_page) = read_header(io, &top).await?;
+    let (header, first_page) = read_header(io, &top, access).await?;
     if read_only || header.incompatible & header::DIRTY == 0 {
         return Ok((top, header, first_page));
     }
@@ -231,7 +259,7 @@ async fn open_top(
     dirty::repair_at_open(&mut file).await?;
     // A new refcount structure makes the file longer.
     top.len = file.file_len;
-    let (header, first_page) = read_header(io, &top).await?;
+    let (header, first_page) = read_header(io, &top, access).await?;
     Ok((top, header, first_page))
 }
 
@@ -261,10 +289,79 @@ impl Opened {
     fn damaged(&self, source: qcow2_format::FormatError) -> Error {
         Error::Format { file: Arc::clone(&self.name), source: Arc::new(source) }
     }
+
+    fn unsupported(&self, source: Unsupported) -> Error {
+        Error::Unsupported { file: Arc::clone(&self.name), source: Arc::new(source) }
+    }
+}
+
+/// What is needed to change an image, besides what a reader needs.
+struct Changeable {
+    refcount_table: Vec<u64>,
+    territory: Territory,
+    /// The first table that lies where it cannot.
+    damage: Option<Error>,
+}
+
+impl Changeable {
+    async fn read(
+        io: &impl Io,
+        storage: &(impl Storage + ?Sized),
+        top: &Opened,
+        header: &Header,
+        layer: &Layer,
+    ) -> Result<Self> {
+        let refcount_table = read_refcount_table(io, top, header).await?;
+        let snapshots = snapshot_places(io, storage, top, header).await?;
+        let l1: Vec<u64> = match layer {
+            Layer::Qcow2(layer) => {
+                let entries = layer.l1.iter().take(header.l1_entries as usize);
+                entries.map(|entry| entry.load(Ordering::Relaxed)).collect()
+            }
+            Layer::Raw(_) => Vec::new(),
+        };
+        let (territory, damage) = Territory::of(&Sources {
+            file: &top.name,
+            file_len: top.len,
+            header,
+            l1: &l1,
+            refcount_table: &refcount_table,
+            snapshots: &snapshots,
+        });
+        Ok(Self { refcount_table, territory, damage })
+    }
+}
+
+/// Where the snapshots' tables are. One that cannot be found could not be kept intact.
+async fn snapshot_places(
+    io: &impl Io,
+    storage: &(impl Storage + ?Sized),
+    top: &Opened,
+    header: &Header,
+) -> Result<SnapshotPlaces> {
+    if header.snapshot_count == 0 {
+        return Ok(SnapshotPlaces::default());
+    }
+    let file = ImageFile::around(io, storage, top.file, Arc::clone(&top.name), header.clone(), top.len);
+    let (snapshots, len) = file.snapshot_table().await?;
+    let table = header.snapshot_table;
+    for (index, snapshot) in (0..).zip(&snapshots) {
+        match snapshot.check(index, table, &header.geometry(), top.len) {
+            // QEMU takes entries of old images without it, and writes it when it writes the table.
+            Ok(()) | Err(FormatError::SnapshotExtraData { .. }) => {}
+            Err(source) => return Err(top.damaged(source)),
+        }
+    }
+    let l1 =
+        |snapshot: &Snapshot| snapshot.l1_table.0..snapshot.l1_table.0 + u64::from(snapshot.l1_entries) * 8;
+    Ok(SnapshotPlaces {
+        table: table.0..table.0 + len,
+        l1_tables: snapshots.iter().filter(|snapshot| snapshot.l1_entries > 0).map(l1).collect(),
+    })
 }
 
 /// The checked header, and the first page of the file for later changes to it.
-async fn read_header(io: &impl Io, opened: &Opened) -> Result<(Header, Vec<u8>)> {
+async fn read_header(io: &impl Io, opened: &Opened, access: Access) -> Result<(Header, Vec<u8>)> {
     let damaged = |source| opened.damaged(source);
     let some = (HEADER_READ_BYTES as u64).min(opened.len) as usize;
     let mut bytes = opened.read(io, "header read", 0, some).await?;
@@ -273,9 +370,10 @@ async fn read_header(io: &impl Io, opened: &Opened) -> Result<(Header, Vec<u8>)>
         bytes = opened.read(io, "header read", 0, needed).await?;
     }
     let header = Header::decode(&bytes, opened.len).map_err(damaged)?;
-    header
-        .check_supported()
-        .map_err(|source| Error::Unsupported { file: Arc::clone(&opened.name), source: Arc::new(source) })?;
+    if access == Access::ReadWrite {
+        header.check_writable().map_err(|source| opened.unsupported(source))?;
+    }
+    header.check_supported().map_err(|source| opened.unsupported(source))?;
     bytes.resize(header.geometry().cluster_size().min(SLICE_BYTES) as usize, 0);
     Ok((header, bytes))
 }
@@ -305,20 +403,4 @@ async fn read_refcount_table(io: &impl Io, opened: &Opened, header: &Header) -> 
 /// The big-endian 8-byte entries of a table, in host byte order.
 pub(crate) fn table_entries(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     bytes.chunks_exact(8).map(|entry| u64::from_be_bytes(entry.try_into().unwrap_or_default()))
-}
-
-/// Host clusters that the header points to: never handed out, even if their refcount is wrong.
-fn fixed_ranges(header: &Header, geometry: &Geometry) -> Vec<Range<u64>> {
-    let range = |at: u64, len: u64| at >> geometry.cluster_bits..geometry.clusters_for(at + len);
-    let mut fixed = vec![
-        range(0, 1),
-        range(header.refcount_table.0, u64::from(header.refcount_table_clusters) << header.cluster_bits),
-    ];
-    if header.l1_entries > 0 {
-        fixed.push(range(header.l1_table.0, u64::from(header.l1_entries) * 8));
-    }
-    if header.snapshot_count > 0 {
-        fixed.push(range(header.snapshot_table.0, 1));
-    }
-    fixed
 }

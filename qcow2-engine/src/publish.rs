@@ -5,15 +5,28 @@
 
 use crate::{
     cache::slices::SliceKey,
-    error::Result,
+    error::{Error, Result},
     image::Image,
     io::{Buf, Io, exact},
     lane::Lane,
     meta::Meta,
     order::rules::{Page, Rule},
+    redo::Record,
 };
 use qcow2_format::{HostOffset, L1Entry, Mapping};
-use std::{ops::Range, sync::atomic::Ordering};
+use std::{
+    ops::Range,
+    sync::{Arc, atomic::Ordering},
+};
+
+/// How an attempt at a change went.
+enum Attempt {
+    Done,
+    /// The slice has to be loaded first.
+    Miss,
+    /// The redo log is full: a cut makes room.
+    LogFull,
+}
 
 impl<I: Io> Lane<I> {
     /// Makes sure that the L2 table for a guest offset exists and belongs to the active mapping
@@ -21,15 +34,32 @@ impl<I: Io> Lane<I> {
     pub(crate) async fn prepare_table(&self, guest: u64) -> Result<()> {
         let image = self.image();
         let layer = image.top();
-        if matches!(layer.l1_entry(guest)?, L1Entry::Table { copied: true, .. }) {
+        let index = layer.geometry.l1_index(guest);
+        if image.is_vouched(index) {
             return Ok(());
         }
-        let index = layer.geometry.l1_index(guest);
         let _table = image.tables.acquire(index..index + 1).await;
         match layer.l1_entry(guest)? {
-            L1Entry::Table { copied: true, .. } => Ok(()),
-            L1Entry::Table { offset, copied: false } => self.copy_table(index, offset).await,
-            L1Entry::Unallocated => self.create_table(index).await,
+            L1Entry::Table { offset, copied: true } => self.check_sole_owner(offset).await?,
+            L1Entry::Table { offset, copied: false } => self.copy_table(index, offset).await?,
+            L1Entry::Unallocated => self.create_table(index).await?,
+        }
+        image.vouch(index);
+        Ok(())
+    }
+
+    /// A table may be changed in place if its refcount is one: the entry's flag says so, but the flag may
+    /// be what is damaged, and a snapshot may share the table. Asked once for each table.
+    async fn check_sole_owner(&self, table: HostOffset) -> Result<()> {
+        let image = self.image();
+        match self.refcount(table.0 >> image.geometry().cluster_bits).await? {
+            1 => Ok(()),
+            value => Err(Error::Refcount {
+                file: Arc::clone(&image.top().name),
+                at: table.0,
+                value,
+                reason: "but the L1 entry says that this L2 table is referred to once".into(),
+            }),
         }
     }
 
@@ -44,8 +74,7 @@ impl<I: Io> Lane<I> {
             reservation.end_writing();
             written?;
         }
-        let cluster = reservation.clusters().start;
-        image.publish_table(&mut image.meta.lock(), index, cluster);
+        self.publish_table(index, reservation.clusters().start, 0..0).await?;
         reservation.commit();
         Ok(())
     }
@@ -63,15 +92,25 @@ impl<I: Io> Lane<I> {
         let written = self.write_table(reservation.clusters().start, &table).await;
         reservation.end_writing();
         written?;
-        let cluster = reservation.clusters().start;
         let old = shared.0 >> image.geometry().cluster_bits;
-        {
-            let mut meta = image.meta.lock();
-            image.publish_table(&mut meta, index, cluster);
-            meta.unmapped(old..old + 1);
-        }
+        self.publish_table(index, reservation.clusters().start, old..old + 1).await?;
         reservation.commit();
         Ok(())
+    }
+
+    /// Points an L1 entry at a table whose content is in the file, instead of at `old`.
+    async fn publish_table(&self, index: u64, cluster: u64, old: Range<u64>) -> Result<()> {
+        let image = self.image();
+        loop {
+            {
+                let mut meta = image.meta.lock();
+                if meta.has_log_room(1) {
+                    image.publish_table(&mut meta, index, cluster, old);
+                    return Ok(());
+                }
+            }
+            self.write_back().await?;
+        }
     }
 
     async fn write_table(&self, cluster: u64, bytes: &Buf) -> Result<()> {
@@ -95,23 +134,29 @@ impl<I: Io> Lane<I> {
         let image = self.image();
         let key = image.top().slice_at(guest.start << image.geometry().cluster_bits).0;
         loop {
-            if image.try_publish(key, guest.clone(), referred.clone(), &change)? {
-                return Ok(());
+            match image.try_publish(key, guest.clone(), referred.clone(), &change)? {
+                Attempt::Done => return Ok(()),
+                Attempt::Miss => self.load_slice(key).await?,
+                Attempt::LogFull => self.write_back().await?,
             }
-            self.load_slice(key).await?;
         }
     }
 }
 
 impl Image {
-    /// Points an L1 entry at a table whose content is in the file, though not yet durable.
-    fn publish_table(&self, meta: &mut Meta, index: u64, cluster: u64) {
+    /// Points an L1 entry at a table whose content is in the file, though not yet durable. `old` is the
+    /// cluster of the table before, if there was one.
+    pub(crate) fn publish_table(&self, meta: &mut Meta, index: u64, cluster: u64, old: Range<u64>) {
+        meta.log(Record::Table { index, cluster });
         let entry =
             L1Entry::Table { offset: HostOffset(cluster << self.geometry().cluster_bits), copied: true };
         self.top().l1[index as usize].store(entry.encode(), Ordering::Release);
+        meta.territory.add_l2_table(cluster);
         let page = self.l1_page(index);
         meta.graph.require(Rule::table_content_before_l1(page));
         meta.refer(cluster..cluster + 1, page);
+        old.clone().for_each(|table| meta.territory.remove_l2_table(table));
+        meta.unmapped(old);
     }
 
     /// The page of the L1 table that holds an entry.
@@ -119,34 +164,51 @@ impl Image {
         Page::L1(index * 8 / self.top().slice_bytes())
     }
 
-    /// One attempt at [`Lane::publish`]: false when the slice is not in memory. Old entries are all
-    /// decoded before the first one is changed, so that damage is found while nothing has happened.
+    /// Whether the table of an L1 entry is known to be the active mapping's alone.
+    fn is_vouched(&self, index: u64) -> bool {
+        let word = self.vouched[index as usize / 64].load(Ordering::Acquire);
+        word & 1 << (index % 64) != 0
+    }
+
+    fn vouch(&self, index: u64) {
+        self.vouched[index as usize / 64].fetch_or(1 << (index % 64), Ordering::Release);
+    }
+
+    /// One attempt at [`Lane::publish`]. Old entries are all judged before the first one is changed,
+    /// so that damage is found while nothing has happened.
     fn try_publish(
         &self,
         key: SliceKey,
         guest: Range<u64>,
         referred: Option<Range<u64>>,
         change: impl Fn(u64) -> Option<Mapping>,
-    ) -> Result<bool> {
+    ) -> Result<Attempt> {
         let layer = self.top();
         let geometry = &layer.geometry;
         let mut meta = self.meta.lock();
         let mut changes = Vec::with_capacity((guest.end - guest.start) as usize);
         for cluster in guest.clone() {
             let (_, index) = layer.slice_at(cluster << geometry.cluster_bits);
-            let Some(raw) = self.cache.entry(key, index) else { return Ok(false) };
+            let Some(raw) = self.cache.entry(key, index) else { return Ok(Attempt::Miss) };
             let old = Mapping::decode(raw, geometry)
                 .map_err(|source| layer.corrupt("L2", cluster << geometry.cluster_bits, source))?;
             if let Some(new) = change(cluster).filter(|&new| new != old) {
+                self.check_replaced(&meta, cluster << geometry.cluster_bits, old)?;
                 changes.push((index, old, new));
             }
         }
         if changes.is_empty() {
-            return Ok(true);
+            return Ok(Attempt::Done);
+        }
+        if !meta.has_log_room(changes.len() as u64) {
+            return Ok(Attempt::LogFull);
         }
         let page = Page::L2(key.slice);
+        let first = key.slice * layer.slice_entries();
         for &(index, _, new) in &changes {
-            self.cache.set_entry(key, index, new.encode(geometry));
+            let entry = new.encode(geometry);
+            meta.log(Record::Mapping { cluster: first + index as u64, entry });
+            self.cache.set_entry(key, index, entry);
         }
         self.cache.set_pinned(key, true);
         meta.graph.touch(page);
@@ -163,7 +225,15 @@ impl Image {
                 meta.unmapped(self.referred_by(old));
             }
         }
-        Ok(true)
+        Ok(Attempt::Done)
+    }
+
+    /// What an entry named is going to be freed: it must not be metadata.
+    fn check_replaced(&self, meta: &Meta, guest: u64, old: Mapping) -> Result<()> {
+        let bits = self.geometry().cluster_bits;
+        let found =
+            self.referred_by(old).find_map(|cluster| Some((cluster, meta.territory.conflict(cluster)?)));
+        found.map_or(Ok(()), |(cluster, conflict)| Err(self.conflict("L2", guest, cluster << bits, conflict)))
     }
 
     /// The host clusters to which a mapping holds a reference.

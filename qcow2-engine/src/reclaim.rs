@@ -6,13 +6,13 @@
 
 use crate::{
     alloc::{frees::Free, refcounts::Count},
-    error::Result,
+    error::{Error, Result},
     image::Image,
     io::Io,
     lane::Lane,
     order::rules::RuleName,
 };
-use std::{collections::BTreeMap, io::ErrorKind, ops::Range};
+use std::{collections::BTreeMap, io::ErrorKind, ops::Range, sync::Arc};
 
 /// References given back per step, so that a step is bounded.
 const STEP: usize = 4096;
@@ -26,10 +26,8 @@ struct Batch<'a> {
 
 impl Drop for Batch<'_> {
     fn drop(&mut self) {
-        if self.references.is_empty() {
-            return;
-        }
         let mut meta = self.image.meta.lock();
+        meta.frees.returned();
         for (&cluster, &gone) in &self.references {
             (0..gone).for_each(|_| meta.unmapped(cluster..cluster + 1));
         }
@@ -51,12 +49,16 @@ impl<I: Io> Lane<I> {
             return Ok(());
         }
         self.write_back().await?;
-        self.reclaim().await
+        let outcome = self.reclaim().await;
+        self.settle(outcome).await
     }
 
     /// Gives back what may be given back by now.
     pub(crate) async fn reclaim(&self) -> Result<()> {
         let image = self.image();
+        if image.damage.is_condemned() {
+            return Ok(());
+        }
         let _reclaiming = image.reclaiming.acquire(0..1).await;
         loop {
             let ready = image.take_ready_frees(STEP);
@@ -72,8 +74,10 @@ impl<I: Io> Lane<I> {
     async fn give_back(&self, batch: &mut Batch<'_>) -> Result<()> {
         let mut unused = Vec::new();
         for (&cluster, &gone) in &batch.references {
-            if self.refcount(cluster).await? <= gone {
-                unused.push(cluster);
+            match self.refcount(cluster).await? {
+                count if count < gone => return Err(self.image().too_low(cluster, count)),
+                count if count == gone => unused.push(cluster),
+                _ => {}
             }
         }
         for run in in_rows(&unused) {
@@ -104,15 +108,7 @@ impl<I: Io> Lane<I> {
                 let mut meta = image.meta.lock();
                 match meta.refcounts.get(cluster)? {
                     Count::Needs(page) => page,
-                    Count::Is(count) if count < by => {
-                        let at = cluster << image.geometry().cluster_bits;
-                        let file = &image.top().name;
-                        // The image came with a wrong count. Left alone, the cluster stays unused.
-                        tracing::error!(
-                            "{file}: refcount of the cluster at {at} was {count}, too low: run check"
-                        );
-                        return Ok(());
-                    }
+                    Count::Is(count) if count < by => return Err(image.too_low(cluster, count)),
                     Count::Is(count) => {
                         meta.lower_count(cluster, count - by);
                         return Ok(());
@@ -137,6 +133,16 @@ impl<I: Io> Lane<I> {
 }
 
 impl Image {
+    /// The image came with a wrong count: what it counts may be in use elsewhere, too.
+    fn too_low(&self, cluster: u64, value: u64) -> Error {
+        Error::Refcount {
+            file: Arc::clone(&self.top().name),
+            at: cluster << self.geometry().cluster_bits,
+            value,
+            reason: "fewer than the references to it that are given back".into(),
+        }
+    }
+
     /// Takes out what R5 allows to be given back.
     fn take_ready_frees(&self, max: usize) -> Vec<Free> {
         let mut meta = self.meta.lock();

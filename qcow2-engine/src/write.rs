@@ -16,20 +16,20 @@ use crate::{
     resolve::{Extent, Stop, to_boundary},
 };
 use futures_util::future::join_all;
-use qcow2_format::Mapping;
+use qcow2_format::{HostOffset, Mapping};
 use smallvec::SmallVec;
 use std::{ops::Range, sync::Arc};
 
 /// A part of a write that is handled in one way. Offsets and lengths are bytes of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Piece {
+pub(crate) struct Piece {
     at: u64,
     len: u64,
-    kind: Kind,
+    pub(crate) kind: Kind,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+pub(crate) enum Kind {
     /// The clusters are the image's own: contiguous in the file from this byte.
     InPlace { host: u64 },
     /// Some cluster has to be allocated; all lie in one L2 slice.
@@ -55,7 +55,7 @@ impl<I: Io> Lane<I> {
         let flight = self.begin().await;
         let result = self.mutate(at, buf).await;
         self.end(flight);
-        result
+        self.settle(result).await
     }
 
     async fn mutate(&self, at: u64, buf: Buf) -> Result<()> {
@@ -149,6 +149,7 @@ impl<I: Io> Lane<I> {
             _ => None,
         };
         if let Some(host) = kept(self.mapping(first).await?) {
+            self.image().check_target(HostOffset(host << bits), first << bits)?;
             return Ok(Placement::Kept(host));
         }
         let mut new = 1;
@@ -220,7 +221,7 @@ impl<I: Io> Lane<I> {
         let count = placement.count();
         let bits = self.image().geometry().cluster_bits;
         self.publish(guest.clone(), Some(first..first + count), |cluster| {
-            let host = qcow2_format::HostOffset((first + cluster - guest.start) << bits);
+            let host = HostOffset((first + cluster - guest.start) << bits);
             Some(Mapping::Data { host, copied: true })
         })
         .await?;
@@ -232,12 +233,19 @@ impl<I: Io> Lane<I> {
 
     /// Refuses changes to an image that takes none, and does what the first change needs.
     pub(crate) async fn begin_mutation(&self) -> Result<()> {
-        let image = self.image();
-        if image.read_only {
-            return Err(Error::ReadOnly { file: Arc::clone(&image.top().name) });
-        }
-        image.flusher.check()?;
+        self.image().check_changes()?;
         self.clear_autoclear().await
+    }
+}
+
+impl Image {
+    /// Whether changes are taken: one decision for the long way and the short cut.
+    pub(crate) fn check_changes(&self) -> Result<()> {
+        if self.read_only {
+            return Err(Error::ReadOnly { file: Arc::clone(&self.top().name) });
+        }
+        self.flusher.check()?;
+        self.damage.check(&self.top().name)
     }
 }
 
@@ -275,7 +283,7 @@ impl Placement<'_> {
 
 /// Splits a write by what has to be done, from where `pieces` ends. Pieces that are contiguous and
 /// alike are one. What has been found before a miss stays, as in [`crate::resolve`].
-fn split(image: &Image, at: u64, len: u64, pieces: &mut SmallVec<[Piece; 2]>) -> Result<(), Stop> {
+pub(crate) fn split(image: &Image, at: u64, len: u64, pieces: &mut SmallVec<[Piece; 2]>) -> Result<(), Stop> {
     let layer = image.top();
     let cluster = layer.geometry.cluster_size();
     let mut done: u64 = pieces.iter().map(|piece| piece.len).sum();
@@ -285,6 +293,7 @@ fn split(image: &Image, at: u64, len: u64, pieces: &mut SmallVec<[Piece; 2]>) ->
         let kind = match layer.look_up(&image.cache, here)? {
             Lookup::Miss(key) => return Err(Stop::Miss(key)),
             Lookup::Entry(Mapping::Data { host, copied: true }) => {
+                image.check_target(host, here)?;
                 Kind::InPlace { host: host.0 + layer.geometry.in_cluster(here) }
             }
             Lookup::NoTable | Lookup::Entry(_) => Kind::Allocate,

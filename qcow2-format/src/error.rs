@@ -444,7 +444,10 @@ pub enum Corruption {
 #[non_exhaustive]
 pub enum Unsupported {
     /// Bit 1: any structure may be wrong.
-    #[error("the image is marked corrupt (incompatible feature bit 1): it needs repair first")]
+    #[error(
+        "the image is marked corrupt (incompatible feature bit 1): it can be read only, until check --repair all \
+         has repaired it"
+    )]
     Corrupt,
     /// Bit 2: payload in another file.
     #[error("the image uses an external data file (incompatible feature bit 2), which is not supported")]

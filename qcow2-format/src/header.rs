@@ -200,7 +200,8 @@ impl Header {
     }
 
     /// Refuses what the engine does not serve, by name, the least understood first: unknown
-    /// incompatible bits, corrupt, encryption, external data file, extended L2 entries.
+    /// incompatible bits, encryption, external data file, extended L2 entries. What it serves for reading
+    /// only: see [`Header::check_writable`].
     ///
     /// # Errors
     /// The first feature that is not served.
@@ -213,12 +214,19 @@ impl Header {
         }
         let is_set = |bit| self.incompatible & bit != 0;
         match self.crypt {
-            _ if is_set(CORRUPT) => Err(Unsupported::Corrupt),
             CryptMethod::Aes | CryptMethod::Luks => Err(Unsupported::Encryption(self.crypt)),
             CryptMethod::None if is_set(EXTERNAL_DATA) => Err(Unsupported::ExternalDataFile),
             CryptMethod::None if is_set(EXTENDED_L2) => Err(Unsupported::ExtendedL2),
             CryptMethod::None => Ok(()),
         }
+    }
+
+    /// Refuses what must not be written to: an image that is marked corrupt.
+    ///
+    /// # Errors
+    /// That it is.
+    pub fn check_writable(&self) -> Result<(), Unsupported> {
+        if self.incompatible & CORRUPT != 0 { Err(Unsupported::Corrupt) } else { Ok(()) }
     }
 
     /// The name that the image itself gives a feature bit.

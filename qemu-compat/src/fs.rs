@@ -5,7 +5,7 @@
 
 use crate::{
     command::{TOOL_LIMIT, run},
-    device::Binary,
+    device::{Binary, Device},
     qemu_img,
 };
 use anyhow::{Context, Result, ensure};
@@ -14,10 +14,11 @@ use std::{
     io::Write,
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 /// mkfs.xfs makes nothing smaller than 300 MB.
-const DISK: u64 = 512 << 20;
+pub(crate) const DISK: u64 = 512 << 20;
 /// Files to write.
 const FILES: u64 = 60;
 
@@ -89,6 +90,33 @@ pub fn life(binary: &Binary, dir: &Path, kind: Kind, options: &str, queues: &str
     run(kind.check().arg(device.path()), TOOL_LIMIT)?.success()?;
     device.detach()?;
     qemu_img::check_clean(&image)
+}
+
+/// Makes a file system on a device and writes, reads and removes files on it as often as `trouble` wants,
+/// which brings the trouble. Then it is unmounted, checked, mounted again and read again.
+///
+/// # Errors
+/// As [`life`].
+pub(crate) fn under_trouble(
+    device: &Device,
+    kind: Kind,
+    mount_point: &Path,
+    trouble: impl FnOnce(&(dyn Fn() -> Result<()> + Sync)) -> Result<()>,
+) -> Result<()> {
+    run(kind.make().arg(device.path()), TOOL_LIMIT)?.success()?;
+    let mounted = Mounted::new(kind, &device.path(), mount_point)?;
+    let rounds = AtomicU64::new(0);
+    trouble(&|| {
+        let seed = rounds.fetch_add(1, Ordering::Relaxed);
+        write_files(mount_point, seed)?;
+        fs::write("/proc/sys/vm/drop_caches", "3")?;
+        compare_files(mount_point, seed, 0)
+    })?;
+    mounted.unmount()?;
+    run(kind.check().arg(device.path()), TOOL_LIMIT)?.success()?;
+    let mounted = Mounted::new(kind, &device.path(), mount_point)?;
+    compare_files(mount_point, rounds.load(Ordering::Relaxed) - 1, 0).context("mounted again")?;
+    mounted.unmount()
 }
 
 /// A mount; undone when dropped.

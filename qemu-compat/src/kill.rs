@@ -1,4 +1,4 @@
-//! SIGKILL of the daemon under load, over and over on the same image.
+//! SIGKILL of a daemon without recovery, under load, over and over on the same image.
 //!
 //! Three regions of the disk: a *settled* one, changed at random and flushed before the load
 //! begins; a *ledger*, whose slots are written and flushed while the load runs, so that it is known
@@ -97,7 +97,8 @@ fn one_kill(
     ledger: &mut Ledger,
     patience: Duration,
 ) -> Result<()> {
-    let mut disk = binary.attach(image, queues)?;
+    let queues = queues.to_string();
+    let mut disk = DeviceDisk::open(binary.add(&["--no-recovery", "-q", &queues], image)?)?;
     hold(&mut disk, player, settled, ledger)?;
     player.play(&mut Settled(&mut disk), settled, 4)?;
     let device = disk.into_device();

@@ -26,6 +26,7 @@ pub mod matrix;
 pub mod mirror;
 pub mod qemu_img;
 pub mod qemu_io;
+pub mod recovery;
 pub mod refusals;
 pub mod report;
 pub mod sequence;

@@ -11,7 +11,7 @@ use crate::{
     journey::{Effort, journey},
     kill, matrix,
     mirror::Mirror,
-    qemu_img, refusals,
+    qemu_img, recovery, refusals,
     report::Case,
     shape,
 };
@@ -64,6 +64,7 @@ pub fn cases(setting: Setting) -> Vec<Case> {
     cases.file_systems();
     cases.fio();
     cases.kills();
+    cases.recoveries();
     cases.cases
 }
 
@@ -182,6 +183,27 @@ impl Cases {
                     .with_context(|| format!("seed {}", it.seed))
             });
         }
+    }
+}
+
+impl Cases {
+    /// Kills that nobody may notice: 4 of each kind, or 50.
+    fn recoveries(&mut self) {
+        let (kills, bytes_per_job) = match self.setting.scale {
+            Scale::Quick => (4, 1 << 20),
+            Scale::Full => (50, 4 << 20),
+        };
+        for (cluster, queues) in [(65536, 2), (4096, 1)] {
+            self.add(format!("recovery/fio/{cluster}/{queues}q"), 300, move |it, dir| {
+                let load = Verified { bytes_per_job, seed: it.seed };
+                recovery::under_fio(&it.binary, dir, cluster, queues, kills, load)
+                    .with_context(|| format!("seed {}", it.seed))
+            });
+        }
+        self.add("recovery/xfs", 300, move |it, dir| {
+            recovery::under_files(&it.binary, dir, fs::Kind::Xfs, kills, it.seed)
+                .with_context(|| format!("seed {}", it.seed))
+        });
     }
 }
 

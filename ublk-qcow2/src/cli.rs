@@ -5,6 +5,8 @@ use crate::{
     device::MAX_DEPTH,
 };
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use qcow2_engine::BackingPolicy;
+use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
 /// Serve a QCOW2 image as a block device, /dev/ublkbN.
@@ -21,6 +23,8 @@ pub(crate) enum Command {
     Add(AddArgs),
     /// Detach devices: drain, write back and close.
     Del(DelArgs),
+    /// Serve a device again whose server has died; its users see a pause and no error.
+    Recover(RecoverArgs),
     /// List the attached devices.
     List(ListArgs),
     /// Show what this kernel's ublk driver offers.
@@ -63,12 +67,33 @@ pub(crate) struct AddArgs {
     /// Format of backing files where the image does not say it: qcow2 or raw. It is never guessed.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) backing_format: Option<qcow2_engine::Format>,
+    #[command(flatten)]
+    pub(crate) backing: BackingArgs,
     /// Leave clusters that a crash has leaked as they are, instead of giving them back in the background.
     #[arg(long)]
     pub(crate) no_reclaim: bool,
     /// Stay in the foreground; SIGINT or SIGTERM detaches.
     #[arg(long)]
     pub(crate) foreground: bool,
+    /// If the server dies its device is dead: I/O fails, writes that were not flushed are lost.
+    #[arg(long)]
+    pub(crate) no_recovery: bool,
+    /// If the server dies its device waits for `ublk-qcow2 recover`.
+    #[arg(long)]
+    pub(crate) no_supervisor: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct RecoverArgs {
+    /// Device number.
+    #[arg(short = 'n', long = "number", value_name = "ID", value_parser = clap::value_parser!(u32).range(..MAX_ID))]
+    pub(crate) id: u32,
+    /// Stay in the foreground; SIGINT or SIGTERM detaches.
+    #[arg(long)]
+    pub(crate) foreground: bool,
+    /// If the new server dies as well the device waits again.
+    #[arg(long)]
+    pub(crate) no_supervisor: bool,
 }
 
 #[derive(Debug, Args)]
@@ -96,8 +121,34 @@ pub(crate) struct ListArgs {
     pub(crate) json: bool,
 }
 
+/// Which backing files may be opened; without an option, whatever local path the image names.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct BackingArgs {
+    /// Refuse an image that has a backing file.
+    #[arg(long, conflicts_with = "backing_dir")]
+    no_backing: bool,
+    /// Open backing files below this directory only; may be given several times.
+    #[arg(long, value_name = "DIR")]
+    backing_dir: Vec<PathBuf>,
+}
+
+impl BackingArgs {
+    pub(crate) fn policy(&self) -> BackingPolicy {
+        match (self.no_backing, &self.backing_dir[..]) {
+            (true, _) => BackingPolicy::None,
+            (false, []) => BackingPolicy::Any,
+            // The server's working directory is another one.
+            (false, directories) => {
+                let absolute = |path: &PathBuf| std::path::absolute(path).unwrap_or_else(|_| path.clone());
+                BackingPolicy::Under(directories.iter().map(absolute).collect())
+            }
+        }
+    }
+}
+
 /// How the image file is read and written.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum IoMode {
     /// Direct where the file allows it, else buffered.
     Auto,

@@ -48,6 +48,8 @@ pub(crate) enum Command {
     Start,
     Stop,
     Delete,
+    StartRecovery,
+    EndRecovery,
 }
 
 /// Why a command did not do what was asked.
@@ -145,6 +147,23 @@ impl Control {
         give_up: &mut dyn FnMut() -> bool,
     ) -> Result<(), ControlError> {
         self.run(Command::Start, id, (), u64::from(pid), START, give_up).map(drop)
+    }
+
+    /// Announces a new server for a device whose old one has died. Refused with EBUSY until the kernel
+    /// has ended the old one's I/O and put its requests aside.
+    pub(crate) fn start_recovery(&mut self, id: u32) -> Result<(), ControlError> {
+        self.transfer(Command::StartRecovery, id, (), QUICK)
+    }
+
+    /// Hands the device over to the server process `pid`, whose queues must all be fetching. Given up
+    /// as soon as `give_up` says so.
+    pub(crate) fn end_recovery(
+        &mut self,
+        id: u32,
+        pid: u32,
+        give_up: &mut dyn FnMut() -> bool,
+    ) -> Result<(), ControlError> {
+        self.run(Command::EndRecovery, id, (), u64::from(pid), START, give_up).map(drop)
     }
 
     /// Stops a device: requests in flight finish, later ones fail, the queues' fetches are aborted.
@@ -290,6 +309,8 @@ impl Command {
             Self::Start => sys::UBLK_U_CMD_START_DEV,
             Self::Stop => sys::UBLK_U_CMD_STOP_DEV,
             Self::Delete => sys::UBLK_U_CMD_DEL_DEV,
+            Self::StartRecovery => sys::UBLK_U_CMD_START_USER_RECOVERY,
+            Self::EndRecovery => sys::UBLK_U_CMD_END_USER_RECOVERY,
         }
     }
 }
@@ -305,6 +326,8 @@ impl fmt::Display for Command {
             Self::Start => "START_DEV",
             Self::Stop => "STOP_DEV",
             Self::Delete => "DEL_DEV",
+            Self::StartRecovery => "START_USER_RECOVERY",
+            Self::EndRecovery => "END_USER_RECOVERY",
         })
     }
 }
@@ -333,6 +356,12 @@ fn refusal_hint(command: Command, errno: i32) -> &'static str {
         }
         (Command::Add, libc::ENOMEM) => "; ask for fewer queues or less depth",
         (Command::GetFeatures, libc::EOPNOTSUPP | libc::ENOTTY) => "; Linux 6.5 or newer is needed for that",
+        (Command::StartRecovery, libc::EBUSY) => {
+            "; the device has a server, or the kernel has not ended the old one's I/O"
+        }
+        (Command::StartRecovery, libc::EINVAL) => {
+            "; the device was added without recovery: `ublk-qcow2 del` removes it"
+        }
         (_, libc::EOPNOTSUPP | libc::ENOTTY) => "; this kernel's ublk driver is too old",
         (_, libc::ENODEV) => "; there is no such device",
         _ => "",

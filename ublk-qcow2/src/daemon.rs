@@ -1,68 +1,55 @@
 //! The serving process: from an image's path to a device and back.
 //!
-//! [`run`] reads top to bottom as the life of a server: open the image, make the device, start its
-//! queues, start the device, say so, wait, stop, close, delete. Any step that fails undoes the ones
-//! before. This thread commands the driver and serves nothing itself, because the driver's commands
-//! wait for requests that the queues serve.
+//! [`run`] reads top to bottom as the life of a server: open the image, make the device or take over
+//! one whose server has died, start its queues, start the device, say so, wait, stop, close, delete. Any
+//! step that fails undoes the ones before; a device that was to be taken over goes on waiting. This
+//! thread commands the driver and serves nothing itself, because the driver's commands wait for requests
+//! that the queues serve.
 
 use crate::{
+    config::Config,
     control::{Control, ControlError},
+    crew::{Crew, Service},
     device::{self, Device, DeviceError, Shape},
-    queue::{self, Notice, Queue, QueueError},
-    request::{Bounds, device_sectors},
-    runfile::{Record, RunFile, RunFileError},
+    namespace,
+    queue::QueueError,
+    redofile::{RedoFile, RedoFileError},
+    request::device_sectors,
+    runfile::{self, Record, RunFile, RunFileError, TakeOverError},
 };
-use nix::{
-    mount::{MsFlags, mount},
-    sched::{CloneFlags, unshare},
-    sys::signal::{SigSet, Signal},
-};
+use nix::sys::signal::Signal;
 use qcow2_engine::{
-    Format, Image, Lane, OpenOptions,
+    Image, Lane, RedoError, RedoLog,
     exec::block_on,
-    io::{
-        Files,
-        files::{Caching, Locking},
-        uring::Uring,
-    },
+    io::{Files, uring::Uring},
 };
 use std::{
     fs::File,
-    io,
+    io::{self, Read},
     path::{Path, PathBuf},
-    sync::{
-        Arc,
-        mpsc::{self, Receiver, Sender},
-    },
-    thread::JoinHandle,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 /// Submission slots of the ring that opens the image.
 const OPENING_RING: u32 = 64;
-/// How long the queues may take until all of them fetch.
-const FETCH_WAIT: Duration = Duration::from_secs(30);
 /// How long the queues may take to finish their requests, write back and end, once the device has
 /// been stopped.
 const DRAIN_WAIT: Duration = Duration::from_secs(300);
 /// The same when the device could not be stopped, so that they hardly will.
 const HOPELESS_DRAIN_WAIT: Duration = Duration::from_secs(5);
+/// How long the kernel may take to let go of the image of a server that was killed.
+const DEAD_LOCK_WAIT: Duration = Duration::from_secs(60);
+/// Between two attempts to open it.
+const DEAD_LOCK_PAUSE: Duration = Duration::from_millis(50);
 
-/// What to serve, and how.
+/// How a server comes by its device.
 #[derive(Clone, Debug)]
-pub(crate) struct Config {
-    /// The image, as an absolute path.
-    pub(crate) image: PathBuf,
-    pub(crate) id: Option<u32>,
-    pub(crate) queues: u16,
-    pub(crate) depth: u16,
-    pub(crate) read_only: bool,
-    pub(crate) locking: Locking,
-    pub(crate) cache_bytes: u64,
-    pub(crate) caching: Caching,
-    pub(crate) backing_format: Option<Format>,
-    /// Whether to give back what a crash has leaked.
-    pub(crate) reclaims: bool,
+pub(crate) enum Start {
+    /// It makes one, with this number or one of the driver's choice.
+    New { id: Option<u32>, config: Config },
+    /// It takes over one whose server has died.
+    Recover { id: u32 },
 }
 
 /// Why a server could not start, or not end cleanly.
@@ -80,6 +67,12 @@ pub(crate) enum ServeError {
     Device(#[from] DeviceError),
     #[error(transparent)]
     RunFile(#[from] RunFileError),
+    #[error(transparent)]
+    TakeOver(#[from] TakeOverError),
+    #[error(transparent)]
+    RedoFile(#[from] RedoFileError),
+    #[error("cannot use the redo log: {0}")]
+    Redo(#[from] RedoError),
     #[error("cannot start the server: {0}")]
     SetUp(#[source] io::Error),
     #[error("a queue failed")]
@@ -94,47 +87,165 @@ pub(crate) enum ServeError {
     Unannounced(io::Error),
 }
 
-/// What this thread waits for.
-enum Event {
-    Signal(Signal),
-    Queue(Notice),
-    Ended { index: u16, result: Result<(), QueueError> },
-}
-
 /// Serves an image until a signal ends it. `announce` is called once the device serves I/O; its
 /// failure stops the device again.
 pub(crate) fn run(
-    config: &Config,
+    start: &Start,
     announce: impl FnOnce(&Path, u32) -> io::Result<()>,
 ) -> Result<(), ServeError> {
-    leave_mount_namespace();
-    let (to_events, events) = mpsc::channel();
-    watch_signals(to_events.clone()).map_err(ServeError::SetUp)?;
+    namespace::leave();
+    let crew = Crew::new().map_err(ServeError::SetUp)?;
+    let ready = match start {
+        Start::New { id, config } => make(*id, config)?,
+        Start::Recover { id } => take_over(*id)?,
+    };
+    serve(ready, crew, announce)
+}
+
+/// All that has to be there before the queues can start.
+struct Ready {
+    service: Service,
+    device: Device,
+    run_file: RunFile,
+    redo: Option<RedoFile>,
+}
+
+/// Opens the image and makes a device for it.
+fn make(id: Option<u32>, config: &Config) -> Result<Ready, ServeError> {
     let control = Control::open()?;
-    let files = Arc::new(Files::with_locking(config.caching, config.locking));
+    let files = Arc::new(config.files());
     let image = open_image(config, &files)?;
     let shape = shape_of(&image, config)?;
-
-    let wanted = device::Request { id: config.id, queues: config.queues, depth: config.depth };
-    let mut device = Device::add(control, &wanted)?;
+    let (queues, depth, recovery) = (config.queues, config.depth, config.recovery);
+    let cookie = random().map_err(ServeError::SetUp)?;
+    let mut device = Device::add(control, &device::Request { id, queues, depth, recovery, cookie })?;
     device.describe(&shape)?;
-    let run_file = RunFile::create(record(config, &device, &shape))?;
-    let reclaims = config.reclaims;
-    let service = Service { image, files, char_device: Arc::new(device.open_char()?), reclaims };
-    let mut queues = Queues::new(events);
-    let started = queues.bring_up(&service, &mut device, &to_events, announce);
-    let is_announced = started.is_ok();
-    let served = started.and_then(|()| queues.wait_for_end());
+    let run_file = RunFile::create(Record {
+        id: device.id(),
+        pid: std::process::id().cast_signed(),
+        size: shape.sectors * 512,
+        queues: device.queues(),
+        depth: device.depth(),
+        config: Config { recovery: device.is_recoverable(), ..config.clone() },
+        cookie,
+        boot: runfile::boot().map_err(ServeError::SetUp)?,
+        error: None,
+    })?;
+    let redo = if device.is_recoverable() && !image.is_read_only() {
+        Some(RedoFile::create(device.id())?)
+    } else {
+        None
+    };
+    keep_log(&image, redo.as_ref(), config)?;
+    let char_device = Arc::new(device.open_char()?);
+    let service = Service { image, files, char_device, reclaims: config.reclaims };
+    Ok(Ready { service, device, run_file, redo })
+}
 
+/// Takes a device over whose server has died. Whatever fails, the device goes on waiting.
+fn take_over(id: u32) -> Result<Ready, ServeError> {
+    let run_file = RunFile::take_over(id)?;
+    match take_over_as(run_file.record()) {
+        Ok((service, device, redo)) => Ok(Ready { service, device, run_file, redo }),
+        Err(error) => {
+            run_file.fail(format!("recovery failed: {error}"));
+            Err(error)
+        }
+    }
+}
+
+fn take_over_as(record: &Record) -> Result<(Service, Device, Option<RedoFile>), ServeError> {
+    let (id, config) = (record.id, &record.config);
+    // Our copies of its mounts would keep its file system mounted when everybody else has unmounted it.
+    namespace::let_go_of(&format!("ublkb{id}"));
+    // When this succeeds the old server's I/O has ended.
+    let device = Device::recover(Control::open()?, id, record.cookie)?;
+    let files = Arc::new(config.files());
+    let (image, redo) = open_as_left(record, &files)?;
+    keep_log(&image, redo.as_ref(), config)?;
+    let char_device = Arc::new(device.open_char()?);
+    let service = Service { image, files, char_device, reclaims: config.reclaims };
+    Ok((service, device, redo))
+}
+
+/// Writes to the image what a dead server had acknowledged, when nobody is to serve it any more.
+pub(crate) fn settle(record: &Record) -> Result<(), ServeError> {
+    let files = Arc::new(record.config.files());
+    let (image, redo) = open_as_left(record, &files)?;
+    match redo {
+        Some(_) => close_image(&image, &files),
+        None => Ok(()),
+    }
+}
+
+/// Opens the image of a dead server and replays its redo log, if it kept one.
+fn open_as_left(record: &Record, files: &Arc<Files>) -> Result<(Arc<Image>, Option<RedoFile>), ServeError> {
+    let config = &record.config;
+    let redo = RedoFile::open(record.id)?;
+    let deadline = Instant::now() + DEAD_LOCK_WAIT;
+    let image = loop {
+        match open_image(config, files) {
+            Err(ServeError::Open(error)) if error.is_locked() && Instant::now() < deadline => {
+                std::thread::sleep(DEAD_LOCK_PAUSE);
+            }
+            opened => break opened?,
+        }
+    };
+    if let Some(redo) = &redo {
+        let log = RedoLog::open(redo.memory())?;
+        if !log.is_empty() {
+            redo.check_unchanged(config.image())?;
+            let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
+            let lane = Lane::new(&image, ring.clone(), 1);
+            let replayed =
+                block_on(&ring, lane.replay(&log)).map_err(ServeError::SetUp)?.map_err(ServeError::Open)?;
+            tracing::info!(id = record.id, replayed, "changes of the dead server were replayed");
+        }
+    }
+    Ok((image, redo))
+}
+
+/// From now on changes are remembered for the next server, in a log that begins empty.
+fn keep_log(image: &Image, redo: Option<&RedoFile>, config: &Config) -> Result<(), ServeError> {
+    if let Some(redo) = redo {
+        redo.witness(config.image());
+        image.keep_redo_log(RedoLog::create(redo.memory())?);
+    }
+    Ok(())
+}
+
+/// Has the queues serve the device, until the end.
+fn serve(
+    ready: Ready,
+    mut crew: Crew,
+    announce: impl FnOnce(&Path, u32) -> io::Result<()>,
+) -> Result<(), ServeError> {
+    let Ready { service, mut device, run_file, redo } = ready;
+    let started = crew.bring_up(&service, &mut device, announce);
+    let is_announced = started.is_ok();
+    let image_path = run_file.record().config.image().to_owned();
+    let tick = || redo.iter().for_each(|redo| redo.witness(&image_path));
+    let served = started.and_then(|()| crew.wait_for_end(tick));
+    if device.is_waiting() {
+        // Its users go on waiting as well, for another attempt.
+        let error = served.err().unwrap_or(ServeError::QueueFailed);
+        run_file.fail(format!("recovery failed: {error}"));
+        return Err(error);
+    }
+    let written = match &served {
+        Ok(()) if device.is_recoverable() => device.write_back().map_err(ServeError::from),
+        _ => Ok(()),
+    };
     let stopped = device.stop().map_err(ServeError::from);
-    let drained = queues.drain(if stopped.is_ok() { DRAIN_WAIT } else { HOPELESS_DRAIN_WAIT });
+    let drained = crew.drain(if stopped.is_ok() { DRAIN_WAIT } else { HOPELESS_DRAIN_WAIT });
+    let Service { image, files, char_device, .. } = service;
     // While a queue may still write the image cannot be closed; it is then as after a crash.
-    let closed = if drained.is_ok() { close_image(&service) } else { Ok(()) };
+    let closed = if drained.is_ok() { close_image(&image, &files) } else { Ok(()) };
     // The driver deletes a device when nobody has it open.
-    drop(service);
+    drop((image, files, char_device));
     let deleted = device.delete().map_err(ServeError::from);
     // A failed queue is the cause of whatever else went wrong.
-    let result = drained.and(served).and(closed).and(stopped).and(deleted);
+    let result = drained.and(served).and(closed).and(written).and(stopped).and(deleted);
     // Before the announcement the one who waits for it learns of the error; after, `del` does.
     if let (Err(error), true) = (&result, is_announced) {
         run_file.fail(error.to_string());
@@ -142,31 +253,17 @@ pub(crate) fn run(
     result
 }
 
-/// What all queues share.
-struct Service {
-    image: Arc<Image>,
-    files: Arc<Files>,
-    char_device: Arc<File>,
-    reclaims: bool,
-}
-
 fn open_image(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {
     let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
-    let options = OpenOptions {
-        read_only: config.read_only,
-        cache_bytes: config.cache_bytes,
-        backing_format: config.backing_format,
-        ..OpenOptions::default()
-    };
-    block_on(&ring, Image::open(&ring, &**files, &config.image, &options))
+    block_on(&ring, Image::open(&ring, &**files, config.image(), &config.open_options()))
         .map_err(ServeError::SetUp)?
         .map_err(ServeError::Open)
 }
 
-/// Makes everything durable and leaves no leak, when all queues have ended.
-fn close_image(service: &Service) -> Result<(), ServeError> {
-    let ring = Uring::new(Arc::clone(&service.files), OPENING_RING).map_err(ServeError::SetUp)?;
-    let lane = Lane::new(&service.image, ring.clone(), 1);
+/// Makes everything durable and leaves no leak, when nobody serves the image any more.
+fn close_image(image: &Arc<Image>, files: &Arc<Files>) -> Result<(), ServeError> {
+    let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
+    let lane = Lane::new(image, ring.clone(), 1);
     block_on(&ring, lane.close()).map_err(ServeError::SetUp)?.map_err(ServeError::Close)
 }
 
@@ -184,208 +281,8 @@ fn shape_of(image: &Image, config: &Config) -> Result<Shape, ServeError> {
     })
 }
 
-fn record(config: &Config, device: &Device, shape: &Shape) -> Record {
-    Record {
-        id: device.id(),
-        pid: std::process::id().cast_signed(),
-        image: config.image.clone(),
-        size: shape.sectors * 512,
-        queues: device.queues(),
-        depth: device.depth(),
-        read_only: shape.read_only,
-        error: None,
-    }
-}
-
-/// The threads that serve, as seen by the one that commands.
-struct Queues {
-    events: Receiver<Event>,
-    threads: Vec<JoinHandle<()>>,
-    /// Threads that have not ended.
-    running: usize,
-    /// Queues whose fetches the kernel has got.
-    fetching: usize,
-    is_failing: bool,
-    failure: Option<ServeError>,
-    signal: Option<Signal>,
-}
-
-impl Queues {
-    fn new(events: Receiver<Event>) -> Self {
-        let (threads, failure, signal) = (Vec::new(), None, None);
-        Self { events, threads, running: 0, fetching: 0, is_failing: false, failure, signal }
-    }
-
-    /// Brings the device into service and says so.
-    fn bring_up(
-        &mut self,
-        service: &Service,
-        device: &mut Device,
-        to_events: &Sender<Event>,
-        announce: impl FnOnce(&Path, u32) -> io::Result<()>,
-    ) -> Result<(), ServeError> {
-        self.start(service, device, to_events)?;
-        self.start_device(device)?;
-        announce(&device::block_path(device.id()), device.id()).map_err(ServeError::Unannounced)
-    }
-
-    /// Starts a thread per queue, and returns when all of them fetch.
-    fn start(
-        &mut self,
-        service: &Service,
-        device: &Device,
-        to_events: &Sender<Event>,
-    ) -> Result<(), ServeError> {
-        for index in 0..device.queues() {
-            let queue = Queue {
-                index,
-                depth: device.depth(),
-                bounds: Bounds {
-                    sectors: device_sectors(service.image.virtual_size()),
-                    buffer_bytes: device.max_io_bytes(),
-                },
-                char_device: Arc::clone(&service.char_device),
-                image: Arc::clone(&service.image),
-                files: Arc::clone(&service.files),
-                reclaims: service.reclaims,
-            };
-            self.threads.push(spawn(queue, to_events.clone()).map_err(ServeError::SetUp)?);
-            self.running += 1;
-        }
-        let deadline = Instant::now() + FETCH_WAIT;
-        while self.fetching < self.threads.len() {
-            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(event) => self.note(event),
-                Err(_) => return Err(ServeError::TooSlow { what: "start", limit: FETCH_WAIT }),
-            }
-            self.check()?;
-        }
-        Ok(())
-    }
-
-    /// Starts the device, unless a queue fails or a signal comes meanwhile.
-    fn start_device(&mut self, device: &mut Device) -> Result<(), ServeError> {
-        let started = device.start(&mut || {
-            while let Ok(event) = self.events.try_recv() {
-                self.note(event);
-            }
-            self.check().is_err()
-        });
-        self.check()?;
-        Ok(started?)
-    }
-
-    /// Waits for the signal that ends the service.
-    fn wait_for_end(&mut self) -> Result<(), ServeError> {
-        while self.signal.is_none() {
-            // It cannot fail: `run` holds a sender.
-            if let Ok(event) = self.events.recv() {
-                self.note(event);
-            }
-            if self.is_failing {
-                return Err(ServeError::QueueFailed);
-            }
-        }
-        Ok(())
-    }
-
-    /// Waits for the queues to end, after the device has been stopped.
-    fn drain(mut self, limit: Duration) -> Result<(), ServeError> {
-        let deadline = Instant::now() + limit;
-        while self.running > 0 {
-            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
-                Ok(event) => self.note(event),
-                Err(_) => return Err(self.failure.unwrap_or(ServeError::TooSlow { what: "end", limit })),
-            }
-        }
-        for thread in self.threads.drain(..) {
-            // Its end has been reported already, a panic too.
-            let _ = thread.join();
-        }
-        self.failure.map_or(Ok(()), Err)
-    }
-
-    fn note(&mut self, event: Event) {
-        match event {
-            Event::Signal(signal) => self.signal = Some(signal),
-            Event::Queue(Notice::Fetching) => self.fetching += 1,
-            Event::Queue(Notice::Failing) => self.is_failing = true,
-            Event::Ended { index, result } => {
-                self.running -= 1;
-                // Until the device is stopped a queue does not end by itself.
-                self.is_failing = true;
-                if let Err(source) = result {
-                    tracing::error!(queue = index, "the queue failed: {source}");
-                    self.failure.get_or_insert(ServeError::Queue { index, source });
-                }
-            }
-        }
-    }
-
-    /// Whether to go on starting.
-    fn check(&self) -> Result<(), ServeError> {
-        match self.signal {
-            _ if self.is_failing => Err(ServeError::QueueFailed),
-            Some(signal) => Err(ServeError::Interrupted(signal)),
-            None => Ok(()),
-        }
-    }
-}
-
-/// Starts a queue's thread, which reports its end whatever that is.
-fn spawn(queue: Queue, to_events: Sender<Event>) -> io::Result<JoinHandle<()>> {
-    let name = format!("queue{}", queue.index);
-    std::thread::Builder::new().name(name).spawn(move || {
-        let index = queue.index;
-        let mut ending =
-            Ending { index, to_events: to_events.clone(), result: Some(Err(QueueError::Panicked)) };
-        ending.result = Some(queue::serve(&queue, move |notice| {
-            let _ = to_events.send(Event::Queue(notice));
-        }));
-        drop(queue);
-        drop(ending);
-    })
-}
-
-/// Reports a queue's end when dropped.
-struct Ending {
-    index: u16,
-    to_events: Sender<Event>,
-    result: Option<Result<(), QueueError>>,
-}
-
-impl Drop for Ending {
-    fn drop(&mut self) {
-        if let Some(result) = self.result.take() {
-            let _ = self.to_events.send(Event::Ended { index: self.index, result });
-        }
-    }
-}
-
-/// Turns the signals that end a service into events. All threads started later leave them alone.
-fn watch_signals(to_events: Sender<Event>) -> io::Result<()> {
-    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
-    signals.thread_block()?;
-    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
-        while let Ok(signal) = signals.wait() {
-            if to_events.send(Event::Signal(signal)).is_err() {
-                return;
-            }
-        }
-    })?;
-    Ok(())
-}
-
-/// Moves this process into a mount namespace of its own, which mounts made later do not reach. A
-/// server whose namespace holds a mount of its own device could not exit: the last reference to
-/// the mount goes with its process, and letting go of it needs the server.
-fn leave_mount_namespace() {
-    let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
-    let result = unshare(CloneFlags::CLONE_NEWNS)
-        .and_then(|()| mount(None::<&str>, "/", None::<&str>, private, None::<&str>));
-    if let Err(error) = result {
-        tracing::warn!(
-            "no mount namespace of its own: {error}; unmount the device before stopping the server"
-        );
-    }
+fn random() -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(u64::from_ne_bytes(bytes))
 }

@@ -3,7 +3,7 @@
 //! [`into_background`] forks before any thread or ring exists. The parent waits until the child
 //! either serves its device or has failed, and reports that as its own result.
 
-use nix::unistd::{ForkResult, dup2_stderr, dup2_stdin, dup2_stdout, fork, setsid};
+use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, fork, setsid};
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Write},
@@ -11,15 +11,15 @@ use std::{
     path::Path,
 };
 
-/// First byte of the child's message: what follows is the device's name.
+/// First byte of the child's message: what follows is the device's number.
 const SERVING: u8 = b'+';
 /// First byte of the child's message: what follows is an error.
 const FAILED: u8 = b'-';
 
 /// Which side of the fork this is.
 pub(crate) enum Side {
-    /// The caller's process, with the child's result: the device's name or the error.
-    Parent(Result<String, String>),
+    /// The caller's process, with the child's result: the device's number or the error.
+    Parent { child: Pid, outcome: Result<u32, String> },
     /// The server to be.
     Child(Reporter),
 }
@@ -35,9 +35,9 @@ pub(crate) fn into_background() -> io::Result<Side> {
     let (from_child, to_parent) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
     // SAFETY: the process has one thread only: the command line has been read and nothing else done.
     match unsafe { fork() }? {
-        ForkResult::Parent { .. } => {
+        ForkResult::Parent { child } => {
             drop(to_parent);
-            Ok(Side::Parent(receive(from_child)))
+            Ok(Side::Parent { child, outcome: receive(from_child) })
         }
         ForkResult::Child => {
             drop(from_child);
@@ -48,12 +48,12 @@ pub(crate) fn into_background() -> io::Result<Side> {
     }
 }
 
-fn receive(from_child: OwnedFd) -> Result<String, String> {
+fn receive(from_child: OwnedFd) -> Result<u32, String> {
     let mut message = Vec::new();
     File::from(from_child).read_to_end(&mut message).map_err(|error| error.to_string())?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     match message.split_first() {
-        Some((&SERVING, device)) => Ok(text(device)),
+        Some((&SERVING, id)) => text(id).parse().map_err(|_| "the server's answer makes no sense".to_owned()),
         Some((_, error)) => Err(text(error)),
         None => Err("the server died before it served the device; see the kernel log (dmesg)".to_owned()),
     }
@@ -65,12 +65,12 @@ impl Reporter {
     ///
     /// # Errors
     /// When the parent is gone, so that nobody learns of the device.
-    pub(crate) fn serving(mut self, device: &Path, log: &Path) -> io::Result<()> {
+    pub(crate) fn serving(mut self, id: u32, log: &Path) -> io::Result<()> {
         let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
         let log = OpenOptions::new().append(true).create(true).open(log)?;
         std::env::set_current_dir("/")?;
         let mut message = vec![SERVING];
-        message.extend_from_slice(device.as_os_str().as_encoded_bytes());
+        message.extend_from_slice(id.to_string().as_bytes());
         self.0.write_all(&message)?;
         dup2_stdin(&null)?;
         dup2_stdout(&null)?;

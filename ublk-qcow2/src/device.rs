@@ -4,8 +4,9 @@
 //! so no half-made device stays behind. It knows nothing of images or queues' work; it is given a
 //! size and limits, and hands out the character device that the queues serve.
 //!
-//! Recovery of a device whose server died (`UBLK_F_USER_RECOVERY`) will be another way of getting
-//! a `Device`, beside [`Device::add`]: the steps after it stay as they are.
+//! A device that was added for recovery (`UBLK_F_USER_RECOVERY`) waits when its server dies, with all its
+//! requests. [`Device::recover`] is then another way of getting a `Device`, beside [`Device::add`]; the
+//! steps after it are the same. Should they fail, the device goes on waiting.
 
 use crate::control::{ANY_ID, Control, ControlError};
 use libublk::sys;
@@ -13,6 +14,7 @@ use std::{
     fs::{File, OpenOptions},
     io,
     path::{Path, PathBuf},
+    sync::mpsc,
     time::{Duration, Instant},
 };
 
@@ -27,6 +29,14 @@ const PHYSICAL_SHIFT: u8 = 12;
 /// The largest discard or write-zeroes request: 1 GiB, so that one request stays well below a second
 /// even where every cluster is freed by itself.
 const MAX_DISCARD_SECTORS: u32 = 1 << (30 - LOGICAL_SHIFT);
+/// How long the kernel may take to end the I/O of a server that died.
+const ORPHAN_WAIT: Duration = Duration::from_secs(60);
+/// Between two questions whether it has.
+const ORPHAN_PAUSE: Duration = Duration::from_millis(10);
+/// How long the kernel may take to write the block device's dirty pages.
+const WRITE_BACK: Duration = Duration::from_secs(300);
+/// The device waits for another server, which is given the requests that the old one had.
+const RECOVERY: u64 = (sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) as u64;
 /// How long a device node may take to appear after the driver has made the device.
 const NODE_WAIT: Duration = Duration::from_secs(10);
 
@@ -37,6 +47,10 @@ pub(crate) struct Request {
     pub(crate) id: Option<u32>,
     pub(crate) queues: u16,
     pub(crate) depth: u16,
+    /// Whether the device waits for another server when its own dies.
+    pub(crate) recovery: bool,
+    /// What the driver keeps for us, to know the device by.
+    pub(crate) cookie: u64,
 }
 
 /// What the device looks like to its users.
@@ -56,6 +70,8 @@ pub(crate) struct Shape {
 pub(crate) enum DeviceError {
     #[error(transparent)]
     Control(#[from] ControlError),
+    #[error("device {id} is {what}")]
+    NotOurs { id: u32, what: &'static str },
     #[error("the driver took other parameters than it was given: {0}")]
     Params(String),
     #[error("cannot open {}: {source}{hint}", .path.display())]
@@ -75,6 +91,8 @@ enum State {
     Added,
     /// The block device may exist.
     Started,
+    /// The block device exists and waits for a server.
+    Orphaned,
     /// Nothing is left to undo.
     Deleted,
 }
@@ -88,10 +106,49 @@ impl Device {
             max_io_buf_bytes: MAX_IO_BYTES,
             dev_id: request.id.unwrap_or(ANY_ID),
             ublksrv_pid: -1,
-            flags: u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE),
+            flags: u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE) | if request.recovery { RECOVERY } else { 0 },
+            ublksrv_flags: request.cookie,
             ..Default::default()
         })?;
-        Ok(Self { control, info, state: State::Added })
+        let device = Self { control, info, state: State::Added };
+        if request.recovery && !device.is_recoverable() {
+            tracing::warn!("this kernel's driver knows no recovery: should the server die, I/O will fail");
+        }
+        Ok(device)
+    }
+
+    /// Gets a device whose server has died, when the last of that server's I/O has ended.
+    pub(crate) fn recover(mut control: Control, id: u32, cookie: u64) -> Result<Self, DeviceError> {
+        let info = control.info(id)?;
+        let not_ours = |what| Err(DeviceError::NotOurs { id, what });
+        if info.ublksrv_flags != cookie {
+            return not_ours("another one by now");
+        }
+        if info.flags & RECOVERY != RECOVERY {
+            return not_ours("without recovery; `ublk-qcow2 del` removes it");
+        }
+        let deadline = Instant::now() + ORPHAN_WAIT;
+        loop {
+            match control.start_recovery(id) {
+                Err(error) if error.errno() == Some(libc::EBUSY) && Instant::now() < deadline => {
+                    std::thread::sleep(ORPHAN_PAUSE);
+                }
+                outcome => {
+                    outcome?;
+                    return Ok(Self { control, info, state: State::Orphaned });
+                }
+            }
+        }
+    }
+
+    /// Whether it has no server: it was to be taken over, and has not been.
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.state == State::Orphaned
+    }
+
+    /// Whether it waits for another server when its own dies.
+    pub(crate) fn is_recoverable(&self) -> bool {
+        self.info.flags & RECOVERY == RECOVERY
     }
 
     /// The device's number.
@@ -131,10 +188,30 @@ impl Device {
 
     /// Starts the device; the block device exists when this returns. See [`Control::start`].
     pub(crate) fn start(&mut self, give_up: &mut dyn FnMut() -> bool) -> Result<(), DeviceError> {
-        self.state = State::Started;
-        self.control.start(self.id(), std::process::id(), give_up)?;
+        let pid = std::process::id();
+        if self.state == State::Orphaned {
+            self.control.end_recovery(self.id(), pid, give_up)?;
+            self.state = State::Started;
+        } else {
+            self.state = State::Started;
+            self.control.start(self.id(), pid, give_up)?;
+        }
         // udev or devtmpfs makes the node; who reads its name from us will open it at once.
         wait_for_node(block_path(self.id()), |path| std::fs::metadata(path)).map(drop)
+    }
+
+    /// Has the kernel write back what it has in memory for the block device. A device for recovery fails
+    /// whatever comes after the beginning of [`Self::stop`], dirty pages included.
+    pub(crate) fn write_back(&self) -> Result<(), DeviceError> {
+        let path = block_path(self.id());
+        let (done, outcome) = mpsc::channel();
+        let synced = path.clone();
+        // Not to be waited for without a bound: the requests may hang.
+        std::thread::spawn(move || done.send(File::open(synced).and_then(|device| device.sync_all())));
+        let result = outcome
+            .recv_timeout(WRITE_BACK)
+            .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "it takes too long")));
+        result.map_err(|source| DeviceError::Node { path, source, hint: "; dirty pages may be lost" })
     }
 
     /// Stops the device: the queues' fetches are aborted when their requests have finished.
@@ -161,6 +238,9 @@ impl Device {
 impl Drop for Device {
     fn drop(&mut self) {
         let id = self.id();
+        if self.state == State::Orphaned {
+            return;
+        }
         if self.state == State::Started
             && let Err(error) = self.control.stop(id)
         {

@@ -3,18 +3,23 @@
 //! This file reads the command line and turns a failure into one line on standard error and a
 //! non-zero exit code. The way of a request: [`queue`] fetches it, [`request`] decodes it, the
 //! engine carries it out, [`errno`] words its failure. The way of a device: [`commands`] →
-//! [`daemon`] → [`device`] → [`control`].
+//! [`supervisor`] → [`daemon`] → [`device`] → [`control`].
 
 mod cli;
 mod commands;
+mod config;
 mod control;
+mod crew;
 mod daemon;
 mod detach;
 mod device;
 mod errno;
+mod namespace;
 mod queue;
+mod redofile;
 mod request;
 mod runfile;
+mod supervisor;
 
 use clap::Parser;
 use cli::{Cli, Command};
@@ -26,6 +31,7 @@ fn main() -> ExitCode {
     let success = |()| ExitCode::SUCCESS;
     let result = match &cli.command {
         Command::Add(args) => commands::add::run(args).map(success),
+        Command::Recover(args) => commands::add::recover(args).map(success),
         Command::Del(args) => commands::del::run(args).map(success),
         Command::List(args) => commands::list::run(args).map(success),
         Command::Features => commands::features::run().map(success),

@@ -1,27 +1,29 @@
 //! One queue of a device: fetch, serve, commit.
 //!
-//! [`serve`] is the whole life of a queue's thread. There is one task per tag. It fetches, and from
-//! then on: decodes the descriptor that the kernel has put into shared memory, has the engine do
+//! [`serve`] is the whole life of a queue's thread: it fetches with all tags, and from then on, for each
+//! (`tags`): decodes the descriptor that the kernel has put into shared memory, has the engine do
 //! the work, and commits the result, which is also the next fetch. The same ring carries these
-//! commands and the image's I/O, so a loop turn is one system call. Nothing here blocks.
+//! commands and the image's I/O, so that they share system calls. Nothing here blocks.
 //!
 //! The end: once the device is stopped every fetch comes back with ENODEV. A tag that is at work
 //! finishes its request first and learns it from its commit. When all queues have ended the daemon
 //! closes the image.
 
+mod tags;
+
 use crate::{
     errno::errno,
-    request::{Bounds, DecodeError, Range, Request},
+    request::{Bounds, DecodeError, Request},
 };
 use io_uring::{opcode, types};
 use libublk::sys;
 use memmap2::{MmapOptions, MmapRaw};
 use qcow2_engine::{
-    Error, Image, Lane, Pace, Verdict, ZeroMode,
+    Error, Image, Lane, Pace, Verdict,
     exec::Executor,
     io::{
         Buf, Files,
-        uring::{Op, Target, Uring},
+        uring::{Target, Uring},
     },
 };
 use std::{
@@ -36,6 +38,7 @@ use std::{
     task::{Poll, Waker},
     time::Duration,
 };
+use tags::Tag;
 
 /// The part of each tag's buffer whose pages are held for good, in bytes: 2 MiB per queue of 128 tags
 /// for small requests; large ones look their pages up in bulk.
@@ -49,7 +52,7 @@ const RECLAIM_REST: Duration = Duration::from_millis(1);
 /// From linux/prctl.h; missing in the crate libc.
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 /// The kernel's result for a command of a stopped queue.
-const ABORTED: i32 = -sys::UBLK_IO_RES_ABORT;
+const ABORTED: i32 = sys::UBLK_IO_RES_ABORT;
 
 /// What a queue's thread needs to know.
 pub(crate) struct Queue {
@@ -96,6 +99,7 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
     let context = Rc::new(Context {
         index: queue.index,
         target: registered.target(),
+        tags: tag_buffers(queue, &ring).into_iter().map(Tag::new).collect(),
         serving: Cell::new(queue.depth),
         drained: RefCell::new(None),
         lane: Lane::new(&queue.image, ring.clone(), usize::from(queue.depth)),
@@ -108,9 +112,8 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
     });
 
     let executor = Executor::new(ring.clone());
-    for (tag, buf) in (0..queue.depth).zip(tag_buffers(queue, &ring)) {
-        executor.spawn(Rc::clone(&context).serve_tag(tag, buf));
-    }
+    executor.spawn(Rc::clone(&context).serve_tags());
+    (0..queue.depth).for_each(|tag| executor.spawn(Rc::clone(&context).serve_slowly(tag)));
     executor.spawn(Rc::clone(&context).report_fetching());
     if queue.index == 0 {
         executor.spawn(Rc::clone(&context).maintain());
@@ -137,7 +140,8 @@ fn tag_buffers(queue: &Queue, ring: &Uring) -> Vec<Buf> {
 struct Context {
     index: u16,
     target: Target,
-    /// Tags whose task has not ended.
+    tags: Box<[Tag]>,
+    /// Tags that have not ended.
     serving: Cell<u16>,
     /// Whoever waits for the last tag to end.
     drained: RefCell<Option<Waker>>,
@@ -151,14 +155,6 @@ struct Context {
 }
 
 impl Context {
-    async fn serve_tag(self: Rc<Self>, tag: u16, buf: Buf) {
-        self.fetch_and_serve(tag, buf).await;
-        self.serving.set(self.serving.get() - 1);
-        if let (0, Some(waiting)) = (self.serving.get(), self.drained.take()) {
-            waiting.wake();
-        }
-    }
-
     /// The image's own work, beside the requests, until the last tag has ended.
     async fn maintain(self: Rc<Self>) {
         loop {
@@ -208,25 +204,7 @@ impl Context {
         }
     }
 
-    /// The life of one tag.
-    async fn fetch_and_serve(&self, tag: u16, buf: Buf) {
-        let mut command = self.command(sys::UBLK_U_IO_FETCH_REQ, tag, 0, &buf);
-        loop {
-            match command.await {
-                Ok(_) => {}
-                Err(error) if error.raw_os_error() == Some(ABORTED) => return,
-                Err(error) => {
-                    self.failure.borrow_mut().get_or_insert(error);
-                    (self.notify)(Notice::Failing);
-                    return;
-                }
-            }
-            let result = self.serve_request(tag, &buf).await;
-            command = self.command(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, tag, result, &buf);
-        }
-    }
-
-    /// Spawned after the tags' tasks: the kernel takes submissions in order, so when this no-op has
+    /// Spawned after the task that fetches: the kernel takes submissions in order, so when this no-op has
     /// completed it has the fetches that were queued before it.
     async fn report_fetching(self: Rc<Self>) {
         // SAFETY: a no-op names no memory.
@@ -236,52 +214,31 @@ impl Context {
         }
     }
 
-    /// Serves the tag's request. Returns what the kernel wants to hear: the bytes moved (0 for
-    /// requests that move none) or a negative errno.
-    async fn serve_request(&self, tag: u16, buf: &Buf) -> i32 {
-        let request = match Request::decode(&self.descriptors.get(tag), self.bounds) {
-            Ok(request) => request,
-            Err(error) => return self.refuse(error),
-        };
-        match self.carry_out(request, buf).await {
-            // At most the buffer's length.
-            Ok(bytes) => bytes as i32,
-            Err(error) => {
-                self.report(&format_args!("{request:?}: {error}"));
-                -errno(error.kind())
-            }
-        }
+    fn depth(&self) -> u16 {
+        // As many as the queue is deep.
+        self.tags.len() as u16
     }
 
-    /// Has the engine carry a request out. Returns the bytes moved.
-    async fn carry_out(&self, request: Request, buf: &Buf) -> Result<u64, Error> {
-        let lane = &self.lane;
-        match request {
-            Request::Read(range) => {
-                lane.read(range.at, part(buf, range)).await?;
-                return Ok(range.len);
-            }
-            Request::Write { range, fua } => {
-                lane.write(range.at, part(buf, range)).await?;
-                if fua {
-                    lane.flush().await?;
-                }
-                return Ok(range.len);
-            }
-            Request::Flush => lane.flush().await?,
-            Request::Discard(range) => lane.discard(range.at, range.len).await?,
-            Request::WriteZeroes { range, unmap } => {
-                let mode = if unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
-                lane.write_zeroes(range.at, range.len, mode).await?;
-            }
-        }
-        Ok(0)
+    fn tag(&self, number: u16) -> &Tag {
+        &self.tags[usize::from(number)]
     }
 
-    /// A fetch, or a commit with `result` that fetches again. `buf` is the tag's own: the kernel
-    /// copies a write's data into it before the command completes and a read's data out of it when
-    /// the result is committed.
-    fn command(&self, code: u32, tag: u16, result: i32, buf: &Buf) -> Op {
+    /// The request that a tag has fetched, or what the kernel is to be told instead of a result.
+    fn request_of(&self, tag: u16) -> Result<Request, i32> {
+        Request::decode(&self.descriptors.get(tag), self.bounds).map_err(|error| {
+            self.report(&error);
+            match error {
+                DecodeError::Operation(_) => -libc::EOPNOTSUPP,
+                DecodeError::OutOfRange { .. } | DecodeError::TooLong(_) => -libc::EIO,
+            }
+        })
+    }
+
+    /// A fetch, or a commit with `result` that fetches again; its end is reported under the tag's
+    /// number. The kernel copies a write's data into the tag's buffer before the command completes,
+    /// and a read's data out of it when the result is committed.
+    fn command(&self, code: u32, tag: u16, result: i32) {
+        let buf = self.tag(tag).buf();
         let mut area = [0; 16];
         area[0..2].copy_from_slice(&self.index.to_ne_bytes());
         area[2..4].copy_from_slice(&tag.to_ne_bytes());
@@ -292,15 +249,13 @@ impl Context {
             Target::Fixed(slot) => opcode::UringCmd16::new(types::Fixed(slot), code).cmd(area).build(),
         };
         // SAFETY: the only memory that the entry names is `buf`, whose owner is handed over.
-        unsafe { self.ring.submit(entry, Some(buf.clone())) }
+        unsafe { self.ring.submit_reporting(entry, Some(buf.clone()), u32::from(tag)) }
     }
 
-    fn refuse(&self, error: DecodeError) -> i32 {
-        self.report(&error);
-        match error {
-            DecodeError::Operation(_) => -libc::EOPNOTSUPP,
-            DecodeError::OutOfRange { .. } | DecodeError::TooLong(_) => -libc::EIO,
-        }
+    /// What the kernel is told of a request that the engine could not carry out.
+    fn failed(&self, request: &Request, error: &Error) -> i32 {
+        self.report(&format_args!("{request:?}: {error}"));
+        -errno(error.kind())
     }
 
     /// Reports a failed request, unless there have been so many that it would flood the log.
@@ -317,11 +272,6 @@ impl Pace for Context {
     fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
         Box::pin(async { self.ring.sleep(RECLAIM_REST).await.is_ok() && self.serving.get() > 0 })
     }
-}
-
-/// The part of a tag's buffer that holds the range's data; decoding has made sure that it has room.
-fn part(buf: &Buf, range: Range) -> Buf {
-    buf.slice(0..range.len as usize)
 }
 
 /// The request descriptors of a queue, which the kernel writes before it completes a fetch.

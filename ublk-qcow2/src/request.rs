@@ -81,6 +81,14 @@ impl Request {
             other => return Err(DecodeError::Operation(other)),
         })
     }
+
+    /// The bytes of data that it moves.
+    pub(crate) fn data_len(&self) -> u64 {
+        match self {
+            Self::Read(range) | Self::Write { range, .. } => range.len,
+            Self::Flush | Self::Discard(_) | Self::WriteZeroes { .. } => 0,
+        }
+    }
 }
 
 impl Range {

@@ -3,14 +3,17 @@
 //! A server writes `N.json` when it has made device N, keeps it locked while it lives, and removes
 //! it after a clean end. The lock, not the process id, tells whether the server lives: the kernel
 //! gives it back however the process ends. A file without a lock is that of a server that died, or
-//! of one that could not close its image and says so in `error`.
+//! of one that could not close its image and says so in `error`. Whoever recovers the device takes the
+//! file over: locked first, then rewritten with the new process in it.
 
+use crate::config::Config;
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 use std::{
     env,
     fs::{self, File},
     io::{self, Write},
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -26,13 +29,17 @@ pub(crate) struct Record {
     pub(crate) id: u32,
     /// The server's process.
     pub(crate) pid: i32,
-    /// The image, as an absolute path.
-    pub(crate) image: PathBuf,
     /// The device's capacity in bytes.
     pub(crate) size: u64,
+    /// Queues and depth as the driver gave them.
     pub(crate) queues: u16,
     pub(crate) depth: u16,
-    pub(crate) read_only: bool,
+    /// How the image is served.
+    pub(crate) config: Config,
+    /// What the driver knows the device by, so that it is not taken for another with its number.
+    pub(crate) cookie: u64,
+    /// The boot in which the device was made: it has not outlived it.
+    pub(crate) boot: String,
     /// Why the server could not end cleanly.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) error: Option<String>,
@@ -45,6 +52,19 @@ pub(crate) struct RunFileError {
     what: &'static str,
     path: PathBuf,
     source: io::Error,
+}
+
+/// Why a dead server's run file could not be taken over.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TakeOverError {
+    #[error(transparent)]
+    RunFile(#[from] RunFileError),
+    #[error("there is no record of a device {0}: `ublk-qcow2 list` shows what there is")]
+    Missing(u32),
+    #[error("device {0} has a server")]
+    Alive(u32),
+    #[error("device {0} was made before the machine's last start and is gone")]
+    OtherBoot(u32),
 }
 
 /// A server's own run file, locked. Dropping it removes it.
@@ -76,7 +96,34 @@ impl RunFile {
         Ok(Self { path, record, _lock: lock })
     }
 
-    /// Leaves the file behind, with the reason why the server's end was not clean.
+    /// Takes over the file of a dead server, for this process.
+    pub(crate) fn take_over(id: u32) -> Result<Self, TakeOverError> {
+        let path = path_of(id);
+        let fail = |source| RunFileError { what: "cannot take over", path: path.clone(), source };
+        let dead = lock_dead(&path).map_err(fail)?;
+        let (mut record, dead) = match dead {
+            Dead::Missing => return Err(TakeOverError::Missing(id)),
+            Dead::Alive => return Err(TakeOverError::Alive(id)),
+            Dead::Locked(record, lock) => (record, lock),
+        };
+        if record.boot != boot().map_err(fail)? {
+            remove_stale(id);
+            return Err(TakeOverError::OtherBoot(id));
+        }
+        record.pid = std::process::id().cast_signed();
+        record.error = None;
+        let lock = write_locked(&path, &record).map_err(fail)?;
+        drop(dead);
+        Ok(Self { path, record, _lock: lock })
+    }
+
+    /// What it says.
+    pub(crate) fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// Leaves the file behind, with the reason why the server's end was not clean: for `del` to tell,
+    /// or for another attempt at recovery.
     pub(crate) fn fail(mut self, error: String) {
         self.record.error = Some(error);
         // If it cannot be written `del` will still find a dead server.
@@ -132,10 +179,47 @@ pub(crate) fn load_all() -> Result<Vec<Entry>, RunFileError> {
     Ok(entries)
 }
 
-/// Removes a server's run file and log.
+/// Removes what a server has in the run directory.
 pub(crate) fn remove_stale(id: u32) {
-    let _ = fs::remove_file(path_of(id));
-    let _ = fs::remove_file(log_path(id));
+    // The log first: it is of no use without the run file, but not the other way round.
+    for path in [redo_path(id), log_path(id), path_of(id)] {
+        let _ = fs::remove_file(path);
+    }
+}
+
+/// Which boot of the machine this is.
+pub(crate) fn boot() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+}
+
+/// Where a server keeps its redo log.
+pub(crate) fn redo_path(id: u32) -> PathBuf {
+    directory().join(format!("{id}.redo"))
+}
+
+/// A run file that is to be taken over.
+enum Dead {
+    Missing,
+    Alive,
+    Locked(Record, Flock<File>),
+}
+
+/// Locks the run file of a server that has died.
+fn lock_dead(path: &Path) -> io::Result<Dead> {
+    loop {
+        let file = match File::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Dead::Missing),
+            file => file?,
+        };
+        let Ok(file) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { return Ok(Dead::Alive) };
+        // Somebody else may have taken it over between the opening and the lock.
+        match fs::metadata(path) {
+            Ok(named) if (named.dev(), named.ino()) == (file.metadata()?.dev(), file.metadata()?.ino()) => {
+                return Ok(Dead::Locked(serde_json::from_reader(&*file)?, file));
+            }
+            _ => {}
+        }
+    }
 }
 
 /// Where a server in the background writes what it has to say.
@@ -165,6 +249,7 @@ fn directory() -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config;
 
     #[test]
     fn a_record_survives_and_the_lock_tells_who_lives() {
@@ -173,17 +258,22 @@ mod tests {
         let record = Record {
             id: 7,
             pid: 1,
-            image: "/images/a b.qcow2".into(),
             size: 1 << 40,
             queues: 2,
             depth: 64,
-            read_only: false,
+            config: config::example(),
+            cookie: u64::MAX,
+            boot: boot().unwrap(),
             error: None,
         };
         let lock = write_locked(&path, &record).unwrap();
         assert_eq!(load_path(&path).unwrap(), Some(Entry { record: record.clone(), is_alive: true }));
+        assert!(matches!(lock_dead(&path).unwrap(), Dead::Alive));
         drop(lock);
-        assert_eq!(load_path(&path).unwrap(), Some(Entry { record, is_alive: false }));
+        assert_eq!(load_path(&path).unwrap(), Some(Entry { record: record.clone(), is_alive: false }));
+        let Dead::Locked(found, _lock) = lock_dead(&path).unwrap() else { panic!("it is dead") };
+        assert_eq!(found, record);
+        assert!(matches!(lock_dead(&path).unwrap(), Dead::Alive), "one of two takes it over");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
         assert_eq!(load_path(&dir.path().join("8.json")).unwrap(), None);
     }

@@ -287,3 +287,54 @@ fn io_fails_where_qemu_io_fails() {
     assert_eq!(code(&refused), 1);
     assert!(text(&refused).contains("read-only"), "{}", text(&refused));
 }
+
+/// A file of a few hundred KiB whose header, L1 table and refcount table claim petabytes. What `info`,
+/// `check` and a repair cost must follow the file, so they get 256 MiB of address space.
+#[test]
+fn a_tiny_file_that_claims_petabytes_costs_little() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    // An L1 table for 2 PiB at 2 MiB clusters, all of whose entries name an L2 table far out.
+    succeeds(run("qemu-img", path, &["create", "-q", "-f", "qcow2", "-o", "cluster_size=2M", "i", "2P"]));
+    let file = fs::OpenOptions::new().read(true).write(true).open(path.join("i")).expect("image");
+    let word = |at: u64| {
+        let mut bytes = [0; 8];
+        file.read_exact_at(&mut bytes, at).expect("read");
+        u64::from_be_bytes(bytes)
+    };
+    let (l1, refcount_table) = (word(40), word(48));
+    for index in 0..4096 {
+        let entry = (1 << 63) | ((1 << 50) + (index << 21));
+        file.write_all_at(&u64::to_be_bytes(entry), l1 + index * 8).expect("write");
+        file.write_all_at(&u64::to_be_bytes((1 << 50) + (index << 21)), refcount_table + 8 + index * 8)
+            .expect("write");
+    }
+    let limited = |args: &[&str]| {
+        let script = "ulimit -v 262144; exec timeout 60 \"$0\" \"$@\"";
+        run("sh", path, &[&["-c", script, OURS], args].concat())
+    };
+    succeeds(limited(&["info", "i"]));
+    for args in
+        [&["check", "i"][..], &["check", "--repair", "all", "i"], &["check", "--repair", "leaks", "i"]]
+    {
+        let output = limited(args);
+        let text = text(&output);
+        assert!(matches!(code(&output), 0..=3), "{args:?}: {text}");
+        assert!(!text.contains("memory") && !text.contains("panicked"), "{args:?}: {text}");
+    }
+}
+
+#[test]
+fn backing_files_are_opened_by_policy_and_never_by_info() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    fs::write(path.join("base"), vec![7; 1 << 20]).expect("base");
+    succeeds(run("qemu-img", path, &["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "i"]));
+    let io = |args: &[&str]| ours(path, &[&["io", "-r", "-c", "read -P 7 0 64k"], args, &["i"]].concat());
+    succeeds(io(&[]));
+    succeeds(io(&["--backing-dir", "."]));
+    assert!(text(&io(&["--no-backing"])).contains("names the backing file"));
+    assert!(text(&io(&["--backing-dir", "/usr"])).contains("is not below a directory"));
+    fs::remove_file(path.join("base")).expect("base");
+    assert!(succeeds(ours(path, &["info", "i"])).contains("backing file: base"));
+}

@@ -5,6 +5,7 @@ mod bench;
 mod crash;
 mod demo;
 mod dist;
+mod fuzz;
 mod kernel;
 mod peers;
 mod place;
@@ -37,6 +38,8 @@ enum Task {
     TestCompat(test_compat::Options),
     /// Crash simulated workloads at every moment and judge what is left
     Crash(crash::Options),
+    /// Damage images field by field, and hold what becomes of them against QEMU's tools
+    Fuzz(fuzz::Options),
     /// Compare the speed of the engines in the virtual machine
     Bench(bench::Options),
     /// The release binary in a tarball
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         Task::Test(options) => test::command(&options),
         Task::TestCompat(options) => test_compat::command(&options),
         Task::Crash(options) => crash::command(&options),
+        Task::Fuzz(options) => fuzz::command(&options),
         Task::Bench(options) => bench::command(&options),
         Task::Dist => dist::command().map(|()| ExitCode::SUCCESS),
         Task::Vm(options) => vm::command(&options),

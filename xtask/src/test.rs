@@ -4,7 +4,7 @@
 //! device lane is shared with `test_compat`.
 
 use crate::{
-    crash,
+    crash, fuzz,
     kernel::Kernel,
     place::{Job, Place},
     process::{capture, find_program, run, show},
@@ -71,6 +71,7 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
         count_of_cargo_test(&output).confirmed_by(succeeded)
     });
     report.lane("crash simulation", crash::quick);
+    report.lane("damaged images", fuzz::quick);
     report.lane(&format!("device tests on {place}"), || device_lane(place, Matrix::Quick));
     Ok(report.finish())
 }

@@ -5,11 +5,16 @@
 //! it waits here, still counted. This module decides what is ready; `reclaim.rs` carries it out.
 
 use crate::epoch::Epoch;
-use std::collections::VecDeque;
+use std::{collections::VecDeque, ops::Range};
 
-/// A queue of freed clusters, oldest first.
+/// Freed clusters.
 #[derive(Default)]
-pub(crate) struct Frees(VecDeque<Free>);
+pub(crate) struct Frees {
+    /// Oldest first.
+    waiting: VecDeque<Free>,
+    /// What was taken out last, and is being given back.
+    taken: Vec<Free>,
+}
 
 /// One reference to a host cluster that is gone from the mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,16 +28,27 @@ pub(crate) struct Free {
 
 impl Frees {
     pub(crate) fn push(&mut self, free: Free) {
-        self.0.push_back(free);
+        self.waiting.push_back(free);
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.0.len()
+        self.waiting.len()
     }
 
-    /// The clusters that wait, as often as references to them do.
+    /// A cluster of `run` that has not been given back yet.
+    pub(crate) fn find(&self, run: &Range<u64>) -> Option<u64> {
+        let all = self.waiting.iter().chain(&self.taken);
+        all.map(|free| free.cluster).find(|cluster| run.contains(cluster))
+    }
+
+    /// What was taken out is given back, or waits again.
+    pub(crate) fn returned(&mut self) {
+        self.taken.clear();
+    }
+
+    /// The clusters that have not been given back yet, as often as references to them.
     pub(crate) fn clusters(&self) -> impl Iterator<Item = u64> + '_ {
-        self.0.iter().map(|free| free.cluster)
+        self.waiting.iter().chain(&self.taken).map(|free| free.cluster)
     }
 
     /// Takes out what may be given back, up to `max` references.
@@ -43,10 +59,14 @@ impl Frees {
         max: usize,
     ) -> Vec<Free> {
         // Both stamps only ever grow along the queue.
-        let ready =
-            self.0.iter().take(max).take_while(|free| free.cut <= durable_cut && has_passed(free.epoch));
+        let ready = self
+            .waiting
+            .iter()
+            .take(max)
+            .take_while(|free| free.cut <= durable_cut && has_passed(free.epoch));
         let count = ready.count();
-        self.0.drain(..count).collect()
+        self.taken = self.waiting.drain(..count).collect();
+        self.taken.clone()
     }
 }
 

@@ -174,6 +174,7 @@ impl<I: Io> Lane<I> {
             match next {
                 Next::Run(run) => break run,
                 Next::Needs(page) => self.load_refcount_page(page).await?,
+                Next::NeedsCut => self.write_back().await?,
             }
         };
         match self.extend_file(&run).await {
@@ -219,6 +220,7 @@ impl<I: Io> Lane<I> {
         };
         grown.map_err(|source| image.io_error("allocation", file, from, source))?;
         image.meta.lock().space.file_end = end;
+        image.sieve.set_end(image.geometry().clusters_for(end));
         Ok(())
     }
 }

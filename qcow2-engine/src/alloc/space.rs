@@ -7,12 +7,18 @@
 
 use super::refcounts::{Count, Place};
 use crate::{
+    check::Owner,
     error::{Error, Result},
     meta::Meta,
     order::rules::{Page, Rule},
+    redo::Record,
 };
 use qcow2_format::{HostOffset, geometry::MAX_REFTABLE_BYTES, header};
 use std::{ops::Range, sync::Arc};
+
+/// Records in the redo log of one growth of the refcount table: the largest table has 16384 clusters
+/// of 512 bytes, which 256 blocks count, and has grown by a third.
+const MAX_GROWTH_RECORDS: u64 = 512;
 
 /// Free space as seen by the allocator. Clusters are counted from the start of the file.
 pub(crate) struct Space {
@@ -22,8 +28,6 @@ pub(crate) struct Space {
     pub(crate) fresh_from: u64,
     /// The file extends at least to this byte.
     pub(crate) file_end: u64,
-    /// Host ranges that are never handed out, whatever their refcount says, in clusters.
-    pub(crate) fixed: Vec<Range<u64>>,
 }
 
 /// Clusters in a row, counted once and not referred to yet.
@@ -40,6 +44,8 @@ pub(crate) enum Next {
     Run(Run),
     /// Load this refcount page and ask again.
     Needs(u64),
+    /// The redo log is full: carry a cut out and ask again.
+    NeedsCut,
 }
 
 impl Meta {
@@ -48,6 +54,9 @@ impl Meta {
         loop {
             let cursor = self.space.cursor;
             match self.refcounts.place(cursor)? {
+                Place::BeyondTable | Place::NoBlock { .. } if !self.has_log_room(MAX_GROWTH_RECORDS) => {
+                    return Ok(Next::NeedsCut);
+                }
                 Place::BeyondTable => self.grow_refcount_table(cursor)?,
                 Place::NoBlock { block } => {
                     self.claim(cursor..cursor + 1)?;
@@ -102,20 +111,30 @@ impl Meta {
 
     /// Moves the cursor over a run that is taken; says whether it is fresh.
     fn claim(&mut self, run: Range<u64>) -> Result<bool> {
-        if let Some(fixed) =
-            self.space.fixed.iter().find(|fixed| fixed.start < run.end && run.start < fixed.end)
-        {
-            return Err(Error::Refcount {
-                file: Arc::clone(&self.file),
-                at: fixed.start.max(run.start) << self.geometry.cluster_bits,
-                value: 0,
-                reason: "but it holds live metadata: the image is damaged, run `check --repair all`",
-            });
-        }
+        self.check_unused(&run)?;
         let fresh = run.start >= self.space.fresh_from;
         self.space.fresh_from = self.space.fresh_from.max(run.end);
         self.space.cursor = run.end;
         Ok(fresh)
+    }
+
+    /// A count of 0 is not enough: the count may be what is damaged.
+    fn check_unused(&self, run: &Range<u64>) -> Result<()> {
+        let wrong = |cluster: u64, reason| Error::Refcount {
+            file: Arc::clone(&self.file),
+            at: cluster << self.geometry.cluster_bits,
+            value: 0,
+            reason,
+        };
+        for cluster in run.clone() {
+            if let Some(owner) = self.territory.owner(cluster) {
+                return Err(wrong(cluster, format!("but it is in use as {owner}")));
+            }
+        }
+        match self.frees.find(run) {
+            Some(cluster) => Err(wrong(cluster, "but an entry named it until a moment ago".into())),
+            None => Ok(()),
+        }
     }
 
     /// Sets the counts of clusters whose pages are resident to one.
@@ -126,8 +145,10 @@ impl Meta {
     }
 
     /// Enters a new refcount block that lies in cluster `at`.
-    fn add_refcount_block(&mut self, block: u64, at: u64) {
+    pub(crate) fn add_refcount_block(&mut self, block: u64, at: u64) {
         self.refcounts.add_block(block, HostOffset(at << self.geometry.cluster_bits));
+        self.log(Record::Block { block, cluster: at });
+        self.territory.add_refcount_block(at);
         let table = Page::RefcountTable(self.refcounts.table_page(block));
         for page in self.refcounts.block_pages(block).map(Page::Refcount) {
             self.graph.touch(page);
@@ -138,7 +159,7 @@ impl Meta {
     /// Moves the refcount table to a larger place at `base`, the first cluster that it does not
     /// reach: new blocks first, then the table, all counted by those blocks.
     fn grow_refcount_table(&mut self, base: u64) -> Result<()> {
-        let (old_at, old_entries) = self.refcounts.table_place();
+        let (_, old_entries) = self.refcounts.table_place();
         let per_cluster = self.geometry.cluster_size() / 8;
         let plan =
             plan_table(base, old_entries / per_cluster, per_cluster, self.geometry.refcounts_per_block());
@@ -150,28 +171,34 @@ impl Meta {
         }
         let end = base + plan.blocks + plan.table_clusters;
         self.claim(base..end)?;
-        let table_at = (base + plan.blocks) << self.geometry.cluster_bits;
-        self.refcounts.move_table(table_at, (plan.table_clusters * per_cluster) as usize);
+        self.place_refcount_table(base + plan.blocks..end);
         let first_block = self.refcounts.block_of(base);
         for index in 0..plan.blocks {
             self.add_refcount_block(first_block + index, base + index);
         }
         self.count_once(base..end);
-        for block in
-            (0..plan.table_clusters * per_cluster).step_by((self.refcounts.page_bytes() / 8) as usize)
-        {
+        Ok(())
+    }
+
+    /// Has the refcount table lie in these clusters from now on, and lets go of the old ones.
+    pub(crate) fn place_refcount_table(&mut self, clusters: Range<u64>) {
+        let (old_at, old_entries) = self.refcounts.table_place();
+        let per_cluster = self.geometry.cluster_size() / 8;
+        let (at, count) = (clusters.start << self.geometry.cluster_bits, clusters.end - clusters.start);
+        let entries = count * per_cluster;
+        self.refcounts.move_table(at, entries as usize);
+        self.log(Record::RefcountTable { clusters: count, first: clusters.start });
+        for block in (0..entries).step_by((self.refcounts.page_bytes() / 8) as usize) {
             let page = Page::RefcountTable(self.refcounts.table_page(block));
             self.graph.touch(page);
             self.graph.require(Rule::table_before_header(page));
         }
-        self.header.set_u64(header::REFCOUNT_TABLE_OFFSET as usize, table_at);
-        self.header.set_u32(header::REFCOUNT_TABLE_CLUSTERS_OFFSET as usize, plan.table_clusters as u32);
+        self.header.set_u64(header::REFCOUNT_TABLE_OFFSET as usize, at);
+        self.header.set_u32(header::REFCOUNT_TABLE_CLUSTERS_OFFSET as usize, count as u32);
         self.graph.touch(Page::Header);
         let old = old_at >> self.geometry.cluster_bits;
-        self.space.fixed.retain(|fixed| fixed.start != old);
-        self.space.fixed.push(base + plan.blocks..end);
+        self.territory.set_area(Owner::RefcountTable, clusters);
         self.unmapped(old..old + old_entries / per_cluster);
-        Ok(())
     }
 }
 

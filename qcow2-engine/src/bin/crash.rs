@@ -119,11 +119,12 @@ fn replay(fixtures: &[Fixture], seed: u64, number: u64) -> bool {
 
 fn report(totals: &Totals, seed: u64, time: Duration) {
     println!(
-        "{} workloads, {} operations, {} crash states, {} distinct images, at most {} leaked clusters, seed {seed}, {:.0} states/s",
+        "{} workloads, {} operations, {} crash states, {} distinct images, {} killed processes, at most {} leaked clusters, seed {seed}, {:.0} states/s",
         totals.workloads,
         totals.operations,
         totals.states,
         totals.images.len(),
+        totals.kills,
         totals.worst_leaks,
         totals.states as f64 / time.as_secs_f64().max(0.001),
     );

@@ -14,7 +14,7 @@ use super::{Access, FileId, Storage};
 use locks::Claim;
 use nix::{
     errno::Errno,
-    fcntl::{FcntlArg, OFlag, fcntl},
+    fcntl::{FcntlArg, OFlag, PosixFadviseAdvice, fcntl, posix_fadvise},
     unistd::{Whence, lseek},
 };
 use std::{
@@ -137,6 +137,9 @@ impl Storage for Files {
         let file = open_regular_or_block(path, access)?;
         let metadata = file.metadata()?;
         let direct = set_up_caching(&file, path, self.caching)?;
+        if direct && access == Access::ReadWrite {
+            drop_cached(&file);
+        }
         let identity = (metadata.dev(), metadata.ino());
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let id = u32::try_from(table.len()).map_err(|_| io::Error::other("too many open files"))?;
@@ -215,6 +218,13 @@ fn set_up_caching(file: &File, path: &Path, caching: Caching) -> io::Result<bool
             }
         }
     }
+}
+
+/// Drops what the page cache has of the file, as far as it is on disk. A direct write to a cached page
+/// has to throw that out first, and is handed to another thread for it.
+fn drop_cached(file: &File) {
+    // Advice: what is kept costs time, no more.
+    let _ = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
 }
 
 /// Turns direct I/O on and makes sure that it works at the engine's alignment; else says why not.

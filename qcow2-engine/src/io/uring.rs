@@ -10,15 +10,19 @@
 //! (`slots`); a dropped future cancels nothing (except a timer), and dropping the last handle
 //! waits for what is in flight, for `TEARDOWN` at most, and then leaks the memory rather than free it.
 
+mod report;
 mod setup;
 mod slots;
+mod submit;
 #[cfg(test)]
 mod tests;
 
 use super::{Buf, FileId, Files, Io};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 use nix::sys::eventfd::{EfdFlags, EventFd};
-use slots::{Keep, Key, Slots};
+pub use report::Report;
+use report::Reports;
+use slots::{Keep, Key, Slots, Whom};
 use std::{
     cell::{Cell, RefCell},
     future::Future,
@@ -34,6 +38,7 @@ use std::{
     task::{Context, Poll},
     time::{Duration, Instant},
 };
+use submit::{Prepared, Writes};
 
 /// Slots of the ring's table of registered files; further files go by descriptor.
 const FILE_SLOTS: u32 = 128;
@@ -58,9 +63,11 @@ pub struct Uring(Rc<Inner>);
 struct Inner {
     ring: RefCell<IoUring>,
     slots: RefCell<Slots>,
+    reports: Reports,
+    writes: Writes,
     files: Arc<Files>,
-    /// How to name each file, in the order of their ids; filled when first used.
-    targets: RefCell<Vec<Option<Target>>>,
+    /// What is known of each file, in the order of their ids; filled when first used.
+    known: RefCell<Vec<Option<Known>>>,
     guest_slots: RefCell<Vec<u32>>,
     /// The buffers whose pages the ring holds; see [`Uring::register_buffers`].
     buffers: RefCell<Vec<Buf>>,
@@ -69,6 +76,13 @@ struct Inner {
     kick: Arc<Kick>,
     kick_buf: Buf,
     kick_armed: Cell<bool>,
+}
+
+/// What a submission has to know of a file.
+#[derive(Clone, Copy)]
+struct Known {
+    target: Target,
+    is_direct: bool,
 }
 
 /// A file as a submission names it.
@@ -144,8 +158,10 @@ impl Uring {
         Ok(Self(Rc::new(Inner {
             slots: RefCell::new(Slots::with_capacity(ring.params().cq_entries() as usize)),
             ring: RefCell::new(ring),
+            reports: Reports::default(),
+            writes: Writes::default(),
             files,
-            targets: RefCell::default(),
+            known: RefCell::default(),
             guest_slots: RefCell::new((FIRST_GUEST_SLOT..FILE_SLOTS).collect()),
             buffers: RefCell::default(),
             has_file_table,
@@ -163,7 +179,7 @@ impl Uring {
     /// Memory that `entry` names must lie in `keep`, or stay valid until the operation completes
     /// or the ring is gone. The `user_data` of `entry` is replaced. `entry` completes exactly once.
     pub unsafe fn submit(&self, entry: squeue::Entry, keep: Option<Buf>) -> Op {
-        self.start(entry, keep.map_or(Keep::Nothing, Keep::Buf), OnDrop::Leave)
+        self.start(Prepared::Other(entry), keep.map_or(Keep::Nothing, Keep::Buf), OnDrop::Leave)
     }
 
     /// Completes after `duration`. Dropping it cancels the timer.
@@ -173,7 +189,7 @@ impl Uring {
     pub async fn sleep(&self, duration: Duration) -> io::Result<()> {
         let time = Box::new(types::Timespec::from(duration));
         let entry = opcode::Timeout::new(&raw const *time).build();
-        match self.start(entry, Keep::Time(time), OnDrop::Cancel).await {
+        match self.start(Prepared::Other(entry), Keep::Time(time), OnDrop::Cancel).await {
             Err(error) if error.raw_os_error() != Some(libc::ETIME) => Err(error),
             _ => Ok(()),
         }
@@ -184,11 +200,13 @@ impl Uring {
     /// # Errors
     /// The ring's: it is of no use afterwards.
     pub fn turn(&self, wait: Wait) -> io::Result<()> {
-        let idle = wait != Wait::No && self.0.ring.borrow_mut().completion().is_empty();
-        if idle {
+        self.submit_writes()?;
+        if wait != Wait::No && self.0.arrived() == 0 {
             self.arm_kick();
+            self.enter(wait)?;
+        } else if self.0.queued() > 0 || self.0.has_deferred() {
+            self.enter(Wait::No)?;
         }
-        self.enter(if idle { wait } else { Wait::No })?;
         self.reap();
         Ok(())
     }
@@ -255,58 +273,12 @@ impl Uring {
         Rc::as_ptr(&self.0).addr()
     }
 
-    fn start(&self, entry: squeue::Entry, keep: Keep, on_drop: OnDrop) -> Op {
+    fn start(&self, prepared: Prepared, keep: Keep, on_drop: OnDrop) -> Op {
         let key = self.0.slots.borrow_mut().take(keep);
-        if let Err(error) = self.push(&entry.user_data(u64::from(key))) {
+        if let Err(error) = self.hand_over(prepared, key) {
             self.0.slots.borrow_mut().complete(key, -error.raw_os_error().unwrap_or(libc::EIO));
         }
         Op { ring: self.clone(), key, on_drop }
-    }
-
-    /// Puts an entry on the submission queue, submitting what is there when it is full.
-    fn push(&self, entry: &squeue::Entry) -> io::Result<()> {
-        loop {
-            // SAFETY: the caller has put the entry's memory into a slot, or keeps it in `self.0`,
-            // until the completion.
-            if unsafe { self.0.ring.borrow_mut().submission().push(entry) }.is_ok() {
-                return Ok(());
-            }
-            self.enter(Wait::No)?;
-        }
-    }
-
-    /// One io_uring_enter. On return the kernel has taken at least one entry if there was any.
-    fn enter(&self, wait: Wait) -> io::Result<()> {
-        for _ in 0..MAX_RETRIES {
-            let Err(error) = self.enter_once(wait) else { return Ok(()) };
-            match error.raw_os_error() {
-                Some(libc::ETIME) => return Ok(()),
-                Some(libc::EINTR) if wait == Wait::No => {}
-                // The caller looks at the clock and for work, and comes back.
-                Some(libc::EINTR) => return Ok(()),
-                // The completion queue has overflowed: make room.
-                Some(libc::EBUSY) => self.reap(),
-                // The kernel has no memory for requests: completions give some back.
-                Some(libc::EAGAIN) => {
-                    self.reap();
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                _ => return Err(error),
-            }
-        }
-        Err(io::Error::from_raw_os_error(libc::EAGAIN))
-    }
-
-    fn enter_once(&self, wait: Wait) -> io::Result<usize> {
-        let ring = self.0.ring.borrow();
-        match wait {
-            Wait::No => ring.submit(),
-            Wait::Forever => ring.submit_and_wait(1),
-            Wait::For(duration) => {
-                let time = types::Timespec::from(duration);
-                ring.submitter().submit_with_args(1, &types::SubmitArgs::new().timespec(&time))
-            }
-        }
     }
 
     /// Hands out the completions that are in the queue.
@@ -333,9 +305,11 @@ impl Uring {
             CANCEL => {}
             KICK => self.0.kick_armed.set(false),
             key => {
-                let waker = self.0.slots.borrow_mut().complete(key as Key, entry.result());
-                if let Some(waker) = waker {
-                    waker.wake();
+                let whom = self.0.slots.borrow_mut().complete(key as Key, entry.result());
+                match whom {
+                    Whom::Nobody => {}
+                    Whom::Task(waker) => waker.wake(),
+                    Whom::Token(token) => self.0.reports.add(Report { token, result: entry.result() }),
                 }
             }
         }
@@ -351,28 +325,52 @@ impl Uring {
         self.0.kick_armed.set(self.push(&read).is_ok());
     }
 
-    /// How to name `file`: its slot in the ring's table if it got one, else its descriptor.
-    fn target(&self, file: FileId) -> io::Result<Target> {
-        if let Some(Some(target)) = self.0.targets.borrow().get(file.0 as usize) {
-            return Ok(*target);
+    /// What is known of `file`: its slot in the ring's table if it got one, else its descriptor.
+    fn known(&self, file: FileId) -> io::Result<Known> {
+        if let Some(Some(known)) = self.0.known.borrow().get(file.0 as usize) {
+            return Ok(*known);
         }
         let fd = self.0.files.fd(file)?;
+        let is_direct = self.0.files.is_direct(file)?;
         let fixed = self.0.has_file_table && file.0 < FIRST_GUEST_SLOT && self.0.update_file_slot(file.0, fd);
         let target = if fixed { Target::Fixed(file.0) } else { Target::Fd(fd) };
-        let mut targets = self.0.targets.borrow_mut();
+        let mut all = self.0.known.borrow_mut();
         let index = file.0 as usize;
-        if targets.len() <= index {
-            targets.resize(index + 1, None);
+        if all.len() <= index {
+            all.resize(index + 1, None);
         }
-        targets[index] = Some(target);
-        Ok(target)
+        let known = Known { target, is_direct };
+        all[index] = Some(known);
+        Ok(known)
+    }
+
+    fn target(&self, file: FileId) -> io::Result<Target> {
+        self.known(file).map(|known| known.target)
+    }
+
+    fn read_entry(&self, file: FileId, at: u64, buf: &Buf) -> io::Result<Prepared> {
+        let len = buf.len().min(MAX_TRANSFER) as u32;
+        Ok(Prepared::Other(entry_for!(self.target(file)?, |fd| match buf.registered_at(self.id()) {
+            Some(index) => opcode::ReadFixed::new(fd, buf.as_ptr(), len, index).offset(at).build(),
+            None => opcode::Read::new(fd, buf.as_ptr(), len).offset(at).build(),
+        })))
+    }
+
+    fn write_entry(&self, file: FileId, at: u64, buf: &Buf) -> io::Result<Prepared> {
+        let len = buf.len().min(MAX_TRANSFER) as u32;
+        let known = self.known(file)?;
+        let entry = entry_for!(known.target, |fd| match buf.registered_at(self.id()) {
+            Some(index) => opcode::WriteFixed::new(fd, buf.as_ptr(), len, index).offset(at).build(),
+            None => opcode::Write::new(fd, buf.as_ptr(), len).offset(at).build(),
+        });
+        Ok(if known.is_direct { Prepared::DirectWrite(entry) } else { Prepared::Other(entry) })
     }
 
     /// Runs a file operation, again if the kernel asks for that. The entry's memory lies in `buf`.
-    async fn run(&self, entry: squeue::Entry, buf: Option<Buf>) -> io::Result<usize> {
+    async fn run(&self, prepared: Prepared, buf: Option<Buf>) -> io::Result<usize> {
         for _ in 0..MAX_RETRIES {
             let keep = buf.clone().map_or(Keep::Nothing, Keep::Buf);
-            match self.start(entry.clone(), keep, OnDrop::Leave).await {
+            match self.start(prepared.clone(), keep, OnDrop::Leave).await {
                 Ok(count) => return Ok(count as usize),
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EINTR) => {}
@@ -389,7 +387,7 @@ impl Uring {
             .offset(at)
             .mode(mode)
             .build());
-        match self.run(entry, None).await {
+        match self.run(Prepared::Other(entry), None).await {
             Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => {
                 Err(io::Error::new(io::ErrorKind::Unsupported, error))
             }
@@ -400,27 +398,17 @@ impl Uring {
 
 impl Io for Uring {
     async fn read(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
-        let len = buf.len().min(MAX_TRANSFER) as u32;
-        let entry = entry_for!(self.target(file)?, |fd| match buf.registered_at(self.id()) {
-            Some(index) => opcode::ReadFixed::new(fd, buf.as_ptr(), len, index).offset(at).build(),
-            None => opcode::Read::new(fd, buf.as_ptr(), len).offset(at).build(),
-        });
-        self.run(entry, Some(buf)).await
+        self.run(self.read_entry(file, at, &buf)?, Some(buf)).await
     }
 
     async fn write(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
-        let len = buf.len().min(MAX_TRANSFER) as u32;
-        let entry = entry_for!(self.target(file)?, |fd| match buf.registered_at(self.id()) {
-            Some(index) => opcode::WriteFixed::new(fd, buf.as_ptr(), len, index).offset(at).build(),
-            None => opcode::Write::new(fd, buf.as_ptr(), len).offset(at).build(),
-        });
-        self.run(entry, Some(buf)).await
+        self.run(self.write_entry(file, at, &buf)?, Some(buf)).await
     }
 
     async fn sync(&self, file: FileId) -> io::Result<()> {
         let flags = types::FsyncFlags::DATASYNC;
         let entry = entry_for!(self.target(file)?, |fd| opcode::Fsync::new(fd).flags(flags).build());
-        self.run(entry, None).await.map(drop)
+        self.run(Prepared::Other(entry), None).await.map(drop)
     }
 
     async fn allocate(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
@@ -438,7 +426,7 @@ impl Io for Uring {
             return self.0.files.set_len(file, len);
         }
         let entry = entry_for!(self.target(file)?, |fd| opcode::Ftruncate::new(fd, len).build());
-        self.run(entry, None).await.map(drop)
+        self.run(Prepared::Other(entry), None).await.map(drop)
     }
 }
 

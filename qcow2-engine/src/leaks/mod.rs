@@ -223,13 +223,13 @@ impl<I: Io> Lane<I> {
         let mut found = Found::default();
         for first in clusters.clone().step_by(SETTLED as usize) {
             rest(pace).await?;
-            self.settle(first..clusters.end.min(first + SETTLED), &window, &mut found, reclaimed).await?;
+            self.settle_row(first..clusters.end.min(first + SETTLED), &window, &mut found, reclaimed).await?;
         }
         Ok(found)
     }
 
     /// Compares counts with references, and lowers those that are too high.
-    async fn settle(
+    async fn settle_row(
         &self,
         clusters: Range<u64>,
         window: &Window,
@@ -343,9 +343,8 @@ impl Meta {
             Some(references) if references == count => Judged::InOrder,
             Some(1) if window.is_active(cluster) => Judged::HasFlag,
             Some(references) => {
-                let is_fixed = self.space.fixed.iter().any(|fixed| fixed.contains(&cluster));
-                debug_assert!(!is_fixed || references > 0, "the header leads to cluster {cluster}");
-                if is_fixed && references == 0 { Judged::InOrder } else { Judged::Excess(references) }
+                let is_metadata = self.territory.owner(cluster).is_some();
+                if is_metadata && references == 0 { Judged::InOrder } else { Judged::Excess(references) }
             }
             None => Judged::InOrder,
         }))

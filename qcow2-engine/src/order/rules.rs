@@ -50,6 +50,8 @@ pub enum RuleName {
     RequestsBeforeReuse,
     /// R6: a flush returns when a cut that began after it arrived is durable.
     CutBeforeFlushReturns,
+    /// R7: a change of the mapping is in the redo log before its request is acknowledged.
+    RedoBeforeAcknowledgement,
     /// R8: a cluster whose count changes is no leak.
     CountedIsNoLeak,
     /// R8: a cluster that the mapping lets go of, or that waits to be freed, is no leak.
@@ -64,7 +66,7 @@ pub enum RuleName {
 
 impl RuleName {
     /// All of them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::RefcountBeforeReference,
         Self::BlockBeforeTable,
         Self::TableBeforeHeader,
@@ -73,6 +75,7 @@ impl RuleName {
         Self::UnmapBeforeReuse,
         Self::RequestsBeforeReuse,
         Self::CutBeforeFlushReturns,
+        Self::RedoBeforeAcknowledgement,
         Self::CountedIsNoLeak,
         Self::UnmappedIsNoLeak,
         Self::ReservedIsNoLeak,

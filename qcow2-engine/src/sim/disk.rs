@@ -39,7 +39,7 @@ pub enum Change {
     },
     /// A new length.
     Length(u64),
-    /// This length at the least.
+    /// At least this length: an allocation never cuts a file off that has grown meanwhile.
     Extend(u64),
 }
 
@@ -125,15 +125,13 @@ impl Change {
 }
 
 impl Disk {
-    /// A disk with these files, all durable.
+    /// A disk with files of this content, all durable.
     #[must_use]
-    pub fn new(files: &[(String, Vec<u8>)]) -> (Self, Names) {
-        let names = files.iter().map(|(name, bytes)| (name.clone(), bytes.len() as u64)).collect();
-        let files = files
-            .iter()
-            .map(|(_, bytes)| File { current: bytes.clone(), durable: bytes.clone(), pending: Vec::new() })
-            .collect();
-        (Self(Rc::new(RefCell::new(State { files, ..State::default() }))), Names(Mutex::new(names)))
+    pub fn new(contents: &[&[u8]]) -> Self {
+        let durable =
+            |bytes: &[u8]| File { current: bytes.to_vec(), durable: bytes.to_vec(), pending: Vec::new() };
+        let files = contents.iter().map(|bytes| durable(bytes)).collect();
+        Self(Rc::new(RefCell::new(State { files, ..State::default() })))
     }
 
     /// The operation after `count` more completions fails in this way.
@@ -176,6 +174,34 @@ impl Disk {
         if let Some(index) = state.wakers.iter().position(|(id, _)| *id == operation.id) {
             state.wakers.swap_remove(index).1.wake();
         }
+    }
+
+    /// What the next process finds when this one is killed: all that has completed, durable or not,
+    /// and of what is in flight whatever `keeps`.
+    #[must_use]
+    pub fn after_kill(&self, mut keeps: impl FnMut() -> bool) -> Self {
+        let state = self.0.borrow();
+        let mut files = state.files.clone();
+        for operation in &state.waiting {
+            if let Kind::Change(change) = &operation.kind
+                && keeps()
+            {
+                files[operation.file].change(0, change.clone());
+            }
+        }
+        // The new disk's clock begins at 0: a barrier that it is asked for covers all of this.
+        for (completed, _) in files.iter_mut().flat_map(|file| &mut file.pending) {
+            *completed = 0;
+        }
+        Self(Rc::new(RefCell::new(State { files, ..State::default() })))
+    }
+
+    /// Opens the disk's files under these names.
+    #[must_use]
+    pub fn names(&self, names: &[&str]) -> Names {
+        let state = self.0.borrow();
+        let lengths = state.files.iter().map(|file| file.current.len() as u64);
+        Names(Mutex::new(names.iter().map(|&name| name.to_owned()).zip(lengths).collect()))
     }
 
     /// The file, and the changes to it that have been issued and not completed.

@@ -4,11 +4,12 @@
 //! [`disk`] is an [`Io`](crate::io::Io) whose operations complete in an order that a seed chooses.
 //! [`states`] enumerates what a crash at one moment may leave on such a disk. [`oracle`] reads a
 //! crashed image with nothing but the format crate and says what is wrong with it. [`model`] knows
-//! which contents each sector may have. [`workload`] makes images and sequences of requests;
+//! which contents each sector may have. [`workload`] makes images and sequences of requests; [`kill`] ends the process and not the machine;
 //! [`run`] lives one case through; [`campaign`] generates cases, counts, and shrinks what fails.
 
 pub mod campaign;
 pub mod disk;
+mod kill;
 pub mod model;
 pub mod oracle;
 pub mod rng;

@@ -97,7 +97,7 @@ pub fn judge(bytes: &[u8], case: &Case<'_>) -> Result<Findings, String> {
 impl<'a> Reader<'a> {
     fn open(bytes: &'a [u8]) -> Result<Self, String> {
         let header = Header::decode(bytes, bytes.len() as u64).map_err(|error| error.to_string())?;
-        header.check_supported().map_err(|error| error.to_string())?;
+        header.check_supported().and(header.check_writable()).map_err(|error| error.to_string())?;
         if header.incompatible & qcow2_format::header::DIRTY != 0 {
             return Err("it is marked dirty".to_owned());
         }

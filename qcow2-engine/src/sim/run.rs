@@ -1,7 +1,8 @@
 //! One simulated life of an image: requests on several lanes, a crash at every moment, a verdict.
 
 use super::{
-    disk::{Disk, Fault, Names},
+    disk::{Disk, Fault},
+    kill::Memory,
     model::{Model, Value},
     oracle,
     rng::Rng,
@@ -59,6 +60,8 @@ pub struct Totals {
     pub worst_leaks: u64,
     /// Completed operations of all cases.
     pub operations: u64,
+    /// Processes killed.
+    pub kills: u64,
 }
 
 impl Totals {
@@ -69,10 +72,11 @@ impl Totals {
         self.images.extend(other.images);
         self.worst_leaks = self.worst_leaks.max(other.worst_leaks);
         self.operations += other.operations;
+        self.kills += other.kills;
     }
 }
 
-type Task = Pin<Box<dyn Future<Output = Result<(), String>>>>;
+pub(super) type Task = Pin<Box<dyn Future<Output = Result<(), String>>>>;
 
 /// Clusters that a lane reserves: few, so that the file stays small and extents run out.
 const EXTENT_CLUSTERS: u64 = 8;
@@ -92,17 +96,20 @@ impl Wake for Woken {
     }
 }
 
-struct Life<'a> {
-    fixture: &'a Fixture,
-    disk: Disk,
-    model: Rc<RefCell<Model>>,
-    rng: Rng,
-    totals: &'a mut Totals,
+pub(super) struct Life<'a> {
+    pub(super) fixture: &'a Fixture,
+    pub(super) disk: Disk,
+    pub(super) model: Rc<RefCell<Model>>,
+    pub(super) rng: Rng,
+    pub(super) totals: &'a mut Totals,
     /// The last state that was judged: the disk's version and the model's time.
-    judged: (u64, u64),
-    memo: oracle::Memo,
+    pub(super) judged: (u64, u64),
+    pub(super) memo: oracle::Memo,
     /// Whether one operation at a time is held back: a late write lands when everything has moved on.
-    starves: bool,
+    pub(super) starves: bool,
+    pub(super) redo: Memory,
+    /// How many processes have served the image so far, with this one.
+    pub(super) processes: u32,
 }
 
 /// Simulates a case.
@@ -110,17 +117,18 @@ struct Life<'a> {
 /// # Errors
 /// What is wrong, in words.
 pub fn simulate(fixture: &Fixture, case: &Case, totals: &mut Totals) -> Result<(), String> {
-    let (mut life, names) = Life::new(fixture, case.seed, totals);
+    let mut life = Life::new(fixture, case.seed, totals);
     if let Some((at, fault)) = case.fault {
         life.disk.fail_after(at, fault);
     }
     life.totals.workloads += 1;
-    let image = match life.open(&names) {
+    let image = match life.open() {
         Ok(image) => image,
         // An image that cannot be read is not opened, and nothing has happened.
         Err(_) if case.fault.is_some() => return Ok(()),
         Err(error) => return Err(format!("it does not open: {error}")),
     };
+    image.keep_redo_log(life.redo.create().map_err(|error| error.to_string())?);
     if let Some(rule) = case.disabled {
         image.disable_rule(rule);
     }
@@ -166,6 +174,18 @@ fn play(player: Player, requests: Vec<Request>, first: u32, has_faults: bool) ->
     })
 }
 
+/// As a queue does it: the short cut where there is one, and the long way if that does not end whole.
+async fn write<I: Io>(lane: &Lane<I>, at: u64, buf: Buf) -> Result<(), Error> {
+    if let Some(direct) = lane.direct_write(at, buf.len() as u64) {
+        let written = lane.io().write(direct.file, direct.at, buf.clone()).await;
+        lane.end_direct(direct);
+        if written.is_ok_and(|count| count == buf.len()) {
+            return Ok(());
+        }
+    }
+    lane.write(at, buf).await
+}
+
 async fn carry_out(player: &Player, number: u32, request: Request) -> Result<(), Error> {
     let Player { lane, model, cluster_sectors } = player;
     let sectors = request.sectors(*cluster_sectors);
@@ -178,7 +198,7 @@ async fn carry_out(player: &Player, number: u32, request: Request) -> Result<(),
     let outcome = match request {
         Request::Write(at, _) => {
             let data: Vec<u8> = sectors.clone().flat_map(|sector| value(sector).bytes()).collect();
-            lane.write(bytes(at), Buf::from_bytes(&data)).await
+            write(lane, bytes(at), Buf::from_bytes(&data)).await
         }
         Request::Zero(at, count, keep) => {
             let mode = if keep { ZeroMode::Keep } else { ZeroMode::Unmap };
@@ -248,8 +268,8 @@ const EARLIER: u32 = 1 << 20;
 /// What went wrong, in words.
 pub fn age(fixture: &Fixture) -> Result<Fixture, String> {
     let mut totals = Totals::default();
-    let (mut life, names) = Life::new(fixture, 1, &mut totals);
-    let image = life.open(&names)?;
+    let mut life = Life::new(fixture, 1, &mut totals);
+    let image = life.open()?;
     let lane = Lane::new(&image, life.disk.clone(), 4);
     let requests: Vec<_> = AGEING
         .into_iter()
@@ -276,24 +296,25 @@ pub fn age(fixture: &Fixture) -> Result<Fixture, String> {
 }
 
 impl<'a> Life<'a> {
-    fn new(fixture: &'a Fixture, seed: u64, totals: &'a mut Totals) -> (Self, Names) {
-        let mut files = vec![("image".to_owned(), fixture.image.clone())];
-        files.extend(fixture.backing.clone().map(|bytes| ("base".to_owned(), bytes)));
-        let (disk, names) = Disk::new(&files);
-        let life = Self {
+    fn new(fixture: &'a Fixture, seed: u64, totals: &'a mut Totals) -> Self {
+        let contents: Vec<&[u8]> =
+            [fixture.image.as_slice()].into_iter().chain(fixture.backing.as_deref()).collect();
+        Self {
             fixture,
-            disk,
+            disk: Disk::new(&contents),
             model: Rc::new(RefCell::new(Model::new(&fixture.content))),
             rng: Rng::new(seed),
             totals,
             judged: (u64::MAX, 0),
             memo: oracle::Memo::default(),
             starves: seed.is_multiple_of(3),
-        };
-        (life, names)
+            redo: Memory::new(),
+            processes: 1,
+        }
     }
 
-    fn open(&mut self, names: &Names) -> Result<Arc<Image>, String> {
+    pub(super) fn open(&mut self) -> Result<Arc<Image>, String> {
+        let names = self.disk.names(&["image", "base"]);
         let opened = Rc::new(RefCell::new(None));
         let (result, disk) = (Rc::clone(&opened), self.disk.clone());
         let cluster_bits = u32::from(self.fixture.image[23]);
@@ -303,7 +324,7 @@ impl<'a> Life<'a> {
             ..OpenOptions::default()
         };
         let mut open = Box::pin(async move {
-            let image = Image::open(&disk, names, Path::new("image"), &options).await;
+            let image = Image::open(&disk, &names, Path::new("image"), &options).await;
             *result.borrow_mut() = Some(image);
         });
         let mut context = Context::from_waker(Waker::noop());
@@ -317,11 +338,12 @@ impl<'a> Life<'a> {
 
     /// Polls the tasks and completes operations, in the order that the seed chooses, until all
     /// tasks have ended. With `judge`, at every moment a crash is tried.
-    fn drive(&mut self, mut tasks: Vec<Task>, judge: bool) -> Result<(), String> {
+    pub(super) fn drive(&mut self, mut tasks: Vec<Task>, judge: bool) -> Result<(), String> {
         for step in 0..MAX_STEPS {
             self.poll(&mut tasks)?;
             if judge {
                 self.crash_here()?;
+                self.kill_here()?;
             }
             match self.disk.waiting() as u64 {
                 0 if tasks.is_empty() => {
@@ -430,7 +452,7 @@ impl<'a> Life<'a> {
         Ok(())
     }
 
-    fn check_live(&self, buf: &Buf) -> Result<(), String> {
+    pub(super) fn check_live(&self, buf: &Buf) -> Result<(), String> {
         let bytes = buf.to_vec();
         let model = self.model.borrow();
         for (sector, bytes) in bytes.chunks_exact(512).enumerate() {

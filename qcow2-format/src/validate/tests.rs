@@ -324,9 +324,11 @@ fn what_is_not_served_is_refused_by_name() {
     assert_eq!(with(0), Ok(()));
     assert_eq!(with(COMPRESSION), Ok(()));
     assert_eq!(with(DIRTY), Ok(()), "it is repaired");
-    assert_eq!(with(CORRUPT | DIRTY), Err(Unsupported::Corrupt));
+    assert_eq!(with(CORRUPT), Ok(()), "for reading");
     assert_eq!(with(EXTERNAL_DATA), Err(Unsupported::ExternalDataFile));
     assert_eq!(with(EXTENDED_L2), Err(Unsupported::ExtendedL2));
+    let writable = |incompatible| Header { incompatible, ..v3() }.check_writable();
+    assert_eq!((writable(0), writable(CORRUPT | DIRTY)), (Ok(()), Err(Unsupported::Corrupt)));
     let encrypted = Header { crypt: CryptMethod::Luks, ..v3() };
     assert_eq!(encrypted.check_supported(), Err(Unsupported::Encryption(CryptMethod::Luks)));
 

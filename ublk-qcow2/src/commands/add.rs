@@ -1,70 +1,66 @@
-//! `add`: attach an image.
+//! `add` and `recover`: serve an image, or go on serving it after its server has died.
 
 use super::CommandError;
 use crate::{
-    cli::{AddArgs, IoMode},
-    daemon::{self, Config},
+    cli::{AddArgs, RecoverArgs},
+    config::Config,
+    daemon::{self, Start},
     detach::{self, Side},
-    runfile,
+    device, supervisor,
 };
-use qcow2_engine::io::files::Caching;
-use std::io::{self, Write};
+use std::{
+    io::{self, Write},
+    process,
+};
 
-/// Attaches the image. In the background, returns once the device serves I/O; in the foreground,
-/// once it has been detached.
+/// Who looks after a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Care {
+    /// Whoever started it: it stays in the foreground.
+    Foreground,
+    /// Nobody.
+    Alone,
+    /// A supervisor.
+    Supervised,
+}
+
+/// Attaches an image. In the background, returns once the device serves I/O; in the foreground, once
+/// it has been detached.
 pub(crate) fn run(args: &AddArgs) -> Result<(), CommandError> {
-    let config = config(args)?;
-    if args.foreground {
-        daemon::run(&config, |device, _| print_device(&device.display().to_string()))?;
-        return Ok(());
+    let config = Config::from_args(args)
+        .map_err(|source| CommandError::Path { path: args.image.display().to_string(), source })?;
+    let care = care(args.foreground, args.no_supervisor || args.no_recovery);
+    begin(&Start::New { id: args.id, config }, care)
+}
+
+/// Serves a device whose server has died. Returns as [`run`] does.
+pub(crate) fn recover(args: &RecoverArgs) -> Result<(), CommandError> {
+    begin(&Start::Recover { id: args.id }, care(args.foreground, args.no_supervisor))
+}
+
+fn care(foreground: bool, alone: bool) -> Care {
+    match (foreground, alone) {
+        (true, _) => Care::Foreground,
+        (false, true) => Care::Alone,
+        (false, false) => Care::Supervised,
+    }
+}
+
+fn begin(start: &Start, care: Care) -> Result<(), CommandError> {
+    if care == Care::Foreground {
+        return Ok(daemon::run(start, |_, id| print_device(id))?);
     }
     match detach::into_background().map_err(CommandError::Background)? {
-        Side::Parent(Ok(device)) => Ok(print_device(&device)?),
-        Side::Parent(Err(error)) => Err(CommandError::Server(error)),
-        Side::Child(reporter) => serve_in_background(&config, reporter),
+        Side::Parent { outcome: Ok(id), .. } => Ok(print_device(id)?),
+        Side::Parent { outcome: Err(error), .. } => Err(CommandError::Server(error)),
+        Side::Child(reporter) if care == Care::Alone => process::exit(supervisor::serve(start, reporter)),
+        // What it has to say it says in its log, and to its parent.
+        Side::Child(reporter) => process::exit(supervisor::run(start, reporter).map_or(1, |()| 0)),
     }
 }
 
-/// The child: tells its parent how it went, and later its log.
-fn serve_in_background(config: &Config, reporter: detach::Reporter) -> Result<(), CommandError> {
-    let mut reporter = Some(reporter);
-    let result = daemon::run(config, |device, id| match reporter.take() {
-        Some(reporter) => reporter.serving(device, &runfile::log_path(id)),
-        None => Ok(()),
-    });
-    match (result, reporter) {
-        (Err(error), Some(reporter)) => {
-            reporter.failed(&error.to_string());
-            // The parent prints the error.
-            std::process::exit(1)
-        }
-        (result, _) => Ok(result?),
-    }
-}
-
-fn config(args: &AddArgs) -> Result<Config, CommandError> {
-    let image = std::path::absolute(&args.image)
-        .map_err(|source| CommandError::Path { path: args.image.display().to_string(), source })?;
-    Ok(Config {
-        image,
-        id: args.id,
-        queues: args.queues,
-        depth: args.depth,
-        read_only: args.read_only,
-        locking: super::image::locking(args.force_share),
-        cache_bytes: args.cache_size,
-        backing_format: args.backing_format,
-        reclaims: !args.no_reclaim,
-        caching: match args.io {
-            IoMode::Auto => Caching::Auto,
-            IoMode::Direct => Caching::Direct,
-            IoMode::Buffered => Caching::Buffered,
-        },
-    })
-}
-
-fn print_device(device: &str) -> io::Result<()> {
+fn print_device(id: u32) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    writeln!(out, "{device}")?;
+    writeln!(out, "{}", device::block_path(id).display())?;
     out.flush()
 }

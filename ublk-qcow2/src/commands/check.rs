@@ -2,8 +2,9 @@
 
 use super::{
     CommandError,
-    image::{Tool, locking, refuse_served},
+    image::{Tool, refuse_served},
 };
+use crate::config;
 use clap::{Args, ValueEnum};
 use qcow2_engine::{CheckOptions, CheckReport, Error, Repair, check, io::files::Caching};
 use qcow2_format::FormatError;
@@ -91,7 +92,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, CommandError> {
     if args.repair.is_some() {
         refuse_served(&args.image)?;
     }
-    let tool = Tool::new(Caching::Buffered, locking(args.force_share))?;
+    let tool = Tool::new(Caching::Buffered, config::locking(args.force_share))?;
     let repair = match args.repair {
         None => Repair::None,
         Some(What::Leaks) => Repair::Leaks,

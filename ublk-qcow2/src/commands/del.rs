@@ -1,8 +1,8 @@
 //! `del`: detach devices.
 //!
 //! A device whose server lives is detached by that server: it is asked to stop, and this command
-//! waits until the image is closed and the device is gone. A device without a server of ours is
-//! stopped and deleted from here; there is nothing to write back any more. Nothing else's devices
+//! waits until the image is closed and the device is gone. A device whose server has died is stopped
+//! and deleted from here, and what that server had acknowledged is written to the image. Nothing else's devices
 //! are touched, unless named by `-n`. A device that is mounted, or claimed in another way, is not
 //! taken from under its user.
 
@@ -10,7 +10,7 @@ use super::CommandError;
 use crate::{
     cli::DelArgs,
     control::Control,
-    device,
+    daemon, device,
     runfile::{self, Entry, Record},
 };
 use nix::{
@@ -105,6 +105,9 @@ fn check_unclaimed(id: u32, pid: i32) -> Result<(), CommandError> {
 /// Removes what a server has left behind that died, or failed on its way out.
 fn clean_up(record: &Record) -> Result<(), CommandError> {
     device::delete_orphan(&mut Control::open()?, record.id)?;
+    if record.config.recovery && record.boot == runfile::boot()? {
+        daemon::settle(record)?;
+    }
     runfile::remove_stale(record.id);
     match &record.error {
         Some(error) => Err(CommandError::Unclean { id: record.id, error: error.clone() }),

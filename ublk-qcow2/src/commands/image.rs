@@ -37,11 +37,6 @@ impl Tool {
     }
 }
 
-/// What `--force-share` asks for.
-pub(super) fn locking(force_share: bool) -> Locking {
-    if force_share { Locking::ForceShare } else { Locking::AsQemu }
-}
-
 /// Refuses to work on an image that a server of this program has open: two writers destroy it, and a
 /// reader would see it half-written.
 ///
@@ -50,7 +45,7 @@ pub(super) fn refuse_served(path: &Path) -> Result<(), CommandError> {
     let Ok(wanted) = fs::metadata(path) else { return Ok(()) };
     // Where the records cannot be read there is no server that this user could have started.
     for entry in runfile::load_all().unwrap_or_default().iter().filter(|entry| entry.is_alive) {
-        let is_same = fs::metadata(&entry.record.image)
+        let is_same = fs::metadata(&entry.record.config.image)
             .is_ok_and(|served| (served.dev(), served.ino()) == (wanted.dev(), wanted.ino()));
         if is_same {
             let (path, id) = (path.display(), entry.record.id);

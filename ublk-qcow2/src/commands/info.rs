@@ -2,8 +2,9 @@
 
 use super::{
     CommandError,
-    image::{Tool, human_size, locking, printable},
+    image::{Tool, human_size, printable},
 };
+use crate::config;
 use clap::Args;
 use qcow2_engine::{
     inspect::ImageFile,
@@ -53,7 +54,7 @@ struct Info<'a> {
 
 /// Prints what the image says.
 pub(crate) fn run(args: &InfoArgs) -> Result<(), CommandError> {
-    let tool = Tool::new(Caching::Buffered, locking(args.force_share))?;
+    let tool = Tool::new(Caching::Buffered, config::locking(args.force_share))?;
     let path = &args.image;
     let info = tool.run(async {
         let file = ImageFile::open(&tool.ring, &*tool.files, path, Access::ReadOnly).await?;

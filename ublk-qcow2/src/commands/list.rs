@@ -31,6 +31,8 @@ struct Line<'a> {
 #[serde(rename_all = "lowercase")]
 enum State {
     Serving,
+    /// The server has died; `recover` replaces it.
+    Waiting,
     /// The server has died; `del` removes the rest.
     Dead,
 }
@@ -52,13 +54,17 @@ fn line(entry: &Entry) -> Line<'_> {
     Line {
         id: record.id,
         device: device::block_path(record.id),
-        state: if entry.is_alive { State::Serving } else { State::Dead },
+        state: match (entry.is_alive, record.config.recovery) {
+            (true, _) => State::Serving,
+            (false, true) => State::Waiting,
+            (false, false) => State::Dead,
+        },
         pid: record.pid,
         size: record.size,
         queues: record.queues,
         depth: record.depth,
-        read_only: record.read_only,
-        image: &record.image,
+        read_only: record.config.read_only,
+        image: &record.config.image,
     }
 }
 
@@ -71,6 +77,7 @@ fn table(lines: &[Line<'_>]) -> String {
         let state = match line.state {
             State::Serving if line.read_only => "serving*",
             State::Serving => "serving",
+            State::Waiting => "waiting",
             State::Dead => "dead",
         };
         // Writing to a string does not fail.

@@ -245,3 +245,43 @@ fn registered_buffers_are_used_where_they_reach() {
     drop(ring);
     assert_eq!(buf.slice(4096..8192).registered_at(other.id()), None);
 }
+
+/// More than the queues have room for, by twos and at once, good ones and bad ones.
+#[test]
+fn operations_without_a_future_are_reported_once_each() {
+    const COUNT: u32 = 300;
+    let it = Fixture::new(Caching::Auto, 0);
+    it.run(async {
+        let mut seen = vec![0; COUNT as usize + 1];
+        for index in 0..COUNT {
+            let data = Buf::zeroed(512);
+            data.fill(index as u8);
+            it.ring.write_reporting(it.file, u64::from(index) * 512, data, index);
+        }
+        it.ring.read_reporting(FileId(77), 0, Buf::zeroed(512), COUNT);
+        let mut reports = Vec::new();
+        while seen.contains(&0) {
+            it.ring.reports(&mut reports).await;
+            for report in &reports {
+                assert_eq!(report.result == 512, report.token < COUNT, "{report:?}");
+                seen[report.token as usize] += 1;
+            }
+        }
+        assert!(seen.iter().all(|&count| count == 1));
+    });
+    assert_eq!(it.ring.in_flight(), 0);
+    let bytes = std::fs::read(it.path()).unwrap();
+    assert!(bytes.iter().enumerate().all(|(at, &byte)| byte == (at / 512) as u8));
+}
+
+/// A write that waits for the end of the turn belongs to the kernel all the same.
+#[test]
+fn dropping_the_ring_does_not_lose_a_write() {
+    let it = Fixture::new(Caching::Auto, 4096);
+    let data = Buf::zeroed(512);
+    data.fill(3);
+    it.ring.write_reporting(it.file, 512, data, 0);
+    let Fixture { dir, ring, .. } = it;
+    drop(ring);
+    assert_eq!(std::fs::read(dir.path().join("file")).unwrap()[512..1024], [3; 512]);
+}

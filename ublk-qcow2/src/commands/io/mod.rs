@@ -7,10 +7,8 @@ mod parse;
 mod print;
 mod session;
 
-use super::{
-    CommandError,
-    image::{locking, refuse_served},
-};
+use super::{CommandError, image::refuse_served};
+use crate::{cli::BackingArgs, config};
 use clap::Args;
 use qcow2_engine::{
     Image, OpenOptions,
@@ -42,6 +40,8 @@ pub(crate) struct IoArgs {
     /// Read the image even if somebody writes to it; what is read may then be torn.
     #[arg(short = 'U', long, requires = "read_only")]
     force_share: bool,
+    #[command(flatten)]
+    backing: BackingArgs,
     /// The format of the image.
     #[arg(short, long, value_name = "FORMAT", default_value = "qcow2", value_parser = ["qcow2"], hide = true)]
     format: String,
@@ -61,10 +61,14 @@ pub(crate) fn run(args: &IoArgs) -> Result<ExitCode, CommandError> {
     if !args.read_only {
         refuse_served(&args.image)?;
     }
-    let files = Arc::new(Files::with_locking(Caching::Auto, locking(args.force_share)));
+    let files = Arc::new(Files::with_locking(Caching::Auto, config::locking(args.force_share)));
     let ring = Uring::new(Arc::clone(&files), RING).map_err(CommandError::Ring)?;
     let executor = Executor::new(ring.clone());
-    let options = OpenOptions { read_only: args.read_only, ..OpenOptions::default() };
+    let options = OpenOptions {
+        read_only: args.read_only,
+        backing_policy: args.backing.policy(),
+        ..OpenOptions::default()
+    };
     let image = executor
         .block_on(Image::open(&ring, &*files, &args.image, &options))
         .map_err(CommandError::Ring)??;

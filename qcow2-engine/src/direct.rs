@@ -1,0 +1,181 @@
+//! The short cut: a request that one transfer answers is resolved at once and moved by the caller.
+//!
+//! Most requests find their mapping in memory and one run of bytes in one file: a read of data, or a
+//! write over clusters that are the image's own. For these the engine has nothing to wait for, so no
+//! future is needed: [`Lane::direct_read`] and [`Lane::direct_write`] say where the bytes are, the
+//! caller moves them and says when it is done. Whatever is not as simple, now or when the
+//! transfer ends (short, or failed), goes to [`Lane::read`] and [`Lane::write`], which do the whole
+//! request from its beginning: doing a part of it twice is harmless, as it has not been answered.
+//!
+//! The same decisions as on the long way: `resolve` and `write::split`. The request is in flight from
+//! before its look-up until [`Lane::end_direct`] (R5).
+
+use crate::{
+    image::Image,
+    io::{FileId, Io},
+    lane::{Flight, Lane},
+    resolve::{Extent, Extents},
+    write::{Kind, split},
+};
+use smallvec::SmallVec;
+
+/// Where the bytes of a request are: contiguous in a file.
+#[derive(Debug)]
+#[must_use = "the request is in flight until `Lane::end_direct`"]
+pub struct Direct {
+    /// The file.
+    pub file: FileId,
+    /// Byte offset in it.
+    pub at: u64,
+    flight: Flight,
+}
+
+impl<I: Io> Lane<I> {
+    /// Begins a read that one transfer answers. `None` where it is not so simple, or might fail:
+    /// [`Lane::read`] tells. A transfer that ends short has met the end of the file and is no answer.
+    #[inline]
+    pub fn direct_read(&self, at: u64, len: u64) -> Option<Direct> {
+        self.begin_direct(at, len, Image::one_extent)
+    }
+
+    /// Begins a write that one transfer carries out; otherwise as [`Lane::direct_read`].
+    #[inline]
+    pub fn direct_write(&self, at: u64, len: u64) -> Option<Direct> {
+        // What `begin_mutation` refuses or has to prepare.
+        if self.image().check_changes().is_err() || !self.image().autoclear.is_clear() {
+            return None;
+        }
+        self.begin_direct(at, len, Image::one_place)
+    }
+
+    /// Ends the request: its transfer is over, well or not.
+    #[inline]
+    pub fn end_direct(&self, direct: Direct) {
+        self.end(direct.flight);
+    }
+
+    #[inline]
+    fn begin_direct(
+        &self,
+        at: u64,
+        len: u64,
+        find: impl Fn(&Image, u64, u64) -> Option<(FileId, u64)>,
+    ) -> Option<Direct> {
+        self.check_range(at, len).ok()?;
+        let flight = self.try_begin()?;
+        if let Some((file, at)) = find(self.image(), at, len) {
+            return Some(Direct { file, at, flight });
+        }
+        self.end(flight);
+        None
+    }
+}
+
+impl Image {
+    /// Where a range can be read, if it is data in one run.
+    fn one_extent(&self, at: u64, len: u64) -> Option<(FileId, u64)> {
+        let mut extents = Extents::new();
+        self.resolve(at, len, &mut extents).ok()?;
+        match extents[..] {
+            [Extent::Data { file, at, .. }] => Some((file, at)),
+            _ => None,
+        }
+    }
+
+    /// Where a range can be overwritten, if that is one run.
+    fn one_place(&self, at: u64, len: u64) -> Option<(FileId, u64)> {
+        let mut pieces = SmallVec::new();
+        split(self, at, len, &mut pieces).ok()?;
+        match pieces[..] {
+            [piece] => match piece.kind {
+                Kind::InPlace { host } => Some((self.top().file, host)),
+                Kind::Allocate => None,
+            },
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        OpenOptions,
+        io::{Buf, mem::MemFiles},
+    };
+    use qcow2_format::{Blueprint, CreateOptions};
+    use std::{
+        future::Future,
+        path::Path,
+        pin::pin,
+        sync::Arc,
+        task::{Context, Poll, Waker},
+    };
+
+    const CLUSTER: u64 = 65536;
+
+    /// I/O in memory ends at once.
+    fn run<T>(future: impl Future<Output = T>) -> T {
+        match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(output) => output,
+            Poll::Pending => panic!("it waits"),
+        }
+    }
+
+    fn open(files: &MemFiles, read_only: bool) -> Lane<MemFiles> {
+        let options = OpenOptions { read_only, ..OpenOptions::default() };
+        let image: Arc<Image> = run(Image::open(files, files, Path::new("it"), &options)).unwrap();
+        Lane::new(&image, files.clone(), 2)
+    }
+
+    fn new_image() -> MemFiles {
+        let files = MemFiles::default();
+        let options = CreateOptions { virtual_size: 16 * CLUSTER, ..CreateOptions::default() };
+        let blueprint = Blueprint::new(&options).unwrap();
+        let mut bytes = vec![0; blueprint.file_len() as usize];
+        for (at, part) in blueprint.writes() {
+            bytes[at as usize..at as usize + part.len()].copy_from_slice(&part);
+        }
+        files.put("it", bytes);
+        files
+    }
+
+    #[test]
+    fn only_what_one_transfer_answers_is_direct() {
+        let files = new_image();
+        let lane = open(&files, false);
+        assert!(lane.direct_read(0, 4096).is_none(), "zeros");
+        assert!(lane.direct_write(0, 4096).is_none(), "to be allocated");
+        run(lane.write(0, Buf::zeroed(2 * CLUSTER as usize))).unwrap();
+        let across = lane.direct_read(CLUSTER - 512, 1024).expect("neighbours on the host");
+        let within = lane.direct_write(CLUSTER + 512, 512).expect("its own");
+        assert_eq!((within.file, within.at), (across.file, across.at + 1024));
+        assert!(lane.direct_read(0, 512).is_none(), "the lane's depth is 2");
+        lane.end_direct(across);
+        assert!(lane.direct_read(CLUSTER, 2 * CLUSTER).is_none(), "data, then zeros");
+        assert!(lane.direct_write(CLUSTER, 2 * CLUSTER).is_none());
+        assert!(lane.direct_read(16 * CLUSTER, 512).is_none(), "beyond the end");
+        lane.end_direct(within);
+        run(lane.flush()).unwrap();
+
+        let reader = open(&files, true);
+        assert!(reader.direct_read(0, 512).is_none(), "not in memory yet");
+        run(reader.read(0, Buf::zeroed(512))).unwrap();
+        assert!(reader.direct_write(0, 512).is_none(), "read-only");
+        reader.end_direct(reader.direct_read(0, 512).expect("in memory now"));
+    }
+
+    /// R5: what a transfer under way may touch is not given to another.
+    #[test]
+    fn a_direct_request_is_in_flight_until_its_end() {
+        let lane = open(&new_image(), false);
+        run(lane.write(0, Buf::zeroed(4096))).unwrap();
+        let direct = lane.direct_read(0, 4096).unwrap();
+        let unmapped = lane.image().epochs.advance();
+        assert!(!lane.image().epochs.has_passed(unmapped));
+        lane.end_direct(direct);
+        assert!(lane.image().epochs.has_passed(unmapped));
+        assert!(lane.direct_read(4 * CLUSTER, 512).is_none());
+        assert!(lane.image().epochs.has_passed(lane.image().epochs.advance()), "a refusal leaves nothing");
+    }
+}

@@ -1,0 +1,213 @@
+//! Damage: fields of an image set to values that mean something else there.
+
+use super::corpus::Sample;
+use crate::sim::rng::Rng;
+use qcow2_format::{Header, snapshot};
+use std::fmt;
+
+/// One change of an image file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Damage {
+    /// Bytes at an offset are these.
+    Bytes {
+        /// Which field.
+        field: String,
+        /// Where.
+        at: u64,
+        /// What is there now.
+        bytes: Vec<u8>,
+    },
+    /// The file ends here.
+    Length(u64),
+}
+
+impl fmt::Display for Damage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Bytes { field, at, bytes } => write!(f, "{field} at {at:#x} = {bytes:02x?}"),
+            Self::Length(len) => write!(f, "file cut off at {len:#x}"),
+        }
+    }
+}
+
+impl Damage {
+    /// Does it to an image.
+    pub fn apply(&self, image: &mut Vec<u8>) {
+        match self {
+            Self::Bytes { at, bytes, .. } => {
+                let end = (*at as usize + bytes.len()).min(image.len());
+                let start = (*at as usize).min(end);
+                image[start..end].copy_from_slice(&bytes[..end - start]);
+            }
+            Self::Length(len) => image.truncate(*len as usize),
+        }
+    }
+}
+
+/// A field of a sound image.
+#[derive(Clone, Debug)]
+struct Spot {
+    field: &'static str,
+    at: u64,
+    width: usize,
+}
+
+/// Offsets and widths of the header's fields.
+const HEADER_FIELDS: [(&str, u64, usize); 18] = [
+    ("magic", 0, 4),
+    ("version", 4, 4),
+    ("backing_file_offset", 8, 8),
+    ("backing_file_size", 16, 4),
+    ("cluster_bits", 20, 4),
+    ("size", 24, 8),
+    ("crypt_method", 32, 4),
+    ("l1_size", 36, 4),
+    ("l1_table_offset", 40, 8),
+    ("refcount_table_offset", 48, 8),
+    ("refcount_table_clusters", 56, 4),
+    ("nb_snapshots", 60, 4),
+    ("snapshots_offset", 64, 8),
+    ("incompatible_features", 72, 8),
+    ("autoclear_features", 88, 8),
+    ("refcount_order", 96, 4),
+    ("header_length", 100, 4),
+    ("compression_type", 104, 1),
+];
+
+const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+/// Mostly "copied", which allows a write in place.
+const FLAGS: [u64; 7] = [1 << 63, 1 << 63, 1 << 63, 0, 1 << 62, 1, 1 << 63 | 1];
+
+/// What is known of a sample: its fields by kind, and places worth pointing at.
+pub struct Anatomy {
+    kinds: Vec<Vec<Spot>>,
+    places: Vec<u64>,
+    cluster: u64,
+    len: u64,
+}
+
+impl Anatomy {
+    /// Takes a sound image apart.
+    ///
+    /// # Errors
+    /// It is not sound.
+    pub fn of(sample: &Sample) -> Result<Self, String> {
+        let image = &sample.bytes;
+        let len = image.len() as u64;
+        let header = Header::decode(image, len).map_err(|error| format!("{}: {error}", sample.name))?;
+        let cluster = header.geometry().cluster_size();
+        let words = |field, at: u64, count: u64| -> Vec<Spot> {
+            let inside = len.saturating_sub(at) / 8;
+            (0..count.min(inside)).map(|index| Spot { field, at: at + index * 8, width: 8 }).collect()
+        };
+        let word = |at: u64| {
+            image.get(at as usize..).and_then(|rest| rest.first_chunk()).map_or(0, |w| u64::from_be_bytes(*w))
+        };
+        let targets = |spots: &[Spot]| -> Vec<u64> {
+            let all = spots.iter().map(|spot| word(spot.at) & OFFSET);
+            all.filter(|&at| at != 0 && at < len).collect()
+        };
+        let l1 = words("L1 entry", header.l1_table.0, header.l1_entries.into());
+        let table_words = u64::from(header.refcount_table_clusters) * cluster / 8;
+        let refcount_table = words("refcount table entry", header.refcount_table.0, table_words.min(64));
+        let l2_tables = targets(&l1);
+        let blocks = targets(&refcount_table);
+        let used = |spots: Vec<Spot>| -> Vec<Spot> {
+            let mut free = 0;
+            let keep = |spot: &Spot| {
+                word(spot.at) != 0 || {
+                    free += 1;
+                    free % 16 == 1
+                }
+            };
+            spots.into_iter().filter(keep).collect()
+        };
+        let l2: Vec<Spot> =
+            l2_tables.iter().flat_map(|&at| used(words("L2 entry", at, cluster / 8))).collect();
+        let counts = blocks.iter().flat_map(|&at| used(words("refcounts", at, cluster / 8))).collect();
+        let mut snapshots = Vec::new();
+        let mut places = vec![0, header.l1_table.0, header.refcount_table.0];
+        if header.snapshot_count > 0 {
+            let at = header.snapshot_table.0;
+            snapshots.extend(words("snapshot table", at, 24));
+            places.push(at);
+            for one in
+                snapshot::decode_table(&image[at as usize..], header.snapshot_count).unwrap_or_default()
+            {
+                let l1 = words("L1 entry of a snapshot", one.l1_table.0, one.l1_entries.into());
+                places.push(one.l1_table.0);
+                places.extend(targets(&l1).iter().take(2));
+                snapshots.extend(used(l1));
+            }
+        }
+        let bitmaps = header.bitmaps.map_or_else(Vec::new, |bitmaps| {
+            places.push(bitmaps.directory.0);
+            words("bitmap directory", bitmaps.directory.0, 8)
+        });
+        places.extend(l2_tables.iter().chain(&blocks).take(6));
+        places.extend(targets(&l2).iter().take(4));
+        let fields = HEADER_FIELDS.iter().map(|&(field, at, width)| Spot { field, at, width }).collect();
+        let area = u64::from(header.header_length);
+        let extensions = words("header extensions", area, ((cluster.min(1024) - area) / 8).min(48));
+        let kinds = [
+            fields,
+            extensions,
+            l1.clone(),
+            used(l1),
+            l2.clone(),
+            l2,
+            refcount_table,
+            counts,
+            snapshots,
+            bitmaps,
+        ];
+        let kinds = kinds.into_iter().filter(|kind: &Vec<Spot>| !kind.is_empty()).collect();
+        Ok(Self { kinds, places, cluster, len })
+    }
+
+    /// One to four changes.
+    pub fn choose(&self, rng: &mut Rng, image: &[u8]) -> Vec<Damage> {
+        let count = [1, 1, 1, 2, 2, 3, 4][rng.below(7) as usize];
+        (0..count).map(|_| self.choose_one(rng, image)).collect()
+    }
+
+    fn choose_one(&self, rng: &mut Rng, image: &[u8]) -> Damage {
+        match rng.below(20) {
+            0 => Damage::Length(rng.below(self.len)),
+            1 => Damage::Length(self.places[rng.below(self.places.len() as u64) as usize]),
+            2..=3 => {
+                let at = rng.below(self.len);
+                let bytes = (0..1 + rng.below(16)).map(|_| rng.draw() as u8).collect();
+                Damage::Bytes { field: "bytes".into(), at, bytes }
+            }
+            _ => {
+                let kind = &self.kinds[rng.below(self.kinds.len() as u64) as usize];
+                let spot = &kind[rng.below(kind.len() as u64) as usize];
+                self.at_spot(rng, image, spot)
+            }
+        }
+    }
+
+    fn at_spot(&self, rng: &mut Rng, image: &[u8], spot: &Spot) -> Damage {
+        let old = &image[spot.at as usize..][..spot.width];
+        let value = old.iter().fold(0, |value, byte| value << 8 | u64::from(*byte));
+        let bits = spot.width as u64 * 8;
+        let flags = FLAGS[rng.below(FLAGS.len() as u64) as usize];
+        let new = match rng.below(18) {
+            0 => 0,
+            1 => u64::MAX,
+            2 => value ^ 1 << rng.below(bits),
+            3 => value.wrapping_add(1),
+            4 => value.wrapping_sub(1),
+            5 => value.wrapping_add(self.cluster),
+            6 => self.len.next_multiple_of(self.cluster) | flags,
+            7 => 1 << rng.below(bits),
+            8 => rng.draw() >> rng.below(64),
+            9 => (spot.at & !(self.cluster - 1)) | flags,
+            10 => (value & OFFSET) | flags,
+            _ => self.places[rng.below(self.places.len() as u64) as usize] | flags,
+        };
+        let bytes = new.to_be_bytes()[8 - spot.width..].to_vec();
+        Damage::Bytes { field: spot.field.into(), at: spot.at, bytes }
+    }
+}

@@ -1,0 +1,95 @@
+//! Operations without a future: their completions gather in a list, which one task takes at a time.
+//!
+//! For a caller that keeps its own account of what is in flight, and for whom a future and a waker per
+//! operation would cost more than the rest of its work. It gives each operation a token and finds
+//! that in the report. The memory is owned as that of any other operation is (`slots`).
+
+use super::{Keep, Uring, submit::Prepared};
+use crate::io::{Buf, FileId};
+use io_uring::squeue;
+use std::{
+    cell::RefCell,
+    future::poll_fn,
+    mem,
+    task::{Poll, Waker},
+};
+
+/// The end of an operation that was started with a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Report {
+    /// What the operation was started with.
+    pub token: u32,
+    /// What the kernel says: a count, or a negative errno.
+    pub result: i32,
+}
+
+#[derive(Default)]
+pub(super) struct Reports {
+    list: RefCell<Vec<Report>>,
+    waker: RefCell<Option<Waker>>,
+}
+
+impl Reports {
+    pub(super) fn add(&self, report: Report) {
+        self.list.borrow_mut().push(report);
+        // The task is woken by the first report that it has not seen; the others it finds.
+        if let Some(waker) = self.waker.borrow_mut().take() {
+            waker.wake();
+        }
+    }
+}
+
+impl Uring {
+    /// Submits a prepared operation whose end is told by [`Uring::reports`].
+    ///
+    /// # Safety
+    /// As [`Uring::submit`].
+    pub unsafe fn submit_reporting(&self, entry: squeue::Entry, keep: Option<Buf>, token: u32) {
+        self.start_reporting(Prepared::Other(entry), keep.map_or(Keep::Nothing, Keep::Buf), token);
+    }
+
+    /// Starts a read into `buf`, as [`crate::io::Io::read`] but without repetition where the kernel
+    /// asks for it (EAGAIN, EINTR).
+    pub fn read_reporting(&self, file: FileId, at: u64, buf: Buf, token: u32) {
+        match self.read_entry(file, at, &buf) {
+            Ok(entry) => self.start_reporting(entry, Keep::Buf(buf), token),
+            Err(error) => self.report_failure(&error, token),
+        }
+    }
+
+    /// Starts a write of `buf`; see [`Uring::read_reporting`].
+    pub fn write_reporting(&self, file: FileId, at: u64, buf: Buf, token: u32) {
+        match self.write_entry(file, at, &buf) {
+            Ok(entry) => self.start_reporting(entry, Keep::Buf(buf), token),
+            Err(error) => self.report_failure(&error, token),
+        }
+    }
+
+    /// Waits for reports and exchanges them for `done`, whose content is lost. For one task at a time.
+    pub async fn reports(&self, done: &mut Vec<Report>) {
+        done.clear();
+        poll_fn(|context| {
+            let reports = &self.0.reports;
+            mem::swap(&mut *reports.list.borrow_mut(), done);
+            if !done.is_empty() {
+                return Poll::Ready(());
+            }
+            reports.waker.replace(Some(context.waker().clone()));
+            Poll::Pending
+        })
+        .await;
+    }
+
+    fn start_reporting(&self, prepared: Prepared, keep: Keep, token: u32) {
+        let key = self.0.slots.borrow_mut().take_reporting(keep, token);
+        if let Err(error) = self.hand_over(prepared, key) {
+            self.0.slots.borrow_mut().complete(key, 0);
+            self.report_failure(&error, token);
+        }
+    }
+
+    fn report_failure(&self, error: &std::io::Error, token: u32) {
+        let result = -error.raw_os_error().unwrap_or(libc::EIO);
+        self.0.reports.add(Report { token, result });
+    }
+}

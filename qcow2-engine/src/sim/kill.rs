@@ -1,0 +1,101 @@
+//! The process dies, the machine does not: the next process replays the redo log.
+//!
+//! Everything that has completed is in the file, durable or not; of what was in flight some is. Then,
+//! unlike after a loss of power, *everything acknowledged* must be there (R7). The replay is itself cut
+//! short in both ways, by power and by another kill.
+
+use super::{oracle, rng::Rng, run::Life};
+use crate::{Lane, MIN_REDO_BYTES, RedoError, RedoLog, io::Buf};
+use std::{
+    rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+/// One moment in this many is a process's last.
+const KILL_CHANCE: u64 = 24;
+/// One replay in this many is cut short at every moment.
+const CUT_SHORT_CHANCE: u64 = 6;
+/// Processes that die one after the other, and the last one, which lives.
+const MAX_PROCESSES: u32 = 3;
+
+/// The memory of a redo log, which outlives processes.
+pub(super) struct Memory(Arc<Words>);
+
+struct Words(Vec<AtomicU64>);
+
+impl AsRef<[AtomicU64]> for Words {
+    fn as_ref(&self) -> &[AtomicU64] {
+        &self.0
+    }
+}
+
+impl Memory {
+    pub(super) fn new() -> Self {
+        Self(Arc::new(Words((0..MIN_REDO_BYTES / 8).map(|_| AtomicU64::new(0)).collect())))
+    }
+
+    pub(super) fn create(&self) -> Result<RedoLog, RedoError> {
+        RedoLog::create(Arc::clone(&self.0) as _)
+    }
+
+    fn open(&self) -> Result<RedoLog, RedoError> {
+        RedoLog::open(Arc::clone(&self.0) as _)
+    }
+
+    /// The memory as it is now, for a process that goes another way from here.
+    fn copy(&self) -> Self {
+        let value = |word: &AtomicU64| AtomicU64::new(word.load(Ordering::Relaxed));
+        Self(Arc::new(Words(self.0.0.iter().map(value).collect())))
+    }
+}
+
+impl Life<'_> {
+    /// Kills the process, now and then, and sees what the next one makes of it.
+    pub(super) fn kill_here(&mut self) -> Result<(), String> {
+        if self.processes == MAX_PROCESSES || self.rng.below(KILL_CHANCE) != 0 {
+            return Ok(());
+        }
+        self.totals.kills += 1;
+        let keeps = self.rng.below(3);
+        let disk = {
+            let rng = &mut self.rng;
+            self.disk.after_kill(|| keeps == 1 || keeps == 2 && rng.below(2) == 0)
+        };
+        let mut next = Life {
+            fixture: self.fixture,
+            disk,
+            model: Rc::clone(&self.model),
+            rng: Rng::new(self.rng.draw()),
+            totals: &mut *self.totals,
+            judged: (u64::MAX, 0),
+            memo: oracle::Memo::default(),
+            starves: false,
+            redo: self.redo.copy(),
+            processes: self.processes + 1,
+        };
+        next.recover().map_err(|error| format!("process {} was killed: {error}", self.processes))
+    }
+
+    /// Replays the log and compares what is read then with all that was acknowledged.
+    fn recover(&mut self) -> Result<(), String> {
+        let image = self.open().map_err(|error| format!("it does not open: {error}"))?;
+        let log = self.redo.open().map_err(|error| error.to_string())?;
+        let lane = Lane::new(&image, self.disk.clone(), 1);
+        let replay = {
+            let lane = lane.clone();
+            Box::pin(async move { lane.replay(&log).await.map(drop).map_err(|error| error.to_string()) })
+        };
+        let is_cut_short = self.rng.below(CUT_SHORT_CHANCE) == 0;
+        self.drive(vec![replay], is_cut_short)?;
+        let buf = Buf::zeroed(self.fixture.content.len() * 512);
+        let read = {
+            let buf = buf.clone();
+            Box::pin(async move { lane.read(0, buf).await.map_err(|error| error.to_string()) })
+        };
+        self.drive(vec![read], false)?;
+        self.check_live(&buf)
+    }
+}

@@ -1,0 +1,360 @@
+//! Which host clusters hold live metadata, so that nothing else is ever written, freed or handed out
+//! there: an image is input, and its entries may name any place.
+//!
+//! ```text
+//! cluster → Sieve (no lock, may say yes in error) → Territory (metadata lock, exact) → Conflict
+//! ```
+//!
+//! Both are made when an image is opened for writing, from what is in memory then anyway, and kept true
+//! by the few places that make or move a table. What the tables *below* the L1 table refer to is not
+//! read for that: an entry is judged when it is first about to be the target of a change.
+
+use crate::{
+    check::Owner,
+    error::{Error, Result},
+};
+use qcow2_format::{Geometry, Header, HostOffset, L1Entry, RefcountTableEntry};
+use std::{
+    collections::HashSet,
+    fmt,
+    ops::Range,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+/// Why a cluster cannot be what an entry says that it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Conflict {
+    /// It holds live metadata.
+    Holds(Owner),
+    /// The file ends before it.
+    BeyondFile,
+}
+
+impl fmt::Display for Conflict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Holds(owner) => write!(f, "in use as {owner}"),
+            Self::BeyondFile => f.write_str("beyond the end of the file"),
+        }
+    }
+}
+
+/// Bits of the sieve for each table that may come to exist: about one probe in fifty is wrong.
+const BITS_PER_TABLE: u64 = 16;
+/// Words of a sieve, at the most: 8 MiB.
+const MAX_SIEVE_WORDS: u64 = 1 << 20;
+const MIN_SIEVE_WORDS: u64 = 64;
+
+/// Asks for every cluster that is written in place, so it costs one load. A "no" is certain.
+pub(crate) struct Sieve {
+    /// Two bits of one word for each cluster of metadata. None is ever cleared.
+    words: Box<[AtomicU64]>,
+    /// The first cluster that lies wholly beyond the end of the file.
+    end: AtomicU64,
+}
+
+impl Sieve {
+    fn new(tables: u64, end: u64) -> Self {
+        let words = (tables.saturating_mul(BITS_PER_TABLE) / 64).next_power_of_two();
+        let words = words.clamp(MIN_SIEVE_WORDS, MAX_SIEVE_WORDS);
+        Self { words: (0..words).map(|_| AtomicU64::new(0)).collect(), end: AtomicU64::new(end) }
+    }
+
+    /// Whether a cluster may hold metadata, or lie beyond the end of the file.
+    #[inline]
+    pub(crate) fn suspects(&self, cluster: u64) -> bool {
+        let (word, bits) = self.place(cluster);
+        cluster >= self.end.load(Ordering::Relaxed) || self.words[word].load(Ordering::Relaxed) & bits == bits
+    }
+
+    /// The file ends with cluster `end` now, exclusive.
+    pub(crate) fn set_end(&self, end: u64) {
+        self.end.store(end, Ordering::Relaxed);
+    }
+
+    fn mark(&self, cluster: u64) {
+        let (word, bits) = self.place(cluster);
+        self.words[word].fetch_or(bits, Ordering::Relaxed);
+    }
+
+    #[inline]
+    fn place(&self, cluster: u64) -> (usize, u64) {
+        let mixed = cluster.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+        let word = (mixed >> 44) as usize & (self.words.len() - 1);
+        (word, 1 << (mixed >> 38 & 63) | 1 << (mixed >> 32 & 63))
+    }
+}
+
+/// A structure of one or more clusters in a row, of which there is one.
+struct Area {
+    clusters: Range<u64>,
+    owner: Owner,
+}
+
+/// The exact answer. Its memory is bounded by the tables that the image has: nine to eighteen bytes
+/// for an L2 table or a refcount block, so 5 MiB for 64 TiB in clusters of 64 KiB.
+pub(crate) struct Territory {
+    sieve: Arc<Sieve>,
+    areas: Vec<Area>,
+    /// Snapshots' L1 tables, sorted and joined.
+    snapshot_l1s: Vec<Range<u64>>,
+    l2_tables: HashSet<u64>,
+    refcount_blocks: HashSet<u64>,
+}
+
+/// What a territory is made from.
+pub(crate) struct Sources<'a> {
+    pub(crate) file: &'a Arc<str>,
+    pub(crate) file_len: u64,
+    pub(crate) header: &'a Header,
+    /// Raw entries of the active L1 table.
+    pub(crate) l1: &'a [u64],
+    /// Raw entries of the refcount table.
+    pub(crate) refcount_table: &'a [u64],
+    pub(crate) snapshots: &'a SnapshotPlaces,
+}
+
+/// Where an image's snapshots have their tables, in bytes.
+#[derive(Debug, Default)]
+pub(crate) struct SnapshotPlaces {
+    pub(crate) table: Range<u64>,
+    pub(crate) l1_tables: Vec<Range<u64>>,
+}
+
+impl Territory {
+    /// An image's territory, and the first table that lies where it cannot: then the image is damaged,
+    /// and what is known of it is not to be relied on.
+    pub(crate) fn of(sources: &Sources<'_>) -> (Self, Option<Error>) {
+        let geometry = sources.header.geometry();
+        let tables = sources.l1.len() + sources.refcount_table.len().min(2 * sources.l1.len());
+        let sieve = Sieve::new(tables as u64, geometry.clusters_for(sources.file_len));
+        let mut territory = Self {
+            sieve: Arc::new(sieve),
+            areas: Vec::new(),
+            snapshot_l1s: joined(sources.snapshots.l1_tables.iter().map(|range| clusters(&geometry, range))),
+            l2_tables: HashSet::new(),
+            refcount_blocks: HashSet::new(),
+        };
+        let damage = territory.add_areas(sources, &geometry);
+        let damage = damage.and(territory.add_blocks(sources, &geometry));
+        let damage = damage.and(territory.add_l2_tables(sources, &geometry));
+        (territory, damage.err())
+    }
+
+    /// Of an image that is not written to: empty.
+    pub(crate) fn none() -> Self {
+        Self {
+            sieve: Arc::new(Sieve::new(0, u64::MAX)),
+            areas: Vec::new(),
+            snapshot_l1s: Vec::new(),
+            l2_tables: HashSet::new(),
+            refcount_blocks: HashSet::new(),
+        }
+    }
+
+    pub(crate) fn sieve(&self) -> &Arc<Sieve> {
+        &self.sieve
+    }
+
+    /// What live metadata a cluster holds.
+    pub(crate) fn owner(&self, cluster: u64) -> Option<Owner> {
+        if !self.sieve.suspects(cluster) {
+            return None;
+        }
+        let area = self.areas.iter().find(|area| area.clusters.contains(&cluster)).map(|area| area.owner);
+        let in_set = |set: &HashSet<u64>, owner| set.contains(&cluster).then_some(owner);
+        area.or_else(|| in_set(&self.l2_tables, Owner::L2))
+            .or_else(|| in_set(&self.refcount_blocks, Owner::RefcountBlock))
+            .or_else(|| overlaps(&self.snapshot_l1s, &(cluster..cluster + 1)).then_some(Owner::SnapshotL1))
+    }
+
+    /// Why a guest's cluster cannot be at `cluster`.
+    pub(crate) fn conflict(&self, cluster: u64) -> Option<Conflict> {
+        let beyond = || cluster >= self.sieve.end.load(Ordering::Relaxed);
+        self.owner(cluster).map(Conflict::Holds).or_else(|| beyond().then_some(Conflict::BeyondFile))
+    }
+
+    /// A table has come into being.
+    pub(crate) fn add_l2_table(&mut self, cluster: u64) {
+        self.sieve.mark(cluster);
+        self.l2_tables.insert(cluster);
+    }
+
+    /// The active mapping has a copy of this table now.
+    pub(crate) fn remove_l2_table(&mut self, cluster: u64) {
+        self.l2_tables.remove(&cluster);
+    }
+
+    pub(crate) fn add_refcount_block(&mut self, cluster: u64) {
+        self.sieve.mark(cluster);
+        self.refcount_blocks.insert(cluster);
+    }
+
+    /// A structure of which there is one is at `clusters` from now on.
+    pub(crate) fn set_area(&mut self, owner: Owner, clusters: Range<u64>) {
+        clusters.clone().for_each(|cluster| self.sieve.mark(cluster));
+        self.areas.retain(|area| area.owner != owner);
+        self.areas.push(Area { clusters, owner });
+    }
+
+    /// What the header names. That the tables lie inside the file, and those of its fixed part apart
+    /// from each other, was checked when it was decoded.
+    fn add_areas(&mut self, sources: &Sources<'_>, geometry: &Geometry) -> Result<()> {
+        let header = sources.header;
+        let l1 = header.l1_table.0..header.l1_table.0 + u64::from(header.l1_entries) * 8;
+        let table_bytes = u64::from(header.refcount_table_clusters) << header.cluster_bits;
+        let table = header.refcount_table.0..header.refcount_table.0 + table_bytes;
+        let bitmaps = header.bitmaps.filter(|_| header.bitmaps_consistent());
+        let bitmaps = bitmaps
+            .map_or(0..0, |bitmaps| bitmaps.directory.0..bitmaps.directory.0 + bitmaps.directory_bytes);
+        for range in self.snapshot_l1s.clone() {
+            range.for_each(|cluster| self.sieve.mark(cluster));
+        }
+        let mut outcome = Ok(());
+        for (owner, bytes) in [
+            (Owner::Header, 0..1),
+            (Owner::ActiveL1, l1),
+            (Owner::RefcountTable, table),
+            (Owner::SnapshotTable, sources.snapshots.table.clone()),
+            (Owner::BitmapDirectory, bitmaps),
+        ] {
+            let range = clusters(geometry, &bytes);
+            if range.is_empty() {
+                continue;
+            }
+            let other = self.areas.iter().find(|area| intersects(&area.clusters, &range));
+            let other = other
+                .map(|area| area.owner)
+                .or_else(|| overlaps(&self.snapshot_l1s, &range).then_some(Owner::SnapshotL1));
+            if let Some(other) = other {
+                outcome = outcome.and(Err(self.misplaced(
+                    sources,
+                    "header",
+                    0,
+                    bytes.start,
+                    Conflict::Holds(other),
+                )));
+            }
+            self.set_area(owner, range);
+        }
+        outcome
+    }
+
+    fn add_blocks(&mut self, sources: &Sources<'_>, geometry: &Geometry) -> Result<()> {
+        let mut outcome = Ok(());
+        for (index, &raw) in (0..).zip(sources.refcount_table) {
+            let at = (index * geometry.refcounts_per_block()).saturating_mul(geometry.cluster_size());
+            match RefcountTableEntry::decode(raw, geometry) {
+                Ok(None) => {}
+                Ok(Some(HostOffset(host))) => {
+                    let cluster = host >> geometry.cluster_bits;
+                    if let Some(conflict) = self.conflict(cluster) {
+                        let error = self.misplaced(sources, "refcount table", at, host, conflict);
+                        outcome = outcome.and(Err(error));
+                    }
+                    self.add_refcount_block(cluster);
+                }
+                Err(source) => {
+                    let table = "refcount table";
+                    outcome = outcome.and(Err(Error::Corrupt {
+                        file: Arc::clone(sources.file),
+                        table,
+                        at,
+                        source,
+                    }));
+                }
+            }
+        }
+        outcome
+    }
+
+    fn add_l2_tables(&mut self, sources: &Sources<'_>, geometry: &Geometry) -> Result<()> {
+        let mut outcome = Ok(());
+        for (index, &raw) in (0..).zip(sources.l1) {
+            let at = index * geometry.l2_coverage_bytes();
+            match L1Entry::decode(raw, geometry) {
+                Ok(L1Entry::Unallocated) => {}
+                Ok(L1Entry::Table { offset, .. }) => {
+                    let cluster = offset.0 >> geometry.cluster_bits;
+                    if let Some(conflict) = self.conflict(cluster) {
+                        outcome = outcome.and(Err(self.misplaced(sources, "L1", at, offset.0, conflict)));
+                    }
+                    self.add_l2_table(cluster);
+                }
+                Err(source) => {
+                    let error = Error::Corrupt { file: Arc::clone(sources.file), table: "L1", at, source };
+                    outcome = outcome.and(Err(error));
+                }
+            }
+        }
+        outcome
+    }
+
+    fn misplaced(
+        &self,
+        sources: &Sources<'_>,
+        table: &'static str,
+        at: u64,
+        host: u64,
+        conflict: Conflict,
+    ) -> Error {
+        Error::Conflict { file: Arc::clone(sources.file), table, at, host, conflict }
+    }
+}
+
+/// The clusters of a range of bytes.
+fn clusters(geometry: &Geometry, bytes: &Range<u64>) -> Range<u64> {
+    bytes.start >> geometry.cluster_bits..geometry.clusters_for(bytes.end)
+}
+
+fn intersects(one: &Range<u64>, other: &Range<u64>) -> bool {
+    one.start < other.end && other.start < one.end
+}
+
+/// Whether any of `sorted`, which are apart from each other, touches `range`.
+fn overlaps(sorted: &[Range<u64>], range: &Range<u64>) -> bool {
+    let next = sorted.partition_point(|one| one.end <= range.start);
+    sorted.get(next).is_some_and(|one| intersects(one, range))
+}
+
+/// Ranges in order, those that touch made one.
+fn joined(ranges: impl Iterator<Item = Range<u64>>) -> Vec<Range<u64>> {
+    let mut sorted: Vec<_> = ranges.filter(|range| !range.is_empty()).collect();
+    sorted.sort_unstable_by_key(|range| range.start);
+    let mut joined: Vec<Range<u64>> = Vec::new();
+    for range in sorted {
+        match joined.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => joined.push(range),
+        }
+    }
+    joined
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sieve_never_says_no_in_error_and_seldom_yes() {
+        let sieve = Sieve::new(10_000, 1 << 40);
+        (0..10_000).for_each(|index| sieve.mark(index * 8193));
+        assert!((0..10_000).all(|index| sieve.suspects(index * 8193)));
+        let wrong = (0..100_000).filter(|index| sieve.suspects(index * 8193 + 5)).count();
+        assert!(wrong < 5_000, "{wrong} of 100000");
+        assert!(sieve.suspects(1 << 40), "beyond the end");
+        sieve.set_end((1 << 40) + 1);
+        assert!(!sieve.suspects(1 << 40) && sieve.suspects((1 << 40) + 1));
+    }
+
+    #[test]
+    fn ranges_are_joined_and_found() {
+        let ranges = joined([9..12, 1..3, 2..5, 5..6, 4..4].into_iter());
+        assert_eq!(ranges, [1..6, 9..12]);
+        assert!(overlaps(&ranges, &(5..7)) && overlaps(&ranges, &(11..99)) && overlaps(&ranges, &(0..2)));
+        assert!(!overlaps(&ranges, &(6..9)) && !overlaps(&ranges, &(12..13)) && !overlaps(&ranges, &(0..1)));
+    }
+}

@@ -1,0 +1,177 @@
+//! Hostile images: names of backing files, chains without end, compressed data that is none, claims
+//! that no file keeps. Tables that point at each other are in `overlap.rs`.
+
+#[allow(dead_code, reason = "shared by several test programs")]
+mod common;
+
+use common::{IMAGE, create, run};
+use qcow2_engine::{
+    BackingPolicy, ErrorKind, Image, Lane, OpenOptions,
+    exec::block_on,
+    io::{Buf, Files, files::Caching, mem::MemFiles, uring::Uring},
+};
+use qcow2_format::{Backing, CreateOptions, Version, header};
+use std::{fs, os::unix::fs::symlink, path::Path, sync::Arc};
+
+const SIZE: u64 = 1 << 20;
+
+fn options(backing: Option<(&str, &str)>) -> CreateOptions {
+    let backing = backing.map(|(name, format)| Backing { name: name.into(), format: format.into() });
+    CreateOptions { virtual_size: SIZE, cluster_bits: 12, backing, ..CreateOptions::default() }
+}
+
+fn open(files: &MemFiles, read_only: bool) -> qcow2_engine::Result<Arc<Image>> {
+    let options = OpenOptions { read_only, ..OpenOptions::default() };
+    run(Image::open(files, files, Path::new(IMAGE), &options))
+}
+
+fn assert_refused(files: &MemFiles, words: &str) {
+    for read_only in [true, false] {
+        let error = open(files, read_only).err().expect("refused");
+        assert!(error.to_string().contains(words), "{error}");
+    }
+}
+
+#[test]
+fn a_chain_that_does_not_end_is_refused() {
+    let files = MemFiles::default();
+    create(&files, IMAGE, &options(Some((IMAGE, "qcow2"))));
+    assert_refused(&files, "loop");
+
+    let files = MemFiles::default();
+    create(&files, IMAGE, &options(Some(("other", "qcow2"))));
+    create(&files, "other", &options(Some((IMAGE, "qcow2"))));
+    assert_refused(&files, "loop");
+
+    let files = MemFiles::default();
+    create(&files, IMAGE, &options(Some(("base0", "qcow2"))));
+    for depth in 0..1000 {
+        create(&files, &format!("base{depth}"), &options(Some((&format!("base{}", depth + 1), "qcow2"))));
+    }
+    create(&files, "base1000", &options(None));
+    assert_refused(&files, "longer than 256 files");
+}
+
+/// 256 files whose L1 tables are as long as they may be would take 8 GiB of memory.
+#[test]
+fn the_l1_tables_of_a_chain_are_bounded_together() {
+    let files = MemFiles::default();
+    create(&files, IMAGE, &options(Some((IMAGE, "qcow2"))));
+    let mut bytes = files.get(IMAGE).expect("made");
+    let at = (bytes.len() as u64).next_multiple_of(4096);
+    bytes.resize(at as usize + (32 << 20), 0);
+    bytes[header::L1_SIZE_OFFSET as usize..][..4].copy_from_slice(&(4_u32 << 20).to_be_bytes());
+    bytes[header::L1_TABLE_OFFSET as usize..][..8].copy_from_slice(&at.to_be_bytes());
+    files.put(IMAGE, bytes);
+    assert_refused(&files, "L1 tables of the chain");
+}
+
+#[test]
+fn names_that_are_no_plain_paths_are_refused_and_nothing_is_opened() {
+    for name in ["json:{\"driver\":\"raw\"}", "nbd:localhost:10809", "nbd://host/x", "ssh:x", "fat:rw:/"] {
+        let files = MemFiles::default();
+        create(&files, IMAGE, &options(Some((name, "raw"))));
+        files.put(name, vec![7; 4096]);
+        assert_refused(&files, "not a plain path");
+    }
+    let files = MemFiles::default();
+    create(&files, IMAGE, &options(Some(("base", "vmdk"))));
+    files.put("base", vec![7; 4096]);
+    assert_refused(&files, "is not served");
+}
+
+/// A guest may write the magic of QCOW2 into its raw disk. If that made it a QCOW2 image, the guest
+/// would choose the next backing file.
+#[test]
+fn a_raw_base_with_the_magic_of_qcow2_stays_raw() {
+    let files = MemFiles::default();
+    create(&files, "base", &options(Some(("secret", "raw"))));
+    files.put("secret", vec![0x5e; SIZE as usize]);
+    let base = files.get("base").expect("made");
+    create(&files, IMAGE, &options(Some(("base", "raw"))));
+    let lane = Lane::new(&open(&files, true).expect("opens"), files.clone(), 1);
+    assert_eq!(lane.image().chain().collect::<Vec<_>>(), [IMAGE, "base"]);
+    let buf = Buf::zeroed(4096);
+    run(lane.read(0, buf.clone())).expect("reads");
+    assert_eq!(buf.to_vec(), base[..4096]);
+}
+
+/// The policies, with real files and links.
+#[test]
+fn backing_files_are_opened_by_policy_only() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = |name: &str| directory.path().join(name);
+    fs::create_dir(path("allowed")).expect("directory");
+    fs::create_dir(path("images")).expect("directory");
+    fs::write(path("allowed/base"), vec![1; SIZE as usize]).expect("base");
+    fs::write(path("secret"), vec![2; SIZE as usize]).expect("secret");
+    symlink(path("secret"), path("allowed/link")).expect("link");
+    let absolute = path("allowed/base").to_str().expect("UTF-8").to_owned();
+    let image = path("images/image.qcow2");
+    let attempt = |name: &str, policy: BackingPolicy| {
+        let made = MemFiles::default();
+        create(&made, IMAGE, &options(Some((name, "raw"))));
+        fs::write(&image, made.get(IMAGE).expect("made")).expect("image");
+        let files = Arc::new(Files::new(Caching::Buffered));
+        let ring = Uring::new(Arc::clone(&files), 8).expect("ring");
+        let options = OpenOptions { read_only: true, backing_policy: policy, ..OpenOptions::default() };
+        block_on(&ring, Image::open(&ring, &*files, &image, &options)).expect("ring").map(drop)
+    };
+    let under = || BackingPolicy::Under(vec![path("images"), path("allowed")]);
+    for name in [absolute.as_str(), "../allowed/base", "../allowed/../allowed/base"] {
+        assert!(attempt(name, BackingPolicy::Any).is_ok(), "{name}");
+        assert!(attempt(name, under()).is_ok(), "{name}");
+        let error = attempt(name, BackingPolicy::None).expect_err("none").to_string();
+        assert!(error.contains("names the backing file"), "{error}");
+    }
+    assert!(attempt("../secret", BackingPolicy::Any).is_ok(), "as QEMU");
+    for name in ["../secret", "../allowed/link", "../allowed/../secret", "/etc/passwd"] {
+        let error = attempt(name, under()).expect_err(name).to_string();
+        assert!(error.contains("--backing-dir"), "{error}");
+    }
+}
+
+/// Bit 1 at byte 72 would be the corrupt bit of a version 3 header; in version 2 it is an extension.
+#[test]
+fn version_2_has_no_bits_at_byte_72() {
+    let files = MemFiles::default();
+    create(&files, IMAGE, &CreateOptions { version: Version::V2, ..options(None) });
+    let mut bytes = files.get(IMAGE).expect("made");
+    // An unknown extension of no bytes, which reads as incompatible feature 33 in version 3.
+    bytes[72..80].copy_from_slice(&[0, 0, 0, 2, 0, 0, 0, 0]);
+    files.put(IMAGE, bytes);
+    let lane = Lane::new(&open(&files, false).expect("opens"), files.clone(), 1);
+    run(lane.write(0, Buf::zeroed(4096))).expect("writes");
+    run(lane.close()).expect("closes");
+    assert_eq!(files.get(IMAGE).expect("kept")[72..80], [0, 0, 0, 2, 0, 0, 0, 0]);
+}
+
+/// A descriptor beyond the end of the file, or of data that is none: the cluster fails, its
+/// neighbours do not, and the image is not condemned for it.
+#[test]
+fn compressed_data_that_is_none_fails_alone() {
+    let files = MemFiles::default();
+    create(&files, IMAGE, &options(None));
+    let lane = Lane::new(&open(&files, false).expect("opens"), files.clone(), 1);
+    run(lane.write(0, Buf::from_bytes(&[0x11; 3 * 4096]))).expect("writes");
+    run(lane.close()).expect("closes");
+    let sound = files.get(IMAGE).expect("kept");
+    let word = |at: u64| u64::from_be_bytes(sound[at as usize..][..8].try_into().expect("eight bytes"));
+    let l2 = word(word(header::L1_TABLE_OFFSET)) & 0x00ff_ffff_ffff_fe00;
+    let data = word(l2) & 0x00ff_ffff_ffff_fe00;
+    for place in [data, sound.len() as u64 + 512, 1 << 40] {
+        let mut bytes = sound.clone();
+        // Seven sectors: as many as the descriptor can say.
+        bytes[l2 as usize + 8..][..8].copy_from_slice(&(1 << 62 | 7 << 58 | place).to_be_bytes());
+        files.put(IMAGE, bytes);
+        let lane = Lane::new(&open(&files, true).expect("opens"), files.clone(), 1);
+        let error = run(lane.read(4096, Buf::zeroed(4096))).expect_err("no stream");
+        assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
+        assert!(error.to_string().contains("compressed cluster at offset"), "{error}");
+        for at in [0, 8192] {
+            let buf = Buf::zeroed(4096);
+            run(lane.read(at, buf.clone())).expect("reads");
+            assert_eq!(buf.to_vec(), [0x11; 4096]);
+        }
+    }
+}

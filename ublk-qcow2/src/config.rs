@@ -1,0 +1,132 @@
+//! What to serve, and how: the options of `add`, in a form that a run file keeps for the server that
+//! may have to take over.
+
+use crate::cli::{AddArgs, IoMode};
+use qcow2_engine::{
+    BackingPolicy, Format, OpenOptions,
+    io::{
+        Files,
+        files::{Caching, Locking},
+    },
+};
+use serde::{Deserialize, Serialize};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
+
+/// How an image is served.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Config {
+    /// The image, as an absolute path.
+    pub(crate) image: PathBuf,
+    pub(crate) queues: u16,
+    pub(crate) depth: u16,
+    pub(crate) read_only: bool,
+    pub(crate) force_share: bool,
+    pub(crate) cache_bytes: u64,
+    pub(crate) io: IoMode,
+    #[serde(with = "format_name")]
+    pub(crate) backing_format: Option<Format>,
+    #[serde(with = "PolicyForm")]
+    pub(crate) backing_policy: BackingPolicy,
+    /// Whether to give back what a crash has leaked.
+    pub(crate) reclaims: bool,
+    /// Whether the device waits for another server when this one dies.
+    pub(crate) recovery: bool,
+}
+
+impl Config {
+    /// What the command line asks for.
+    pub(crate) fn from_args(args: &AddArgs) -> io::Result<Self> {
+        Ok(Self {
+            image: std::path::absolute(&args.image)?,
+            queues: args.queues,
+            depth: args.depth,
+            read_only: args.read_only,
+            force_share: args.force_share,
+            cache_bytes: args.cache_size,
+            io: args.io,
+            backing_format: args.backing_format,
+            backing_policy: args.backing.policy(),
+            reclaims: !args.no_reclaim,
+            recovery: !args.no_recovery,
+        })
+    }
+
+    /// The files of the chain, none of them open yet.
+    pub(crate) fn files(&self) -> Files {
+        let caching = match self.io {
+            IoMode::Auto => Caching::Auto,
+            IoMode::Direct => Caching::Direct,
+            IoMode::Buffered => Caching::Buffered,
+        };
+        Files::with_locking(caching, locking(self.force_share))
+    }
+
+    /// How the engine opens the image.
+    pub(crate) fn open_options(&self) -> OpenOptions {
+        OpenOptions {
+            read_only: self.read_only,
+            cache_bytes: self.cache_bytes,
+            backing_format: self.backing_format,
+            backing_policy: self.backing_policy.clone(),
+            ..OpenOptions::default()
+        }
+    }
+
+    /// The image's path.
+    pub(crate) fn image(&self) -> &Path {
+        &self.image
+    }
+}
+
+/// What `--force-share` asks for.
+pub(crate) fn locking(force_share: bool) -> Locking {
+    if force_share { Locking::ForceShare } else { Locking::AsQemu }
+}
+
+/// How a policy is written down.
+#[derive(Serialize, Deserialize)]
+#[serde(remote = "BackingPolicy")]
+enum PolicyForm {
+    Any,
+    None,
+    Under(Vec<PathBuf>),
+}
+
+/// A format by its name on the command line.
+mod format_name {
+    use qcow2_engine::Format;
+    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
+
+    pub(super) fn serialize<S: Serializer>(format: &Option<Format>, to: S) -> Result<S::Ok, S::Error> {
+        let name = format.map(|format| match format {
+            Format::Qcow2 => "qcow2",
+            Format::Raw => "raw",
+        });
+        name.serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Format>, D::Error> {
+        let name = Option::<String>::deserialize(from)?;
+        name.map(|name| name.parse().map_err(D::Error::custom)).transpose()
+    }
+}
+
+#[cfg(test)]
+pub(crate) fn example() -> Config {
+    Config {
+        image: "/images/a b.qcow2".into(),
+        queues: 2,
+        depth: 64,
+        read_only: false,
+        force_share: false,
+        cache_bytes: 1 << 20,
+        io: IoMode::Direct,
+        backing_format: Some(Format::Raw),
+        backing_policy: BackingPolicy::Under(vec!["/images".into()]),
+        reclaims: true,
+        recovery: true,
+    }
+}

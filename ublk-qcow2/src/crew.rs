@@ -1,0 +1,225 @@
+//! The threads that serve a device, as seen by the one that commands it.
+//!
+//! [`Crew`] starts a thread per queue, hears of their ends and of the signals that end a service, and
+//! waits for either, never without a bound while the device is being made or unmade.
+
+use crate::{
+    daemon::ServeError,
+    device::{self, Device},
+    queue::{self, Notice, Queue, QueueError},
+    request::{Bounds, device_sectors},
+};
+use nix::sys::signal::{SigSet, Signal};
+use qcow2_engine::{Image, io::Files};
+use std::{
+    fs::File,
+    io,
+    path::Path,
+    sync::{
+        Arc,
+        mpsc::{self, Receiver, RecvTimeoutError, Sender},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+/// How long the queues may take until all of them fetch.
+const FETCH_WAIT: Duration = Duration::from_secs(30);
+/// Between two looks at what has to be looked at while nothing happens.
+const TICK: Duration = Duration::from_secs(1);
+
+/// What all queues share.
+pub(crate) struct Service {
+    pub(crate) image: Arc<Image>,
+    pub(crate) files: Arc<Files>,
+    pub(crate) char_device: Arc<File>,
+    /// Whether to give back what a crash has leaked.
+    pub(crate) reclaims: bool,
+}
+
+/// What the commanding thread waits for.
+enum Event {
+    Signal(Signal),
+    Queue(Notice),
+    Ended { index: u16, result: Result<(), QueueError> },
+}
+
+/// The queues' threads.
+pub(crate) struct Crew {
+    events: Receiver<Event>,
+    to_events: Sender<Event>,
+    threads: Vec<JoinHandle<()>>,
+    /// Threads that have not ended.
+    running: usize,
+    /// Queues whose fetches the kernel has got.
+    fetching: usize,
+    is_failing: bool,
+    failure: Option<ServeError>,
+    signal: Option<Signal>,
+}
+
+impl Crew {
+    /// A crew without threads. Watches the signals from now on: all threads started later leave them
+    /// alone.
+    pub(crate) fn new() -> io::Result<Self> {
+        let (to_events, events) = mpsc::channel();
+        watch_signals(to_events.clone())?;
+        let (threads, failure, signal) = (Vec::new(), None, None);
+        Ok(Self { events, to_events, threads, running: 0, fetching: 0, is_failing: false, failure, signal })
+    }
+
+    /// Brings the device into service and says so.
+    pub(crate) fn bring_up(
+        &mut self,
+        service: &Service,
+        device: &mut Device,
+        announce: impl FnOnce(&Path, u32) -> io::Result<()>,
+    ) -> Result<(), ServeError> {
+        self.start(service, device)?;
+        self.start_device(device)?;
+        announce(&device::block_path(device.id()), device.id()).map_err(ServeError::Unannounced)
+    }
+
+    /// Starts a thread per queue, and returns when all of them fetch.
+    fn start(&mut self, service: &Service, device: &Device) -> Result<(), ServeError> {
+        for index in 0..device.queues() {
+            let queue = Queue {
+                index,
+                depth: device.depth(),
+                bounds: Bounds {
+                    sectors: device_sectors(service.image.virtual_size()),
+                    buffer_bytes: device.max_io_bytes(),
+                },
+                char_device: Arc::clone(&service.char_device),
+                image: Arc::clone(&service.image),
+                files: Arc::clone(&service.files),
+                reclaims: service.reclaims,
+            };
+            self.threads.push(spawn(queue, self.to_events.clone()).map_err(ServeError::SetUp)?);
+            self.running += 1;
+        }
+        let deadline = Instant::now() + FETCH_WAIT;
+        while self.fetching < self.threads.len() {
+            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(event) => self.note(event),
+                Err(_) => return Err(ServeError::TooSlow { what: "start", limit: FETCH_WAIT }),
+            }
+            self.check()?;
+        }
+        Ok(())
+    }
+
+    /// Starts the device, unless a queue fails or a signal comes meanwhile.
+    fn start_device(&mut self, device: &mut Device) -> Result<(), ServeError> {
+        let started = device.start(&mut || {
+            while let Ok(event) = self.events.try_recv() {
+                self.note(event);
+            }
+            self.check().is_err()
+        });
+        self.check()?;
+        Ok(started?)
+    }
+
+    /// Waits for the signal that ends the service; `tick` is called every second.
+    pub(crate) fn wait_for_end(&mut self, tick: impl Fn()) -> Result<(), ServeError> {
+        while self.signal.is_none() {
+            match self.events.recv_timeout(TICK) {
+                Ok(event) => self.note(event),
+                Err(RecvTimeoutError::Timeout) => tick(),
+                // It cannot be: a sender is among our fields.
+                Err(RecvTimeoutError::Disconnected) => return Err(ServeError::QueueFailed),
+            }
+            if self.is_failing {
+                return Err(ServeError::QueueFailed);
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the queues to end, after the device has been stopped.
+    pub(crate) fn drain(mut self, limit: Duration) -> Result<(), ServeError> {
+        let deadline = Instant::now() + limit;
+        while self.running > 0 {
+            match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+                Ok(event) => self.note(event),
+                Err(_) => return Err(self.failure.unwrap_or(ServeError::TooSlow { what: "end", limit })),
+            }
+        }
+        for thread in self.threads.drain(..) {
+            // Its end has been reported already, a panic too.
+            let _ = thread.join();
+        }
+        self.failure.map_or(Ok(()), Err)
+    }
+
+    fn note(&mut self, event: Event) {
+        match event {
+            Event::Signal(signal) => self.signal = Some(signal),
+            Event::Queue(Notice::Fetching) => self.fetching += 1,
+            Event::Queue(Notice::Failing) => self.is_failing = true,
+            Event::Ended { index, result } => {
+                self.running -= 1;
+                // Until the device is stopped a queue does not end by itself.
+                self.is_failing = true;
+                if let Err(source) = result {
+                    tracing::error!(queue = index, "the queue failed: {source}");
+                    self.failure.get_or_insert(ServeError::Queue { index, source });
+                }
+            }
+        }
+    }
+
+    /// Whether to go on starting.
+    fn check(&self) -> Result<(), ServeError> {
+        match self.signal {
+            _ if self.is_failing => Err(ServeError::QueueFailed),
+            Some(signal) => Err(ServeError::Interrupted(signal)),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Starts a queue's thread, which reports its end whatever that is.
+fn spawn(queue: Queue, to_events: Sender<Event>) -> io::Result<JoinHandle<()>> {
+    let name = format!("queue{}", queue.index);
+    std::thread::Builder::new().name(name).spawn(move || {
+        let index = queue.index;
+        let mut ending =
+            Ending { index, to_events: to_events.clone(), result: Some(Err(QueueError::Panicked)) };
+        ending.result = Some(queue::serve(&queue, move |notice| {
+            let _ = to_events.send(Event::Queue(notice));
+        }));
+        drop(queue);
+        drop(ending);
+    })
+}
+
+/// Reports a queue's end when dropped.
+struct Ending {
+    index: u16,
+    to_events: Sender<Event>,
+    result: Option<Result<(), QueueError>>,
+}
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        if let Some(result) = self.result.take() {
+            let _ = self.to_events.send(Event::Ended { index: self.index, result });
+        }
+    }
+}
+
+/// Turns the signals that end a service into events.
+fn watch_signals(to_events: Sender<Event>) -> io::Result<()> {
+    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
+    signals.thread_block()?;
+    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        while let Ok(signal) = signals.wait() {
+            if to_events.send(Event::Signal(signal)).is_err() {
+                return;
+            }
+        }
+    })?;
+    Ok(())
+}

@@ -1,0 +1,217 @@
+//! The life of a queue's tags: fetch, serve, commit, which is the next fetch.
+//!
+//! One task, [`Context::serve_tags`], moves all tags on as their operations end; each tag is in one
+//! [`Stage`]. What one transfer answers ([`Lane::direct_read`](qcow2_engine::Lane::direct_read) and
+//! its kin) is done right there: the transfer is started when the request has been fetched, and the
+//! result committed when it has ended. Everything else, and a transfer that ended otherwise than
+//! whole, is handed to the tag's own task ([`Context::serve_slowly`]), which waits for the engine.
+//!
+//! ```text
+//!        fetched             transfer ended
+//! Kernel ───────▶ Direct ──────────────────▶ Kernel (commit)
+//!    │   └──────▶ Task ◀── short, or failed ───┘
+//!    │              └───── engine done ────▶ Kernel (commit)
+//!    └─ aborted ▶ Ended
+//! ```
+
+use super::{ABORTED, Context, Notice};
+use crate::request::{Range, Request};
+use libublk::sys;
+use qcow2_engine::{
+    Direct, Error, ZeroMode,
+    io::{Buf, FileId, uring::Uring},
+};
+use std::{
+    cell::{Cell, RefCell},
+    future::poll_fn,
+    io,
+    rc::Rc,
+    task::{Poll, Waker},
+};
+
+/// How a transfer is started.
+type Transfer = fn(&Uring, FileId, u64, Buf, u32);
+
+/// One tag.
+pub(super) struct Tag {
+    buf: Buf,
+    stage: Cell<Stage>,
+    /// The tag's task, while it waits for work.
+    task: RefCell<Option<Waker>>,
+}
+
+/// Who has the tag.
+enum Stage {
+    /// The kernel: it has been told to fetch, or that and a result.
+    Kernel,
+    /// A transfer that answers the request is under way.
+    Direct { request: Request, direct: Direct },
+    /// The tag's task, which has the request or is about to take it.
+    Task(Option<Request>),
+    /// Nobody: the device is being stopped, or the tag is lost.
+    Ended,
+}
+
+impl Tag {
+    pub(super) fn new(buf: Buf) -> Self {
+        Self { buf, stage: Cell::new(Stage::Kernel), task: RefCell::default() }
+    }
+
+    pub(super) fn buf(&self) -> &Buf {
+        &self.buf
+    }
+
+    fn set(&self, stage: Stage) {
+        self.stage.set(stage);
+    }
+
+    /// Has the tag's task look at the stage.
+    fn wake(&self) {
+        if let Some(task) = self.task.borrow_mut().take() {
+            task.wake();
+        }
+    }
+
+    /// The next request for the tag's task; `None` when the tag has ended.
+    async fn next(&self) -> Option<Request> {
+        poll_fn(|context| match self.stage.replace(Stage::Task(None)) {
+            Stage::Task(Some(request)) => Poll::Ready(Some(request)),
+            Stage::Ended => {
+                self.set(Stage::Ended);
+                Poll::Ready(None)
+            }
+            other => {
+                self.set(other);
+                self.task.replace(Some(context.waker().clone()));
+                Poll::Pending
+            }
+        })
+        .await
+    }
+}
+
+impl Context {
+    /// Moves all tags on until the last has ended.
+    pub(super) async fn serve_tags(self: Rc<Self>) {
+        for number in 0..self.depth() {
+            self.command(sys::UBLK_U_IO_FETCH_REQ, number, 0);
+        }
+        let mut reports = Vec::new();
+        while self.serving.get() > 0 {
+            self.ring.reports(&mut reports).await;
+            for report in &reports {
+                // A token is the number of a tag.
+                self.advance(report.token as u16, report.result);
+            }
+        }
+        if let Some(waiting) = self.drained.take() {
+            waiting.wake();
+        }
+    }
+
+    /// Serves what a tag cannot answer directly, until it has ended.
+    pub(super) async fn serve_slowly(self: Rc<Self>, number: u16) {
+        let tag = self.tag(number);
+        while let Some(request) = tag.next().await {
+            let result = match self.carry_out(request, &tag.buf).await {
+                // At most the buffer's length.
+                Ok(bytes) => bytes as i32,
+                Err(error) => self.failed(&request, &error),
+            };
+            self.commit(number, result);
+        }
+    }
+
+    /// An operation of a tag has ended with `result`: the kernel's, or its transfer.
+    fn advance(&self, number: u16, result: i32) {
+        match self.tag(number).stage.replace(Stage::Kernel) {
+            Stage::Kernel => self.fetched(number, result),
+            Stage::Direct { request, direct } => {
+                self.lane.end_direct(direct);
+                if i64::from(result) == request.data_len() as i64 {
+                    self.commit(number, result);
+                } else {
+                    self.hand_over(number, request);
+                }
+            }
+            stage @ (Stage::Task(_) | Stage::Ended) => {
+                debug_assert!(false, "tag {number} has nothing under way, but {result} came of it");
+                self.tag(number).set(stage);
+            }
+        }
+    }
+
+    /// The kernel has answered a command: with a request, or with the end.
+    fn fetched(&self, number: u16, result: i32) {
+        if result >= 0 {
+            match self.request_of(number) {
+                Ok(request) => self.begin(number, request),
+                Err(refusal) => self.commit(number, refusal),
+            }
+            return;
+        }
+        if result != ABORTED {
+            self.failure.borrow_mut().get_or_insert(io::Error::from_raw_os_error(-result));
+            (self.notify)(Notice::Failing);
+        }
+        self.serving.set(self.serving.get() - 1);
+        self.tag(number).set(Stage::Ended);
+        self.tag(number).wake();
+    }
+
+    /// Starts the transfer that answers a request, or leaves it to the tag's task.
+    fn begin(&self, number: u16, request: Request) {
+        let tag = self.tag(number);
+        let (direct, range, start): (_, _, Transfer) = match request {
+            Request::Read(range) => {
+                (self.lane.direct_read(range.at, range.len), range, Uring::read_reporting)
+            }
+            Request::Write { range, fua: false } => {
+                (self.lane.direct_write(range.at, range.len), range, Uring::write_reporting)
+            }
+            _ => return self.hand_over(number, request),
+        };
+        let Some(direct) = direct else { return self.hand_over(number, request) };
+        let (file, at) = (direct.file, direct.at);
+        tag.set(Stage::Direct { request, direct });
+        start(&self.ring, file, at, part(&tag.buf, range), u32::from(number));
+    }
+
+    fn hand_over(&self, number: u16, request: Request) {
+        let tag = self.tag(number);
+        tag.set(Stage::Task(Some(request)));
+        tag.wake();
+    }
+
+    /// Tells the kernel the result of the tag's request, and to fetch the next.
+    fn commit(&self, number: u16, result: i32) {
+        self.tag(number).set(Stage::Kernel);
+        self.command(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, number, result);
+    }
+
+    /// Has the engine carry a request out. Returns the bytes moved, 0 for requests that move none.
+    async fn carry_out(&self, request: Request, buf: &Buf) -> Result<u64, Error> {
+        let lane = &self.lane;
+        match request {
+            Request::Read(range) => lane.read(range.at, part(buf, range)).await?,
+            Request::Write { range, fua } => {
+                lane.write(range.at, part(buf, range)).await?;
+                if fua {
+                    lane.flush().await?;
+                }
+            }
+            Request::Flush => lane.flush().await?,
+            Request::Discard(range) => lane.discard(range.at, range.len).await?,
+            Request::WriteZeroes { range, unmap } => {
+                let mode = if unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
+                lane.write_zeroes(range.at, range.len, mode).await?;
+            }
+        }
+        Ok(request.data_len())
+    }
+}
+
+/// The part of a tag's buffer that holds the range's data; decoding has made sure that it has room.
+fn part(buf: &Buf, range: Range) -> Buf {
+    buf.slice(0..range.len as usize)
+}

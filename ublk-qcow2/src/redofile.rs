@@ -1,0 +1,199 @@
+//! The memory of a redo log: a file in the run directory, mapped.
+//!
+//! The run directory is on a tmpfs, so the file is memory that outlives the server and does not
+//! outlive the machine's uptime: just as long as its log is of use. What is in it is the engine's
+//! affair ([`RedoLog`](qcow2_engine::RedoLog)). The file's space is allocated before it is mapped: a
+//! store can then not fail for lack of it.
+//!
+//! A log must not be replayed on an image that somebody else has changed since. While the server lives
+//! its locks see to that; it also notes, every second, when the image file was last modified
+//! ([`RedoFile::witness`]). Whoever replays the log much later compares ([`RedoFile::check_unchanged`]).
+
+use crate::runfile;
+use memmap2::{MmapOptions, MmapRaw};
+use nix::fcntl::{FallocateFlags, fallocate};
+use qcow2_engine::{REDO_BYTES, RedoMemory};
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+/// Bytes of the file: the log, and a page with the witness.
+const FILE_BYTES: usize = REDO_BYTES + 4096;
+/// Seconds by which the image may have changed after its dead server last looked: a server that is kept
+/// from running for longer than that hardly writes.
+const TOLERANCE_SECONDS: u64 = 10;
+
+/// Why a redo log's memory could not be had.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum RedoFileError {
+    #[error("{what} {}: {source}{hint}", .path.display())]
+    Io { what: &'static str, path: PathBuf, source: io::Error, hint: &'static str },
+    #[error(
+        "{} was changed by somebody else after its server had died: what is in {} does not fit it any more; \
+         remove that file to give up the writes in it that were acknowledged and not flushed",
+        .image.display(), .log.display()
+    )]
+    Changed { image: PathBuf, log: PathBuf },
+}
+
+/// A redo log's memory, and the witness beside it.
+#[derive(Clone)]
+pub(crate) struct RedoFile {
+    map: Arc<Mapped>,
+    path: PathBuf,
+}
+
+impl RedoFile {
+    /// Makes the file of device `id`, or takes over the one that is there.
+    pub(crate) fn create(id: u32) -> Result<Self, RedoFileError> {
+        let path = runfile::redo_path(id);
+        match make(&path).and_then(|file| map(&file)) {
+            Ok(map) => Ok(Self { map, path }),
+            Err(source) => Err(RedoFileError::Io {
+                what: "cannot make the redo log",
+                path,
+                source,
+                hint: "; without one (add --no-recovery) a server that dies cannot be replaced",
+            }),
+        }
+    }
+
+    /// The file that the dead server of device `id` has left; none if it kept no log.
+    pub(crate) fn open(id: u32) -> Result<Option<Self>, RedoFileError> {
+        let path = runfile::redo_path(id);
+        let opened = match OpenOptions::new().read(true).write(true).open(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened.and_then(|file| check_length(&file).and_then(|()| map(&file))),
+        };
+        match opened {
+            Ok(map) => Ok(Some(Self { map, path })),
+            Err(source) => {
+                Err(RedoFileError::Io { what: "cannot open the redo log", path, source, hint: "" })
+            }
+        }
+    }
+
+    /// The memory for the log.
+    pub(crate) fn memory(&self) -> RedoMemory {
+        Arc::clone(&self.map) as RedoMemory
+    }
+
+    /// Notes when the image was last modified.
+    pub(crate) fn witness(&self, image: &Path) {
+        // An image that cannot be looked at just now was noted a second ago.
+        if let Ok(seconds) = modified(image) {
+            self.map.witness().store(seconds, Ordering::Relaxed);
+        }
+    }
+
+    /// Makes sure that nobody but the dead server has changed the image.
+    pub(crate) fn check_unchanged(&self, image: &Path) -> Result<(), RedoFileError> {
+        let seen = self.map.witness().load(Ordering::Relaxed);
+        let path = || image.to_owned();
+        let now = modified(image).map_err(|source| RedoFileError::Io {
+            what: "cannot look at",
+            path: path(),
+            source,
+            hint: "",
+        })?;
+        if now > seen.saturating_add(TOLERANCE_SECONDS) {
+            return Err(RedoFileError::Changed { image: path(), log: self.path.clone() });
+        }
+        Ok(())
+    }
+}
+
+fn modified(image: &Path) -> io::Result<u64> {
+    // A file from before 1970 counts as old.
+    Ok(u64::try_from(fs::metadata(image)?.mtime()).unwrap_or(0))
+}
+
+fn make(path: &Path) -> io::Result<File> {
+    if let Some(directory) = path.parent() {
+        fs::create_dir_all(directory)?;
+    }
+    let mut options = OpenOptions::new();
+    let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    file.set_len(FILE_BYTES as u64)?;
+    fallocate(&file, FallocateFlags::empty(), 0, FILE_BYTES as libc::off_t)?;
+    Ok(file)
+}
+
+fn check_length(file: &File) -> io::Result<()> {
+    match file.metadata()?.len() {
+        len if len == FILE_BYTES as u64 => Ok(()),
+        len => Err(io::Error::other(format!("it has {len} bytes, not {FILE_BYTES}"))),
+    }
+}
+
+fn map(file: &File) -> io::Result<Arc<Mapped>> {
+    Ok(Arc::new(Mapped(MmapOptions::new().len(FILE_BYTES).populate().map_raw(file)?)))
+}
+
+/// A shared mapping of the whole file.
+struct Mapped(MmapRaw);
+
+impl AsRef<[AtomicU64]> for Mapped {
+    fn as_ref(&self) -> &[AtomicU64] {
+        &self.words()[..REDO_BYTES / 8]
+    }
+}
+
+impl Mapped {
+    fn witness(&self) -> &AtomicU64 {
+        &self.words()[REDO_BYTES / 8]
+    }
+
+    fn words(&self) -> &[AtomicU64] {
+        // SAFETY: the mapping begins at a page, has that many bytes, and lives as long as `self`. Its
+        // file, which only root can open, keeps its length, so every byte is there. Atomics may be
+        // shared with whoever else maps the file.
+        unsafe { std::slice::from_raw_parts(self.0.as_ptr().cast::<AtomicU64>(), FILE_BYTES / 8) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file_at(path: PathBuf) -> RedoFile {
+        RedoFile { map: map(&make(&path).unwrap()).unwrap(), path }
+    }
+
+    #[test]
+    fn what_is_stored_is_in_the_file_for_the_next_one() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run/3.redo");
+        let log = file_at(path.clone());
+        (*log.memory()).as_ref()[5].store(77, Ordering::Relaxed);
+        drop(log);
+        let again = file_at(path.clone());
+        assert_eq!((*again.memory()).as_ref()[5].load(Ordering::Relaxed), 77, "taken over as it is");
+        let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        assert!(check_length(&file).is_ok());
+        file.set_len(4096).unwrap();
+        assert!(check_length(&file).is_err());
+    }
+
+    #[test]
+    fn an_image_that_was_changed_later_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        let file = File::create(&image).unwrap();
+        let log = file_at(dir.path().join("0.redo"));
+        log.witness(&image);
+        assert!(log.check_unchanged(&image).is_ok());
+        let later = std::time::SystemTime::now() + std::time::Duration::from_secs(TOLERANCE_SECONDS + 2);
+        file.set_modified(later).unwrap();
+        assert!(matches!(log.check_unchanged(&image), Err(RedoFileError::Changed { .. })));
+        log.witness(&image);
+        assert!(log.check_unchanged(&image).is_ok());
+    }
+}

@@ -1,0 +1,156 @@
+//! The process that `add` leaves behind: it starts the server, and another one when that dies.
+//!
+//! ```text
+//! add ── fork ── supervisor ── fork ── server            dies by a signal (or a panic, which aborts)
+//!                    └──────── fork ── its successor     takes the device over
+//! ```
+//!
+//! It does next to nothing, so that it outlives what may kill a server: no ring, no image, no device
+//! and one thread, which is what makes the forks sound. It ends with the server that ends by itself. A
+//! server that dies again and again as soon as it serves is given up: its device waits for
+//! `ublk-qcow2 recover` or `del`.
+
+use crate::{
+    control::Control,
+    daemon::{self, Start},
+    detach::{self, Reporter, Side},
+    device, namespace, runfile,
+};
+use nix::{
+    sys::{
+        signal::Signal,
+        wait::{WaitStatus, waitpid},
+    },
+    unistd::Pid,
+};
+use std::{
+    io, process,
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+/// A server that has served for this long died of something else than the requests that were waiting
+/// for it: its death says nothing of the next one's.
+const SERVED: Duration = Duration::from_millis(200);
+/// Servers in a row that die younger before the device is left to its users.
+const MAX_EARLY_DEATHS: u32 = 8;
+/// The pause after the first of them; each later one is twice as long: 12.7 s in all.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+
+/// Serves in a child process, and in another one whenever that is killed. `reporter` learns how the
+/// first one began.
+pub(crate) fn run(start: &Start, reporter: Reporter) -> io::Result<()> {
+    // Before the device can be mounted, and for all servers to come.
+    namespace::leave();
+    let mut reporter = Some(reporter);
+    let (server, outcome) = start_server(start, &mut reporter)?;
+    let Some(reporter) = reporter else { return Ok(()) };
+    match outcome {
+        Ok(id) => {
+            reporter.serving(id, &runfile::log_path(id))?;
+            watch(id, server);
+        }
+        Err(error) => {
+            remove_half_made(server);
+            reporter.failed(&error);
+        }
+    }
+    Ok(())
+}
+
+/// Watches a server, and its successors, to the end.
+fn watch(id: u32, mut server: Pid) {
+    let mut early_deaths = 0;
+    loop {
+        let begun = Instant::now();
+        let Some(signal) = wait_for_death(server) else { return };
+        early_deaths = if begun.elapsed() < SERVED { early_deaths + 1 } else { 0 };
+        if early_deaths > MAX_EARLY_DEATHS {
+            tracing::error!(
+                id,
+                "the server (process {server}) died by {signal}, as the {MAX_EARLY_DEATHS} before it: \
+                 left to `ublk-qcow2 recover -n {id}` or `del -n {id}`"
+            );
+            return;
+        }
+        tracing::error!(id, "the server (process {server}) died by {signal}; recovering the device");
+        if early_deaths > 0 {
+            sleep(FIRST_PAUSE * (1 << (early_deaths - 1)));
+        }
+        server = match start_server(&Start::Recover { id }, &mut None) {
+            Ok((server, Ok(_))) => server,
+            // The next wait finds how it ended: by itself, and then trying again is for somebody who has
+            // read why, or by a signal once more.
+            Ok((server, Err(error))) => {
+                tracing::error!(id, "recovery failed: {error}");
+                server
+            }
+            Err(error) => {
+                tracing::error!(id, "cannot start another server: {error}; try `ublk-qcow2 recover -n {id}`");
+                return;
+            }
+        };
+    }
+}
+
+/// Starts a server. Returns when it serves, has failed, or has died. The server does not keep `ours`:
+/// whoever listens there waits until nobody can speak any more.
+fn start_server(start: &Start, ours: &mut Option<Reporter>) -> io::Result<(Pid, Result<u32, String>)> {
+    match detach::into_background()? {
+        Side::Parent { child, outcome } => Ok((child, outcome)),
+        Side::Child(reporter) => {
+            *ours = None;
+            process::exit(serve(start, reporter))
+        }
+    }
+}
+
+/// The server's whole life; returns its exit code.
+pub(crate) fn serve(start: &Start, reporter: Reporter) -> i32 {
+    let mut reporter = Some(reporter);
+    let result = daemon::run(start, |_, id| match reporter.take() {
+        Some(reporter) => reporter.serving(id, &runfile::log_path(id)),
+        None => Ok(()),
+    });
+    match (result, reporter) {
+        (Ok(()), _) => 0,
+        (Err(error), Some(reporter)) => {
+            reporter.failed(&error.to_string());
+            1
+        }
+        (Err(error), None) => {
+            tracing::error!("{error}");
+            1
+        }
+    }
+}
+
+/// Waits for a server's end; the signal if it was killed.
+fn wait_for_death(server: Pid) -> Option<Signal> {
+    loop {
+        match waitpid(server, None) {
+            Ok(WaitStatus::Signaled(_, signal, _)) => return Some(signal),
+            Ok(WaitStatus::Exited(..)) => return None,
+            Err(errno) if errno != nix::errno::Errno::EINTR => return None,
+            _ => {}
+        }
+    }
+}
+
+/// Removes the device of a server that died before it served.
+fn remove_half_made(server: Pid) {
+    if wait_for_death(server).is_none() {
+        // It has ended by itself, and tidied up.
+        return;
+    }
+    for entry in runfile::load_all().unwrap_or_default() {
+        if entry.record.pid == server.as_raw() && !entry.is_alive {
+            let removed =
+                Control::open().and_then(|mut control| device::delete_orphan(&mut control, entry.record.id));
+            match removed {
+                Ok(()) => runfile::remove_stale(entry.record.id),
+                Err(error) => tracing::error!("device {} is left behind: {error}", entry.record.id),
+            }
+        }
+    }
+}
