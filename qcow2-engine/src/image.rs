@@ -15,12 +15,13 @@ use crate::{
     redo::RedoLog,
     resolve::{self, Extents, Stop},
     territory::Sieve,
+    unpack::{Unpacked, Workers},
 };
 use parking_lot::Mutex;
 use qcow2_format::{Geometry, Header};
 use std::{
     io,
-    sync::{Arc, atomic::AtomicU64},
+    sync::{Arc, OnceLock, atomic::AtomicU64},
 };
 
 /// A QCOW2 image with its backing chain, open for reading or for reading and writing.
@@ -40,6 +41,9 @@ pub struct Image {
     pub(crate) damage: Damage,
     /// A bit for each L1 entry whose table is known to be the active mapping's alone.
     pub(crate) vouched: Box<[AtomicU64]>,
+    pub(crate) unpacked: Unpacked,
+    /// Threads that decompress, if there are any.
+    pub(crate) workers: OnceLock<Workers>,
     pub(crate) read_only: bool,
     /// The header as it was when the image was opened.
     pub(crate) header: Header,

@@ -15,7 +15,6 @@ pub mod check;
 mod close;
 pub mod create;
 mod damage;
-mod decompress;
 mod direct;
 mod discard;
 mod epoch;
@@ -44,6 +43,7 @@ mod resolve;
 #[cfg(feature = "sim")]
 pub mod sim;
 mod territory;
+mod unpack;
 mod write;
 
 pub use backing::{BackingPolicy, Format, MAX_CHAIN};
@@ -61,3 +61,4 @@ pub use order::rules::RuleName;
 pub use redo::{MIN_REDO_BYTES, REDO_BYTES, RedoError, RedoLog, RedoMemory};
 pub use resolve::{Extent, Extents};
 pub use territory::Conflict;
+pub use unpack::Workers;

@@ -19,6 +19,7 @@ use crate::{
     meta::{HeaderPage, Meta},
     order::graph::Graph,
     territory::{SnapshotPlaces, Sources, Territory},
+    unpack::Unpacked,
 };
 use parking_lot::Mutex;
 use qcow2_format::{FormatError, Header, Snapshot, Unsupported, Version, header, header::HEADER_READ_BYTES};
@@ -26,7 +27,7 @@ use std::{
     io,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -184,6 +185,8 @@ impl Image {
             cache,
             sieve: Arc::clone(meta.territory.sieve()),
             damage: Damage::seen(damage),
+            unpacked: Unpacked::default(),
+            workers: OnceLock::new(),
             vouched: (0..l1_entries.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
             meta: Mutex::new(meta),
             epochs,

@@ -1,14 +1,12 @@
 //! The life of a read: resolve, move the bytes of each extent, done.
 
 use crate::{
-    decompress,
-    error::{Error, Result},
+    error::Result,
     io::{Buf, Io, exact},
     lane::Lane,
     resolve::{Extent, Extents},
 };
 use futures_util::future::join_all;
-use std::sync::Arc;
 
 impl<I: Io> Lane<I> {
     /// Reads `buf.len()` bytes of the virtual disk from `at`. Both are multiples of 512 bytes.
@@ -60,33 +58,11 @@ impl<I: Io> Lane<I> {
                 .await
                 .map_err(|source| self.image().io_error("read", file, at, source))?,
             Extent::Compressed { layer, range, skip, .. } => {
-                let cluster = self.decompress(layer, range).await?;
+                let cluster = self.unpack(layer, range).await?;
                 let skip = skip as usize;
                 buf.copy_from(0, &cluster[skip..skip + buf.len()]);
             }
         }
         Ok(())
-    }
-
-    /// The bytes of a compressed cluster.
-    async fn decompress(&self, layer: u16, range: qcow2_format::CompressedRange) -> Result<Vec<u8>> {
-        let layer = self.image().qcow2_layer(layer);
-        // Whole sectors around the compressed bytes, for direct I/O.
-        let start = range.offset & !511;
-        let buf =
-            Buf::zeroed((range.offset + range.len).next_multiple_of(512).saturating_sub(start) as usize);
-        exact::read_zero_extended(self.io(), layer.file, start, &buf).await.map_err(|source| {
-            self.image().io_error("read of a compressed cluster", layer.file, start, source)
-        })?;
-        let bytes = buf.to_vec();
-        let skip = (range.offset - start) as usize;
-        let len = layer.geometry.cluster_size() as usize;
-        decompress::cluster(layer.compression, &bytes[skip..skip + range.len as usize], len).map_err(
-            |reason| Error::Decompress {
-                file: Arc::clone(&layer.name),
-                at: range.offset,
-                reason: reason.to_string(),
-            },
-        )
     }
 }

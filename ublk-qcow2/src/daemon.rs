@@ -20,15 +20,17 @@ use crate::{
 };
 use nix::sys::signal::Signal;
 use qcow2_engine::{
-    Image, Lane, RedoError, RedoLog,
+    Image, Lane, RedoError, RedoLog, Workers,
     exec::block_on,
     io::{Files, uring::Uring},
 };
 use std::{
     fs::File,
     io::{self, Read},
+    num::NonZero,
     path::{Path, PathBuf},
     sync::Arc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -43,6 +45,9 @@ const HOPELESS_DRAIN_WAIT: Duration = Duration::from_secs(5);
 const DEAD_LOCK_WAIT: Duration = Duration::from_secs(60);
 /// Between two attempts to open it.
 const DEAD_LOCK_PAUSE: Duration = Duration::from_millis(50);
+
+/// Threads that decompress clusters at the most; they are started when there is work for them.
+const MAX_WORKERS: usize = 8;
 
 /// How a server comes by its device.
 #[derive(Clone, Debug)]
@@ -108,8 +113,8 @@ pub(crate) fn run(
 /// Takes a step on a thread that ends with it. So do the kernel's own threads for its I/O, which would
 /// keep the privileges that this thread is about to give up.
 fn apart<T: Send>(step: impl FnOnce() -> Result<T, ServeError> + Send) -> Result<T, ServeError> {
-    std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new().name("opening".to_owned()).spawn_scoped(scope, step);
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name("opening".to_owned()).spawn_scoped(scope, step);
         let panicked = |_| Err(ServeError::SetUp(io::Error::other("the thread that opens it panicked")));
         thread.map_err(ServeError::SetUp)?.join().unwrap_or_else(panicked)
     })
@@ -188,6 +193,8 @@ fn service(
     config: &Config,
 ) -> Result<Service, ServeError> {
     let char_device = Arc::new(device.open_char()?);
+    let processors = thread::available_parallelism().map_or(1, NonZero::get);
+    image.decompress_with(Workers::new(processors.min(MAX_WORKERS)));
     Ok(Service { image, files, char_device, reclaims: config.reclaims })
 }
 
@@ -209,7 +216,7 @@ fn open_as_left(record: &Record, files: &Arc<Files>) -> Result<(Arc<Image>, Opti
     let image = loop {
         match open_image(config, files) {
             Err(ServeError::Open(error)) if error.is_locked() && Instant::now() < deadline => {
-                std::thread::sleep(DEAD_LOCK_PAUSE);
+                thread::sleep(DEAD_LOCK_PAUSE);
             }
             opened => break opened?,
         }

@@ -4,7 +4,7 @@
 //! specification. The image is a slice of bytes; nothing is cached and nothing is trusted.
 
 use super::model::{Model, Value};
-use crate::decompress;
+use crate::unpack::decompress;
 use qcow2_format::{
     Geometry, Header, L1Entry, Mapping, RefcountTableEntry, refcount,
     snapshot::{Snapshot, decode_table},

@@ -5,7 +5,11 @@
 
 use flate2::{Decompress, FlushDecompress, Status};
 use qcow2_format::Compression;
-use std::io::{self, Read};
+use std::{
+    cell::RefCell,
+    io::{self, Read},
+};
+use zstd::{bulk::Decompressor, zstd_safe};
 
 /// The largest zstd window that is accepted, as a power of two: larger than any cluster, and small
 /// enough that a hostile frame cannot ask for memory.
@@ -22,11 +26,20 @@ pub(crate) fn cluster(compression: Compression, input: &[u8], len: usize) -> io:
     }
 }
 
+thread_local! {
+    /// What a thread needs for each stream, made once.
+    static INFLATE: RefCell<Decompress> = RefCell::new(Decompress::new(false));
+    static UNZSTD: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
 fn inflate(input: &[u8], len: usize) -> io::Result<Vec<u8>> {
     let mut output = Vec::with_capacity(len);
-    let status = Decompress::new(false)
-        .decompress_vec(input, &mut output, FlushDecompress::Finish)
-        .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))?;
+    let status = INFLATE.with_borrow_mut(|stream| {
+        stream.reset(false);
+        stream
+            .decompress_vec(input, &mut output, FlushDecompress::Finish)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidData, error))
+    })?;
     // A stream that fills the cluster may stop short of saying that it ends.
     match (output.len() == len, status) {
         (true, Status::StreamEnd | Status::BufError | Status::Ok) => Ok(output),
@@ -35,6 +48,27 @@ fn inflate(input: &[u8], len: usize) -> io::Result<Vec<u8>> {
 }
 
 fn unzstd(input: &[u8], len: usize) -> io::Result<Vec<u8>> {
+    match unzstd_whole(input, len) {
+        Some(output) => Ok(output),
+        None => unzstd_start(input, len),
+    }
+}
+
+/// A frame of exactly `len` bytes, in one go and straight to its place.
+fn unzstd_whole(input: &[u8], len: usize) -> Option<Vec<u8>> {
+    let frame = zstd_safe::find_frame_compressed_size(input).ok()?;
+    UNZSTD.with_borrow_mut(|context| {
+        if context.is_none() {
+            *context = Decompressor::new().ok();
+        }
+        let mut output = Vec::with_capacity(len);
+        let written = context.as_mut()?.decompress_to_buffer(&input[..frame], &mut output).ok()?;
+        (written == len).then_some(output)
+    })
+}
+
+/// The first `len` bytes of a frame that may have more, or the reason why there are fewer.
+fn unzstd_start(input: &[u8], len: usize) -> io::Result<Vec<u8>> {
     let mut decoder = zstd::stream::read::Decoder::with_buffer(input)?.single_frame();
     decoder.window_log_max(ZSTD_WINDOW_LOG_MAX)?;
     let mut output = vec![0; len];
