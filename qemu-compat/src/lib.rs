@@ -5,7 +5,7 @@
 //! disk                what a test does    matrix   which images
 //! engine | device     who serves          journey  the way of an image through the suite
 //! sequence, content, mirror               seeded requests and what must come of them
-//! fio, fs, kill, refusals, shape          what else a device has to stand
+//! fio, fs, kill, recovery, power, refusals, shape      what else a device has to stand
 //! suite → report                          all cases, one line each
 //! ```
 //!
@@ -24,6 +24,7 @@ pub mod journey;
 pub mod kill;
 pub mod matrix;
 pub mod mirror;
+pub mod power;
 pub mod qemu_img;
 pub mod qemu_io;
 pub mod recovery;
