@@ -281,11 +281,18 @@ impl Fixture {
     pub fn judge(&self) -> Result<()> {
         qemu_img::check_clean(&self.image)?;
         self.compare().context("qemu-img compare with the mirror")?;
+        self.hold_unchanged(&self.dir().join("snapshot.raw"))
+    }
+
+    /// Holds snapshots and backing files against what they were; `scratch` is a file to be made and removed.
+    ///
+    /// # Errors
+    /// What has changed.
+    pub fn hold_unchanged(&self, scratch: &Path) -> Result<()> {
         for (name, mirror) in &self.snapshots {
-            let raw = self.dir().join("snapshot.raw");
-            qemu_img::extract_snapshot(&self.image, name, &raw)?;
-            mirror.compare_raw(&raw).with_context(|| format!("{name} has changed"))?;
-            fs::remove_file(raw)?;
+            qemu_img::extract_snapshot(&self.image, name, scratch)?;
+            mirror.compare_raw(scratch).with_context(|| format!("{name} has changed"))?;
+            fs::remove_file(scratch)?;
         }
         for (path, before) in &self.backing {
             ensure!(sum(path)? == *before, "the backing file {} has changed", path.display());

@@ -41,7 +41,7 @@ impl Kind {
         }
     }
 
-    fn make(self) -> Command {
+    pub(crate) fn make(self) -> Command {
         let mut command = Command::new(format!("mkfs.{}", self.name()));
         match self {
             Self::Xfs => command.args(["-q", "-f"]),
@@ -73,7 +73,7 @@ pub fn life(binary: &Binary, dir: &Path, kind: Kind, options: &str, queues: &str
 
     let device = binary.add(&["-q", queues], &image)?;
     run(kind.make().arg(device.path()), TOOL_LIMIT)?.success()?;
-    let mounted = Mounted::new(kind, &device.path(), &mount_point)?;
+    let mounted = Mounted::new(kind, &device.path(), &mount_point, OPTIONS)?;
     write_files(&mount_point, seed)?;
     compare_files(&mount_point, seed, 0).context("as written")?;
     // With `discard` this frees clusters under the file system.
@@ -84,7 +84,7 @@ pub fn life(binary: &Binary, dir: &Path, kind: Kind, options: &str, queues: &str
     qemu_img::check_clean(&image)?;
 
     let device = binary.add(&["-q", queues], &image)?;
-    let mounted = Mounted::new(kind, &device.path(), &mount_point)?;
+    let mounted = Mounted::new(kind, &device.path(), &mount_point, OPTIONS)?;
     compare_files(&mount_point, seed, 1).context("after attaching again")?;
     mounted.unmount()?;
     run(kind.check().arg(device.path()), TOOL_LIMIT)?.success()?;
@@ -104,7 +104,7 @@ pub(crate) fn under_trouble(
     trouble: impl FnOnce(&(dyn Fn() -> Result<()> + Sync)) -> Result<()>,
 ) -> Result<()> {
     run(kind.make().arg(device.path()), TOOL_LIMIT)?.success()?;
-    let mounted = Mounted::new(kind, &device.path(), mount_point)?;
+    let mounted = Mounted::new(kind, &device.path(), mount_point, OPTIONS)?;
     let rounds = AtomicU64::new(0);
     trouble(&|| {
         let seed = rounds.fetch_add(1, Ordering::Relaxed);
@@ -114,29 +114,40 @@ pub(crate) fn under_trouble(
     })?;
     mounted.unmount()?;
     run(kind.check().arg(device.path()), TOOL_LIMIT)?.success()?;
-    let mounted = Mounted::new(kind, &device.path(), mount_point)?;
+    let mounted = Mounted::new(kind, &device.path(), mount_point, OPTIONS)?;
     compare_files(mount_point, rounds.load(Ordering::Relaxed) - 1, 0).context("mounted again")?;
     mounted.unmount()
 }
 
-/// A mount; undone when dropped.
-struct Mounted<'a>(Option<&'a Path>);
+/// Whatever the file system frees is to be freed in the image.
+const OPTIONS: &str = "discard";
 
-impl<'a> Mounted<'a> {
-    fn new(kind: Kind, device: &Path, at: &'a Path) -> Result<Self> {
+/// A mount; undone when dropped.
+pub(crate) struct Mounted(Option<PathBuf>);
+
+impl Mounted {
+    /// Mounts a device's file system with these options.
+    ///
+    /// # Errors
+    /// `mount` fails.
+    pub(crate) fn new(kind: Kind, device: &Path, at: &Path, options: &str) -> Result<Self> {
         let mut command = Command::new("mount");
-        command.args(["-t", kind.name(), "-o", "discard"]).arg(device).arg(at);
+        command.args(["-t", kind.name(), "-o", options]).arg(device).arg(at);
         run(&mut command, TOOL_LIMIT)?.success()?;
-        Ok(Self(Some(at)))
+        Ok(Self(Some(at.to_owned())))
     }
 
-    fn unmount(mut self) -> Result<()> {
+    /// Unmounts it.
+    ///
+    /// # Errors
+    /// Somebody uses it.
+    pub(crate) fn unmount(mut self) -> Result<()> {
         let at = self.0.take().context("mounted once")?;
         run(Command::new("umount").arg(at), TOOL_LIMIT)?.success().map(drop)
     }
 }
 
-impl Drop for Mounted<'_> {
+impl Drop for Mounted {
     fn drop(&mut self) {
         if let Some(at) = self.0.take() {
             // After a failure, which has been told.

@@ -7,6 +7,7 @@
 //! sequence, content, mirror               seeded requests and what must come of them
 //! fio, fs, kill, refusals, shape          what else a device has to stand
 //! recovery, leaks, server                 what becomes of a device whose server dies, and of its image
+//! power                                   what a loss of power leaves on the host's disk
 //! suite → report                          all cases, one line each
 //! ```
 //!
@@ -26,6 +27,7 @@ pub mod kill;
 pub mod leaks;
 pub mod matrix;
 pub mod mirror;
+pub mod power;
 pub mod qemu_img;
 pub mod qemu_io;
 pub mod recovery;

@@ -70,6 +70,17 @@ pub fn convert_compressed(
     run(command.arg(raw).arg(image), TOOL_LIMIT)?.success().map(drop)
 }
 
+/// What an image shows, as a raw file.
+///
+/// # Errors
+/// `qemu-img` refuses.
+pub fn extract(image: &Path, raw: &Path) -> Result<()> {
+    let mut command = Command::new("qemu-img");
+    run(command.args(["convert", "-q", "-f", "qcow2", "-O", "raw"]).arg(image).arg(raw), TOOL_LIMIT)?
+        .success()
+        .map(drop)
+}
+
 /// What an internal snapshot shows, as a raw file.
 ///
 /// # Errors

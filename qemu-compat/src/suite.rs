@@ -6,11 +6,12 @@ use crate::{
     device::{Binary, DeviceDisk},
     disk::{Disk, Op, Server},
     fio::Verified,
-    fixture::{Backing, Compat, Recipe},
+    fixture::{Backing, Compat, Preallocation, Recipe},
     fs,
     journey::{Effort, journey},
     kill, leaks, matrix,
     mirror::Mirror,
+    power::{self, Outage},
     qemu_img, recovery, refusals,
     report::Case,
     server, shape,
@@ -66,6 +67,7 @@ pub fn cases(setting: Setting) -> Vec<Case> {
     cases.fio();
     cases.kills();
     cases.recoveries();
+    cases.power_cuts();
     cases.cases
 }
 
@@ -217,6 +219,37 @@ impl Cases {
             recovery::under_files(&it.binary, dir, fs::Kind::Xfs, kills, it.seed)
                 .with_context(|| format!("seed {}", it.seed))
         });
+    }
+}
+
+impl Cases {
+    /// The host's power fails, at many moments of a history.
+    fn power_cuts(&mut self) {
+        let preallocated = Recipe { preallocation: Preallocation::Full, queues: 2, ..Recipe::plain(16) };
+        let overlay = Recipe { backing: Backing::Qcow2, snapshots: 1, ..Recipe::plain(12) };
+        let mut outages = vec![(fs::Kind::Xfs, preallocated), (fs::Kind::Ext4, overlay)];
+        let (flushes, states, served_again) = match self.setting.scale {
+            Scale::Quick => (20, 8, 4),
+            Scale::Full => (120, 80, 8),
+        };
+        if self.setting.scale == Scale::Full {
+            let small = Recipe { queues: 2, ..Recipe::plain(12) };
+            outages.extend([
+                (fs::Kind::Xfs, overlay),
+                (fs::Kind::Ext4, preallocated),
+                (fs::Kind::Xfs, Recipe { queues: 2, ..Recipe::plain(16) }),
+                (fs::Kind::Ext4, small),
+                (fs::Kind::Xfs, Recipe { preallocation: Preallocation::Metadata, ..small }),
+                (fs::Kind::Xfs, Recipe::plain(9)),
+                (fs::Kind::Ext4, Recipe { compat: Compat::V2, backing: Backing::Chain, ..Recipe::plain(16) }),
+            ]);
+        }
+        for (host, recipe) in outages {
+            let outage = Outage { host, recipe, flushes, states, served_again };
+            self.add(format!("power/{}", outage.name()), 400, move |it, dir| {
+                power::cut(&it.binary, dir, &outage, it.seed).with_context(|| format!("seed {}", it.seed))
+            });
+        }
     }
 }
 

@@ -44,13 +44,14 @@ const fn qemu(package: &'static str, probe: Probe) -> Requirement {
 }
 
 /// What building and testing need everywhere.
-const ALWAYS: [Requirement; 8] = [
+const ALWAYS: [Requirement; 9] = [
     plain("libclang-dev", Probe::Libclang),
     plain("fio", Probe::Program("fio")),
     plain("xfsprogs", Probe::Program("mkfs.xfs")),
     plain("e2fsprogs", Probe::Program("mkfs.ext4")),
     plain("kmod", Probe::Program("depmod")),
     plain("dmsetup", Probe::Program("dmsetup")),
+    plain("mount", Probe::Program("losetup")),
     plain("fdisk", Probe::Program("sfdisk")),
     qemu("qemu-utils", Probe::Program("qemu-img")),
 ];

@@ -15,7 +15,7 @@ use std::{
 };
 
 /// Programs that the guest lanes cannot do without.
-const NEEDED: [&str; 16] = [
+const NEEDED: [&str; 17] = [
     "bash",
     "fio",
     "qemu-img",
@@ -28,6 +28,7 @@ const NEEDED: [&str; 16] = [
     "e2fsck",
     "dumpe2fs",
     "dmsetup",
+    "losetup",
     "blkdiscard",
     "lsblk",
     "blockdev",

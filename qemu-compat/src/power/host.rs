@@ -1,0 +1,186 @@
+//! The disk of a host whose power will be cut: a file as a loop device, and what passes it in a log.
+//!
+//! ```text
+//! mount point  ─ file system ─ dm-log-writes ┬ loop ─ host.img
+//!                                            └ loop ─ host.log
+//! ```
+//!
+//! All are guards, undone when dropped, in the order of their fields.
+
+use crate::{
+    command::{TOOL_LIMIT, run},
+    fs::{Kind, Mounted},
+};
+use anyhow::{Context, Result, ensure};
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+/// Size of the host's disk: mkfs.xfs makes nothing smaller than 300 MB.
+const DISK: u64 = 320 << 20;
+/// Room for the log. The file is sparse.
+const LOG: u64 = 8 << 30;
+
+/// Makes a file with an empty file system.
+///
+/// # Errors
+/// mkfs fails.
+pub(super) fn make_disk(kind: Kind, path: &Path) -> Result<()> {
+    File::create(path)?.set_len(DISK)?;
+    let mut make = kind.make();
+    if kind == Kind::Ext4 {
+        // Nothing is to be written behind our back, and the journal need not be large.
+        make.args(["-E", "lazy_itable_init=0,lazy_journal_init=0", "-J", "size=4"]);
+    }
+    run(make.arg(path), TOOL_LIMIT)?.success().map(drop)
+}
+
+/// A file as a block device.
+pub(super) struct Loop(PathBuf);
+
+impl Loop {
+    /// Attaches a file.
+    ///
+    /// # Errors
+    /// `losetup` fails.
+    pub(super) fn attach(file: &Path) -> Result<Self> {
+        // Built in, or loaded already: what is missing shows below.
+        let _ = run(Command::new("modprobe").args(["-q", "loop"]), TOOL_LIMIT);
+        let finished =
+            run(Command::new("losetup").args(["--find", "--show"]).arg(file), TOOL_LIMIT)?.success()?;
+        let node = PathBuf::from(finished.stdout.trim());
+        ensure!(node.starts_with("/dev"), "losetup printed {}, not a device", node.display());
+        Ok(Self(node))
+    }
+
+    /// Its node.
+    #[must_use]
+    pub(super) fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        // Nothing depends on it any more.
+        let _ = run(Command::new("losetup").arg("--detach").arg(&self.0), TOOL_LIMIT);
+    }
+}
+
+/// A file system on a loop device.
+pub(super) struct Plain {
+    mounted: Mounted,
+    _disk: Loop,
+}
+
+impl Plain {
+    /// Mounts the file system in a file; this is where its journal recovers.
+    ///
+    /// # Errors
+    /// It cannot be mounted.
+    pub(super) fn mount(kind: Kind, file: &Path, at: &Path) -> Result<Self> {
+        let disk = Loop::attach(file)?;
+        let mounted = Mounted::new(kind, disk.path(), at, OPTIONS)?;
+        Ok(Self { mounted, _disk: disk })
+    }
+
+    /// Unmounts it.
+    ///
+    /// # Errors
+    /// Somebody uses it.
+    pub(super) fn unmount(self) -> Result<()> {
+        self.mounted.unmount()
+    }
+}
+
+/// Nothing needs them, and they would be one more writer.
+const OPTIONS: &str = "noatime";
+
+/// A mounted file system whose writes are logged.
+pub(super) struct Logged {
+    mounted: Mounted,
+    mapped: Mapped,
+    _disk: Loop,
+    _log: Loop,
+}
+
+/// A device of the device mapper.
+struct Mapped {
+    name: String,
+}
+
+impl Logged {
+    /// Mounts the file system in `file`; what is written to it goes to `log`, too.
+    ///
+    /// # Errors
+    /// The kernel lacks dm-log-writes, or something cannot be set up.
+    pub(super) fn mount(kind: Kind, file: &Path, log: &Path, at: &Path) -> Result<Self> {
+        File::create(log)?.set_len(LOG)?;
+        let (disk, log) = (Loop::attach(file)?, Loop::attach(log)?);
+        let mapped = Mapped::new(disk.path(), log.path())?;
+        let mounted = Mounted::new(kind, &mapped.path(), at, OPTIONS)?;
+        Ok(Self { mounted, mapped, _disk: disk, _log: log })
+    }
+
+    /// Puts a mark into the log. What was durable before stands before it.
+    ///
+    /// # Errors
+    /// `dmsetup` fails.
+    pub(super) fn mark(&self, text: &str) -> Result<()> {
+        dmsetup(&["message", &self.mapped.name, "0", "mark", text])
+    }
+
+    /// Unmounts; the log is then complete.
+    ///
+    /// # Errors
+    /// Somebody uses it.
+    pub(super) fn unmount(self) -> Result<()> {
+        self.mounted.unmount()?;
+        self.mapped.remove()
+    }
+}
+
+impl Mapped {
+    fn new(disk: &Path, log: &Path) -> Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let _ = run(Command::new("modprobe").args(["-q", "dm-log-writes"]), TOOL_LIMIT);
+        let name = format!("compat-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let table = format!("0 {} log-writes {} {}", DISK / 512, disk.display(), log.display());
+        dmsetup(&["create", &name, "--table", &table]).context("does this kernel have dm-log-writes?")?;
+        Ok(Self { name })
+    }
+
+    fn path(&self) -> PathBuf {
+        Path::new("/dev/mapper").join(&self.name)
+    }
+
+    fn remove(mut self) -> Result<()> {
+        remove(&std::mem::take(&mut self.name))
+    }
+}
+
+impl Drop for Mapped {
+    fn drop(&mut self) {
+        if !self.name.is_empty() {
+            // After a failure, which has been told.
+            let _ = remove(&self.name);
+        }
+    }
+}
+
+/// A server that has just ended may hold its view of the mounts for a moment.
+fn remove(name: &str) -> Result<()> {
+    dmsetup(&["remove", "--retry", name])
+}
+
+fn dmsetup(args: &[&str]) -> Result<()> {
+    let mut command = Command::new("dmsetup");
+    // There may be no udev to make the node, and dmsetup would wait for it.
+    if !fs::exists("/run/udev").unwrap_or(false) {
+        command.env("DM_DISABLE_UDEV", "1");
+    }
+    run(command.args(args), TOOL_LIMIT)?.success().map(drop)
+}
