@@ -1,19 +1,19 @@
 //! An open image: the state that all lanes share.
 
 use crate::{
-    cache::slices::{SliceCache, SliceKey},
+    cache::slices::SliceCache,
     damage::Damage,
     epoch::Epochs,
     error::{Error, Result},
+    flat::Flat,
     flush::Flusher,
-    io::{Buf, FileId, Io, exact},
-    lane::Lane,
+    io::FileId,
     layer::{Layer, Qcow2Layer},
     locks::RangeLocks,
     meta::Meta,
-    open::{Autoclear, table_entries},
+    open::Autoclear,
     redo::RedoLog,
-    resolve::{self, Extents, Stop},
+    resolve::{Chain, Extents, Stop},
     territory::Sieve,
     unpack::{Unpacked, Workers},
 };
@@ -32,6 +32,8 @@ pub struct Image {
     /// The chain, top first; the top is always QCOW2.
     pub(crate) layers: Vec<Layer>,
     pub(crate) cache: SliceCache,
+    /// The layers below the top, if there is something to flatten.
+    pub(crate) flat: Option<Flat>,
     pub(crate) meta: Mutex<Meta>,
     pub(crate) epochs: Arc<Epochs>,
     pub(crate) flusher: Flusher,
@@ -66,9 +68,6 @@ pub struct Image {
     /// One at a time: searching for leaks.
     pub(crate) searching: RangeLocks,
 }
-
-/// `loads` numbers refcount pages above every slice of every layer.
-const REFCOUNT_LOADS: u64 = 1 << 63;
 
 impl Image {
     /// Size of the virtual disk in bytes.
@@ -129,9 +128,13 @@ impl Image {
         }
     }
 
+    pub(crate) fn as_chain(&self) -> Chain<'_> {
+        Chain { layers: &self.layers, flat: self.flat.as_ref(), cache: &self.cache }
+    }
+
     /// Resolves a range of the virtual disk from where `extents` ends, without waiting.
     pub(crate) fn resolve(&self, at: u64, len: u64, extents: &mut Extents) -> Result<(), Stop> {
-        resolve::resolve(&self.layers, &self.cache, 0, at, len, extents)
+        self.as_chain().resolve(at, len, extents)
     }
 
     pub(crate) fn io_error(
@@ -144,83 +147,5 @@ impl Image {
         let layer = self.layers.iter().find(|layer| layer.file() == file);
         let name = layer.map_or_else(|| Arc::from("?"), |layer| Arc::clone(layer.name()));
         Error::Io { operation, file: name, at, source: Arc::new(source) }
-    }
-}
-
-impl<I: Io> Lane<I> {
-    /// Resolves a range, loading what is missing. The answer holds as long as the request that
-    /// asks is in flight.
-    pub(crate) async fn resolve(&self, at: u64, len: u64) -> Result<Extents> {
-        let mut extents = Extents::new();
-        loop {
-            match self.image().resolve(at, len, &mut extents) {
-                Ok(()) => return Ok(extents),
-                Err(Stop::Failed(error)) => return Err(error),
-                Err(Stop::Miss(key)) => self.load_slice(key).await?,
-            }
-        }
-    }
-
-    /// Brings an L2 slice into memory, if its table exists.
-    pub(crate) async fn load_slice(&self, key: SliceKey) -> Result<()> {
-        let image = self.image();
-        let number = u64::from(key.layer) << 48 | key.slice;
-        let layer = image.qcow2_layer(key.layer);
-        loop {
-            let _load = image.loads.acquire(number..number + 1).await;
-            let Some(at) = layer.slice_location(key.slice)? else { return Ok(()) };
-            if image.meta_contains(key) {
-                return Ok(());
-            }
-            let bytes = self.read_page(layer.file, at, layer.slice_bytes()).await?;
-            let inserted = {
-                let _meta = image.meta.lock();
-                // The table may have been copied to another place while it was read.
-                if layer.slice_location(key.slice)? != Some(at) {
-                    continue;
-                }
-                image.cache.insert(key, table_entries(&bytes))
-            };
-            if inserted {
-                return Ok(());
-            }
-            // Every slot is dirty: writing back makes room.
-            drop(_load);
-            self.write_back().await?;
-        }
-    }
-
-    /// Brings a refcount page into memory.
-    pub(crate) async fn load_refcount_page(&self, page: u64) -> Result<()> {
-        let image = self.image();
-        let _load = image.loads.acquire(REFCOUNT_LOADS + page..REFCOUNT_LOADS + page + 1).await;
-        let (at, len) = {
-            let meta = image.meta.lock();
-            match meta.refcounts.page_at(page)? {
-                Some(at) if !meta.refcounts.is_resident(page) => (at, meta.refcounts.page_bytes()),
-                _ => return Ok(()),
-            }
-        };
-        let bytes = self.read_page(image.top().file, at, len).await?;
-        let mut meta = image.meta.lock();
-        let meta = &mut *meta;
-        meta.refcounts
-            .insert(page, bytes.into(), |page| meta.graph.holds(crate::order::rules::Page::Refcount(page)));
-        Ok(())
-    }
-
-    async fn read_page(&self, file: FileId, at: u64, len: u64) -> Result<Vec<u8>> {
-        let buf = Buf::zeroed(len as usize);
-        exact::read_zero_extended(self.io(), file, at, &buf)
-            .await
-            .map_err(|source| self.image().io_error("metadata read", file, at, source))?;
-        Ok(buf.to_vec())
-    }
-}
-
-impl Image {
-    fn meta_contains(&self, key: SliceKey) -> bool {
-        let _meta = self.meta.lock();
-        self.cache.contains(key)
     }
 }

@@ -5,7 +5,10 @@
 //! either answers or names the slice that has to be loaded.
 
 use crate::{
-    cache::slices::{SLICE_BYTES, SliceCache, SliceKey},
+    cache::{
+        directory::Shape,
+        slices::{SLICE_BYTES, SliceCache, SliceKey},
+    },
     error::{Error, Result},
     io::FileId,
 };
@@ -61,6 +64,14 @@ impl Layer {
         }
     }
 
+    /// Its slices, for the cache.
+    pub(crate) fn shape(&self) -> Shape {
+        match self {
+            Self::Qcow2(layer) => layer.shape(),
+            Self::Raw(_) => Shape { slices: 0, entries: 0, step: 0 },
+        }
+    }
+
     pub(crate) fn name(&self) -> &Arc<str> {
         match self {
             Self::Qcow2(layer) => &layer.name,
@@ -80,13 +91,26 @@ impl Qcow2Layer {
         self.slice_bytes() / self.geometry.l2_entry_bytes()
     }
 
+    /// Bytes of the disk that a slice maps.
+    pub(crate) fn slice_coverage(&self) -> u64 {
+        self.slice_entries() << self.geometry.cluster_bits
+    }
+
+    /// Size of the disk in whole sectors.
+    pub(crate) fn size(&self) -> u64 {
+        self.geometry.virtual_size.next_multiple_of(512)
+    }
+
     pub(crate) fn slices_per_table(&self) -> u64 {
         self.geometry.cluster_size() / self.slice_bytes()
     }
 
-    /// Number of slices of the whole layer.
-    pub(crate) fn slice_count(&self) -> u64 {
-        self.l1.len() as u64 * self.slices_per_table()
+    fn shape(&self) -> Shape {
+        Shape {
+            slices: self.l1.len() as u64 * self.slices_per_table(),
+            entries: self.slice_entries() as usize,
+            step: self.geometry.cluster_size(),
+        }
     }
 
     /// The slice and the entry in it that map a guest offset.

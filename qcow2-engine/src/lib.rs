@@ -20,6 +20,7 @@ mod discard;
 mod epoch;
 mod error;
 pub mod exec;
+mod flat;
 mod flush;
 #[cfg(feature = "sim")]
 pub mod fuzz;
@@ -30,6 +31,7 @@ pub mod io;
 mod lane;
 mod layer;
 mod leaks;
+mod load;
 mod locks;
 mod meta;
 mod open;

@@ -3,11 +3,15 @@
 use crate::{
     alloc::{frees::Frees, refcounts::Refcounts, space::Space},
     backing::{self, BackingPolicy, Format, MAX_CHAIN, MAX_CHAIN_L1_BYTES},
-    cache::slices::{SLICE_BYTES, SliceCache},
+    cache::{
+        directory::Shape,
+        slices::{SLICE_BYTES, SliceCache},
+    },
     check::dirty,
     damage::Damage,
     epoch::Epochs,
     error::{Error, Result},
+    flat::Flat,
     flush::Flusher,
     image::Image,
     inspect::ImageFile,
@@ -145,14 +149,10 @@ impl Image {
     ) -> Self {
         let Changeable { refcount_table, territory, damage } = parts;
         let geometry = header.geometry();
-        let slices: Vec<u64> = layers
-            .iter()
-            .map(|layer| match layer {
-                Layer::Qcow2(layer) => layer.slice_count(),
-                Layer::Raw(_) => 0,
-            })
-            .collect();
-        let cache = SliceCache::new(options.cache_bytes, &slices);
+        let flat = Flat::over(&layers);
+        let shapes: Vec<Shape> =
+            layers.iter().map(Layer::shape).chain(flat.iter().map(Flat::shape)).collect();
+        let cache = SliceCache::new(options.cache_bytes, &shapes);
         let refcount_pages = (cache.slot_count() / 4).max(MIN_REFCOUNT_PAGES);
         let epochs = Arc::new(Epochs::new());
         let meta = Meta {
@@ -183,6 +183,7 @@ impl Image {
         Self {
             layers,
             cache,
+            flat,
             sieve: Arc::clone(meta.territory.sieve()),
             damage: Damage::seen(damage),
             unpacked: Unpacked::default(),
@@ -404,6 +405,6 @@ async fn read_refcount_table(io: &impl Io, opened: &Opened, header: &Header) -> 
 }
 
 /// The big-endian 8-byte entries of a table, in host byte order.
-pub(crate) fn table_entries(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
+pub(crate) fn table_entries(bytes: &[u8]) -> impl Iterator<Item = u64> + Clone + '_ {
     bytes.chunks_exact(8).map(|entry| u64::from_be_bytes(entry.try_into().unwrap_or_default()))
 }

@@ -24,8 +24,8 @@ enum Attempt {
     Done,
     /// The slice has to be loaded first.
     Miss,
-    /// The redo log is full: a cut makes room.
-    LogFull,
+    /// The redo log is full, or every slot of the cache is dirty: a cut makes room.
+    NoRoom,
 }
 
 impl<I: Io> Lane<I> {
@@ -137,7 +137,7 @@ impl<I: Io> Lane<I> {
             match image.try_publish(key, guest.clone(), referred.clone(), &change)? {
                 Attempt::Done => return Ok(()),
                 Attempt::Miss => self.load_slice(key).await?,
-                Attempt::LogFull => self.write_back().await?,
+                Attempt::NoRoom => self.write_back().await?,
             }
         }
     }
@@ -200,8 +200,8 @@ impl Image {
         if changes.is_empty() {
             return Ok(Attempt::Done);
         }
-        if !meta.has_log_room(changes.len() as u64) {
-            return Ok(Attempt::LogFull);
+        if !meta.has_log_room(changes.len() as u64) || !self.cache.unfold(key) {
+            return Ok(Attempt::NoRoom);
         }
         let page = Page::L2(key.slice);
         let first = key.slice * layer.slice_entries();

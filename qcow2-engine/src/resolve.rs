@@ -1,12 +1,14 @@
 //! From a range of the virtual disk to where its bytes are: the read side of the mapping.
 //!
-//! Resolving is synchronous. It walks the chain from the top, cluster by cluster, and joins what is
-//! contiguous on the host; when a slice is not in memory it stops and names it. The payload is moved
-//! by whoever asked.
+//! Resolving is synchronous. It goes cluster by cluster, asks the top layer and then the flattened rest
+//! of the chain ([`flat`](crate::flat)), or each layer in turn where there is nothing to flatten, and joins
+//! what is contiguous on the host; when a slice is not in memory it stops and names it. The payload is
+//! moved by whoever asked.
 
 use crate::{
     cache::slices::{SliceCache, SliceKey},
     error::{Error, Result},
+    flat::{Answer, Flat},
     io::FileId,
     layer::{Layer, Lookup, Qcow2Layer},
 };
@@ -88,66 +90,101 @@ impl Extent {
                 *len += more;
                 true
             }
+            (
+                Self::Compressed { layer, range, skip, len },
+                Self::Compressed { layer: next_layer, range: next_range, skip: next_skip, len: more },
+            ) if *layer == next_layer && *range == next_range && *skip + *len == next_skip => {
+                *len += more;
+                true
+            }
             _ => false,
         }
     }
 }
 
-/// Resolves `len` bytes at guest offset `at`, as seen from layer `top` of the chain, from where
-/// `extents` ends. What has been resolved before a miss stays: a request may need more slices than
-/// the cache holds at a time, so it must never need one of them twice.
-pub(crate) fn resolve(
-    layers: &[Layer],
-    cache: &SliceCache,
-    top: usize,
-    at: u64,
-    len: u64,
-    extents: &mut Extents,
-) -> Result<(), Stop> {
-    let mut done: u64 = extents.iter().map(Extent::len).sum();
-    while done < len {
-        let next = resolve_step(layers, cache, top, at + done, len - done)?;
-        done += next.len();
-        if !extents.last_mut().is_some_and(|last| last.join(&next)) {
-            extents.push(next);
-        }
-    }
-    Ok(())
+/// A chain and what is in memory of its tables.
+#[derive(Clone, Copy)]
+pub(crate) struct Chain<'a> {
+    pub(crate) layers: &'a [Layer],
+    pub(crate) flat: Option<&'a Flat>,
+    pub(crate) cache: &'a SliceCache,
 }
 
-/// Resolves the longest prefix of the range that one look-up per layer answers.
-fn resolve_step(
-    layers: &[Layer],
-    cache: &SliceCache,
-    top: usize,
-    at: u64,
-    mut len: u64,
-) -> Result<Extent, Stop> {
-    for layer in &layers[top..] {
-        let layer = match layer {
-            Layer::Raw(raw) if at >= raw.len => return Ok(Extent::Zero { len }),
-            Layer::Raw(raw) => return Ok(Extent::Data { file: raw.file, at, len: len.min(raw.len - at) }),
+/// What some layers say about a range.
+enum Said {
+    Extent(Extent),
+    /// Nothing, for so many bytes from its start.
+    Nothing(u64),
+}
+
+impl Chain<'_> {
+    /// Resolves `len` bytes at guest offset `at`, from where `extents` ends. What has been resolved
+    /// before a miss stays: a request may need more slices than the cache holds at a time, so it must
+    /// never need one of them twice.
+    pub(crate) fn resolve(&self, at: u64, len: u64, extents: &mut Extents) -> Result<(), Stop> {
+        let mut done: u64 = extents.iter().map(Extent::len).sum();
+        while done < len {
+            let next = self.step(at + done, len - done)?;
+            done += next.len();
+            if !extents.last_mut().is_some_and(|last| last.join(&next)) {
+                extents.push(next);
+            }
+        }
+        Ok(())
+    }
+
+    /// Resolves the longest prefix of the range that one look-up answers.
+    fn step(&self, at: u64, len: u64) -> Result<Extent, Stop> {
+        let Some(flat) = self.flat else { return self.walk(0, at, len) };
+        let len = match self.ask(0, at, len)? {
+            Said::Extent(extent) => return Ok(extent),
+            Said::Nothing(len) => len.min(to_boundary(at, flat.granule())),
+        };
+        match flat.look_up(self.cache, at).map_err(Stop::Miss)? {
+            Answer::Zero => Ok(Extent::Zero { len }),
+            Answer::Data { layer, at: granule } => {
+                let file = self.layers[usize::from(layer)].file();
+                Ok(Extent::Data { file, at: granule + (at & (flat.granule() - 1)), len })
+            }
+            Answer::Ask { layer } => self.walk(usize::from(layer), at, len),
+        }
+    }
+
+    /// Asks the layers from `first` on, one after the other.
+    fn walk(&self, first: usize, at: u64, mut len: u64) -> Result<Extent, Stop> {
+        for index in first..self.layers.len() {
+            match self.ask(index, at, len)? {
+                Said::Extent(extent) => return Ok(extent),
+                Said::Nothing(less) => len = less,
+            }
+        }
+        Ok(Extent::Zero { len })
+    }
+
+    /// Asks one layer.
+    #[inline]
+    fn ask(&self, index: usize, at: u64, mut len: u64) -> Result<Said, Stop> {
+        let layer = match &self.layers[index] {
+            Layer::Raw(raw) if at >= raw.len => return Ok(Said::Extent(Extent::Zero { len })),
+            Layer::Raw(raw) => {
+                return Ok(Said::Extent(Extent::Data { file: raw.file, at, len: len.min(raw.len - at) }));
+            }
             Layer::Qcow2(layer) => layer,
         };
         // A shorter backing file reads as zeros beyond its end; what is below it does not show.
-        let Some(rest) =
-            layer.geometry.virtual_size.next_multiple_of(512).checked_sub(at).filter(|&rest| rest > 0)
-        else {
-            return Ok(Extent::Zero { len });
+        let Some(rest) = layer.size().checked_sub(at).filter(|&rest| rest > 0) else {
+            return Ok(Said::Extent(Extent::Zero { len }));
         };
         len = len.min(rest);
-        match layer.look_up(cache, at)? {
+        Ok(match layer.look_up(self.cache, at)? {
             Lookup::Miss(key) => return Err(Stop::Miss(key)),
-            Lookup::NoTable => len = len.min(to_boundary(at, layer.geometry.l2_coverage_bytes())),
+            Lookup::NoTable => Said::Nothing(len.min(to_boundary(at, layer.geometry.l2_coverage_bytes()))),
             Lookup::Entry(mapping) => {
                 len = len.min(to_boundary(at, layer.geometry.cluster_size()));
-                if let Some(extent) = place(layer, mapping, at, len) {
-                    return Ok(extent);
-                }
+                place(layer, mapping, at, len).map_or(Said::Nothing(len), Said::Extent)
             }
-        }
+        })
     }
-    Ok(Extent::Zero { len })
 }
 
 /// The extent that a mapping gives, or `None` where the next layer has the bytes.

@@ -5,11 +5,15 @@
 //! "recently used" mark. Slots are never freed, only refilled, so a reader always touches valid
 //! memory; a version per slot tells it when the slot was refilled under it.
 //!
+//! A slice whose entries are one run needs no slot: the directory has it in a word. So it is when it
+//! comes in, and when it is evicted after it has become a run. Before an entry of it is changed it gets
+//! a slot ([`SliceCache::unfold`]): what is dirty is in a slot, and what is in a word is as on disk.
+//!
 //! Everything that changes a slot is called under the image's metadata lock: the cache itself does
 //! not check that, it only promises that readers never see a mixture. Which slices are dirty is
 //! known to the order graph; the cache is told, so that it never evicts them.
 
-use super::directory::Directory;
+use super::directory::{Directory, Place, Shape};
 use std::sync::{
     OnceLock,
     atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
@@ -64,14 +68,14 @@ impl SliceKey {
 }
 
 impl SliceCache {
-    /// A cache of `bytes` for layers with the given numbers of slices.
-    pub(crate) fn new(bytes: u64, slices_per_layer: &[u64]) -> Self {
-        let least = MIN_SLOTS.max(MIN_SLOTS_PER_LAYER * slices_per_layer.len());
+    /// A cache of `bytes` for layers of these shapes.
+    pub(crate) fn new(bytes: u64, layers: &[Shape]) -> Self {
+        let least = MIN_SLOTS.max(MIN_SLOTS_PER_LAYER * layers.len());
         let slots =
             usize::try_from(bytes / SLICE_BYTES).unwrap_or(usize::MAX).clamp(least, u32::MAX as usize - 1);
         Self {
             slots: (0..slots).map(|_| Slot::empty()).collect(),
-            directories: slices_per_layer.iter().map(|&count| Directory::new(count)).collect(),
+            directories: layers.iter().map(|&shape| Directory::new(shape)).collect(),
             hand: AtomicUsize::new(0),
         }
     }
@@ -84,7 +88,11 @@ impl SliceCache {
     /// Entry `index` of a slice, or `None` when the slice is not in memory.
     #[inline]
     pub(crate) fn entry(&self, key: SliceKey, index: usize) -> Option<u64> {
-        let slot = &self.slots[self.directories[usize::from(key.layer)].get(key.slice)?];
+        let slot = match self.place(key) {
+            Place::Run(run) => return Some(run.entry(index)),
+            Place::Slot(number) => &self.slots[number],
+            Place::Unknown | Place::Scattered => return None,
+        };
         let version = slot.version.load(Ordering::Acquire);
         if slot.holds.load(Ordering::Relaxed) != key.pack() {
             return None;
@@ -102,13 +110,33 @@ impl SliceCache {
 
     /// Whether a slice is in memory. Under the metadata lock the answer stays true.
     pub(crate) fn contains(&self, key: SliceKey) -> bool {
-        self.slot_of(key).is_some()
+        matches!(self.place(key), Place::Run(_)) || self.slot_of(key).is_some()
+    }
+
+    /// Whether nothing is known of a slice: it was never in memory.
+    pub(crate) fn is_unknown(&self, key: SliceKey) -> bool {
+        self.place(key) == Place::Unknown
+    }
+
+    /// Gives a slice in memory a slot, so that its entries can be changed. Returns false when every slot
+    /// is pinned.
+    pub(crate) fn unfold(&self, key: SliceKey) -> bool {
+        let Place::Run(run) = self.place(key) else { return true };
+        let entries = self.directory(key).slice_entries();
+        // A reader that still has the word has what the entries were before the change to come.
+        self.put_in_slot(key, (0..entries).map(|index| run.entry(index)))
+    }
+
+    /// Remembers a slice that was read along with another one, as far as that costs no slot.
+    pub(crate) fn note(&self, key: SliceKey, entries: impl Iterator<Item = u64>) {
+        let directory = self.directory(key);
+        directory.set(key.slice, directory.run_of(entries).map_or(Place::Scattered, Place::Run));
     }
 
     /// Changes one entry of a resident slice; readers see the old value or the new one.
     ///
     /// # Panics
-    /// When the slice is not in memory: callers check under the same lock.
+    /// When the slice is not in a slot: callers check under the same lock.
     pub(crate) fn set_entry(&self, key: SliceKey, index: usize, value: u64) {
         let slot = self.slot_of(key).expect("the slice was found resident under the metadata lock");
         slot.entries()[index].store(value, Ordering::Release);
@@ -122,18 +150,32 @@ impl SliceCache {
     }
 
     /// Brings a slice in, evicting another one if need be. Returns false when every slot is pinned.
-    pub(crate) fn insert(&self, key: SliceKey, entries: impl Iterator<Item = u64>) -> bool {
+    pub(crate) fn insert(&self, key: SliceKey, entries: impl Iterator<Item = u64> + Clone) -> bool {
         debug_assert!(!self.contains(key), "one loader per slice");
+        let directory = self.directory(key);
+        if let Some(run) = directory.run_of(entries.clone()) {
+            directory.set(key.slice, Place::Run(run));
+            return true;
+        }
+        self.put_in_slot(key, entries)
+    }
+
+    fn put_in_slot(&self, key: SliceKey, entries: impl Iterator<Item = u64>) -> bool {
         let Some(number) = self.victim() else { return false };
         let slot = &self.slots[number];
         let old = slot.holds.load(Ordering::Relaxed);
         if old != EMPTY {
-            let old = SliceKey::unpack(old);
-            self.directories[usize::from(old.layer)].set(old.slice, None);
+            self.fold(SliceKey::unpack(old), slot);
         }
         slot.refill(key, entries);
-        self.directories[usize::from(key.layer)].set(key.slice, Some(number));
+        self.directory(key).set(key.slice, Place::Slot(number));
         true
+    }
+
+    /// Keeps of an evicted slice what a word can say.
+    fn fold(&self, key: SliceKey, slot: &Slot) {
+        let entries = &slot.entries()[..self.directory(key).slice_entries()];
+        self.note(key, entries.iter().map(|entry| entry.load(Ordering::Relaxed)));
     }
 
     /// The bytes of a resident slice as they go to disk: `len` of them.
@@ -145,8 +187,19 @@ impl SliceCache {
     }
 
     fn slot_of(&self, key: SliceKey) -> Option<&Slot> {
-        let slot = &self.slots[self.directories[usize::from(key.layer)].get(key.slice)?];
+        let Place::Slot(number) = self.place(key) else { return None };
+        let slot = &self.slots[number];
         (slot.holds.load(Ordering::Relaxed) == key.pack()).then_some(slot)
+    }
+
+    #[inline]
+    fn place(&self, key: SliceKey) -> Place {
+        self.directory(key).get(key.slice)
+    }
+
+    #[inline]
+    fn directory(&self, key: SliceKey) -> &Directory {
+        &self.directories[usize::from(key.layer)]
     }
 
     /// Second chance: the first slot from the hand on that was not used since the hand last passed;
@@ -192,61 +245,4 @@ impl Slot {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::sync::atomic::AtomicBool;
-
-    const fn key(slice: u64) -> SliceKey {
-        SliceKey { layer: 0, slice }
-    }
-
-    #[test]
-    fn pinned_slices_stay_and_others_make_room() {
-        let cache = SliceCache::new(0, &[1 << 20]);
-        assert!(cache.insert(key(7), [42].into_iter()));
-        cache.set_pinned(key(7), true);
-        for slice in 100..400 {
-            assert!(cache.insert(key(slice), [slice].into_iter()));
-            assert_eq!(cache.entry(key(slice), 0), Some(slice));
-        }
-        assert_eq!(cache.entry(key(7), 0), Some(42));
-        assert_eq!(cache.entry(key(100), 0), None, "evicted long ago");
-    }
-
-    #[test]
-    fn a_cache_of_pinned_slices_takes_no_more() {
-        let cache = SliceCache::new(0, &[1 << 20]);
-        for slice in 0..cache.slot_count() as u64 {
-            assert!(cache.insert(key(slice), std::iter::empty()));
-            cache.set_pinned(key(slice), true);
-        }
-        assert!(!cache.insert(key(1 << 19), std::iter::empty()));
-    }
-
-    /// Readers race with refills; an entry must always be one that belonged to the slice asked for.
-    #[test]
-    fn readers_never_see_another_slices_entry() {
-        let cache = SliceCache::new(0, &[1 << 20]);
-        let stop = AtomicBool::new(false);
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                while !stop.load(Ordering::Relaxed) {
-                    for slice in 0..256 {
-                        if let Some(entry) = cache.entry(key(slice), 3) {
-                            assert_eq!(entry, slice);
-                        }
-                    }
-                }
-            });
-            let mut inserted = true;
-            for round in 0..40_000_u64 {
-                let slice = round * 7 % 256;
-                if !cache.contains(key(slice)) {
-                    inserted &= cache.insert(key(slice), std::iter::repeat_n(slice, ENTRIES));
-                }
-            }
-            stop.store(true, Ordering::Relaxed);
-            assert!(inserted, "some slot can always go");
-        });
-    }
-}
+mod tests;
