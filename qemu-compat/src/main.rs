@@ -4,6 +4,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, Parser, Subcommand};
 use qemu_compat::{
     device::{Binary, existing},
+    power::plug,
     report,
     suite::{Scale, Setting, cases},
 };
@@ -21,6 +22,8 @@ struct Cli {
 enum Action {
     /// Run the cases; needs root, a ublk driver and QEMU's tools.
     Run(RunArgs),
+    /// One life of a machine that is killed under us; `cargo xtask powercut` runs it.
+    Live(plug::Life),
 }
 
 #[derive(Debug, Args)]
@@ -49,8 +52,11 @@ struct RunArgs {
 }
 
 fn main() -> ExitCode {
-    let Action::Run(args) = Cli::parse().command;
-    match run(args) {
+    let result = match Cli::parse().command {
+        Action::Run(args) => run(args),
+        Action::Live(life) => plug::live(&life).map(|()| ExitCode::SUCCESS),
+    };
+    match result {
         Ok(code) => code,
         Err(error) => {
             eprintln!("qemu-compat: {error:#}");

@@ -135,6 +135,24 @@ impl Mirror {
         )
     }
 
+    /// The array of the first `size` bytes of a raw file or device.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub fn read_raw(path: &Path, size: u64, cluster: u64) -> Result<Self> {
+        let mut mirror = Self::new(size, cluster);
+        let file = File::open(path)?;
+        let mut bytes = vec![0; CHUNK as usize];
+        for at in (0..size).step_by(bytes.len()) {
+            let part = &mut bytes[..CHUNK.min(size - at) as usize];
+            file.read_exact_at(part, at)?;
+            if part.iter().any(|&byte| byte != 0) {
+                mirror.write(at, part);
+            }
+        }
+        Ok(mirror)
+    }
+
     /// Writes the array as a sparse raw file.
     ///
     /// # Errors
@@ -187,6 +205,18 @@ mod tests {
         assert_eq!(short.read(CHUNK - 512, 512)[255..257], [7, 0]);
         assert!(mirror.compare(CHUNK - 512, &[7; 512]).is_ok());
         assert!(mirror.compare(CHUNK, &[7; 512]).unwrap_err().to_string().contains("0x10000"));
+    }
+
+    #[test]
+    fn a_raw_file_gives_the_array_back() {
+        let mut mirror = Mirror::new((1 << 20) + 512, 4096);
+        mirror.write(CHUNK - 512, &[7; 1024]);
+        mirror.write(1 << 20, &[8; 512]);
+        let file = tempfile::NamedTempFile::new().unwrap();
+        mirror.write_raw(file.path()).unwrap();
+        let same = Mirror::read_raw(file.path(), mirror.size(), 4096).unwrap();
+        assert_eq!(same.chunks.len(), 3);
+        same.compare_raw(file.path()).unwrap();
     }
 
     #[test]

@@ -43,6 +43,12 @@ for block in /sys/block/vd*; do
     [ -n "$serial" ] && ln -s "/dev/${block##*/}" "/dev/disk/$serial"
 done
 
+mkdir -p /dev/port
+for port in /sys/class/virtio-ports/*; do
+    name=$(cat "$port/name" 2>/dev/null)
+    [ -n "$name" ] && ln -s "/dev/${port##*/}" "/dev/port/$name"
+done
+
 cd / || broken "no root directory"
 cpio -idmu <"$(readlink -f /dev/disk/payload)" 2>/tmp/cpio.err || broken "the payload: $(cat /tmp/cpio.err)"
 [ -x /payload/run ] || broken "the payload has no /payload/run"

@@ -8,6 +8,7 @@ mod dist;
 mod kernel;
 mod peers;
 mod place;
+mod powercut;
 mod process;
 mod setup;
 mod test;
@@ -33,10 +34,12 @@ enum Task {
     Demo(demo::Options),
     /// Everything that must hold before a change is merged
     Test(test::Options),
-    /// The full compatibility matrix on both kernels
+    /// The full compatibility matrix on both kernels, and machines that are killed
     TestCompat(test_compat::Options),
     /// Crash simulated workloads at every moment and judge what is left
     Crash(campaign::CrashOptions),
+    /// Kill a whole virtual machine under a writer, over and over, and judge what is left
+    Powercut(powercut::Options),
     /// Damage images field by field, and hold what becomes of them against QEMU's tools
     Fuzz(campaign::FuzzOptions),
     /// Compare the speed of the engines in the virtual machine
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Task::TestCompat(options) => test_compat::command(&options),
         Task::Crash(options) => campaign::crash(&options),
         Task::Fuzz(options) => campaign::fuzz(&options),
+        Task::Powercut(options) => powercut::command(&options),
         Task::Bench(options) => bench::command(&options),
         Task::Dist => dist::command().map(|()| ExitCode::SUCCESS),
         Task::Vm(options) => vm::command(&options),

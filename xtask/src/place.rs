@@ -167,6 +167,7 @@ impl<'a> Job<'a> {
             memory_mib: MEMORY_MIB,
             scratch_gib: self.scratch_gib,
             disks: self.disks.clone(),
+            report: None,
             console: self.console,
             time_limit: self.time_limit,
             results: self.results.clone(),

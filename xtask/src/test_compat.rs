@@ -1,12 +1,16 @@
-//! `cargo xtask test-compat`: the full compatibility matrix on both kernels.
+//! `cargo xtask test-compat`: the full compatibility matrix on both kernels, and machines that are killed.
 
 use crate::{
     kernel::Kernel,
     place::Place,
+    powercut,
     test::{Matrix, Report, device_lane},
 };
 use anyhow::Result;
 use std::{process::ExitCode, time::Duration};
+
+/// How often the machine of each kernel is killed.
+const POWER_CUTS: u64 = 6;
 
 /// Options of `cargo xtask test-compat`.
 #[derive(Debug, clap::Args)]
@@ -27,9 +31,11 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
     let limit = Duration::from_secs(options.minutes * 60);
     let kernels = options.kernel.map_or_else(|| Kernel::ALL.to_vec(), |kernel| vec![kernel]);
     let mut report = Report::default();
-    for place in kernels.into_iter().map(Place::Machine) {
+    for kernel in kernels {
+        let place = Place::Machine(kernel);
         place.prepare()?;
         report.lane(&format!("full matrix on {place}"), || device_lane(place, Matrix::Full(limit)));
+        report.lane(&format!("power cuts of {place}"), || powercut::lane(kernel, POWER_CUTS, None));
     }
     Ok(report.finish())
 }

@@ -30,6 +30,14 @@ const LOG: u64 = 8 << 30;
 /// mkfs fails.
 pub(super) fn make_disk(kind: Kind, path: &Path) -> Result<()> {
     File::create(path)?.set_len(DISK)?;
+    make_file_system(kind, path)
+}
+
+/// Makes an empty file system in a file or on a device.
+///
+/// # Errors
+/// mkfs fails.
+pub(super) fn make_file_system(kind: Kind, path: &Path) -> Result<()> {
     let mut make = kind.make();
     if kind == Kind::Ext4 {
         // Nothing is to be written behind our back, and the journal need not be large.

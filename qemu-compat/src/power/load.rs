@@ -33,6 +33,12 @@ impl Plan {
         Self { rng: fastrand::Rng::with_seed(seed), size, cluster, discards, number: FIRST_NUMBER }
     }
 
+    /// The same changes with other numbers.
+    #[must_use]
+    pub(super) fn numbered_from(self, number: u64) -> Self {
+        Self { number, ..self }
+    }
+
     /// The next requests. They are in flight together and share no sector, a discard no cluster.
     pub(super) fn batch(&mut self) -> Vec<Op> {
         let mut taken: Vec<Range<u64>> = Vec::new();

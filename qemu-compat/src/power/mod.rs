@@ -10,45 +10,38 @@
 //!           holds what the journal allows, the image can be served again, and its leaks are given back
 //! ```
 //!
+//! [`plug`] does without the log: there the whole machine is killed from outside, over and over.
+//!
 //! This proves what the simulator cannot: that the real daemon asks the real kernel for the right
 //! thing at the right time, through the file system, its journal and the block layer.
 
+mod aftermath;
+mod drive;
 mod host;
 mod journal;
 mod load;
 mod log;
+pub mod plug;
 mod replay;
 
 use crate::{
-    device::{Binary, DeviceDisk},
-    disk::{Disk, Op, Server},
+    device::Binary,
+    disk::{Disk, Server},
     fixture::{Fixture, Recipe},
     fs::Kind,
-    qemu_img::{self, Verdict},
 };
-use anyhow::{Context, Result, bail, ensure};
+use aftermath::Leaks;
+use anyhow::{Context, Result, ensure};
+use drive::{History, Witness};
 use host::{Logged, Plain};
 use journal::Journal;
 use load::Plan;
 use log::Log;
 use replay::{Moment, Replay};
 use std::{
-    fs::{self, File},
+    fs,
     path::{Path, PathBuf},
-    sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
-    },
-    thread,
-    time::Duration,
 };
-
-/// Between two flushes at most, in milliseconds.
-const FLUSH_PAUSE: u64 = 120;
-/// What the search for leaks is given at first; it begins a second after the device serves.
-const FIRST_PATIENCE: Duration = Duration::from_secs(3);
-/// Each attempt is given twice as long as the one before.
-const ATTEMPTS: u32 = 4;
 
 /// A host, an image on it, and how much is done.
 #[derive(Clone, Copy, Debug)]
@@ -91,8 +84,8 @@ pub fn cut(binary: &Binary, dir: &Path, outage: &Outage, seed: u64) -> Result<()
     for (index, moment) in moments.iter().enumerate() {
         replay.make(moment, &site.disk)?;
         let again = index.is_multiple_of(outage.served_again).then_some(binary);
-        let has_leaks = site.judge(&fixture, &journal, moment, again);
-        leaks += u32::from(has_leaks.with_context(|| format!("state {index}: {moment}"))?);
+        let held = site.judge(&fixture, &journal, moment, again);
+        leaks += u32::from(held.with_context(|| format!("state {index}: {moment}"))? == Leaks::Some);
     }
     println!(
         "       {}: {} changes, {} entries in the log, {} states held, {leaks} of them with leaks",
@@ -147,155 +140,41 @@ impl<'a> Site<'a> {
         host.mark(&replay::mark_text(0))?;
         let mut disk = binary.attach(&fixture.image, recipe.queues)?;
         let plan = Plan::new(disk.size(), recipe.cluster(), recipe.discards(), seed);
-        let history = History::new(Journal::new(fixture.mirror.clone()));
-        load_and_flush(&mut disk, &history, plan, &host, self.outage.flushes, seed)?;
+        let history = History::new(Journal::new(fixture.mirror.clone()), &host);
+        history.drive(&mut disk, plan, self.outage.flushes, seed)?;
         disk.detach()?;
-        // A clean end makes everything durable.
-        let all = history.lock().acknowledged;
-        history.mark(&host, all)?;
+        history.closed()?;
+        let journal = history.into_journal();
         host.unmount()?;
-        Ok(history.into_journal())
+        Ok(journal)
     }
 
-    /// One state. Says whether it has leaks.
+    /// One state.
     fn judge(
         &self,
         fixture: &Fixture,
         journal: &Journal,
         moment: &Moment,
         again: Option<&Binary>,
-    ) -> Result<bool> {
+    ) -> Result<Leaks> {
         let mounted = Plain::mount(self.outage.host, &self.disk, &self.mount_point)?;
-        let verdict = qemu_img::check(&fixture.image)?;
-        if let Verdict::Damaged(text) = &verdict {
-            bail!("qemu-img check finds more than leaks: {text}");
-        }
-        qemu_img::extract(&fixture.image, &self.raw)?;
-        journal.hold(&self.raw, moment.mark)?;
+        let leaks = aftermath::judge(&fixture.image, &self.raw, journal, moment.mark)?;
         if let Some(binary) = again {
             fixture.hold_unchanged(&self.raw.with_extension("snapshot"))?;
-            self.serve_again(binary, fixture)?;
+            aftermath::serve_again(binary, &fixture.image, self.outage.recipe.queues, &self.raw)?;
         }
         mounted.unmount()?;
-        Ok(verdict != Verdict::Clean)
-    }
-
-    /// Serves what the cut has left until its leaks are gone; it shows what QEMU has read in it.
-    fn serve_again(&self, binary: &Binary, fixture: &Fixture) -> Result<()> {
-        let mut patience = FIRST_PATIENCE;
-        for _ in 0..ATTEMPTS {
-            let mut disk = binary.attach(&fixture.image, self.outage.recipe.queues)?;
-            compare_with(&mut disk, &self.raw).context("served again, it shows something else")?;
-            thread::sleep(patience);
-            disk.detach()?;
-            match qemu_img::check(&fixture.image)? {
-                Verdict::Clean => return Ok(()),
-                Verdict::Leaks(_) => patience *= 2,
-                Verdict::Damaged(text) => bail!("served again, qemu-img check finds damage: {text}"),
-            }
-        }
-        qemu_img::check_clean(&fixture.image).context("the leaks of the cut were not given back")
+        Ok(leaks)
     }
 }
 
-/// The journal, shared by those who change the disk and who flush it.
-struct History {
-    state: Mutex<Recorded>,
-    /// Marks are made one after the other.
-    marking: Mutex<()>,
-}
-
-struct Recorded {
-    journal: Journal,
-    /// Changes before this one have been acknowledged.
-    acknowledged: usize,
-}
-
-impl History {
-    fn new(journal: Journal) -> Self {
-        Self { state: Mutex::new(Recorded { journal, acknowledged: 0 }), marking: Mutex::new(()) }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Recorded> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Marks the log: the first `covered` changes are durable.
-    fn mark(&self, host: &Logged, covered: usize) -> Result<()> {
-        let _one_at_a_time = self.marking.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = self.lock().journal.open_mark(covered);
-        host.mark(&replay::mark_text(number))?;
-        self.lock().journal.close_mark(number);
+impl Witness for Logged {
+    /// The log tells by itself: what is in it before a mark was issued before it.
+    fn issued(&self, _count: usize) -> Result<()> {
         Ok(())
     }
 
-    fn into_journal(self) -> Journal {
-        self.state.into_inner().unwrap_or_else(PoisonError::into_inner).journal
+    fn durable(&self, number: usize, _covered: usize) -> Result<()> {
+        self.mark(&replay::mark_text(number))
     }
-}
-
-/// One thread changes the disk, several requests at a time; another flushes it and makes marks.
-fn load_and_flush(
-    disk: &mut DeviceDisk,
-    history: &History,
-    mut plan: Plan,
-    host: &Logged,
-    flushes: usize,
-    seed: u64,
-) -> Result<()> {
-    let path = disk.device().path();
-    let is_over = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let flusher = scope.spawn(|| {
-            let outcome = flush_over_and_over(&path, history, host, flushes, seed);
-            is_over.store(true, Ordering::Relaxed);
-            outcome
-        });
-        let mut outcome = Ok(());
-        while outcome.is_ok() && !is_over.load(Ordering::Relaxed) {
-            outcome = change(disk, history, &plan.batch());
-        }
-        outcome.and(flusher.join().unwrap_or_else(|_| bail!("the flusher panicked")))
-    })
-}
-
-fn change(disk: &mut DeviceDisk, history: &History, batch: &[Op]) -> Result<()> {
-    {
-        let mut recorded = history.lock();
-        batch.iter().for_each(|op| recorded.journal.issue(op));
-    }
-    disk.run(batch)?;
-    let mut recorded = history.lock();
-    recorded.acknowledged = recorded.journal.issued();
-    Ok(())
-}
-
-fn flush_over_and_over(
-    device: &Path,
-    history: &History,
-    host: &Logged,
-    flushes: usize,
-    seed: u64,
-) -> Result<()> {
-    let file = File::open(device)?;
-    let mut rng = fastrand::Rng::with_seed(seed);
-    for _ in 0..flushes {
-        thread::sleep(Duration::from_millis(rng.u64(..FLUSH_PAUSE)));
-        let covered = history.lock().acknowledged;
-        file.sync_all()?;
-        history.mark(host, covered)?;
-    }
-    Ok(())
-}
-
-/// Holds what a disk shows against a raw file.
-fn compare_with(disk: &mut DeviceDisk, raw: &Path) -> Result<()> {
-    const PIECE: u64 = 1 << 20;
-    let expected = fs::read(raw)?;
-    for (index, expected) in expected.chunks(PIECE as usize).enumerate() {
-        let at = index as u64 * PIECE;
-        let found = disk.run(&[Op::Read { at, len: expected.len() as u64 }])?.pop().unwrap_or_default();
-        ensure!(found == expected, "the MiB at {at:#x} differs");
-    }
-    Ok(())
 }

@@ -70,6 +70,7 @@ fn trial(kernel: &UnpackedKernel) -> Accel {
         memory_mib: 1024,
         scratch_gib: 1,
         disks: Vec::new(),
+        report: None,
         console: Console::Silent,
         time_limit: TRIAL_LIMIT,
         results: None,

@@ -1,4 +1,4 @@
-//! One run of the throw-away machine: from a kernel, a payload and disks to an exit status.
+//! One run of the throw-away machine: from a kernel, a payload and disks to an exit status, or to its sudden end.
 //!
 //! The guest's side is guest/init.sh. The contract between the two: disks carry serial names (`payload`, `scratch`,
 //! `results`, and the caller's); the payload disk is a cpio archive that holds /payload/run; that script's output
@@ -66,6 +66,9 @@ pub(crate) struct Machine<'a> {
     /// Size of the sparse scratch disk, ext4, mounted at /scratch.
     pub scratch_gib: u32,
     pub disks: Vec<Disk>,
+    /// A file of this host to which the guest can append, as /dev/port/report: what it has written is here when its
+    /// call returns, however the machine ends.
+    pub report: Option<PathBuf>,
     pub console: Console,
     pub time_limit: Duration,
     /// The host directory that receives what the script left in /results.
@@ -80,6 +83,14 @@ pub(crate) struct Finished {
     pub output: Vec<u8>,
 }
 
+/// A machine that has been switched on.
+pub(crate) struct Running<'a> {
+    machine: &'a Machine<'a>,
+    child: Child,
+    output: Option<thread::JoinHandle<Vec<u8>>>,
+    dir: RunDir,
+}
+
 impl Machine<'_> {
     /// Boots, runs /payload/run of `payload`, powers off.
     ///
@@ -87,6 +98,14 @@ impl Machine<'_> {
     /// Fails when the machine does not start, does not get as far as the script, panics, or exceeds its time.
     /// A script that fails is not an error here.
     pub(crate) fn run(&self, payload: &Tree) -> Result<Finished> {
+        self.start(payload)?.finish()
+    }
+
+    /// Switches the machine on.
+    ///
+    /// # Errors
+    /// Fails when it does not start.
+    pub(crate) fn start(&self, payload: &Tree) -> Result<Running<'_>> {
         let initramfs = initramfs::ensure(self.kernel)?;
         let dir = RunDir::create()?;
         payload
@@ -98,20 +117,7 @@ impl Machine<'_> {
 
         let mut child = self.qemu(&dir, &initramfs)?.spawn().context("cannot start QEMU")?;
         let output = child.stdout.take().map(|pipe| collect(pipe, self.console));
-        let ended = wait(&mut child, self.time_limit)?;
-        let output = output.map_or_else(Vec::new, |thread| thread.join().unwrap_or_default());
-        let status = self.judge(ended, &dir, &output)?;
-
-        if let Some(results) = &self.results {
-            fs::create_dir_all(results)?;
-            run(program("tar")?
-                .arg("-xf")
-                .arg(dir.file("results"))
-                .arg("-C")
-                .arg(results)
-                .arg("--no-same-owner"))?;
-        }
-        Ok(Finished { status, output })
+        Ok(Running { machine: self, child, output, dir })
     }
 
     fn qemu(&self, dir: &RunDir, initramfs: &Path) -> Result<Command> {
@@ -137,6 +143,11 @@ impl Machine<'_> {
         }
         for disk in &self.disks {
             add_disk(&mut qemu, disk);
+        }
+        if let Some(report) = &self.report {
+            let path = report.display().to_string().replace(',', ",,");
+            qemu.arg("-chardev").arg(format!("file,id=report,append=on,path={path}"));
+            qemu.args(["-device", "virtserialport,chardev=report,name=report"]);
         }
         if self.console == Console::Interactive {
             qemu.args([
@@ -182,6 +193,47 @@ impl Machine<'_> {
             None if log.contains("Kernel panic") => bail!("the machine's kernel panicked{}", shown()),
             None => bail!("the machine ended without a result; its console{}", shown()),
         }
+    }
+}
+
+impl Running<'_> {
+    /// Waits until it has powered off.
+    ///
+    /// # Errors
+    /// As [`Machine::run`].
+    pub(crate) fn finish(mut self) -> Result<Finished> {
+        let ended = wait(&mut self.child, self.machine.time_limit)?;
+        let output = self.output.take().map_or_else(Vec::new, |thread| thread.join().unwrap_or_default());
+        let status = self.machine.judge(ended, &self.dir, &output)?;
+
+        if let Some(results) = &self.machine.results {
+            fs::create_dir_all(results)?;
+            run(program("tar")?
+                .arg("-xf")
+                .arg(self.dir.file("results"))
+                .arg("-C")
+                .arg(results)
+                .arg("--no-same-owner"))?;
+        }
+        Ok(Finished { status, output })
+    }
+
+    /// Whether it is still on.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn is_on(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
+    /// Pulls the plug: what it had under way is gone.
+    ///
+    /// # Errors
+    /// The operating system's.
+    pub(crate) fn pull_the_plug(mut self) -> Result<()> {
+        self.child.kill().context("cannot kill QEMU")?;
+        self.child.wait()?;
+        Ok(())
     }
 }
 

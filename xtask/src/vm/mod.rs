@@ -74,6 +74,7 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
         memory_mib: options.memory,
         scratch_gib: options.scratch,
         disks: options.disk.iter().map(|word| parse_disk(word)).collect::<Result<_>>()?,
+        report: None,
         console: if interactive { Console::Interactive } else { Console::Streamed },
         time_limit: if interactive {
             Duration::from_secs(30 * 86_400)
