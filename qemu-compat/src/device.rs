@@ -53,7 +53,7 @@ pub struct Device {
 pub struct Listed {
     /// The process that serves it.
     pub pid: i32,
-    /// `serving` or `dead`.
+    /// `starting`, `serving`, `waiting` or `dead`.
     pub state: String,
 }
 

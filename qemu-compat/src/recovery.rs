@@ -17,10 +17,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long the next server may take, in an emulated machine.
-const RECOVERY_LIMIT: Duration = Duration::from_secs(60);
+/// How long the next server may take, in an emulated machine, and where the kernel notices the last one's
+/// death only when its requests time out.
+const RECOVERY_LIMIT: Duration = Duration::from_secs(120);
 /// Between two looks for it.
 const LOOK: Duration = Duration::from_millis(50);
+/// One of so many successors is killed while it takes over.
+const SUCCESSORS_SPARED: u32 = 4;
 /// What a server is given to live, in milliseconds.
 const LIFETIME: std::ops::Range<u64> = 400..1500;
 
@@ -77,7 +80,7 @@ fn kill_while(device: &Device, kills: u32, seed: u64, work: impl Fn() -> Result<
         let mut outcome = Ok(());
         while outcome.is_ok() && !worker.is_finished() && count() < kills {
             thread::sleep(Duration::from_millis(rng.u64(LIFETIME)));
-            outcome = kill_once(device);
+            outcome = kill_once(device, rng.u32(..SUCCESSORS_SPARED) == 0);
             killed.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         }
         if outcome.is_err() {
@@ -90,15 +93,23 @@ fn kill_while(device: &Device, kills: u32, seed: u64, work: impl Fn() -> Result<
     })
 }
 
-/// Kills the server and waits for its successor.
-fn kill_once(device: &Device) -> Result<()> {
-    let dead = device.listed()?.pid;
+/// Kills the server, and perhaps the first successor before it serves, and waits for one that does.
+fn kill_once(device: &Device, mut successor_too: bool) -> Result<()> {
+    let mut dead = device.listed()?.pid;
     device.kill_server()?;
     let deadline = Instant::now() + RECOVERY_LIMIT;
     loop {
         let listed = device.listed()?;
-        if listed.state == "serving" && listed.pid != dead {
-            return Ok(());
+        if listed.pid != dead {
+            match &*listed.state {
+                "serving" => return Ok(()),
+                "starting" if successor_too => {
+                    dead = listed.pid;
+                    successor_too = false;
+                    device.kill_server()?;
+                }
+                _ => {}
+            }
         }
         ensure!(Instant::now() < deadline, "the server (process {dead}) was not replaced: {}", listed.state);
         thread::sleep(LOOK);

@@ -23,6 +23,9 @@ const QUICK: Duration = Duration::from_secs(10);
 const START: Duration = Duration::from_secs(120);
 /// STOP_DEV: the kernel waits for requests in flight and writes dirty pages back through us.
 const STOP: Duration = Duration::from_secs(300);
+/// START_USER_RECOVERY: the kernel waits for the old server's requests under the lock that the command takes.
+/// Linux before 6.15 notices only after the requests' time-out of 30 s that a queue's server has died which had all of its requests.
+const START_RECOVERY: Duration = Duration::from_secs(90);
 /// DEL_DEV: the kernel waits until nobody has the device open.
 const DELETE: Duration = Duration::from_secs(10);
 /// How long a cancelled command may take to end.
@@ -152,7 +155,7 @@ impl Control {
     /// Announces a new server for a device whose old one has died. Refused with EBUSY until the kernel
     /// has ended the old one's I/O and put its requests aside.
     pub(crate) fn start_recovery(&mut self, id: u32) -> Result<(), ControlError> {
-        self.transfer(Command::StartRecovery, id, (), QUICK)
+        self.transfer(Command::StartRecovery, id, (), START_RECOVERY)
     }
 
     /// Hands the device over to the server process `pid`, whose queues must all be fetching. Given up

@@ -8,6 +8,7 @@ use crate::{
     device::{self, Device},
     queue::{self, Notice, Queue, QueueError},
     request::{Bounds, device_sectors},
+    runfile::{Phase, RunFile},
     safety,
 };
 use nix::sys::signal::{SigSet, Signal};
@@ -24,7 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// How long the queues may take until all of them fetch.
+/// How long the queues may take until all of them are ready to fetch, and then until they do.
 const FETCH_WAIT: Duration = Duration::from_secs(30);
 /// Between two looks at what has to be looked at while nothing happens.
 const TICK: Duration = Duration::from_secs(1);
@@ -52,6 +53,8 @@ pub(crate) struct Crew {
     threads: Vec<JoinHandle<()>>,
     /// Threads that have not ended.
     running: usize,
+    /// Queues that have got ready to fetch.
+    prepared: usize,
     /// Queues whose fetches the kernel has got.
     fetching: usize,
     is_failing: bool,
@@ -66,7 +69,17 @@ impl Crew {
         let (to_events, events) = mpsc::channel();
         watch_signals(to_events.clone())?;
         let (threads, failure, signal) = (Vec::new(), None, None);
-        Ok(Self { events, to_events, threads, running: 0, fetching: 0, is_failing: false, failure, signal })
+        Ok(Self {
+            events,
+            to_events,
+            threads,
+            running: 0,
+            prepared: 0,
+            fetching: 0,
+            is_failing: false,
+            failure,
+            signal,
+        })
     }
 
     /// Brings the device into service and says so.
@@ -74,16 +87,25 @@ impl Crew {
         &mut self,
         service: &Service,
         device: &mut Device,
+        run_file: &mut RunFile,
         announce: impl FnOnce(&Path, u32) -> io::Result<()>,
     ) -> Result<(), ServeError> {
-        self.start(service, device)?;
+        let go = self.start(service, device)?;
+        run_file.enter(Phase::Fetching)?;
+        self.have_fetched(go)?;
+        run_file.enter(Phase::Fetched)?;
         self.start_device(device)?;
+        run_file.enter(Phase::Serving)?;
         announce(&device::block_path(device.id()), device.id()).map_err(ServeError::Unannounced)
     }
 
-    /// Starts a thread per queue, and returns when all of them fetch.
-    fn start(&mut self, service: &Service, device: &Device) -> Result<(), ServeError> {
+    /// Starts a thread per queue, and returns when all of them are ready to fetch, with the means to tell
+    /// each to.
+    fn start(&mut self, service: &Service, device: &Device) -> Result<Vec<Sender<()>>, ServeError> {
+        let mut all = Vec::new();
         for index in 0..device.queues() {
+            let (to_go, go) = mpsc::channel();
+            all.push(to_go);
             let queue = Queue {
                 index,
                 depth: device.depth(),
@@ -95,12 +117,27 @@ impl Crew {
                 image: Arc::clone(&service.image),
                 files: Arc::clone(&service.files),
                 reclaims: service.reclaims,
+                go,
             };
             self.threads.push(spawn(queue, self.to_events.clone()).map_err(ServeError::SetUp)?);
             self.running += 1;
         }
+        self.wait_until(|crew| crew.prepared == crew.threads.len())?;
+        Ok(all)
+    }
+
+    /// Has all queues fetch, and returns when the kernel has got their fetches.
+    fn have_fetched(&mut self, go: Vec<Sender<()>>) -> Result<(), ServeError> {
+        // A queue whose thread has ended has said so.
+        for go in go {
+            let _ = go.send(());
+        }
+        self.wait_until(|crew| crew.fetching == crew.threads.len())
+    }
+
+    fn wait_until(&mut self, reached: impl Fn(&Self) -> bool) -> Result<(), ServeError> {
         let deadline = Instant::now() + FETCH_WAIT;
-        while self.fetching < self.threads.len() {
+        while !reached(self) {
             match self.events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(event) => self.note(event),
                 Err(_) => return Err(ServeError::TooSlow { what: "start", limit: FETCH_WAIT }),
@@ -157,6 +194,7 @@ impl Crew {
     fn note(&mut self, event: Event) {
         match event {
             Event::Signal(signal) => self.signal = Some(signal),
+            Event::Queue(Notice::Prepared) => self.prepared += 1,
             Event::Queue(Notice::Fetching) => self.fetching += 1,
             Event::Queue(Notice::Failing) => self.is_failing = true,
             Event::Ended { index, result } => {

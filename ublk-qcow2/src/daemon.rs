@@ -15,7 +15,7 @@ use crate::{
     queue::QueueError,
     redofile::{RedoFile, RedoFileError, Witness},
     request::device_sectors,
-    runfile::{self, Record, RunFile, RunFileError, TakeOverError},
+    runfile::{self, Phase, Record, RunFile, RunFileError, TakeOverError},
     safety,
 };
 use nix::sys::signal::Signal;
@@ -146,6 +146,7 @@ fn make(id: Option<u32>, config: &Config) -> Result<Ready, ServeError> {
         size: shape.sectors * 512,
         queues: device.queues(),
         depth: device.depth(),
+        phase: Phase::Preparing,
         config: Config { recovery: device.is_recoverable(), ..config.clone() },
         cookie,
         boot: runfile::boot().map_err(ServeError::SetUp)?,
@@ -157,14 +158,14 @@ fn make(id: Option<u32>, config: &Config) -> Result<Ready, ServeError> {
         None
     };
     let witness = keep_log(&image, redo, config)?;
-    let service = service(image, files, &device, config)?;
+    let service = service(image, files, device.open_char()?, config);
     Ok(Ready { service, device, run_file, witness })
 }
 
 /// Takes a device over whose server has died. Whatever fails, the device goes on waiting.
 fn take_over(id: u32) -> Result<Ready, ServeError> {
-    let run_file = RunFile::take_over(id)?;
-    match take_over_as(run_file.record()) {
+    let mut run_file = RunFile::take_over(id)?;
+    match take_over_as(&mut run_file) {
         Ok((service, device, witness)) => Ok(Ready { service, device, run_file, witness }),
         Err(error) => {
             run_file.fail(format!("recovery failed: {error}"));
@@ -173,29 +174,25 @@ fn take_over(id: u32) -> Result<Ready, ServeError> {
     }
 }
 
-fn take_over_as(record: &Record) -> Result<(Service, Device, Option<Witness>), ServeError> {
+fn take_over_as(run_file: &mut RunFile) -> Result<(Service, Device, Option<Witness>), ServeError> {
+    let record = run_file.record().clone();
     let (id, config) = (record.id, &record.config);
     // Our copies of its mounts would keep its file system mounted when everybody else has unmounted it.
     namespace::let_go_of(&format!("ublkb{id}"));
+    let device = Device::recover(Control::open()?, id, record.cookie, record.phase)?;
+    run_file.enter(Phase::Preparing)?;
     // When this succeeds the old server's I/O has ended.
-    let device = Device::recover(Control::open()?, id, record.cookie)?;
+    let char_device = device.open_char()?;
     let files = Arc::new(config.files());
-    let (image, redo) = open_as_left(record, &files)?;
+    let (image, redo) = open_as_left(&record, &files)?;
     let witness = keep_log(&image, redo, config)?;
-    let service = service(image, files, &device, config)?;
-    Ok((service, device, witness))
+    Ok((service(image, files, char_device, config), device, witness))
 }
 
-fn service(
-    image: Arc<Image>,
-    files: Arc<Files>,
-    device: &Device,
-    config: &Config,
-) -> Result<Service, ServeError> {
-    let char_device = Arc::new(device.open_char()?);
+fn service(image: Arc<Image>, files: Arc<Files>, char_device: File, config: &Config) -> Service {
     let processors = thread::available_parallelism().map_or(1, NonZero::get);
     image.decompress_with(Workers::new(processors.min(MAX_WORKERS)));
-    Ok(Service { image, files, char_device, reclaims: config.reclaims })
+    Service { image, files, char_device: Arc::new(char_device), reclaims: config.reclaims }
 }
 
 /// Writes to the image what a dead server had acknowledged, when nobody is to serve it any more.
@@ -250,8 +247,8 @@ fn serve(
     mut crew: Crew,
     announce: impl FnOnce(&Path, u32) -> io::Result<()>,
 ) -> Result<(), ServeError> {
-    let Ready { service, mut device, run_file, witness } = ready;
-    let started = crew.bring_up(&service, &mut device, announce);
+    let Ready { service, mut device, mut run_file, witness } = ready;
+    let started = crew.bring_up(&service, &mut device, &mut run_file, announce);
     let is_announced = started.is_ok();
     let served = started.and_then(|()| crew.wait_for_end(|| witness.iter().for_each(Witness::note)));
     if device.is_waiting() {

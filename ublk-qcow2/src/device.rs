@@ -8,7 +8,10 @@
 //! requests. [`Device::recover`] is then another way of getting a `Device`, beside [`Device::add`]; the
 //! steps after it are the same. Should they fail, the device goes on waiting.
 
-use crate::control::{ANY_ID, Control, ControlError};
+use crate::{
+    control::{ANY_ID, Control, ControlError},
+    runfile::Phase,
+};
 use libublk::sys;
 use std::{
     fs::{File, OpenOptions},
@@ -29,8 +32,8 @@ const PHYSICAL_SHIFT: u8 = 12;
 /// The largest discard or write-zeroes request: 1 GiB, so that one request stays well below a second
 /// even where every cluster is freed by itself.
 const MAX_DISCARD_SECTORS: u32 = 1 << (30 - LOGICAL_SHIFT);
-/// How long the kernel may take to end the I/O of a server that died.
-const ORPHAN_WAIT: Duration = Duration::from_secs(60);
+/// How long the kernel may take to end the I/O of a server that died. Linux before 6.15 may begin after 30 s.
+const ORPHAN_WAIT: Duration = Duration::from_secs(90);
 /// Between two questions whether it has.
 const ORPHAN_PAUSE: Duration = Duration::from_millis(10);
 /// How long the kernel may take to write the block device's dirty pages.
@@ -39,6 +42,9 @@ const WRITE_BACK: Duration = Duration::from_secs(300);
 const RECOVERY: u64 = (sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) as u64;
 /// `UBLK_F_NO_AUTO_PART_SCAN`, which libublk's header does not have yet.
 const NO_PART_SCAN: u64 = 1 << 18;
+/// `UBLK_F_QUIESCE`: a driver that has it forgets a server's queues when that server has died. An older one does only if
+/// all of them had been handed over.
+const FORGETS_SERVERS: u64 = sys::UBLK_F_QUIESCE as u64;
 /// How long a device node may take to appear after the driver has made the device.
 const NODE_WAIT: Duration = Duration::from_secs(10);
 
@@ -78,6 +84,11 @@ pub(crate) enum DeviceError {
     NotOurs { id: u32, what: &'static str },
     #[error("this kernel's driver cannot leave out the partition scan (--no-part-scan needs Linux 7.0)")]
     PartScan,
+    #[error(
+        "device {0} cannot be recovered: a new server died while it handed its queues to the driver, which Linux \
+         before 6.16 does not survive; `ublk-qcow2 del -n {0}` removes it and keeps all that was acknowledged"
+    )]
+    Stranded(u32),
     #[error("the driver took other parameters than it was given: {0}")]
     Params(String),
     #[error("cannot open {}: {source}{hint}", .path.display())]
@@ -127,8 +138,14 @@ impl Device {
         Ok(device)
     }
 
-    /// Gets a device whose server has died, when the last of that server's I/O has ended.
-    pub(crate) fn recover(mut control: Control, id: u32, cookie: u64) -> Result<Self, DeviceError> {
+    /// Gets a device whose server has died, when the last of that server's I/O has ended. `reached` is how
+    /// far it had come.
+    pub(crate) fn recover(
+        mut control: Control,
+        id: u32,
+        cookie: u64,
+        reached: Phase,
+    ) -> Result<Self, DeviceError> {
         let info = control.info(id)?;
         let not_ours = |what| Err(DeviceError::NotOurs { id, what });
         if info.ublksrv_flags != cookie {
@@ -137,18 +154,22 @@ impl Device {
         if info.flags & RECOVERY != RECOVERY {
             return not_ours("without recovery; `ublk-qcow2 del` removes it");
         }
-        let deadline = Instant::now() + ORPHAN_WAIT;
-        loop {
-            match control.start_recovery(id) {
-                Err(error) if error.errno() == Some(libc::EBUSY) && Instant::now() < deadline => {
-                    std::thread::sleep(ORPHAN_PAUSE);
-                }
-                outcome => {
-                    outcome?;
-                    return Ok(Self { control, info, state: State::Orphaned });
-                }
-            }
+        let forgets = control.features().is_ok_and(|bits| bits & FORGETS_SERVERS != 0);
+        let was_cut_short = reached == Phase::Fetching && !forgets;
+        if was_cut_short && info.nr_hw_queues > 1 {
+            // If some of the queues had been handed over the driver would crash.
+            return Err(DeviceError::Stranded(id));
         }
+        let started = patiently(libc::EBUSY, || control.start_recovery(id), ControlError::errno);
+        match started {
+            // The recovery that the dead server had begun is still under way: no queue was handed over.
+            Err(error) if error.errno() == Some(libc::EINVAL) && reached == Phase::Preparing => {}
+            Err(error) if error.errno() == Some(libc::EINVAL) && was_cut_short => {
+                return Err(DeviceError::Stranded(id));
+            }
+            outcome => outcome?,
+        }
+        Ok(Self { control, info, state: State::Orphaned })
     }
 
     /// Whether it has no server: it was to be taken over, and has not been.
@@ -193,7 +214,14 @@ impl Device {
     /// Opens the character device. There can be one such descriptor at a time; the device is not
     /// deleted before it is closed.
     pub(crate) fn open_char(&self) -> Result<File, DeviceError> {
-        wait_for_node(char_path(self.id()), |path| OpenOptions::new().read(true).write(true).open(path))
+        wait_for_node(char_path(self.id()), |path| {
+            // A dead server may not have let go of it yet.
+            patiently(
+                libc::EBUSY,
+                || OpenOptions::new().read(true).write(true).open(path),
+                io::Error::raw_os_error,
+            )
+        })
     }
 
     /// Starts the device; the block device exists when this returns. See [`Control::start`].
@@ -260,6 +288,23 @@ impl Drop for Device {
             && let Err(error) = self.control.delete(id)
         {
             tracing::error!(id, %error, "the device is left behind; try `ublk-qcow2 del -n {id}`");
+        }
+    }
+}
+
+/// Tries again while the kernel still has to do with a server that died, and so refuses with `errno`.
+fn patiently<T, E>(
+    errno: i32,
+    mut attempt: impl FnMut() -> Result<T, E>,
+    errno_of: impl Fn(&E) -> Option<i32>,
+) -> Result<T, E> {
+    let deadline = Instant::now() + ORPHAN_WAIT;
+    loop {
+        match attempt() {
+            Err(error) if errno_of(&error) == Some(errno) && Instant::now() < deadline => {
+                std::thread::sleep(ORPHAN_PAUSE);
+            }
+            outcome => return outcome,
         }
     }
 }

@@ -35,7 +35,7 @@ use std::{
     os::fd::AsFd,
     pin::{Pin, pin},
     rc::Rc,
-    sync::Arc,
+    sync::{Arc, mpsc::Receiver},
     task::{Poll, Waker},
     time::Duration,
 };
@@ -63,6 +63,8 @@ pub(crate) struct Queue {
     pub(crate) files: Arc<Files>,
     /// Whether to give back what a crash has leaked; queue 0 does it.
     pub(crate) reclaims: bool,
+    /// Says when to fetch; closed, not to fetch at all.
+    pub(crate) go: Receiver<()>,
 }
 
 /// Why a queue ended other than by the device being stopped.
@@ -81,6 +83,8 @@ pub(crate) enum QueueError {
 /// What a queue tells before its end.
 #[derive(Debug)]
 pub(crate) enum Notice {
+    /// All is there that the queue needs to fetch.
+    Prepared,
     /// The kernel has got the fetches of all tags: the device can be started.
     Fetching,
     /// A tag is lost; the others go on. The device should be stopped.
@@ -92,12 +96,18 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
     // One entry per tag for its command, and as many again for its image I/O.
     let entries = (u32::from(queue.depth) * 2).next_power_of_two().max(64);
     let ring = Uring::new(Arc::clone(&queue.files), entries).map_err(QueueError::SetUp)?;
-    let descriptors = Descriptors::map(queue).map_err(QueueError::SetUp)?;
     let registered = ring.register_fd(queue.char_device.as_fd());
+    let tags = tag_buffers(queue, &ring).into_iter().map(Tag::new).collect();
+    notify(Notice::Prepared);
+    if queue.go.recv().is_err() {
+        return Ok(());
+    }
+    // From here until all queues fetch a server should be quick: see `Phase::Fetching`.
+    let descriptors = Descriptors::map(queue).map_err(QueueError::SetUp)?;
     let context = Rc::new(Context {
         index: queue.index,
         target: registered.target(),
-        tags: tag_buffers(queue, &ring).into_iter().map(Tag::new).collect(),
+        tags,
         serving: Cell::new(queue.depth),
         drained: RefCell::new(None),
         lane: Lane::new(&queue.image, ring.clone(), usize::from(queue.depth)),

@@ -22,6 +22,20 @@ const DIRECTORY: &str = "/run/ublk-qcow2";
 /// Names another run directory: for tests, and for several instances that must not meet.
 const DIRECTORY_VARIABLE: &str = "UBLK_QCOW2_RUN_DIR";
 
+/// How far a server has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Phase {
+    /// It has made the device, or taken it over, and the driver does not know its queues yet.
+    Preparing,
+    /// It is handing its queues to the driver.
+    Fetching,
+    /// The driver has all of them.
+    Fetched,
+    /// The device serves I/O.
+    Serving,
+}
+
 /// The contents of a run file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Record {
@@ -34,6 +48,8 @@ pub(crate) struct Record {
     /// Queues and depth as the driver gave them.
     pub(crate) queues: u16,
     pub(crate) depth: u16,
+    /// How far the server has come, or its dead predecessor had.
+    pub(crate) phase: Phase,
     /// How the image is served.
     pub(crate) config: Config,
     /// What the driver knows the device by, so that it is not taken for another with its number.
@@ -72,7 +88,7 @@ pub(crate) struct RunFile {
     path: PathBuf,
     record: Record,
     /// Let go of after `drop` has removed the file, so that nobody takes it for a dead server's.
-    _lock: Flock<File>,
+    lock: Flock<File>,
 }
 
 /// A run file as others see it.
@@ -93,10 +109,10 @@ impl RunFile {
         };
         fs::create_dir_all(directory()).map_err(fail("cannot make the directory for"))?;
         let lock = write_locked(&path, &record).map_err(fail("cannot write"))?;
-        Ok(Self { path, record, _lock: lock })
+        Ok(Self { path, record, lock })
     }
 
-    /// Takes over the file of a dead server, for this process.
+    /// Takes over the file of a dead server, for this process. How far that server had come stays there.
     pub(crate) fn take_over(id: u32) -> Result<Self, TakeOverError> {
         let path = path_of(id);
         let fail = |source| RunFileError { what: "cannot take over", path: path.clone(), source };
@@ -114,7 +130,15 @@ impl RunFile {
         record.error = None;
         let lock = write_locked(&path, &record).map_err(fail)?;
         drop(dead);
-        Ok(Self { path, record, _lock: lock })
+        Ok(Self { path, record, lock })
+    }
+
+    /// Says how far the server has come.
+    pub(crate) fn enter(&mut self, phase: Phase) -> Result<(), RunFileError> {
+        self.record.phase = phase;
+        let fail = |source| RunFileError { what: "cannot write", path: self.path.clone(), source };
+        self.lock = write_locked(&self.path, &self.record).map_err(fail)?;
+        Ok(())
     }
 
     /// What it says.
@@ -256,6 +280,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("7.json");
         let record = Record {
+            phase: Phase::Serving,
             id: 7,
             pid: 1,
             size: 1 << 40,

@@ -4,7 +4,7 @@ use super::CommandError;
 use crate::{
     cli::ListArgs,
     device,
-    runfile::{self, Entry},
+    runfile::{self, Entry, Phase},
 };
 use serde::Serialize;
 use std::{
@@ -30,6 +30,8 @@ struct Line<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 enum State {
+    /// A server is there, and is getting ready.
+    Starting,
     Serving,
     /// The server has died; `recover` replaces it.
     Waiting,
@@ -54,10 +56,11 @@ fn line(entry: &Entry) -> Line<'_> {
     Line {
         id: record.id,
         device: device::block_path(record.id),
-        state: match (entry.is_alive, record.config.recovery) {
-            (true, _) => State::Serving,
-            (false, true) => State::Waiting,
-            (false, false) => State::Dead,
+        state: match (entry.is_alive, record.phase) {
+            (true, Phase::Serving) => State::Serving,
+            (true, _) => State::Starting,
+            (false, _) if record.config.recovery => State::Waiting,
+            (false, _) => State::Dead,
         },
         pid: record.pid,
         size: record.size,
@@ -77,6 +80,7 @@ fn table(lines: &[Line<'_>]) -> String {
         let state = match line.state {
             State::Serving if line.read_only => "serving*",
             State::Serving => "serving",
+            State::Starting => "starting",
             State::Waiting => "waiting",
             State::Dead => "dead",
         };
