@@ -5,6 +5,7 @@ use qcow2_engine::{
     RuleName,
     sim::{
         campaign::{self, Budget, Failure},
+        cases,
         run::{Totals, simulate},
         workload::Fixture,
     },
@@ -35,6 +36,9 @@ struct Args {
     /// Take each ordering rule away in turn; each time a violation must be found.
     #[arg(long)]
     mutate: bool,
+    /// Take this rule away alone.
+    #[arg(long, value_parser = rule)]
+    rule: Option<RuleName>,
     /// Threads.
     #[arg(long, default_value_t = std::thread::available_parallelism().map_or(1, usize::from))]
     threads: usize,
@@ -42,7 +46,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let prepared = tempfile::tempdir().and_then(|directory| campaign::fixtures(directory.path()));
+    let prepared = tempfile::tempdir().and_then(|directory| cases::fixtures(directory.path()));
     let fixtures = match prepared {
         Ok(fixtures) => fixtures,
         Err(error) => {
@@ -54,7 +58,11 @@ fn main() -> ExitCode {
     };
     let passed = match args.case {
         Some(number) => replay(&fixtures, args.seed, number),
-        None if args.mutate => mutate(&fixtures, &args),
+        None if args.rule.is_some() => args.rule.iter().all(|&rule| is_noticed(&fixtures, &args, rule)),
+        None if args.mutate => {
+            // All of them, even when one was not noticed.
+            RuleName::ALL.into_iter().filter(|&rule| !is_noticed(&fixtures, &args, rule)).count() == 0
+        }
         None => search(&fixtures, &args),
     };
     if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE }
@@ -82,27 +90,40 @@ fn search(fixtures: &[Fixture], args: &Args) -> bool {
     true
 }
 
-fn mutate(fixtures: &[Fixture], args: &Args) -> bool {
-    let mut all_noticed = true;
-    for rule in RuleName::ALL {
-        match campaign::run(fixtures, args.seed, Some(rule), budget(args), args.threads) {
-            Ok(totals) => {
-                println!(
-                    "{rule:?}: NOT noticed in {} crash states of {} workloads",
-                    totals.states, totals.workloads
-                );
-                all_noticed = false;
-            }
-            Err((totals, failure)) => {
-                println!("{rule:?}: noticed after {} crash states: {}", totals.states, failure.message);
-            }
+fn rule(name: &str) -> Result<RuleName, String> {
+    let names = || RuleName::ALL.map(|rule| format!("{rule:?}")).join(", ");
+    RuleName::ALL
+        .into_iter()
+        .find(|rule| format!("{rule:?}").eq_ignore_ascii_case(name))
+        .ok_or_else(|| format!("not one of {}", names()))
+}
+
+/// Takes a rule away; a violation must turn up.
+fn is_noticed(fixtures: &[Fixture], args: &Args, rule: RuleName) -> bool {
+    let begun = Instant::now();
+    match campaign::run(fixtures, args.seed, Some(rule), budget(args), args.threads) {
+        Ok(totals) => {
+            println!(
+                "{rule:?}: NOT noticed in {} crash states of {} workloads",
+                totals.states, totals.workloads
+            );
+            false
+        }
+        Err((totals, failure)) => {
+            println!(
+                "{rule:?}: noticed after {} crash states of {} workloads, {:.1} s: {}",
+                totals.states,
+                totals.workloads,
+                begun.elapsed().as_secs_f64(),
+                failure.message
+            );
+            true
         }
     }
-    all_noticed
 }
 
 fn replay(fixtures: &[Fixture], seed: u64, number: u64) -> bool {
-    let (index, case) = campaign::case(fixtures, seed, number);
+    let (index, case) = cases::case(fixtures, seed, number);
     let mut totals = Totals::default();
     println!("{}: {case:#?}", fixtures[index].name);
     match simulate(&fixtures[index], &case, &mut totals) {
@@ -136,5 +157,9 @@ fn describe(failure: &Failure) {
     for (lane, requests) in failure.case.lanes.iter().enumerate() {
         println!("  lane {lane}: {requests:?}");
     }
-    println!("  fault {:?}, order {}", failure.case.fault, failure.case.seed);
+    let case = &failure.case;
+    println!(
+        "  fault {:?}, {:?}, order {}, held back {:?}",
+        case.fault, case.file_system, case.seed, case.held_back
+    );
 }

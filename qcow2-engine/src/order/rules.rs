@@ -38,8 +38,10 @@ pub enum RuleName {
     RefcountBeforeReference,
     /// R2: a new refcount block is written before the refcount table points to it.
     BlockBeforeTable,
-    /// R2: a moved table is written before the header points to it.
+    /// R2: a moved refcount table is written before the header points to it.
     TableBeforeHeader,
+    /// R2: a moved L1 table is written before the header points to it.
+    MovedL1BeforeHeader,
     /// R3: payload, COW edges and zeroing of a new cluster precede the entry that publishes it.
     PayloadBeforeMapping,
     /// R4: a new L2 table's content precedes its L1 entry.
@@ -66,10 +68,11 @@ pub enum RuleName {
 
 impl RuleName {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::RefcountBeforeReference,
         Self::BlockBeforeTable,
         Self::TableBeforeHeader,
+        Self::MovedL1BeforeHeader,
         Self::PayloadBeforeMapping,
         Self::L2BeforeL1,
         Self::UnmapBeforeReuse,
@@ -110,7 +113,7 @@ impl Rule {
 
     /// R2. The header is about to name an L1 table that was written, as a whole, before now.
     pub(crate) fn moved_l1_before_header() -> Self {
-        Self { name: RuleName::TableBeforeHeader, before: Before::Payload, page: Page::Header }
+        Self { name: RuleName::MovedL1BeforeHeader, before: Before::Payload, page: Page::Header }
     }
 
     /// R3. `mapping` publishes a cluster whose bytes were written before now.

@@ -1,15 +1,12 @@
-//! Many cases: generated from a seed, spread over threads, and shrunk when one fails.
+//! Many cases: spread over threads, and shrunk when one fails.
 
 use super::{
-    disk::Fault,
-    rng::Rng,
-    run::{Case, Totals, age, simulate},
-    workload::{Fixture, Initial, Maker, Request, Variant},
+    cases::case,
+    run::{Case, Totals, simulate},
+    workload::Fixture,
 };
 use crate::RuleName;
 use std::{
-    io,
-    path::Path,
     sync::{
         Mutex, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -43,86 +40,6 @@ pub struct Failure {
 
 /// Attempts with other completion orders for each smaller case.
 const SHRINK_SEEDS: u64 = 24;
-/// One in this many cases is on an image whose refcount table grows: it is large, so slow.
-const FULL_TABLE_SHARE: u64 = 64;
-/// Images whose refcount table grows, at the end of the list.
-const FULL_TABLES: u64 = 2;
-/// One in so many cases is on an image with leaks, with a search for them.
-const LEAKY_SHARE: u64 = 3;
-
-/// Makes all images, each as qemu-img made it and as a crash left it, the large ones last.
-///
-/// # Errors
-/// qemu-img or qemu-io is missing, or fails.
-pub fn fixtures(directory: &Path) -> io::Result<Vec<Fixture>> {
-    let maker = Maker::new(directory);
-    let mut fixtures = Vec::new();
-    for variant in Variant::ALL {
-        for initial in Initial::ALL.into_iter().filter(|&initial| variant.can_be(initial)) {
-            fixtures.push(maker.make(variant, initial)?);
-        }
-    }
-    let leaky: Result<Vec<_>, _> = fixtures.iter().map(age).collect();
-    fixtures.extend(leaky.map_err(io::Error::other)?);
-    let full = maker.make_full_table()?;
-    fixtures.push(age(&full).map_err(io::Error::other)?);
-    fixtures.push(full);
-    Ok(fixtures)
-}
-
-/// The case with a number: always the same for the same seed.
-#[must_use]
-pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
-    let mut rng = Rng::new(seed ^ number.wrapping_mul(0xD6E8_FEB8_6659_FD93));
-    // First the sound ones, then as many leaky ones.
-    let half = (fixtures.len() as u64 - FULL_TABLES) / 2;
-    let is_leaky = rng.below(LEAKY_SHARE) == 0;
-    let fixture = match (number % FULL_TABLE_SHARE == FULL_TABLE_SHARE - 1, is_leaky) {
-        (false, false) => rng.below(half),
-        (false, true) => half + rng.below(half),
-        (true, true) => 2 * half,
-        (true, false) => 2 * half + 1,
-    };
-    let short = |rng: &mut Rng| {
-        let len = 1 + rng.below(3);
-        (0..len)
-            .map(|_| Request::ALPHABET[rng.below(Request::ALPHABET.len() as u64) as usize])
-            .collect::<Vec<_>>()
-    };
-    let mut fault = None;
-    let mut lanes = match rng.below(9) {
-        // Overwrites of clusters that another lane discards, gives back and reuses.
-        8 => {
-            let overwrite = (0..4).map(|_| Request::Write(6 + rng.below(4) as usize, 2)).collect();
-            let mut churn = vec![Request::Discard(4, 10), Request::Flush, Request::Maintain];
-            churn.extend((0..4).map(|_| Request::Write(20 + 40 * rng.below(8) as usize, 20)));
-            churn.push(Request::Flush);
-            vec![overwrite, churn]
-        }
-        0..=2 => vec![short(&mut rng)],
-        // The same requests, all at the same time.
-        3 => short(&mut rng).into_iter().map(|request| vec![request]).collect(),
-        4..=5 => (0..1 + rng.below(3)).map(|_| random_requests(&mut rng, 12)).collect(),
-        6 => vec![random_requests(&mut rng, 30)],
-        _ => {
-            let kind = [Fault::Eio, Fault::Enospc, Fault::Short][rng.below(3) as usize];
-            fault = Some((rng.below(120), kind));
-            (0..1 + rng.below(2)).map(|_| random_requests(&mut rng, 10)).collect()
-        }
-    };
-    if is_leaky {
-        let window = [16, 60, 1 << 20][rng.below(3) as usize];
-        let mut search = random_requests(&mut rng, 2);
-        search.push(Request::Reclaim(window));
-        search.extend(random_requests(&mut rng, 2));
-        lanes.push(search);
-    }
-    (fixture as usize, Case { lanes, seed: rng.draw(), fault, disabled: None })
-}
-
-fn random_requests(rng: &mut Rng, max: u64) -> Vec<Request> {
-    (0..1 + rng.below(max)).map(|_| Request::random(rng)).collect()
-}
 
 /// Runs cases until the budget is spent or one fails.
 ///

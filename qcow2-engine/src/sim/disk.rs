@@ -5,11 +5,13 @@
 //! after that. Until then a crash may keep it or lose it, and a write that has not completed may be
 //! there as well. The file's length is an item of its own.
 
+use super::contents::Contents;
 use crate::io::{Access, Buf, FileId, Io, Storage};
 use std::{
     cell::RefCell,
     future::Future,
     io,
+    ops::Range,
     path::Path,
     pin::Pin,
     rc::Rc,
@@ -54,6 +56,47 @@ pub enum Fault {
     Short,
 }
 
+/// Which operation is left behind for as long as there are others, though not for ever: it lands when
+/// everything else has moved on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeldBack {
+    /// None.
+    Nothing,
+    /// The oldest.
+    Oldest,
+    /// One that makes a file longer, if there is one.
+    Growth,
+}
+
+/// What the file system can do besides reading and writing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileSystem {
+    /// Space can be allocated ahead.
+    pub allocates: bool,
+    /// Holes can be punched.
+    pub punches: bool,
+}
+
+impl FileSystem {
+    /// One that can do everything.
+    pub const ABLE: Self = Self { allocates: true, punches: true };
+
+    /// What becomes of an operation here.
+    fn admit(self, kind: Kind) -> Kind {
+        match kind {
+            Kind::Change(Change::Extend(_)) if !self.allocates => Kind::Refused,
+            Kind::Change(Change::Punch { .. }) if !self.punches => Kind::Refused,
+            other => other,
+        }
+    }
+}
+
+impl Default for FileSystem {
+    fn default() -> Self {
+        Self::ABLE
+    }
+}
+
 /// The disk. Clones share it.
 #[derive(Clone, Default)]
 pub struct Disk(Rc<RefCell<State>>);
@@ -73,6 +116,7 @@ struct State {
     /// Operations completed so far.
     completed: u64,
     fault: Option<(u64, Fault)>,
+    file_system: FileSystem,
     /// Moves whenever what a crash may leave has changed.
     version: u64,
 }
@@ -83,7 +127,7 @@ pub struct File {
     /// What readers see.
     pub current: Vec<u8>,
     /// What no crash can take away.
-    pub durable: Vec<u8>,
+    pub durable: Contents,
     /// Completed and not durable, oldest first, with the moment of completion.
     pub pending: Vec<(u64, Change)>,
 }
@@ -102,6 +146,8 @@ enum Kind {
     Change(Change),
     /// With the moment of its issue.
     Sync(u64),
+    /// The file system cannot do this.
+    Refused,
 }
 
 impl Change {
@@ -122,14 +168,26 @@ impl Change {
             Self::Extend(len) => bytes.resize(bytes.len().max(*len as usize), 0),
         }
     }
+
+    /// The bytes that it may change in a file of this length.
+    pub(super) fn reach(&self, file_len: usize) -> Range<usize> {
+        match *self {
+            Self::Write { at, ref bytes } => (at as usize).min(file_len)..at as usize + bytes.len(),
+            Self::Punch { at, len } => (at as usize).min(file_len)..file_len.min((at + len) as usize),
+            Self::Length(len) | Self::Extend(len) => file_len.min(len as usize)..file_len.max(len as usize),
+        }
+    }
 }
 
 impl Disk {
     /// A disk with files of this content, all durable.
     #[must_use]
     pub fn new(contents: &[&[u8]]) -> Self {
-        let durable =
-            |bytes: &[u8]| File { current: bytes.to_vec(), durable: bytes.to_vec(), pending: Vec::new() };
+        let durable = |bytes: &[u8]| File {
+            current: bytes.to_vec(),
+            durable: Contents::new(bytes.to_vec()),
+            pending: Vec::new(),
+        };
         let files = contents.iter().map(|bytes| durable(bytes)).collect();
         Self(Rc::new(RefCell::new(State { files, ..State::default() })))
     }
@@ -141,10 +199,33 @@ impl Disk {
         state.fault = Some((at, fault));
     }
 
+    /// From now on the files are on a file system that can do this.
+    pub fn set_file_system(&self, file_system: FileSystem) {
+        self.0.borrow_mut().file_system = file_system;
+    }
+
     /// How many operations wait for completion.
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.0.borrow().waiting.len()
+    }
+
+    /// Which of the operations that wait is to be left behind.
+    #[must_use]
+    pub fn held_back(&self, held_back: HeldBack) -> Option<usize> {
+        let state = self.0.borrow();
+        let grows = |operation: &Operation| match &operation.kind {
+            Kind::Change(change) => {
+                let len = state.files[operation.file].current.len();
+                change.reach(len).end > len
+            }
+            Kind::Read { .. } | Kind::Sync(_) | Kind::Refused => false,
+        };
+        match held_back {
+            HeldBack::Nothing => None,
+            HeldBack::Oldest => Some(0),
+            HeldBack::Growth => state.waiting.iter().position(grows),
+        }
     }
 
     /// How many operations have completed.
@@ -193,7 +274,7 @@ impl Disk {
         for (completed, _) in files.iter_mut().flat_map(|file| &mut file.pending) {
             *completed = 0;
         }
-        Self(Rc::new(RefCell::new(State { files, ..State::default() })))
+        Self(Rc::new(RefCell::new(State { files, file_system: state.file_system, ..State::default() })))
     }
 
     /// Opens the disk's files under these names.
@@ -204,23 +285,24 @@ impl Disk {
         Names(Mutex::new(names.iter().map(|&name| name.to_owned()).zip(lengths).collect()))
     }
 
-    /// The file, and the changes to it that have been issued and not completed.
-    #[must_use]
-    pub fn snapshot(&self, file: usize) -> (File, Vec<Change>) {
-        let state = self.0.borrow();
+    /// Looks at a file, and at the changes to it that have been issued and not completed. Whoever
+    /// changes it on that occasion leaves it as it was.
+    pub fn look<T>(&self, file: usize, look: impl FnOnce(&mut File, Vec<Change>) -> T) -> T {
+        let mut state = self.0.borrow_mut();
         let in_flight = state.waiting.iter().filter(|operation| operation.file == file);
         let changes = in_flight.filter_map(|operation| match &operation.kind {
             Kind::Change(change) => Some(change.clone()),
-            Kind::Read { .. } | Kind::Sync(_) => None,
+            Kind::Read { .. } | Kind::Sync(_) | Kind::Refused => None,
         });
-        (state.files[file].clone(), changes.collect())
+        let changes = changes.collect();
+        look(&mut state.files[file], changes)
     }
 
     fn issue(&self, file: FileId, kind: impl FnOnce(u64) -> Kind) -> Pending {
         let mut state = self.0.borrow_mut();
         state.next_id += 1;
         let id = state.next_id;
-        let kind = kind(state.completed);
+        let kind = state.file_system.admit(kind(state.completed));
         state.version += u64::from(matches!(kind, Kind::Change(_)));
         state.waiting.push(Operation { id, file: file.0 as usize, kind });
         Pending { disk: self.clone(), id }
@@ -236,6 +318,7 @@ impl File {
         }
         let is_short = fault == Some(Fault::Short);
         match kind {
+            Kind::Refused => Err(io::ErrorKind::Unsupported.into()),
             Kind::Read { at, buf } => {
                 let start = self.current.len().min(at as usize);
                 let mut len = buf.len().min(self.current.len() - start);
@@ -259,7 +342,7 @@ impl File {
             Kind::Sync(issued) => {
                 let durable = self.pending.partition_point(|(completed, _)| *completed <= issued);
                 for (_, change) in self.pending.drain(..durable) {
-                    change.apply(&mut self.durable);
+                    self.durable.apply(&change);
                 }
                 Ok(0)
             }

@@ -4,7 +4,7 @@
 //! unlike after a loss of power, *everything acknowledged* must be there (R7). The replay is itself cut
 //! short in both ways, by power and by another kill.
 
-use super::{oracle, rng::Rng, run::Life};
+use super::{disk::HeldBack, oracle, rng::Rng, run::Life};
 use crate::{Lane, MIN_REDO_BYTES, RedoError, RedoLog, io::Buf};
 use std::{
     rc::Rc,
@@ -72,7 +72,7 @@ impl Life<'_> {
             totals: &mut *self.totals,
             judged: (u64::MAX, 0),
             memo: oracle::Memo::default(),
-            starves: false,
+            held_back: HeldBack::Nothing,
             redo: self.redo.copy(),
             processes: self.processes + 1,
         };

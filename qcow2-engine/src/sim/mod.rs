@@ -1,13 +1,18 @@
 //! The crash simulator: a disk that can lose what was not made durable, and the proof that nothing
 //! that was promised is lost with it.
 //!
-//! [`disk`] is an [`Io`](crate::io::Io) whose operations complete in an order that a seed chooses.
+//! [`disk`] is an [`Io`](crate::io::Io) whose operations complete in an order that a seed chooses;
+//! [`contents`] are its bytes.
 //! [`states`] enumerates what a crash at one moment may leave on such a disk. [`oracle`] reads a
 //! crashed image with nothing but the format crate and says what is wrong with it. [`model`] knows
 //! which contents each sector may have. [`workload`] makes images and sequences of requests; [`kill`] ends the process and not the machine;
-//! [`run`] lives one case through; [`campaign`] generates cases, counts, and shrinks what fails.
+//! [`cases`] draws images and requests from a seed; [`run`] lives one case through; [`campaign`] runs many, counts, and shrinks
+//! what fails.
 
+mod age;
 pub mod campaign;
+pub mod cases;
+pub mod contents;
 pub mod disk;
 mod kill;
 pub mod model;

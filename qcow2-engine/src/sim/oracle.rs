@@ -215,33 +215,36 @@ impl<'a> Reader<'a> {
 
     fn compare_refcounts(&self) -> Result<Findings, String> {
         let mut findings = Findings { leaks: 0, clusters: self.references.len() as u64 };
-        for (cluster, &references) in self.references.iter().enumerate() {
-            let count = self.refcount(cluster as u64)?;
-            if count < references {
-                return Err(format!("cluster {cluster} has refcount {count} and {references} references"));
+        let per_block = self.geometry.refcounts_per_block() as usize;
+        for (block, references) in self.references.chunks(per_block).enumerate() {
+            let counts = self.refcount_block(block as u64)?;
+            for (index, &references) in references.iter().enumerate() {
+                let cluster = block * per_block + index;
+                let count =
+                    counts.map_or(0, |bytes| refcount::get(bytes, self.geometry.refcount_order, index));
+                if count < references {
+                    return Err(format!(
+                        "cluster {cluster} has refcount {count} and {references} references"
+                    ));
+                }
+                if self.exclusive[cluster] && count != 1 {
+                    return Err(format!("cluster {cluster} has one owner and refcount {count}"));
+                }
+                findings.leaks += u64::from(count > references);
             }
-            if self.exclusive[cluster] && count != 1 {
-                return Err(format!("cluster {cluster} has one owner and refcount {count}"));
-            }
-            findings.leaks += u64::from(count > references);
         }
         Ok(findings)
     }
 
-    fn refcount(&self, cluster: u64) -> Result<u64, String> {
-        let per_block = self.geometry.refcounts_per_block();
+    /// The counts of a block's clusters; `None` where there is no block, and all are 0.
+    fn refcount_block(&self, block: u64) -> Result<Option<&'a [u8]>, String> {
         let table_len = (u64::from(self.header.refcount_table_clusters) << self.geometry.cluster_bits) / 8;
-        if cluster / per_block >= table_len {
-            return Ok(0);
+        if block >= table_len {
+            return Ok(None);
         }
-        let raw = self.entry(self.header.refcount_table.0 + cluster / per_block * 8)?;
-        match RefcountTableEntry::decode(raw, &self.geometry).map_err(|error| error.to_string())? {
-            None => Ok(0),
-            Some(block) => {
-                let bytes = self.slice(block.0, self.geometry.cluster_size())?;
-                Ok(refcount::get(bytes, self.geometry.refcount_order, (cluster % per_block) as usize))
-            }
-        }
+        let raw = self.entry(self.header.refcount_table.0 + block * 8)?;
+        let at = RefcountTableEntry::decode(raw, &self.geometry).map_err(|error| error.to_string())?;
+        at.map(|at| self.slice(at.0, self.geometry.cluster_size())).transpose()
     }
 
     /// The content of a sector under an L1 table.

@@ -1,7 +1,7 @@
 //! One simulated life of an image: requests on several lanes, a crash at every moment, a verdict.
 
 use super::{
-    disk::{Disk, Fault},
+    disk::{Disk, Fault, FileSystem, HeldBack},
     kill::Memory,
     model::{Model, Value},
     oracle,
@@ -15,9 +15,8 @@ use crate::{
 };
 use std::{
     cell::RefCell,
-    collections::{HashSet, hash_map::DefaultHasher},
+    collections::HashSet,
     future::Future,
-    hash::Hasher,
     path::Path,
     pin::Pin,
     rc::Rc,
@@ -35,8 +34,12 @@ pub struct Case {
     pub lanes: Vec<Vec<Request>>,
     /// Chooses the order of completions and the random crash states.
     pub seed: u64,
+    /// The operation that lands late.
+    pub held_back: HeldBack,
     /// An operation that fails, counted from the opening.
     pub fault: Option<(u64, Fault)>,
+    /// What the file system can do.
+    pub file_system: FileSystem,
     /// The rule that is switched off.
     pub disabled: Option<RuleName>,
 }
@@ -44,6 +47,12 @@ pub struct Case {
 impl Case {
     fn searches_for_leaks(&self) -> bool {
         self.lanes.iter().flatten().any(|request| matches!(request, Request::Reclaim(_)))
+    }
+
+    /// A request that does not end keeps what it may still use, and what is on its way to be freed
+    /// cannot be told from a leak of a cluster that is in use: the search may give up on those.
+    fn search_may_give_up(&self) -> bool {
+        self.held_back == HeldBack::Growth
     }
 }
 
@@ -80,7 +89,7 @@ pub(super) type Task = Pin<Box<dyn Future<Output = Result<(), String>>>>;
 
 /// Clusters that a lane reserves: few, so that the file stays small and extents run out.
 const EXTENT_CLUSTERS: u64 = 8;
-/// One operation in so many is completed though the oldest is to be left behind: a task that only
+/// One operation in so many may be the one that is to be left behind: a task that only
 /// waits for it, and rests meanwhile, would otherwise wait for ever.
 const PATIENCE: u64 = 100;
 /// Rounds of polling without progress, at the most, before a case counts as a hang.
@@ -105,8 +114,8 @@ pub(super) struct Life<'a> {
     /// The last state that was judged: the disk's version and the model's time.
     pub(super) judged: (u64, u64),
     pub(super) memo: oracle::Memo,
-    /// Whether one operation at a time is held back: a late write lands when everything has moved on.
-    pub(super) starves: bool,
+    /// As in [`Case`].
+    pub(super) held_back: HeldBack,
     pub(super) redo: Memory,
     /// How many processes have served the image so far, with this one.
     pub(super) processes: u32,
@@ -118,6 +127,8 @@ pub(super) struct Life<'a> {
 /// What is wrong, in words.
 pub fn simulate(fixture: &Fixture, case: &Case, totals: &mut Totals) -> Result<(), String> {
     let mut life = Life::new(fixture, case.seed, totals);
+    life.held_back = case.held_back;
+    life.disk.set_file_system(case.file_system);
     if let Some((at, fault)) = case.fault {
         life.disk.fail_after(at, fault);
     }
@@ -145,7 +156,8 @@ pub fn simulate(fixture: &Fixture, case: &Case, totals: &mut Totals) -> Result<(
         let player = Player {
             lane: lane.clone(),
             model: Rc::clone(&life.model),
-            cluster_sectors: fixture.cluster_sectors,
+            cluster_sectors: fixture.variant.cluster_sectors,
+            must_find_all: !case.search_may_give_up(),
         };
         play(player, requests.collect(), first, has_faults)
     });
@@ -155,14 +167,16 @@ pub fn simulate(fixture: &Fixture, case: &Case, totals: &mut Totals) -> Result<(
 }
 
 /// What carries requests out and tells the model.
-struct Player {
-    lane: Lane<Disk>,
-    model: Rc<RefCell<Model>>,
-    cluster_sectors: usize,
+pub(super) struct Player {
+    pub(super) lane: Lane<Disk>,
+    pub(super) model: Rc<RefCell<Model>>,
+    pub(super) cluster_sectors: usize,
+    /// Whether the search for leaks has to find all.
+    pub(super) must_find_all: bool,
 }
 
 /// Carries requests out, one after the other.
-fn play(player: Player, requests: Vec<Request>, first: u32, has_faults: bool) -> Task {
+pub(super) fn play(player: Player, requests: Vec<Request>, first: u32, has_faults: bool) -> Task {
     Box::pin(async move {
         for (number, request) in (first..).zip(requests) {
             let outcome = carry_out(&player, number, request).await;
@@ -187,7 +201,7 @@ async fn write<I: Io>(lane: &Lane<I>, at: u64, buf: Buf) -> Result<(), Error> {
 }
 
 async fn carry_out(player: &Player, number: u32, request: Request) -> Result<(), Error> {
-    let Player { lane, model, cluster_sectors } = player;
+    let Player { lane, model, cluster_sectors, must_find_all } = player;
     let sectors = request.sectors(*cluster_sectors);
     let is_write = matches!(request, Request::Write(..));
     let value = |sector: usize| {
@@ -214,7 +228,7 @@ async fn carry_out(player: &Player, number: u32, request: Request) -> Result<(),
             outcome
         }
         Request::Maintain => lane.maintain().await,
-        Request::Reclaim(window) => reclaim(lane, window).await,
+        Request::Reclaim(window) => reclaim(lane, window, *must_find_all).await,
     };
     model.borrow_mut().end(number, sectors, outcome.is_ok());
     outcome
@@ -233,10 +247,10 @@ impl Pace for Leisure {
     }
 }
 
-async fn reclaim(lane: &Lane<Disk>, window: u64) -> Result<(), Error> {
+async fn reclaim(lane: &Lane<Disk>, window: u64, must_find_all: bool) -> Result<(), Error> {
     let reclaimed = lane.reclaim_leaks_by(window, &Leisure(lane.io().clone())).await?;
     match reclaimed.verdict {
-        Verdict::Complete if reclaimed.left == 0 => Ok(()),
+        Verdict::Complete if reclaimed.left == 0 || !must_find_all => Ok(()),
         verdict => Err(Error::Backing {
             file: "image".into(),
             reason: format!("the search for leaks left {}: {verdict:?}", reclaimed.left),
@@ -244,59 +258,8 @@ async fn reclaim(lane: &Lane<Disk>, window: u64) -> Result<(), Error> {
     }
 }
 
-/// The requests of a life that ends with a crash: extents are left, and what they free is not given
-/// back.
-const AGEING: [Request; 11] = [
-    Request::Write(3, 5),
-    Request::Write(40, 20),
-    Request::Zero(100, 9, true),
-    Request::Flush,
-    Request::Discard(4, 10),
-    Request::Maintain,
-    Request::Write(253, 6),
-    Request::Zero(60, 9, false),
-    Request::Write(42, 3),
-    Request::Discard(252, 8),
-    Request::Flush,
-];
-/// The numbers of requests of an earlier life, apart from those of the one that is judged.
-const EARLIER: u32 = 1 << 20;
-
-/// What a crash leaves of an image after a few requests: one with leaks.
-///
-/// # Errors
-/// What went wrong, in words.
-pub fn age(fixture: &Fixture) -> Result<Fixture, String> {
-    let mut totals = Totals::default();
-    let mut life = Life::new(fixture, 1, &mut totals);
-    let image = life.open()?;
-    let lane = Lane::new(&image, life.disk.clone(), 4);
-    let requests: Vec<_> = AGEING
-        .into_iter()
-        .filter(|request| fixture.can_discard || !matches!(request, Request::Discard(..)))
-        .collect();
-    let player = Player {
-        lane: lane.clone(),
-        model: Rc::clone(&life.model),
-        cluster_sectors: fixture.cluster_sectors,
-    };
-    life.drive(vec![play(player, requests, EARLIER, false)], false)?;
-    let buf = Buf::zeroed(fixture.content.len() * 512);
-    let read = {
-        let buf = buf.clone();
-        Box::pin(async move { lane.read(0, buf).await.map_err(|error| error.to_string()) })
-    };
-    life.drive(vec![read], false)?;
-    let mut aged = fixture.clone();
-    aged.name = format!("{} after a crash", fixture.name);
-    aged.image = life.disk.snapshot(0).0.current;
-    aged.content = buf.to_vec().chunks_exact(512).map(Value::read).collect();
-    aged.is_leaky = true;
-    Ok(aged)
-}
-
 impl<'a> Life<'a> {
-    fn new(fixture: &'a Fixture, seed: u64, totals: &'a mut Totals) -> Self {
+    pub(super) fn new(fixture: &'a Fixture, seed: u64, totals: &'a mut Totals) -> Self {
         let contents: Vec<&[u8]> =
             [fixture.image.as_slice()].into_iter().chain(fixture.backing.as_deref()).collect();
         Self {
@@ -307,19 +270,24 @@ impl<'a> Life<'a> {
             totals,
             judged: (u64::MAX, 0),
             memo: oracle::Memo::default(),
-            starves: seed.is_multiple_of(3),
+            held_back: HeldBack::Nothing,
             redo: Memory::new(),
             processes: 1,
         }
     }
 
     pub(super) fn open(&mut self) -> Result<Arc<Image>, String> {
+        self.open_with(EXTENT_CLUSTERS)
+    }
+
+    /// Opens the image; each lane reserves so many clusters at a time.
+    pub(super) fn open_with(&mut self, extent_clusters: u64) -> Result<Arc<Image>, String> {
         let names = self.disk.names(&["image", "base"]);
         let opened = Rc::new(RefCell::new(None));
         let (result, disk) = (Rc::clone(&opened), self.disk.clone());
         let cluster_bits = u32::from(self.fixture.image[23]);
         let options = OpenOptions {
-            extent_bytes: EXTENT_CLUSTERS << cluster_bits,
+            extent_bytes: extent_clusters << cluster_bits,
             cache_bytes: 0,
             ..OpenOptions::default()
         };
@@ -345,18 +313,16 @@ impl<'a> Life<'a> {
                 self.crash_here()?;
                 self.kill_here()?;
             }
-            match self.disk.waiting() as u64 {
-                0 if tasks.is_empty() => {
-                    return Ok(());
-                }
+            let waiting = self.disk.waiting() as u64;
+            match waiting {
+                0 if tasks.is_empty() => return Ok(()),
                 0 => return Err(format!("{} requests hang", tasks.len())),
-                1 => self.disk.complete(0),
-                // The oldest operation is left behind for as long as there are others, but not for ever.
-                waiting if self.starves && step % PATIENCE != 0 => {
-                    self.disk.complete(1 + self.rng.below(waiting - 1) as usize)
-                }
-                waiting => self.disk.complete(self.rng.below(waiting) as usize),
-            };
+                _ => {}
+            }
+            let is_patient = waiting > 1 && step % PATIENCE != 0;
+            let held_back = is_patient.then(|| self.disk.held_back(self.held_back)).flatten();
+            let choice = self.rng.below(waiting - u64::from(held_back.is_some())) as usize;
+            self.disk.complete(choice + usize::from(held_back.is_some_and(|held_back| held_back <= choice)));
             self.totals.operations += 1;
         }
         Err("requests go round in circles".into())
@@ -395,27 +361,28 @@ impl<'a> Life<'a> {
         if std::mem::replace(&mut self.judged, moment) == moment {
             return Ok(());
         }
-        let (file, in_flight) = self.disk.snapshot(0);
         let case = oracle::Case {
             model: &model,
             backing: self.fixture.backing.as_deref(),
             snapshot: &self.fixture.snapshot,
             memo: &self.memo,
         };
-        let totals = &mut *self.totals;
-        states::for_each(&file, in_flight, &mut self.rng, |bytes| {
-            totals.states += 1;
-            totals.images.insert(hash(bytes));
-            let findings = oracle::judge(bytes, &case)?;
-            totals.worst_leaks = totals.worst_leaks.max(findings.leaks);
-            Ok(())
+        let (totals, rng) = (&mut *self.totals, &mut self.rng);
+        self.disk.look(0, |file, in_flight| {
+            states::for_each(file, in_flight, rng, |crashed| {
+                totals.states += 1;
+                totals.images.insert(crashed.hash);
+                let findings = oracle::judge(crashed.bytes, &case)?;
+                totals.worst_leaks = totals.worst_leaks.max(findings.leaks);
+                Ok(())
+            })
         })
     }
 
     /// Nothing crashed: what is read must be what was written, and a clean close leaves no leak.
     fn end(&mut self, lane: &Lane<Disk>, case: &Case) -> Result<(), String> {
         let is_faulty = case.fault.is_some();
-        let may_leak = self.fixture.is_leaky && !case.searches_for_leaks();
+        let may_leak = self.fixture.past.leaks() && (!case.searches_for_leaks() || case.search_may_give_up());
         let buf = Buf::zeroed(self.fixture.content.len() * 512);
         let read = {
             let (lane, buf) = (lane.clone(), buf.clone());
@@ -436,7 +403,6 @@ impl<'a> Life<'a> {
         if let (Err(error), false) = (&closed, is_faulty) {
             return Err(error.clone());
         }
-        let (file, in_flight) = self.disk.snapshot(0);
         let model = self.model.borrow();
         let case = oracle::Case {
             model: &model,
@@ -444,10 +410,13 @@ impl<'a> Life<'a> {
             snapshot: &self.fixture.snapshot,
             memo: &self.memo,
         };
-        let findings = oracle::judge(&file.current, &case)?;
+        let (findings, is_durable) = self.disk.look(0, |file, in_flight| {
+            let is_durable = file.pending.is_empty() && in_flight.is_empty();
+            Ok::<_, String>((oracle::judge(&file.current, &case)?, is_durable))
+        })?;
         let leaks = if may_leak { 0 } else { findings.leaks };
-        if !is_faulty && (leaks > 0 || !file.pending.is_empty() || !in_flight.is_empty()) {
-            return Err(format!("a clean close left {leaks} leaks"));
+        if !is_faulty && (leaks > 0 || !is_durable) {
+            return Err(format!("a clean close left {leaks} leaks, or something that is not durable"));
         }
         Ok(())
     }
@@ -463,19 +432,4 @@ impl<'a> Life<'a> {
         }
         Ok(())
     }
-}
-
-fn hash(bytes: &[u8]) -> u64 {
-    // Eight interleaved lanes of a multiplicative hash: images are hundreds of kilobytes.
-    let mut lanes = [0_u64; 8];
-    for chunk in bytes.chunks_exact(64) {
-        for (lane, word) in lanes.iter_mut().zip(chunk.chunks_exact(8)) {
-            let word = u64::from_le_bytes(word.try_into().unwrap_or_default());
-            *lane = (*lane ^ word).wrapping_mul(0x9E37_79B9_7F4A_7C15).rotate_left(29);
-        }
-    }
-    let mut hasher = DefaultHasher::new();
-    lanes.iter().for_each(|&lane| hasher.write_u64(lane));
-    hasher.write_usize(bytes.len());
-    hasher.finish()
 }

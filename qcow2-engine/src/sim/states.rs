@@ -4,6 +4,9 @@
 //! be: none; all; all but one; one alone; every subset while there are few; random subsets beyond.
 //! A write of several sectors may be torn between any two. The file's length is a change like
 //! the others, so it may be lost or kept by itself.
+//!
+//! The states of one moment differ in a few sectors of a large file. So the file is not copied for
+//! each: changes are made in place, and undone.
 
 use super::{
     disk::{Change, File, SECTOR},
@@ -15,30 +18,41 @@ const EXHAUSTIVE: usize = 8;
 /// Random subsets beyond that.
 const RANDOM_SUBSETS: usize = 64;
 
+/// A state of the file that a crash may leave.
+#[derive(Clone, Copy, Debug)]
+pub struct Crashed<'a> {
+    /// The bytes.
+    pub bytes: &'a [u8],
+    /// Tells it from other states.
+    pub hash: u64,
+}
+
 /// Calls `judge` with every state of the file that is tried; stops at the first failure.
 ///
 /// # Errors
 /// What `judge` says.
 pub fn for_each<E>(
-    file: &File,
+    file: &mut File,
     in_flight: Vec<Change>,
     rng: &mut Rng,
-    mut judge: impl FnMut(&[u8]) -> Result<(), E>,
+    mut judge: impl FnMut(Crashed<'_>) -> Result<(), E>,
 ) -> Result<(), E> {
     let mut candidates: Vec<Change> = file.pending.iter().map(|(_, change)| change.clone()).collect();
     candidates.extend(in_flight);
     let count = candidates.len();
-    let mut bytes = Vec::with_capacity(file.current.len());
+    let durable = &mut file.durable;
+    let mut undos = Vec::new();
     let mut attempt = |keep: &dyn Fn(usize) -> bool, torn: Option<(usize, &Change)>| {
-        bytes.clone_from(&file.durable);
         for (index, change) in candidates.iter().enumerate() {
             match torn {
-                Some((at, half)) if at == index => half.apply(&mut bytes),
-                _ if keep(index) => change.apply(&mut bytes),
+                Some((at, half)) if at == index => undos.push(durable.apply(half)),
+                _ if keep(index) => undos.push(durable.apply(change)),
                 _ => {}
             }
         }
-        judge(&bytes)
+        let verdict = judge(Crashed { bytes: durable.bytes(), hash: durable.hash() });
+        undos.drain(..).rev().for_each(|undo| durable.undo(undo));
+        verdict
     };
     if count <= EXHAUSTIVE {
         for subset in 0..1_u32 << count {
@@ -80,19 +94,19 @@ fn torn(change: &Change) -> Vec<Change> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::contents::Contents, *};
     use std::collections::BTreeSet;
 
     #[test]
     fn all_subsets_and_tears_of_few_changes_are_tried() {
         let write = |at: u64, byte: u8, len: usize| Change::Write { at, bytes: vec![byte; len].into() };
-        let file = File {
+        let mut file = File {
             current: vec![0; 2048],
-            durable: vec![0; 2048],
+            durable: Contents::new(vec![0; 2048]),
             pending: vec![(1, write(0, 1, 512)), (2, write(512, 2, 1024))],
         };
         let mut seen = BTreeSet::new();
-        for_each(&file, vec![write(1536, 3, 512)], &mut Rng::new(1), |bytes| {
+        for_each(&mut file, vec![write(1536, 3, 512)], &mut Rng::new(1), |Crashed { bytes, .. }| {
             seen.insert([bytes[0], bytes[512], bytes[1024], bytes[1536]]);
             Ok::<(), ()>(())
         })

@@ -43,6 +43,12 @@ impl Initial {
         Self::Compressed,
         Self::Shared,
     ];
+
+    /// Whether a write to a cluster needs a new one.
+    #[must_use]
+    pub fn makes_writes_allocate(self) -> bool {
+        !matches!(self, Self::Data | Self::ZeroAllocated)
+    }
 }
 
 /// A variant of the format.
@@ -66,10 +72,23 @@ impl Variant {
         Self { refcount_bits: 64, ..Self::COMMON },
         Self { compat: "0.10", ..Self::COMMON },
         Self { lazy_refcounts: true, ..Self::COMMON },
-        // A refcount block counts 64 clusters only: new ones are made all the time.
-        Self { refcount_bits: 64, cluster_sectors: 1, ..Self::COMMON },
+        Self::SMALL_BLOCKS,
     ];
+    /// A refcount block counts 64 clusters only: new ones are made all the time.
+    pub const SMALL_BLOCKS: Self = Self { refcount_bits: 64, cluster_sectors: 1, ..Self::COMMON };
     const COMMON: Self = Self { compat: "1.1", refcount_bits: 16, lazy_refcounts: false, cluster_sectors: 2 };
+
+    /// For messages.
+    #[must_use]
+    pub fn name(&self) -> String {
+        format!(
+            "compat={} refcount_bits={} lazy={} cluster={}",
+            self.compat,
+            self.refcount_bits,
+            self.lazy_refcounts,
+            self.cluster_sectors * 512
+        )
+    }
 
     /// Whether QEMU can make an image of this variant in this state.
     #[must_use]
@@ -83,11 +102,36 @@ impl Variant {
     }
 }
 
+/// What an image has been through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Past {
+    /// It is as qemu-img made it.
+    Made,
+    /// The same, but so large that its refcount table is nearly full.
+    MadeFull,
+    /// A crash has left it, with leaks.
+    Crashed,
+    /// A crash has left it, with leaks nearly up to where its refcount table ends.
+    CrashedFull,
+}
+
+impl Past {
+    /// Whether the image has leaks.
+    #[must_use]
+    pub fn leaks(self) -> bool {
+        matches!(self, Self::Crashed | Self::CrashedFull)
+    }
+}
+
 /// An image and what its sectors hold.
 #[derive(Clone, Debug)]
 pub struct Fixture {
     /// For messages.
     pub name: String,
+    /// The state of its clusters, but for what the past has changed.
+    pub initial: Initial,
+    /// Its variant of the format.
+    pub variant: Variant,
     /// The image file.
     pub image: Vec<u8>,
     /// The raw backing file.
@@ -96,10 +140,8 @@ pub struct Fixture {
     pub content: Vec<Value>,
     /// What every sector holds in every internal snapshot.
     pub snapshot: Vec<Value>,
-    /// A crash has left it, with leaks.
-    pub is_leaky: bool,
-    /// Sectors of a cluster.
-    pub cluster_sectors: usize,
+    /// What it has been through.
+    pub past: Past,
     /// Whether it can discard: not with version 2 and a backing file.
     pub can_discard: bool,
 }
@@ -236,20 +278,15 @@ impl Maker {
             self.qemu_img(&["snapshot", "-c", "first", "image"])?;
         }
         Ok(Fixture {
-            name: format!(
-                "{initial:?} compat={} refcount_bits={} lazy={} cluster={}",
-                variant.compat,
-                variant.refcount_bits,
-                variant.lazy_refcounts,
-                variant.cluster_sectors * 512
-            ),
+            name: format!("{initial:?} {}", variant.name()),
+            initial,
+            variant,
             image: std::fs::read(self.directory.join("image"))?,
-            cluster_sectors: variant.cluster_sectors,
             can_discard: variant.compat == "1.1" || backing.is_none(),
             backing,
             snapshot: content.clone(),
             content,
-            is_leaky: false,
+            past: Past::Made,
         })
     }
 
@@ -282,8 +319,9 @@ impl Maker {
             backing: None,
             snapshot: content.clone(),
             content,
-            is_leaky: false,
-            cluster_sectors: 1,
+            past: Past::MadeFull,
+            initial: Initial::Shared,
+            variant: Variant::SMALL_BLOCKS,
             can_discard: true,
         })
     }

@@ -1,0 +1,100 @@
+//! Images that an earlier life has left, which ended with a crash: with leaks.
+
+use super::{
+    disk::Disk,
+    model::Value,
+    run::{Life, Player, Totals, play},
+    workload::{Fixture, Past, Request},
+};
+use crate::{Lane, io::Buf};
+use std::rc::Rc;
+
+/// Requests after which extents are left, and what they free is not given back.
+const AGEING: [Request; 11] = [
+    Request::Write(3, 5),
+    Request::Write(40, 20),
+    Request::Zero(100, 9, true),
+    Request::Flush,
+    Request::Discard(4, 10),
+    Request::Maintain,
+    Request::Write(253, 6),
+    Request::Zero(60, 9, false),
+    Request::Write(42, 3),
+    Request::Discard(252, 8),
+    Request::Flush,
+];
+/// The numbers of requests of an earlier life, apart from those of the one that is judged.
+const EARLIER: u32 = 1 << 20;
+/// Clusters that a refcount table of one cluster reaches: 512 bytes, and counts of 64 bits.
+const TABLE_REACH: u64 = 64 * 64;
+/// Clusters that each of many lanes reserves of them; about as many are left.
+const RESERVED: u64 = 32;
+
+/// What a crash leaves of an image after a few requests.
+///
+/// # Errors
+/// What went wrong, in words.
+pub(super) fn age(fixture: &Fixture) -> Result<Fixture, String> {
+    let mut totals = Totals::default();
+    let mut life = Life::new(fixture, 1, &mut totals);
+    let lane = Lane::new(&life.open()?, life.disk.clone(), 4);
+    let requests =
+        AGEING.into_iter().filter(|request| fixture.can_discard || !matches!(request, Request::Discard(..)));
+    life.carry_out(&lane, requests.collect(), EARLIER)?;
+    life.end_in_a_crash(&lane, "after a crash", Past::Crashed)
+}
+
+/// What a crash leaves of an image whose lanes have reserved nearly all that its refcount table
+/// reaches, and have used little of it: the next clusters make the table grow, and yet the image has
+/// little content to judge.
+///
+/// # Errors
+/// What went wrong, in words.
+pub(super) fn fill_table(fixture: &Fixture) -> Result<Fixture, String> {
+    let mut totals = Totals::default();
+    let mut life = Life::new(fixture, 1, &mut totals);
+    let image = life.open_with(RESERVED)?;
+    let mut number = EARLIER;
+    loop {
+        let lane = Lane::new(&image, life.disk.clone(), 1);
+        let sector = (number - EARLIER) as usize;
+        life.carry_out(&lane, vec![Request::Write(sector, 1), Request::Flush], number)?;
+        number += 2;
+        let clusters = life.disk.look(0, |file, _| file.current.len() as u64 / 512);
+        if clusters >= TABLE_REACH {
+            return Err(format!("{}: all {clusters} clusters are taken", fixture.name));
+        }
+        if clusters >= TABLE_REACH - RESERVED {
+            return life.end_in_a_crash(&lane, "with a full refcount table", Past::CrashedFull);
+        }
+    }
+}
+
+impl Life<'_> {
+    fn carry_out(&mut self, lane: &Lane<Disk>, requests: Vec<Request>, first: u32) -> Result<(), String> {
+        let player = Player {
+            lane: lane.clone(),
+            model: Rc::clone(&self.model),
+            cluster_sectors: self.fixture.variant.cluster_sectors,
+            must_find_all: true,
+        };
+        self.drive(vec![play(player, requests, first, false)], false)
+    }
+
+    /// The image as it is now, with whatever its content is now.
+    fn end_in_a_crash(&mut self, lane: &Lane<Disk>, name: &str, past: Past) -> Result<Fixture, String> {
+        let buf = Buf::zeroed(self.fixture.content.len() * 512);
+        let read = {
+            let (lane, buf) = (lane.clone(), buf.clone());
+            Box::pin(async move { lane.read(0, buf).await.map_err(|error| error.to_string()) })
+        };
+        self.drive(vec![read], false)?;
+        Ok(Fixture {
+            name: format!("{} {name}", self.fixture.name),
+            image: self.disk.look(0, |file, _| file.current.clone()),
+            content: buf.to_vec().chunks_exact(512).map(Value::read).collect(),
+            past,
+            ..self.fixture.clone()
+        })
+    }
+}

@@ -1,0 +1,223 @@
+//! Which cases there are: images, and what is done with them, drawn from a seed.
+//!
+//! Each [`Plan`] is aimed at something. A rule that nothing is aimed at is broken once in a million
+//! crash states, which is as good as never: `--mutate` tells.
+
+use super::{
+    age::{age, fill_table},
+    disk::{Fault, FileSystem, HeldBack},
+    rng::Rng,
+    run::Case,
+    workload::{Fixture, Initial, Maker, Past, Request, SECTORS, Variant},
+};
+use std::{io, path::Path};
+
+/// What a case is aimed at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Plan {
+    /// Every sequence of a few requests, sooner or later.
+    Short,
+    /// The same requests, all at the same time.
+    ShortAtOnce,
+    /// Lanes that get in each other's way.
+    Lanes,
+    /// A longer life.
+    Long,
+    /// An operation fails.
+    Faulty,
+    /// Overwrites, in place, of clusters that another lane discards, gives back and reuses (R5).
+    Reuse,
+    /// Small writes with a flush after each, to clusters and tables that a snapshot shares: what the next
+    /// one refers to is counted and durable already, so that no other rule's barrier stands in for that
+    /// of R4.
+    Flushed,
+    /// Lanes that take new extents, with new refcount blocks, while cuts write those behind what the
+    /// file has been extended over.
+    Growing,
+    /// The search for leaks, beside requests.
+    Search,
+    /// The search for leaks, while lanes take new extents, of which one waits for its space (R8).
+    SearchWhileAllocating,
+    /// The refcount table grows and moves (R2).
+    FullTable,
+    /// It does so under the search for leaks. The image is large, so this is slow.
+    SearchFullTable,
+}
+
+/// Of so many cases, how many follow which plan.
+const MIX: [(u64, Plan); 12] = [
+    (20, Plan::Short),
+    (8, Plan::ShortAtOnce),
+    (14, Plan::Lanes),
+    (8, Plan::Long),
+    (16, Plan::Faulty),
+    (8, Plan::Reuse),
+    (12, Plan::Flushed),
+    (16, Plan::Growing),
+    (28, Plan::Search),
+    (12, Plan::SearchWhileAllocating),
+    (8, Plan::FullTable),
+    (1, Plan::SearchFullTable),
+];
+/// One in so many cases is on a file system that cannot allocate ahead, one that cannot punch holes.
+const UNABLE_SHARE: u64 = 4;
+/// One in so many cases holds the oldest operation back.
+const STARVING_SHARE: u64 = 3;
+
+/// Makes all images, each as qemu-img made it and as a crash left it.
+///
+/// # Errors
+/// qemu-img or qemu-io is missing, or fails.
+pub fn fixtures(directory: &Path) -> io::Result<Vec<Fixture>> {
+    let maker = Maker::new(directory);
+    let mut fixtures = Vec::new();
+    for variant in Variant::ALL {
+        for initial in Initial::ALL.into_iter().filter(|&initial| variant.can_be(initial)) {
+            fixtures.push(maker.make(variant, initial)?);
+        }
+    }
+    let aged: Result<Vec<_>, _> = fixtures.iter().map(age).collect();
+    let fillable = fixtures.iter().filter(|fixture| {
+        fixture.variant == Variant::SMALL_BLOCKS && fixture.initial.makes_writes_allocate()
+    });
+    let full: Result<Vec<_>, _> = fillable.map(fill_table).collect();
+    fixtures.extend(aged.map_err(io::Error::other)?);
+    fixtures.extend(full.map_err(io::Error::other)?);
+    fixtures.push(maker.make_full_table()?);
+    Ok(fixtures)
+}
+
+/// The case with a number, and the index of its image: always the same for the same seed.
+#[must_use]
+pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
+    let mut rng = Rng::new(seed ^ number.wrapping_mul(0xD6E8_FEB8_6659_FD93));
+    let plan = Plan::draw(&mut rng);
+    let past = match plan {
+        Plan::SearchFullTable => Past::MadeFull,
+        Plan::FullTable => Past::CrashedFull,
+        Plan::Search => Past::Crashed,
+        Plan::SearchWhileAllocating if rng.below(2) == 0 => Past::Crashed,
+        _ => Past::Made,
+    };
+    let is_fit = |fixture: &Fixture| {
+        let is_fit = match plan {
+            Plan::Flushed => fixture.initial == Initial::Shared,
+            Plan::Reuse => fixture.initial == Initial::Data,
+            Plan::Growing => {
+                fixture.variant == Variant::SMALL_BLOCKS && fixture.initial.makes_writes_allocate()
+            }
+            _ => true,
+        };
+        is_fit && fixture.past == past
+    };
+    let candidates: Vec<usize> = (0..fixtures.len()).filter(|&index| is_fit(&fixtures[index])).collect();
+    let fixture = candidates[rng.below(candidates.len() as u64) as usize];
+    let lanes = plan.lanes(&mut rng);
+    let fault = (plan == Plan::Faulty).then(|| {
+        let kind = [Fault::Eio, Fault::Enospc, Fault::Short][rng.below(3) as usize];
+        (rng.below(120), kind)
+    });
+    let file_system =
+        FileSystem { allocates: rng.below(UNABLE_SHARE) != 0, punches: rng.below(UNABLE_SHARE) != 0 };
+    let held_back = match plan {
+        Plan::Growing | Plan::SearchWhileAllocating => HeldBack::Growth,
+        Plan::Reuse => HeldBack::Oldest,
+        _ if rng.below(STARVING_SHARE) == 0 => HeldBack::Oldest,
+        _ => HeldBack::Nothing,
+    };
+    (fixture, Case { lanes, seed: rng.draw(), held_back, fault, file_system, disabled: None })
+}
+
+impl Plan {
+    fn draw(rng: &mut Rng) -> Self {
+        let mut left = rng.below(MIX.iter().map(|(share, _)| share).sum());
+        for (share, plan) in MIX {
+            if left < share {
+                return plan;
+            }
+            left -= share;
+        }
+        Self::Short
+    }
+
+    fn lanes(self, rng: &mut Rng) -> Vec<Vec<Request>> {
+        match self {
+            Self::Short => vec![short(rng)],
+            Self::ShortAtOnce => short(rng).into_iter().map(|request| vec![request]).collect(),
+            Self::Lanes => (0..1 + rng.below(3)).map(|_| random(rng, 12)).collect(),
+            Self::Long => vec![random(rng, 30)],
+            Self::Faulty => (0..1 + rng.below(2)).map(|_| random(rng, 10)).collect(),
+            Self::Reuse => {
+                let overwrite = (0..4).map(|_| Request::Write(6 + rng.below(4) as usize, 2)).collect();
+                let mut churn = vec![Request::Discard(4, 10), Request::Flush, Request::Maintain];
+                churn.extend((0..4).map(|_| Request::Write(20 + 40 * rng.below(8) as usize, 20)));
+                churn.push(Request::Flush);
+                vec![overwrite, churn]
+            }
+            Self::Flushed => {
+                let lane = |rng: &mut Rng| {
+                    (0..2 + rng.below(5)).flat_map(|_| [small_write(rng), Request::Flush]).collect()
+                };
+                (0..1 + rng.below(2)).map(|_| lane(rng)).collect()
+            }
+            Self::Search => {
+                let mut lanes = match rng.below(3) {
+                    0 => vec![short(rng)],
+                    1 => (0..1 + rng.below(3)).map(|_| random(rng, 12)).collect(),
+                    _ => vec![random(rng, 20)],
+                };
+                let mut search = random(rng, 2);
+                search.push(Request::Reclaim([16, 60, 1 << 20][rng.below(3) as usize]));
+                search.extend(random(rng, 2));
+                lanes.push(search);
+                lanes
+            }
+            Self::Growing => {
+                let mut lanes = writers(rng);
+                lanes.push(vec![Request::Flush; 2 + rng.below(6) as usize]);
+                lanes
+            }
+            Self::SearchWhileAllocating => {
+                let mut lanes = writers(rng);
+                lanes.push(vec![Request::Reclaim(1 << 20); 1 + rng.below(3) as usize]);
+                lanes
+            }
+            Self::FullTable => (0..1 + rng.below(2)).map(|_| growing(rng)).collect(),
+            Self::SearchFullTable => vec![growing(rng), vec![Request::Reclaim(1 << 20)]],
+        }
+    }
+}
+
+/// A few requests of the alphabet.
+fn short(rng: &mut Rng) -> Vec<Request> {
+    let len = 1 + rng.below(3);
+    (0..len).map(|_| Request::ALPHABET[rng.below(Request::ALPHABET.len() as u64) as usize]).collect()
+}
+
+fn random(rng: &mut Rng, max: u64) -> Vec<Request> {
+    (0..1 + rng.below(max)).map(|_| Request::random(rng)).collect()
+}
+
+/// More than one extent's worth of clusters.
+fn long_write(rng: &mut Rng) -> Request {
+    let count = 18 + rng.below(7) as usize;
+    Request::Write(rng.below((SECTORS - count) as u64) as usize, count)
+}
+
+/// Lanes that need new extents all the time.
+fn writers(rng: &mut Rng) -> Vec<Vec<Request>> {
+    let lanes = 2 + rng.below(2);
+    (0..lanes).map(|_| (0..1 + rng.below(4)).map(|_| long_write(rng)).collect()).collect()
+}
+
+fn small_write(rng: &mut Rng) -> Request {
+    let count = 1 + rng.below(3) as usize;
+    Request::Write(rng.below((SECTORS - count) as u64) as usize, count)
+}
+
+/// Requests of which the first makes a full refcount table grow.
+fn growing(rng: &mut Rng) -> Vec<Request> {
+    let mut lane = vec![long_write(rng), long_write(rng)];
+    lane.extend(random(rng, 6));
+    lane
+}
