@@ -207,8 +207,8 @@ impl Window {
     }
 
     /// The words for the cache. What no layer has reads as zeros.
-    pub(crate) fn words(&self) -> impl Iterator<Item = u64> + Clone + '_ {
-        self.answers.iter().map(|answer| answer.unwrap_or(Answer::Zero).encode())
+    pub(crate) fn words(&self) -> Vec<u64> {
+        self.answers.iter().map(|answer| answer.unwrap_or(Answer::Zero).encode()).collect()
     }
 }
 

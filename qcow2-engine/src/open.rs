@@ -405,6 +405,6 @@ async fn read_refcount_table(io: &impl Io, opened: &Opened, header: &Header) -> 
 }
 
 /// The big-endian 8-byte entries of a table, in host byte order.
-pub(crate) fn table_entries(bytes: &[u8]) -> impl Iterator<Item = u64> + Clone + '_ {
+pub(crate) fn table_entries(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
     bytes.chunks_exact(8).map(|entry| u64::from_be_bytes(entry.try_into().unwrap_or_default()))
 }

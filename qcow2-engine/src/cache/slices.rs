@@ -91,7 +91,7 @@ impl SliceCache {
         let slot = match self.place(key) {
             Place::Run(run) => return Some(run.entry(index)),
             Place::Slot(number) => &self.slots[number],
-            Place::Unknown | Place::Scattered => return None,
+            Place::Absent => return None,
         };
         let version = slot.version.load(Ordering::Acquire);
         if slot.holds.load(Ordering::Relaxed) != key.pack() {
@@ -113,11 +113,6 @@ impl SliceCache {
         matches!(self.place(key), Place::Run(_)) || self.slot_of(key).is_some()
     }
 
-    /// Whether nothing is known of a slice: it was never in memory.
-    pub(crate) fn is_unknown(&self, key: SliceKey) -> bool {
-        self.place(key) == Place::Unknown
-    }
-
     /// Gives a slice in memory a slot, so that its entries can be changed. Returns false when every slot
     /// is pinned.
     pub(crate) fn unfold(&self, key: SliceKey) -> bool {
@@ -125,12 +120,6 @@ impl SliceCache {
         let entries = self.directory(key).slice_entries();
         // A reader that still has the word has what the entries were before the change to come.
         self.put_in_slot(key, (0..entries).map(|index| run.entry(index)))
-    }
-
-    /// Remembers a slice that was read along with another one, as far as that costs no slot.
-    pub(crate) fn note(&self, key: SliceKey, entries: impl Iterator<Item = u64>) {
-        let directory = self.directory(key);
-        directory.set(key.slice, directory.run_of(entries).map_or(Place::Scattered, Place::Run));
     }
 
     /// Changes one entry of a resident slice; readers see the old value or the new one.
@@ -150,14 +139,14 @@ impl SliceCache {
     }
 
     /// Brings a slice in, evicting another one if need be. Returns false when every slot is pinned.
-    pub(crate) fn insert(&self, key: SliceKey, entries: impl Iterator<Item = u64> + Clone) -> bool {
+    pub(crate) fn insert(&self, key: SliceKey, entries: &[u64]) -> bool {
         debug_assert!(!self.contains(key), "one loader per slice");
         let directory = self.directory(key);
-        if let Some(run) = directory.run_of(entries.clone()) {
+        if let Some(run) = directory.run_of(|index| entries[index]) {
             directory.set(key.slice, Place::Run(run));
             return true;
         }
-        self.put_in_slot(key, entries)
+        self.put_in_slot(key, entries.iter().copied())
     }
 
     fn put_in_slot(&self, key: SliceKey, entries: impl Iterator<Item = u64>) -> bool {
@@ -174,8 +163,9 @@ impl SliceCache {
 
     /// Keeps of an evicted slice what a word can say.
     fn fold(&self, key: SliceKey, slot: &Slot) {
-        let entries = &slot.entries()[..self.directory(key).slice_entries()];
-        self.note(key, entries.iter().map(|entry| entry.load(Ordering::Relaxed)));
+        let (directory, entries) = (self.directory(key), slot.entries());
+        let run = directory.run_of(|index| entries[index].load(Ordering::Relaxed));
+        directory.set(key.slice, run.map_or(Place::Absent, Place::Run));
     }
 
     /// The bytes of a resident slice as they go to disk: `len` of them.
