@@ -228,9 +228,9 @@ impl Cases {
         let preallocated = Recipe { preallocation: Preallocation::Full, queues: 2, ..Recipe::plain(16) };
         let overlay = Recipe { backing: Backing::Qcow2, snapshots: 1, ..Recipe::plain(12) };
         let mut outages = vec![(fs::Kind::Xfs, preallocated), (fs::Kind::Ext4, overlay)];
-        let (flushes, states, served_again) = match self.setting.scale {
-            Scale::Quick => (20, 8, 4),
-            Scale::Full => (120, 80, 8),
+        let (histories, flushes, states, served_again) = match self.setting.scale {
+            Scale::Quick => (2, 12, 5, 4),
+            Scale::Full => (3, 60, 32, 8),
         };
         if self.setting.scale == Scale::Full {
             let small = Recipe { queues: 2, ..Recipe::plain(12) };
@@ -245,7 +245,7 @@ impl Cases {
             ]);
         }
         for (host, recipe) in outages {
-            let outage = Outage { host, recipe, flushes, states, served_again };
+            let outage = Outage { host, recipe, histories, flushes, states, served_again };
             self.add(format!("power/{}", outage.name()), 400, move |it, dir| {
                 power::cut(&it.binary, dir, &outage, it.seed).with_context(|| format!("seed {}", it.seed))
             });

@@ -89,7 +89,8 @@ fn seed_of_the_clock() -> u64 {
 struct Bench {
     kernel: UnpackedKernel,
     accel: Accel,
-    programs: [PathBuf; 2],
+    /// Copies: what is built meanwhile is not to change what is tested.
+    programs: Vec<PathBuf>,
     dir: tempfile::TempDir,
     seed: u64,
 }
@@ -98,16 +99,13 @@ impl Bench {
     fn new(kernel: Kernel, seed: u64) -> Result<Self> {
         let kernel = kernel.unpacked()?.context("setup left no kernel")?;
         let dir = tempfile::Builder::new().prefix("powercut-").tempdir_in(workspace::cache()?)?;
-        let bench = Self {
-            accel: Accel::detect(&kernel)?,
-            kernel,
-            programs: [
-                build_release("ublk-qcow2", "ublk-qcow2")?,
-                build_release("qemu-compat", "qemu-compat")?,
-            ],
-            dir,
-            seed,
-        };
+        let mut programs = Vec::new();
+        for name in ["ublk-qcow2", "qemu-compat"] {
+            let copy = dir.path().join(name);
+            fs::copy(build_release(name, name)?, &copy).with_context(|| format!("cannot copy {name}"))?;
+            programs.push(copy);
+        }
+        let bench = Self { accel: Accel::detect(&kernel)?, kernel, programs, dir, seed };
         File::create(bench.file("host"))?.set_len(HOST_BYTES)?;
         File::create(bench.file("known"))?.set_len(KNOWN_BYTES)?;
         Ok(bench)

@@ -14,8 +14,6 @@ use std::ops::Range;
 const MAX_BATCH: usize = 6;
 /// Bytes of a write at most.
 const MAX_WRITE: u64 = 128 << 10;
-/// Numbers of writes begin here, above those of the tools that made the image.
-const FIRST_NUMBER: u64 = 1_000_000;
 
 /// An endless sequence of batches.
 pub(super) struct Plan {
@@ -23,20 +21,15 @@ pub(super) struct Plan {
     size: u64,
     cluster: u64,
     discards: Discards,
+    /// Of the request before.
     number: u64,
 }
 
 impl Plan {
-    /// Changes for a disk of this size.
+    /// Changes for a disk of this size, whose writes are numbered from `first` on.
     #[must_use]
-    pub(super) fn new(size: u64, cluster: u64, discards: Discards, seed: u64) -> Self {
-        Self { rng: fastrand::Rng::with_seed(seed), size, cluster, discards, number: FIRST_NUMBER }
-    }
-
-    /// The same changes with other numbers.
-    #[must_use]
-    pub(super) fn numbered_from(self, number: u64) -> Self {
-        Self { number, ..self }
+    pub(super) fn new(size: u64, cluster: u64, discards: Discards, seed: u64, first: u64) -> Self {
+        Self { rng: fastrand::Rng::with_seed(seed), size, cluster, discards, number: first }
     }
 
     /// The next requests. They are in flight together and share no sector, a discard no cluster.
@@ -103,7 +96,7 @@ mod tests {
     #[test]
     fn a_seed_repeats_and_requests_stay_on_the_disk() {
         let size = (8 << 20) + 512;
-        let plan = |seed| Plan::new(size, 4096, Discards::Zero, seed);
+        let plan = |seed| Plan::new(size, 4096, Discards::Zero, seed, 1);
         let (mut one, mut same) = (plan(5), plan(5));
         let mut changes = 0;
         for _ in 0..500 {

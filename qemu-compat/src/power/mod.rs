@@ -12,6 +12,9 @@
 //!
 //! [`plug`] does without the log: there the whole machine is killed from outside, over and over.
 //!
+//! A second history begins with one of those states: the power goes again while the file system
+//! recovers, leaks are given back, and requests are served.
+//!
 //! This proves what the simulator cannot: that the real daemon asks the real kernel for the right
 //! thing at the right time, through the file system, its journal and the block layer.
 
@@ -29,6 +32,7 @@ use crate::{
     disk::{Disk, Server},
     fixture::{Fixture, Recipe},
     fs::Kind,
+    mirror::Mirror,
 };
 use aftermath::Leaks;
 use anyhow::{Context, Result, ensure};
@@ -43,6 +47,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
+/// Writes of different histories have different numbers, above those of the tools that made the image.
+const NUMBERS_OF_A_HISTORY: u64 = 1_000_000_000;
+
 /// A host, an image on it, and how much is done.
 #[derive(Clone, Copy, Debug)]
 pub struct Outage {
@@ -50,9 +57,11 @@ pub struct Outage {
     pub host: Kind,
     /// The image.
     pub recipe: Recipe,
-    /// Acknowledged flushes.
+    /// Histories: each after the first begins with a state that a cut in the one before has left.
+    pub histories: u32,
+    /// Acknowledged flushes of each.
     pub flushes: usize,
-    /// States to judge.
+    /// States to judge of each.
     pub states: usize,
     /// Every so many states the image is served again.
     pub served_again: usize,
@@ -66,34 +75,19 @@ impl Outage {
     }
 }
 
-/// Cuts the power at many moments of one history.
+/// Cuts the power at many moments.
 ///
 /// # Errors
-/// What did not hold, in which state.
+/// What did not hold, in which state of which history.
 pub fn cut(binary: &Binary, dir: &Path, outage: &Outage, seed: u64) -> Result<()> {
     let site = Site::new(dir, outage)?;
     let fixture = site.make_image(seed)?;
-    replay::copy_sparse(&site.disk, &site.base)?;
-    let journal = site.record(binary, &fixture, seed)?;
-    let log = Log::read(&site.log)?;
-    let mut rng = fastrand::Rng::with_seed(seed);
-    let moments = replay::choose(&log.entries, outage.states, &mut rng);
-    ensure!(moments.len() * 2 > outage.states, "only {} moments in the log", moments.len());
-    let mut replay = Replay::new(&log, site.base.clone());
-    let mut leaks = 0;
-    for (index, moment) in moments.iter().enumerate() {
-        replay.make(moment, &site.disk)?;
-        let again = index.is_multiple_of(outage.served_again).then_some(binary);
-        let held = site.judge(&fixture, &journal, moment, again);
-        leaks += u32::from(held.with_context(|| format!("state {index}: {moment}"))? == Leaks::Some);
+    let mut initial = fixture.mirror.clone();
+    for history in 0..outage.histories {
+        initial = site
+            .one_history(binary, &fixture, initial, seed ^ u64::from(history), history)
+            .with_context(|| format!("history {history}"))?;
     }
-    println!(
-        "       {}: {} changes, {} entries in the log, {} states held, {leaks} of them with leaks",
-        outage.name(),
-        journal.issued(),
-        log.entries.len(),
-        moments.len()
-    );
     Ok(())
 }
 
@@ -107,6 +101,8 @@ struct Site<'a> {
     mount_point: PathBuf,
     /// What QEMU reads in the image.
     raw: PathBuf,
+    /// The state that the next history begins with.
+    next: PathBuf,
 }
 
 impl<'a> Site<'a> {
@@ -119,6 +115,7 @@ impl<'a> Site<'a> {
             log: path("host.log"),
             mount_point: path("mnt"),
             raw: path("found.raw"),
+            next: path("next.img"),
         };
         fs::create_dir(&site.mount_point)?;
         Ok(site)
@@ -133,14 +130,65 @@ impl<'a> Site<'a> {
         Ok(fixture)
     }
 
+    /// Serves the image, which holds `initial`, and judges what cuts would leave. The host's disk and the
+    /// content that is returned are those of one of them.
+    fn one_history(
+        &self,
+        binary: &Binary,
+        fixture: &Fixture,
+        initial: Mirror,
+        seed: u64,
+        number: u32,
+    ) -> Result<Mirror> {
+        replay::copy_sparse(&self.disk, &self.base)?;
+        let journal = self.record(binary, fixture, initial, seed, number)?;
+        let log = Log::read(&self.log)?;
+        let mut rng = fastrand::Rng::with_seed(seed);
+        let moments = replay::choose(&log.entries, self.outage.states, &mut rng);
+        ensure!(moments.len() * 2 > self.outage.states, "only {} moments in the log", moments.len());
+        let mut replay = Replay::new(&log, self.base.clone());
+        let (mut leaks, mut content) = (0, None);
+        for (index, moment) in moments.iter().enumerate() {
+            replay.make(moment, &self.disk)?;
+            let goes_on = index == moments.len() / 2;
+            if goes_on {
+                replay::copy_sparse(&self.disk, &self.next)?;
+            }
+            let again = index.is_multiple_of(self.outage.served_again).then_some(binary);
+            let held = self.judge(fixture, &journal, moment, again);
+            leaks += u32::from(held.with_context(|| format!("state {index}: {moment}"))? == Leaks::Some);
+            if goes_on {
+                let cluster = self.outage.recipe.cluster();
+                content = Some(Mirror::read_raw(&self.raw, fixture.mirror.size(), cluster)?);
+            }
+        }
+        println!(
+            "       {}: {} changes, {} entries in the log, {} states held, {leaks} of them with leaks",
+            self.outage.name(),
+            journal.issued(),
+            log.entries.len(),
+            moments.len()
+        );
+        fs::rename(&self.next, &self.disk)?;
+        content.context("no state was judged")
+    }
+
     /// Serves the image while the log is kept, and lets it be changed.
-    fn record(&self, binary: &Binary, fixture: &Fixture, seed: u64) -> Result<Journal> {
+    fn record(
+        &self,
+        binary: &Binary,
+        fixture: &Fixture,
+        initial: Mirror,
+        seed: u64,
+        number: u32,
+    ) -> Result<Journal> {
         let recipe = &self.outage.recipe;
         let host = Logged::mount(self.outage.host, &self.disk, &self.log, &self.mount_point)?;
         host.mark(&replay::mark_text(0))?;
         let mut disk = binary.attach(&fixture.image, recipe.queues)?;
-        let plan = Plan::new(disk.size(), recipe.cluster(), recipe.discards(), seed);
-        let history = History::new(Journal::new(fixture.mirror.clone()), &host);
+        let first = NUMBERS_OF_A_HISTORY * (u64::from(number) + 1);
+        let plan = Plan::new(disk.size(), recipe.cluster(), recipe.discards(), seed, first);
+        let history = History::new(Journal::new(initial), &host);
         history.drive(&mut disk, plan, self.outage.flushes, seed)?;
         disk.detach()?;
         history.closed()?;

@@ -156,7 +156,7 @@ impl<'a> Place<'a> {
     fn plan(&self, life: u64) -> Plan {
         let (size, cluster) = (self.recipe.size, self.recipe.cluster());
         let first = NUMBERS_OF_A_LIFE * (life + 1);
-        Plan::new(size, cluster, self.recipe.discards(), self.life.seed ^ life).numbered_from(first)
+        Plan::new(size, cluster, self.recipe.discards(), self.life.seed ^ life, first)
     }
 
     /// What the image may hold after a life: mark 1.
