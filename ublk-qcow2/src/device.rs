@@ -10,6 +10,7 @@
 
 use crate::{
     control::{ANY_ID, Control, ControlError},
+    handover,
     runfile::Phase,
 };
 use libublk::sys;
@@ -42,8 +43,8 @@ const WRITE_BACK: Duration = Duration::from_secs(300);
 const RECOVERY: u64 = (sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) as u64;
 /// `UBLK_F_NO_AUTO_PART_SCAN`, which libublk's header does not have yet.
 const NO_PART_SCAN: u64 = 1 << 18;
-/// `UBLK_F_QUIESCE`: a driver that has it forgets a server's queues when that server has died. An older one does only if
-/// all of them had been handed over.
+/// `UBLK_F_QUIESCE`: a driver that has it forgets a server's queues when that server has died. For an older one see
+/// [`handover`].
 const FORGETS_SERVERS: u64 = sys::UBLK_F_QUIESCE as u64;
 /// How long a device node may take to appear after the driver has made the device.
 const NODE_WAIT: Duration = Duration::from_secs(10);
@@ -85,10 +86,9 @@ pub(crate) enum DeviceError {
     #[error("this kernel's driver cannot leave out the partition scan (--no-part-scan needs Linux 7.0)")]
     PartScan,
     #[error(
-        "device {0} cannot be recovered: a new server died while it handed its queues to the driver, which Linux \
-         before 6.16 does not survive; `ublk-qcow2 del -n {0}` removes it and keeps all that was acknowledged"
+        "cannot complete what a dead server of device {id} had begun: {source}; `ublk-qcow2 del -n {id}` removes it"
     )]
-    Stranded(u32),
+    HandOver { id: u32, source: io::Error },
     #[error("the driver took other parameters than it was given: {0}")]
     Params(String),
     #[error("cannot open {}: {source}{hint}", .path.display())]
@@ -155,18 +155,14 @@ impl Device {
             return not_ours("without recovery; `ublk-qcow2 del` removes it");
         }
         let forgets = control.features().is_ok_and(|bits| bits & FORGETS_SERVERS != 0);
-        let was_cut_short = reached == Phase::Fetching && !forgets;
-        if was_cut_short && info.nr_hw_queues > 1 {
-            // If some of the queues had been handed over the driver would crash.
-            return Err(DeviceError::Stranded(id));
+        if reached == Phase::Fetching && !forgets {
+            handover::complete(open_char(id)?, info.nr_hw_queues, info.queue_depth)
+                .map_err(|source| DeviceError::HandOver { id, source })?;
         }
         let started = patiently(libc::EBUSY, || control.start_recovery(id), ControlError::errno);
         match started {
             // The recovery that the dead server had begun is still under way: no queue was handed over.
             Err(error) if error.errno() == Some(libc::EINVAL) && reached == Phase::Preparing => {}
-            Err(error) if error.errno() == Some(libc::EINVAL) && was_cut_short => {
-                return Err(DeviceError::Stranded(id));
-            }
             outcome => outcome?,
         }
         Ok(Self { control, info, state: State::Orphaned })
@@ -214,14 +210,7 @@ impl Device {
     /// Opens the character device. There can be one such descriptor at a time; the device is not
     /// deleted before it is closed.
     pub(crate) fn open_char(&self) -> Result<File, DeviceError> {
-        wait_for_node(char_path(self.id()), |path| {
-            // A dead server may not have let go of it yet.
-            patiently(
-                libc::EBUSY,
-                || OpenOptions::new().read(true).write(true).open(path),
-                io::Error::raw_os_error,
-            )
-        })
+        open_char(self.id())
     }
 
     /// Starts the device; the block device exists when this returns. See [`Control::start`].
@@ -290,6 +279,17 @@ impl Drop for Device {
             tracing::error!(id, %error, "the device is left behind; try `ublk-qcow2 del -n {id}`");
         }
     }
+}
+
+fn open_char(id: u32) -> Result<File, DeviceError> {
+    wait_for_node(char_path(id), |path| {
+        // A dead server may not have let go of it yet.
+        patiently(
+            libc::EBUSY,
+            || OpenOptions::new().read(true).write(true).open(path),
+            io::Error::raw_os_error,
+        )
+    })
 }
 
 /// Tries again while the kernel still has to do with a server that died, and so refuses with `errno`.

@@ -14,6 +14,7 @@ mod daemon;
 mod detach;
 mod device;
 mod errno;
+mod handover;
 mod namespace;
 mod queue;
 mod redofile;

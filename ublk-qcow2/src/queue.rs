@@ -249,11 +249,7 @@ impl Context {
     /// and a read's data out of it when the result is committed.
     fn command(&self, code: u32, tag: u16, result: i32) {
         let buf = self.tag(tag).buf();
-        let mut area = [0; 16];
-        area[0..2].copy_from_slice(&self.index.to_ne_bytes());
-        area[2..4].copy_from_slice(&tag.to_ne_bytes());
-        area[4..8].copy_from_slice(&result.to_ne_bytes());
-        area[8..16].copy_from_slice(&buf.address().to_ne_bytes());
+        let area = command_area(self.index, tag, result, buf.address());
         let entry = match self.target {
             Target::Fd(fd) => opcode::UringCmd16::new(types::Fd(fd), code).cmd(area).build(),
             Target::Fixed(slot) => opcode::UringCmd16::new(types::Fixed(slot), code).cmd(area).build(),
@@ -276,6 +272,16 @@ impl Context {
             tracing::error!(queue = self.index, count, "request failed: {error}");
         }
     }
+}
+
+/// The part of a queue's command that is the driver's own (`ublksrv_io_cmd`).
+pub(crate) fn command_area(queue: u16, tag: u16, result: i32, buffer: u64) -> [u8; 16] {
+    let mut area = [0; 16];
+    area[0..2].copy_from_slice(&queue.to_ne_bytes());
+    area[2..4].copy_from_slice(&tag.to_ne_bytes());
+    area[4..8].copy_from_slice(&result.to_ne_bytes());
+    area[8..16].copy_from_slice(&buffer.to_ne_bytes());
+    area
 }
 
 impl Pace for Context {
