@@ -26,14 +26,18 @@ use std::{path::Path, sync::Arc, sync::atomic::Ordering};
 /// present end (and would show in the new part). The image then has its old size.
 pub async fn grow<I: Io>(io: I, storage: &(impl Storage + ?Sized), path: &Path, size: u64) -> Result<()> {
     let image = Image::open(&io, storage, path, &OpenOptions::default()).await?;
-    let lane = Lane::new(&image, io, 1);
-    let outcome = lane.grow(size.next_multiple_of(512)).await;
-    let outcome = lane.settle(outcome).await;
-    // What was reserved goes back even if it failed.
-    outcome.and(lane.close().await)
+    Lane::new(&image, io, 1).grow_and_close(size).await
 }
 
 impl<I: Io> Lane<I> {
+    /// [`grow`], of an image that is open. It is not used any more afterwards.
+    pub(crate) async fn grow_and_close(&self, size: u64) -> Result<()> {
+        let outcome = self.grow(size.next_multiple_of(512)).await;
+        let outcome = self.settle(outcome).await;
+        // What was reserved goes back even if it failed.
+        outcome.and(self.close().await)
+    }
+
     async fn grow(&self, size: u64) -> Result<()> {
         let image = self.image();
         image.can_grow_to(size)?;

@@ -6,7 +6,7 @@ use qcow2_engine::{
     sim::{
         campaign::{self, Budget, Failure},
         cases,
-        run::{Totals, simulate},
+        run::{Totals, Work, simulate},
         workload::Fixture,
     },
 };
@@ -154,8 +154,13 @@ fn report(totals: &Totals, seed: u64, time: Duration) {
 fn describe(failure: &Failure) {
     println!("VIOLATION on {}: {}", failure.fixture, failure.message);
     println!("replay with --seed {} --case {}; shrunk to:", failure.seed, failure.number);
-    for (lane, requests) in failure.case.lanes.iter().enumerate() {
-        println!("  lane {lane}: {requests:?}");
+    match &failure.case.work {
+        Work::Tool(tool) => println!("  {tool:?}"),
+        Work::Lanes(lanes) => {
+            for (lane, requests) in lanes.iter().enumerate() {
+                println!("  lane {lane}: {requests:?}");
+            }
+        }
     }
     let case = &failure.case;
     println!(

@@ -2,7 +2,7 @@
 
 use super::{
     cases::case,
-    run::{Case, Totals, simulate},
+    run::{Case, Totals, Work, simulate},
     workload::Fixture,
 };
 use crate::RuleName;
@@ -96,24 +96,36 @@ pub fn run(
 /// Takes requests away, one at a time, as long as the case fails in some order of completions.
 fn shrink(fixture: &Fixture, mut failure: Failure) -> Failure {
     'smaller: loop {
-        for lane in 0..failure.case.lanes.len() {
-            for request in 0..failure.case.lanes[lane].len() {
-                let mut case = failure.case.clone();
-                case.lanes[lane].remove(request);
-                case.lanes.retain(|lane| !lane.is_empty());
-                if case.lanes.is_empty() {
-                    continue;
-                }
-                for seed in 0..SHRINK_SEEDS {
-                    case.seed = if seed == 0 { failure.case.seed } else { seed };
-                    if let Err(message) = simulate(fixture, &case, &mut Totals::default()) {
-                        failure.case = case;
-                        failure.message = message;
-                        continue 'smaller;
-                    }
+        for smaller in smaller(&failure.case) {
+            let mut case = smaller;
+            for seed in 0..SHRINK_SEEDS {
+                case.seed = if seed == 0 { failure.case.seed } else { seed };
+                if let Err(message) = simulate(fixture, &case, &mut Totals::default()) {
+                    failure.case = case;
+                    failure.message = message;
+                    continue 'smaller;
                 }
             }
         }
         return failure;
     }
+}
+
+/// The cases with one request less.
+fn smaller(case: &Case) -> Vec<Case> {
+    let Work::Lanes(lanes) = &case.work else { return Vec::new() };
+    let places = lanes
+        .iter()
+        .enumerate()
+        .flat_map(|(lane, requests)| (0..requests.len()).map(move |request| (lane, request)));
+    let without = places.map(|(lane, request)| {
+        let mut lanes = lanes.clone();
+        lanes[lane].remove(request);
+        lanes.retain(|lane| !lane.is_empty());
+        lanes
+    });
+    without
+        .filter(|lanes| !lanes.is_empty())
+        .map(|lanes| Case { work: Work::Lanes(lanes), ..case.clone() })
+        .collect()
 }

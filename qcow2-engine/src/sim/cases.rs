@@ -5,11 +5,14 @@
 
 use super::{
     age::{age, fill_table},
+    damage::Damage,
     disk::{Fault, FileSystem, HeldBack},
     rng::Rng,
-    run::Case,
+    run::{Case, Work},
+    tools::Tool,
     workload::{Fixture, Initial, Maker, Past, Request, SECTORS, Variant},
 };
+use crate::{Preallocation, Repair};
 use std::{io, path::Path};
 
 /// What a case is aimed at.
@@ -42,10 +45,12 @@ enum Plan {
     FullTable,
     /// It does so under the search for leaks. The image is large, so this is slow.
     SearchFullTable,
+    /// A tool works on the image.
+    Tool,
 }
 
 /// Of so many cases, how many follow which plan.
-const MIX: [(u64, Plan); 12] = [
+const MIX: [(u64, Plan); 13] = [
     (20, Plan::Short),
     (8, Plan::ShortAtOnce),
     (14, Plan::Lanes),
@@ -58,6 +63,7 @@ const MIX: [(u64, Plan); 12] = [
     (12, Plan::SearchWhileAllocating),
     (8, Plan::FullTable),
     (1, Plan::SearchFullTable),
+    (20, Plan::Tool),
 ];
 /// One in so many cases is on a file system that cannot allocate ahead, one that cannot punch holes.
 const UNABLE_SHARE: u64 = 4;
@@ -96,7 +102,7 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
         Plan::SearchFullTable => Past::MadeFull,
         Plan::FullTable => Past::CrashedFull,
         Plan::Search => Past::Crashed,
-        Plan::SearchWhileAllocating if rng.below(2) == 0 => Past::Crashed,
+        Plan::SearchWhileAllocating | Plan::Tool if rng.below(2) == 0 => Past::Crashed,
         _ => Past::Made,
     };
     let is_fit = |fixture: &Fixture| {
@@ -112,8 +118,12 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
     };
     let candidates: Vec<usize> = (0..fixtures.len()).filter(|&index| is_fit(&fixtures[index])).collect();
     let fixture = candidates[rng.below(candidates.len() as u64) as usize];
-    let lanes = plan.lanes(&mut rng);
-    let fault = (plan == Plan::Faulty).then(|| {
+    let work = match plan {
+        Plan::Tool => Work::Tool(tool(&mut rng, &fixtures[fixture])),
+        _ => Work::Lanes(plan.lanes(&mut rng)),
+    };
+    let is_faulty = plan == Plan::Faulty || plan == Plan::Tool && rng.below(4) == 0;
+    let fault = is_faulty.then(|| {
         let kind = [Fault::Eio, Fault::Enospc, Fault::Short][rng.below(3) as usize];
         (rng.below(120), kind)
     });
@@ -125,7 +135,7 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
         _ if rng.below(STARVING_SHARE) == 0 => HeldBack::Oldest,
         _ => HeldBack::Nothing,
     };
-    (fixture, Case { lanes, seed: rng.draw(), held_back, fault, file_system, disabled: None })
+    (fixture, Case { work, seed: rng.draw(), held_back, fault, file_system, disabled: None })
 }
 
 impl Plan {
@@ -183,8 +193,25 @@ impl Plan {
                 lanes
             }
             Self::FullTable => (0..1 + rng.below(2)).map(|_| growing(rng)).collect(),
+            Self::Tool => Vec::new(),
             Self::SearchFullTable => vec![growing(rng), vec![Request::Reclaim(1 << 20)]],
         }
+    }
+}
+
+/// A tool that can be used on an image.
+fn tool(rng: &mut Rng, fixture: &Fixture) -> Tool {
+    let is_v2 = fixture.variant.compat == "0.10";
+    match rng.below(8) {
+        0 => Tool::Repair(Repair::Leaks, Damage::None),
+        // Version 2 has no dirty bit, and no room for a snapshot's size.
+        1..=2 if !is_v2 => Tool::OpenDirty(Damage::OF_COUNTS[rng.below(5) as usize]),
+        3..=4 if !(is_v2 && fixture.initial == Initial::Shared) => Tool::Grow(1 + rng.below(1000) as usize),
+        5 => {
+            let kinds = [Preallocation::Off, Preallocation::Metadata, Preallocation::Falloc];
+            Tool::Create(kinds[rng.below(3) as usize])
+        }
+        _ => Tool::Repair(Repair::All, Damage::ALL[rng.below(6) as usize]),
     }
 }
 

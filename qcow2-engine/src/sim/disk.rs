@@ -15,7 +15,10 @@ use std::{
     path::Path,
     pin::Pin,
     rc::Rc,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
     task::{Context, Poll, Waker},
 };
 
@@ -102,12 +105,16 @@ impl Default for FileSystem {
 pub struct Disk(Rc<RefCell<State>>);
 
 /// Opens the disk's files; only used to hand them to `Image::open`.
-#[derive(Default)]
-pub struct Names(Mutex<Vec<(String, u64)>>);
+pub struct Names {
+    names: Vec<String>,
+    lengths: Arc<[AtomicU64]>,
+}
 
 #[derive(Default)]
 struct State {
     files: Vec<File>,
+    /// The lengths of the files as they are.
+    lengths: Arc<[AtomicU64]>,
     /// Issued and not completed.
     waiting: Vec<Operation>,
     results: Vec<(u64, io::Result<usize>)>,
@@ -189,7 +196,12 @@ impl Disk {
             pending: Vec::new(),
         };
         let files = contents.iter().map(|bytes| durable(bytes)).collect();
-        Self(Rc::new(RefCell::new(State { files, ..State::default() })))
+        Self::around(files, FileSystem::ABLE)
+    }
+
+    fn around(files: Vec<File>, file_system: FileSystem) -> Self {
+        let lengths = files.iter().map(|file| AtomicU64::new(file.current.len() as u64)).collect();
+        Self(Rc::new(RefCell::new(State { files, lengths, file_system, ..State::default() })))
     }
 
     /// The operation after `count` more completions fails in this way.
@@ -251,6 +263,7 @@ impl Disk {
         let file = &mut state.files[operation.file];
         state.version += u64::from(!matches!(operation.kind, Kind::Read { .. }));
         let result = file.carry_out(operation.kind, now, fault);
+        state.lengths[operation.file].store(file.current.len() as u64, Ordering::Relaxed);
         state.results.push((operation.id, result));
         if let Some(index) = state.wakers.iter().position(|(id, _)| *id == operation.id) {
             state.wakers.swap_remove(index).1.wake();
@@ -274,15 +287,14 @@ impl Disk {
         for (completed, _) in files.iter_mut().flat_map(|file| &mut file.pending) {
             *completed = 0;
         }
-        Self(Rc::new(RefCell::new(State { files, file_system: state.file_system, ..State::default() })))
+        Self::around(files, state.file_system)
     }
 
     /// Opens the disk's files under these names.
     #[must_use]
     pub fn names(&self, names: &[&str]) -> Names {
-        let state = self.0.borrow();
-        let lengths = state.files.iter().map(|file| file.current.len() as u64);
-        Names(Mutex::new(names.iter().map(|&name| name.to_owned()).zip(lengths).collect()))
+        let names = names.iter().map(|&name| name.to_owned()).collect();
+        Names { names, lengths: Arc::clone(&self.0.borrow().lengths) }
     }
 
     /// Looks at a file, and at the changes to it that have been issued and not completed. Whoever
@@ -357,18 +369,13 @@ impl File {
 
 impl Storage for Names {
     fn open(&self, path: &Path, _access: Access) -> io::Result<FileId> {
-        let index = self.names().iter().position(|(name, _)| Path::new(name) == path);
+        let index = self.names.iter().position(|name| Path::new(name) == path);
         index.map(|index| FileId(index as u32)).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
     fn len(&self, file: FileId) -> io::Result<u64> {
-        self.names().get(file.0 as usize).map(|(_, len)| *len).ok_or_else(|| io::ErrorKind::NotFound.into())
-    }
-}
-
-impl Names {
-    fn names(&self) -> MutexGuard<'_, Vec<(String, u64)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        let len = self.lengths.get(file.0 as usize).map(|len| len.load(Ordering::Relaxed));
+        len.ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 }
 

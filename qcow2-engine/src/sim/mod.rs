@@ -6,13 +6,14 @@
 //! [`states`] enumerates what a crash at one moment may leave on such a disk. [`oracle`] reads a
 //! crashed image with nothing but the format crate and says what is wrong with it. [`model`] knows
 //! which contents each sector may have. [`workload`] makes images and sequences of requests; [`kill`] ends the process and not the machine;
-//! [`cases`] draws images and requests from a seed; [`run`] lives one case through; [`campaign`] runs many, counts, and shrinks
+//! [`tools`] has crashes while a tool is at work, on an image with [`damage`]; [`cases`] draws images and requests from a seed; [`run`] lives one case through; [`campaign`] runs many, counts, and shrinks
 //! what fails.
 
 mod age;
 pub mod campaign;
 pub mod cases;
 pub mod contents;
+pub mod damage;
 pub mod disk;
 mod kill;
 pub mod model;
@@ -20,4 +21,5 @@ pub mod oracle;
 pub mod rng;
 pub mod run;
 pub mod states;
+pub mod tools;
 pub mod workload;

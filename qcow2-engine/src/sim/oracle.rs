@@ -15,6 +15,8 @@ use std::{cell::RefCell, collections::HashMap};
 pub struct Case<'a> {
     /// What each sector may hold.
     pub model: &'a Model,
+    /// The sizes that the virtual disk may have, in bytes.
+    pub sizes: &'a [u64],
     /// The raw backing file.
     pub backing: Option<&'a [u8]>,
     /// What every sector holds in every internal snapshot.
@@ -76,8 +78,12 @@ pub fn judge(bytes: &[u8], case: &Case<'_>) -> Result<Findings, String> {
         }
     }
     let findings = reader.compare_refcounts()?;
-    for sector in 0..case.model.len() {
-        let found = reader.sector(&l1, sector, case)?;
+    let size = reader.header.virtual_size;
+    if !case.sizes.contains(&size) {
+        return Err(format!("the virtual disk has {size} bytes"));
+    }
+    for sector in 0..case.model.len().min(size as usize / 512) {
+        let found = reader.sector(&l1, sector, case.backing, case.memo)?;
         case.model
             .check(sector, found)
             .map_err(|allowed| format!("sector {sector} holds {found:?}, allowed are {allowed:?}"))?;
@@ -85,7 +91,7 @@ pub fn judge(bytes: &[u8], case: &Case<'_>) -> Result<Findings, String> {
     for snapshot in &snapshots {
         let l1 = reader.table(snapshot.l1_table.0, snapshot.l1_entries as usize)?;
         for (sector, &expected) in case.snapshot.iter().enumerate() {
-            let found = reader.sector(&l1, sector, case)?;
+            let found = reader.sector(&l1, sector, case.backing, case.memo)?;
             if found != expected {
                 return Err(format!("sector {sector} of a snapshot holds {found:?}, not {expected:?}"));
             }
@@ -94,13 +100,41 @@ pub fn judge(bytes: &[u8], case: &Case<'_>) -> Result<Findings, String> {
     Ok(findings)
 }
 
+/// What the sectors of a damaged image hold, and then those of each snapshot; `None` where that cannot
+/// be told.
+///
+/// # Errors
+/// The header or the snapshot table cannot be read.
+pub fn read(
+    bytes: &[u8],
+    backing: Option<&[u8]>,
+    sectors: usize,
+    memo: &Memo,
+) -> Result<Vec<Option<Value>>, String> {
+    let mut reader = Reader::of(bytes)?;
+    let mut tables = vec![(reader.header.l1_table.0, reader.header.l1_entries)];
+    tables.extend(reader.snapshots()?.iter().map(|snapshot| (snapshot.l1_table.0, snapshot.l1_entries)));
+    let mut values = Vec::with_capacity(tables.len() * sectors);
+    for (at, entries) in tables {
+        let l1 = reader.table(at, entries as usize)?;
+        values.extend((0..sectors).map(|sector| reader.sector(&l1, sector, backing, memo).ok()));
+    }
+    Ok(values)
+}
+
 impl<'a> Reader<'a> {
     fn open(bytes: &'a [u8]) -> Result<Self, String> {
-        let header = Header::decode(bytes, bytes.len() as u64).map_err(|error| error.to_string())?;
+        let reader = Self::of(bytes)?;
+        let header = &reader.header;
         header.check_supported().and(header.check_writable()).map_err(|error| error.to_string())?;
         if header.incompatible & qcow2_format::header::DIRTY != 0 {
             return Err("it is marked dirty".to_owned());
         }
+        Ok(reader)
+    }
+
+    fn of(bytes: &'a [u8]) -> Result<Self, String> {
+        let header = Header::decode(bytes, bytes.len() as u64).map_err(|error| error.to_string())?;
         let geometry = header.geometry();
         let clusters = geometry.clusters_for(bytes.len() as u64) as usize;
         Ok(Self { bytes, header, geometry, references: vec![0; clusters], exclusive: vec![false; clusters] })
@@ -248,7 +282,13 @@ impl<'a> Reader<'a> {
     }
 
     /// The content of a sector under an L1 table.
-    fn sector(&self, l1: &[u64], sector: usize, case: &Case<'_>) -> Result<Value, String> {
+    fn sector(
+        &self,
+        l1: &[u64],
+        sector: usize,
+        backing: Option<&[u8]>,
+        memo: &Memo,
+    ) -> Result<Value, String> {
         let guest = sector as u64 * 512;
         let index = self.geometry.l1_index(guest) as usize;
         let mapping = match L1Entry::decode(l1[index], &self.geometry).map_err(|error| error.to_string())? {
@@ -261,7 +301,7 @@ impl<'a> Reader<'a> {
         let skip = self.geometry.in_cluster(guest);
         Ok(match mapping {
             Mapping::Unallocated => {
-                let bytes = case.backing.and_then(|bytes| bytes.get(guest as usize..guest as usize + 512));
+                let bytes = backing.and_then(|bytes| bytes.get(guest as usize..guest as usize + 512));
                 bytes.map_or(Value::Zero, Value::read)
             }
             Mapping::Zero { .. } => Value::Zero,
@@ -269,7 +309,7 @@ impl<'a> Reader<'a> {
             Mapping::Compressed(range) => {
                 let end = (range.offset + range.len).min(self.bytes.len() as u64);
                 let input = self.slice(range.offset, end.saturating_sub(range.offset))?;
-                if let Some(values) = case.memo.0.borrow().get(input) {
+                if let Some(values) = memo.0.borrow().get(input) {
                     return Ok(values[skip as usize / 512]);
                 }
                 let len = self.geometry.cluster_size() as usize;
@@ -277,7 +317,7 @@ impl<'a> Reader<'a> {
                     .map_err(|error| error.to_string())?;
                 let values: Vec<Value> = cluster.chunks_exact(512).map(Value::read).collect();
                 let value = values[skip as usize / 512];
-                case.memo.0.borrow_mut().insert(input.to_vec(), values);
+                memo.0.borrow_mut().insert(input.to_vec(), values);
                 value
             }
         })

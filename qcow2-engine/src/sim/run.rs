@@ -7,6 +7,7 @@ use super::{
     oracle,
     rng::Rng,
     states,
+    tools::{self, Tool},
     workload::{Fixture, Request},
 };
 use crate::{
@@ -27,11 +28,20 @@ use std::{
     task::{Context, Poll, Wake, Waker},
 };
 
+/// What is done with an image.
+#[derive(Clone, Debug)]
+pub enum Work {
+    /// It is served. Requests, one after the other on each lane; the lanes run at the same time.
+    Lanes(Vec<Vec<Request>>),
+    /// A tool works on it.
+    Tool(Tool),
+}
+
 /// A life to be simulated. The same case always goes the same way.
 #[derive(Clone, Debug)]
 pub struct Case {
-    /// Requests, one after the other on each lane; the lanes run at the same time.
-    pub lanes: Vec<Vec<Request>>,
+    /// What is done.
+    pub work: Work,
     /// Chooses the order of completions and the random crash states.
     pub seed: u64,
     /// The operation that lands late.
@@ -46,7 +56,8 @@ pub struct Case {
 
 impl Case {
     fn searches_for_leaks(&self) -> bool {
-        self.lanes.iter().flatten().any(|request| matches!(request, Request::Reclaim(_)))
+        let Work::Lanes(lanes) = &self.work else { return false };
+        lanes.iter().flatten().any(|request| matches!(request, Request::Reclaim(_)))
     }
 
     /// A request that does not end keeps what it may still use, and what is on its way to be freed
@@ -126,6 +137,20 @@ pub(super) struct Life<'a> {
 /// # Errors
 /// What is wrong, in words.
 pub fn simulate(fixture: &Fixture, case: &Case, totals: &mut Totals) -> Result<(), String> {
+    match &case.work {
+        Work::Lanes(lanes) => serve(fixture, lanes, case, totals),
+        &Work::Tool(tool) => {
+            tools::simulate(fixture, tool, case, totals).map_err(|error| format!("{tool:?}: {error}"))
+        }
+    }
+}
+
+fn serve(
+    fixture: &Fixture,
+    requests: &[Vec<Request>],
+    case: &Case,
+    totals: &mut Totals,
+) -> Result<(), String> {
     let mut life = Life::new(fixture, case.seed, totals);
     life.held_back = case.held_back;
     life.disk.set_file_system(case.file_system);
@@ -143,9 +168,9 @@ pub fn simulate(fixture: &Fixture, case: &Case, totals: &mut Totals) -> Result<(
     if let Some(rule) = case.disabled {
         image.disable_rule(rule);
     }
-    let lanes: Vec<_> = case.lanes.iter().map(|_| Lane::new(&image, life.disk.clone(), 4)).collect();
+    let lanes: Vec<_> = requests.iter().map(|_| Lane::new(&image, life.disk.clone(), 4)).collect();
     let mut next = 0;
-    let tasks = case.lanes.iter().zip(&lanes).map(|(requests, lane)| {
+    let tasks = requests.iter().zip(&lanes).map(|(requests, lane)| {
         let first = next;
         next += requests.len() as u32;
         let requests = requests
@@ -363,6 +388,7 @@ impl<'a> Life<'a> {
         }
         let case = oracle::Case {
             model: &model,
+            sizes: &[model.len() as u64 * 512],
             backing: self.fixture.backing.as_deref(),
             snapshot: &self.fixture.snapshot,
             memo: &self.memo,
@@ -406,6 +432,7 @@ impl<'a> Life<'a> {
         let model = self.model.borrow();
         let case = oracle::Case {
             model: &model,
+            sizes: &[model.len() as u64 * 512],
             backing: self.fixture.backing.as_deref(),
             snapshot: &self.fixture.snapshot,
             memo: &self.memo,

@@ -1,0 +1,139 @@
+//! Damage that a repair has to undo, done to a sound image.
+//!
+//! Not the fuzzer's: here it is known what the image held, and all of it can be repaired.
+
+use super::rng::Rng;
+use qcow2_format::{Geometry, Header, L1Entry, Mapping, RefcountTableEntry, header, l2, refcount};
+
+/// What is damaged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Damage {
+    /// Nothing; but the image may have leaks.
+    None,
+    /// Counts are too high, too low, or 0.
+    Counts,
+    /// Copied flags are wrong.
+    Flags,
+    /// Counts and flags.
+    CountsAndFlags,
+    /// A refcount block is lost: the structure has to be rebuilt.
+    LostBlock,
+    /// L2 entries name what is beyond the end of the file.
+    Entries,
+}
+
+impl Damage {
+    /// What a writer with lazy refcounts may leave behind.
+    pub const OF_COUNTS: [Self; 5] =
+        [Self::None, Self::Counts, Self::Flags, Self::CountsAndFlags, Self::LostBlock];
+    /// All of it.
+    pub const ALL: [Self; 6] =
+        [Self::None, Self::Counts, Self::Flags, Self::CountsAndFlags, Self::LostBlock, Self::Entries];
+
+    /// Whether content is lost with it.
+    #[must_use]
+    pub fn hits_entries(self) -> bool {
+        self == Self::Entries
+    }
+}
+
+/// Damages an image.
+pub(super) fn inflict(image: &mut [u8], damage: Damage, rng: &mut Rng) -> Result<(), String> {
+    let header = Header::decode(image, image.len() as u64).map_err(|error| error.to_string())?;
+    let mut wreck = Wreck { geometry: header.geometry(), header, image };
+    match damage {
+        Damage::None => {}
+        Damage::Counts => wreck.spoil_counts(rng)?,
+        Damage::Flags => wreck.spoil_entries(rng, |entry| entry ^ l2::COPIED),
+        Damage::CountsAndFlags => {
+            wreck.spoil_counts(rng)?;
+            wreck.spoil_entries(rng, |entry| entry ^ l2::COPIED);
+        }
+        Damage::LostBlock => wreck.lose_block(rng),
+        Damage::Entries => wreck.spoil_entries(rng, |entry| entry | 1 << 50),
+    }
+    Ok(())
+}
+
+/// Sets the dirty bit.
+pub(super) fn mark_dirty(image: &mut [u8]) {
+    let at = header::INCOMPATIBLE_OFFSET as usize;
+    let features = u64::from_be_bytes(image[at..at + 8].try_into().unwrap_or_default()) | header::DIRTY;
+    image[at..at + 8].copy_from_slice(&features.to_be_bytes());
+}
+
+/// Damaged things of one kind, at the most.
+const MAX: u64 = 12;
+
+struct Wreck<'a> {
+    header: Header,
+    geometry: Geometry,
+    image: &'a mut [u8],
+}
+
+impl Wreck<'_> {
+    fn entry(&self, at: u64) -> u64 {
+        let bytes = self.image.get(at as usize..at as usize + 8).unwrap_or_default();
+        u64::from_be_bytes(bytes.try_into().unwrap_or_default())
+    }
+
+    fn set_entry(&mut self, at: u64, entry: u64) {
+        self.image[at as usize..at as usize + 8].copy_from_slice(&entry.to_be_bytes());
+    }
+
+    /// The entries of the refcount table that name a block, with their places.
+    fn blocks(&self) -> Vec<(u64, u64)> {
+        let len = u64::from(self.header.refcount_table_clusters) << self.geometry.cluster_bits;
+        let places = (0..len / 8).map(|index| self.header.refcount_table.0 + index * 8);
+        let decoded = places.map(|at| (at, RefcountTableEntry::decode(self.entry(at), &self.geometry)));
+        decoded.filter_map(|(at, block)| Some((at, block.ok()??.0))).collect()
+    }
+
+    fn spoil_counts(&mut self, rng: &mut Rng) -> Result<(), String> {
+        let per_block = self.geometry.refcounts_per_block();
+        let clusters = self.geometry.clusters_for(self.image.len() as u64);
+        let (order, size) = (self.geometry.refcount_order, self.geometry.cluster_size() as usize);
+        let (table, max) = (self.header.refcount_table.0, self.geometry.refcount_max());
+        for _ in 0..1 + rng.below(MAX) {
+            let cluster = rng.below(clusters);
+            let block =
+                RefcountTableEntry::decode(self.entry(table + cluster / per_block * 8), &self.geometry)
+                    .map_err(|error| error.to_string())?;
+            let Some(block) = block else { continue };
+            let bytes = &mut self.image[block.0 as usize..block.0 as usize + size];
+            let index = (cluster % per_block) as usize;
+            let count = refcount::get(bytes, order, index);
+            let wrong = [0, count.saturating_sub(1), count + 1, 2, 7][rng.below(5) as usize].min(max);
+            refcount::set(bytes, order, index, wrong);
+        }
+        Ok(())
+    }
+
+    fn lose_block(&mut self, rng: &mut Rng) {
+        let blocks = self.blocks();
+        if let Some(&(at, _)) = blocks.get(rng.below(blocks.len().max(1) as u64) as usize) {
+            self.set_entry(at, 0);
+        }
+    }
+
+    /// Changes some of the active mapping's entries that name a cluster.
+    fn spoil_entries(&mut self, rng: &mut Rng, change: impl Fn(u64) -> u64) {
+        let mut places = Vec::new();
+        for index in 0..u64::from(self.header.l1_entries) {
+            let raw = self.entry(self.header.l1_table.0 + index * 8);
+            let Ok(L1Entry::Table { offset, .. }) = L1Entry::decode(raw, &self.geometry) else { continue };
+            let all = (0..self.geometry.l2_entries()).map(|entry| offset.0 + entry * 8);
+            places.extend(all.filter(|&at| {
+                matches!(
+                    Mapping::decode(self.entry(at), &self.geometry),
+                    Ok(Mapping::Data { .. } | Mapping::Zero { host: Some(_), .. })
+                )
+            }));
+        }
+        for _ in 0..1 + rng.below(MAX) {
+            if let Some(&at) = places.get(rng.below(places.len().max(1) as u64) as usize) {
+                self.set_entry(at, change(self.entry(at)));
+            }
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! Crashes while a tool is at work on an image that nobody serves: repair, the repair of the dirty bit
+//! at open, growing, creation.
+//!
+//! A tool is judged at every moment, as requests are. What a crash leaves of
+//!
+//! - a *repair*: no sector reads worse than before, in the image or in a snapshot; the next repair comes
+//!   to its end, and leaves a sound image without a leak;
+//! - an image *marked dirty*: the same, and the next repair is the next opening;
+//! - *growing*: a sound image of the old size or the new one;
+//! - *creation*: the old image, no image, or the new one, whole and empty.
+
+use super::{
+    damage::{self, Damage},
+    disk::{Change, Disk, File},
+    model::{Model, Value},
+    oracle::{self, Memo},
+    rng::Rng,
+    run::{Case, Totals},
+    states,
+    workload::Fixture,
+};
+use crate::{
+    CheckOptions, Error, Image, Lane, OpenOptions, Preallocation, Repair, check, create, exec::run_at_once,
+    io::mem::MemFiles,
+};
+use qcow2_format::CreateOptions;
+use std::{
+    future::Future,
+    path::Path,
+    pin::Pin,
+    task::{Context, Poll, Waker},
+};
+
+/// What is done to an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tool {
+    /// `check --repair`, of an image with this damage.
+    Repair(Repair, Damage),
+    /// Opening an image that is marked dirty and has this damage.
+    OpenDirty(Damage),
+    /// Growing by so many sectors.
+    Grow(usize),
+    /// Making an empty image of what was one.
+    Create(Preallocation),
+}
+
+const IMAGE: &str = "image";
+const BASE: &str = "base";
+/// No tool needs more operations than this on images as small as these.
+const MAX_OPERATIONS: u64 = 100_000;
+
+/// A tool at work.
+struct Work<'a> {
+    fixture: &'a Fixture,
+    tool: Tool,
+    /// The damaged image.
+    image: Vec<u8>,
+    model: Model,
+    /// What sectors may read as while a repair is under way: before it, and after it.
+    readings: [Vec<Option<Value>>; 2],
+    memo: Memo,
+}
+
+/// Simulates a tool.
+///
+/// # Errors
+/// What is wrong, in words.
+pub(super) fn simulate(
+    fixture: &Fixture,
+    tool: Tool,
+    case: &Case,
+    totals: &mut Totals,
+) -> Result<(), String> {
+    totals.workloads += 1;
+    let mut rng = Rng::new(case.seed);
+    let work = Work::new(fixture, tool, &mut rng)?;
+    let disk = Disk::new(&[&work.image, fixture.backing.as_deref().unwrap_or_default()]);
+    disk.set_file_system(case.file_system);
+    if let Some((at, fault)) = case.fault {
+        // Tools are short.
+        disk.fail_after(at / 4, fault);
+    }
+    let outcome = work.drive(&disk, &mut rng, case, totals)?;
+    match outcome {
+        Err(error) if case.fault.is_none() => return Err(format!("it failed: {error}")),
+        _ => {}
+    }
+    disk.look(0, |file, in_flight| {
+        let is_durable = file.pending.is_empty() && in_flight.is_empty();
+        match &outcome {
+            Ok(()) if !is_durable => Err("it has ended, and not everything is durable".to_owned()),
+            Ok(()) => work.judge_end(&file.current),
+            Err(_) => work.judge(&file.current),
+        }
+    })
+}
+
+impl<'a> Work<'a> {
+    fn new(fixture: &'a Fixture, tool: Tool, rng: &mut Rng) -> Result<Self, String> {
+        let mut image = fixture.image.clone();
+        let mut content = fixture.content.clone();
+        match tool {
+            Tool::Repair(_, damage) => damage::inflict(&mut image, damage, rng)?,
+            Tool::OpenDirty(damage) => {
+                damage::inflict(&mut image, damage, rng)?;
+                damage::mark_dirty(&mut image);
+            }
+            Tool::Grow(sectors) => content.resize(content.len() + sectors, Value::Zero),
+            Tool::Create(_) => content.fill(Value::Zero),
+        }
+        let memo = Memo::default();
+        let readings = match tool {
+            Tool::Repair(repair, _) => {
+                let repaired = repaired(&image, repair)?;
+                let read =
+                    |bytes: &[u8]| oracle::read(bytes, fixture.backing.as_deref(), content.len(), &memo);
+                [read(&image)?, read(&repaired)?]
+            }
+            _ => [Vec::new(), Vec::new()],
+        };
+        Ok(Self { fixture, tool, image, model: Model::new(&content), readings, memo })
+    }
+
+    /// Lets the tool work, and tries every crash state of every moment.
+    fn drive(
+        &self,
+        disk: &Disk,
+        rng: &mut Rng,
+        case: &Case,
+        totals: &mut Totals,
+    ) -> Result<crate::Result<()>, String> {
+        let mut future = self.start(disk, case);
+        let mut context = Context::from_waker(Waker::noop());
+        let mut judged = u64::MAX;
+        for _ in 0..MAX_OPERATIONS {
+            // A part of it may wake another.
+            let outcome = (0..8).find_map(|_| match future.as_mut().poll(&mut context) {
+                Poll::Ready(outcome) => Some(outcome),
+                Poll::Pending => None,
+            });
+            if std::mem::replace(&mut judged, disk.version()) != disk.version() {
+                disk.look(0, |file, in_flight| self.crash_here(file, in_flight, rng, totals))?;
+            }
+            if let Some(outcome) = outcome {
+                return Ok(outcome);
+            }
+            match disk.waiting() as u64 {
+                0 => return Err("it hangs".to_owned()),
+                waiting => disk.complete(rng.below(waiting) as usize),
+            }
+            totals.operations += 1;
+        }
+        Err("it does not end".to_owned())
+    }
+
+    fn start<'f>(&self, disk: &Disk, case: &Case) -> Pin<Box<dyn Future<Output = crate::Result<()>> + 'f>> {
+        let names = disk.names(&[IMAGE, BASE]);
+        let (disk, tool, disabled) = (disk.clone(), self.tool, case.disabled);
+        let options = self.create_options();
+        let new_size = self.model.len() as u64 * 512;
+        Box::pin(async move {
+            let path = Path::new(IMAGE);
+            match tool {
+                Tool::Repair(repair, _) => {
+                    let options = CheckOptions { repair, ..CheckOptions::default() };
+                    check(&disk, &names, path, options).await.map(drop)
+                }
+                Tool::OpenDirty(_) => Image::open(&disk, &names, path, &open_options()).await.map(drop),
+                Tool::Grow(_) => {
+                    let image = Image::open(&disk, &names, path, &open_options()).await?;
+                    if let Some(rule) = disabled {
+                        image.disable_rule(rule);
+                    }
+                    Lane::new(&image, disk, 1).grow_and_close(new_size).await
+                }
+                Tool::Create(preallocation) => {
+                    create::create(&disk, &names, path, &options, preallocation).await
+                }
+            }
+        })
+    }
+
+    fn create_options(&self) -> CreateOptions {
+        let variant = &self.fixture.variant;
+        CreateOptions {
+            virtual_size: self.model.len() as u64 * 512,
+            cluster_bits: (variant.cluster_sectors as u32 * 512).ilog2(),
+            refcount_order: variant.refcount_bits.ilog2(),
+            ..CreateOptions::default()
+        }
+    }
+
+    fn crash_here(
+        &self,
+        file: &mut File,
+        in_flight: Vec<Change>,
+        rng: &mut Rng,
+        totals: &mut Totals,
+    ) -> Result<(), String> {
+        states::for_each(file, in_flight, rng, |crashed| {
+            totals.states += 1;
+            if totals.images.insert(crashed.hash) { self.judge(crashed.bytes) } else { Ok(()) }
+        })
+    }
+
+    /// Judges what a crash has left while the tool was at work.
+    fn judge(&self, bytes: &[u8]) -> Result<(), String> {
+        match self.tool {
+            Tool::Repair(repair, _) => {
+                self.compare(bytes)?;
+                let next = repaired(bytes, repair)?;
+                self.compare(&next).map_err(|error| format!("after the next repair {error}"))?;
+                self.judge_end(&next).map_err(|error| format!("after the next repair {error}"))
+            }
+            Tool::OpenDirty(_) => {
+                let next = self.opened(bytes)?;
+                self.judge_end(&next).map_err(|error| format!("after the next opening {error}"))
+            }
+            Tool::Grow(_) => self.sound(bytes, &self.model).map(drop),
+            Tool::Create(_) => {
+                let new = match self.sound(bytes, &self.model) {
+                    Ok(_) => return Ok(()),
+                    Err(error) => error,
+                };
+                let is_image = qcow2_format::Header::decode(bytes, bytes.len() as u64).is_ok();
+                if !is_image || bytes == self.image { Ok(()) } else { Err(format!("half an image: {new}")) }
+            }
+        }
+    }
+
+    /// Judges what the tool leaves when it has ended.
+    fn judge_end(&self, bytes: &[u8]) -> Result<(), String> {
+        let may_leak = matches!(self.tool, Tool::Grow(_)) && self.fixture.past.leaks();
+        match self.tool {
+            // What was lost is zero now, or what the backing file has: the content is not the fixture's.
+            Tool::Repair(_, damage) if damage.hits_entries() => is_clean(bytes),
+            _ => match self.sound(bytes, &self.model)?.leaks {
+                leaks if leaks > 0 && !may_leak => Err(format!("{leaks} leaks are left")),
+                _ => Ok(()),
+            },
+        }
+    }
+
+    fn sound(&self, bytes: &[u8], model: &Model) -> Result<oracle::Findings, String> {
+        let (old, new) = (self.fixture.content.len() as u64 * 512, model.len() as u64 * 512);
+        let case = oracle::Case {
+            model,
+            sizes: &[old, new],
+            backing: self.fixture.backing.as_deref().filter(|_| !matches!(self.tool, Tool::Create(_))),
+            snapshot: &self.fixture.snapshot,
+            memo: &self.memo,
+        };
+        oracle::judge(bytes, &case)
+    }
+
+    /// Whether each sector reads as it did before the repair, or as it will after it.
+    fn compare(&self, bytes: &[u8]) -> Result<(), String> {
+        let [before, after] = &self.readings;
+        let now = oracle::read(bytes, self.fixture.backing.as_deref(), self.model.len(), &self.memo)?;
+        let expected = before.iter().zip(after);
+        match now.iter().zip(expected).position(|(now, (before, after))| now != before && now != after) {
+            Some(at) if now.len() == before.len() => Err(format!(
+                "sector {at} reads as {:?}, which was {:?} and is to be {:?}",
+                now[at], before[at], after[at]
+            )),
+            None if now.len() == before.len() => Ok(()),
+            _ => Err("there are more snapshots, or fewer".to_owned()),
+        }
+    }
+
+    /// What opening for writing makes of an image.
+    fn opened(&self, bytes: &[u8]) -> Result<Vec<u8>, String> {
+        let files = MemFiles::default();
+        files.put(IMAGE, bytes.to_vec());
+        files.put(BASE, self.fixture.backing.clone().unwrap_or_default());
+        run_at_once(Image::open(&files, &files, Path::new(IMAGE), &open_options()))
+            .map_err(|error: Error| format!("it does not open: {error}"))?;
+        files.get(IMAGE).ok_or_else(|| "no file".to_owned())
+    }
+}
+
+fn open_options() -> OpenOptions {
+    OpenOptions { cache_bytes: 0, ..OpenOptions::default() }
+}
+
+fn checked(files: &MemFiles, repair: Repair) -> Result<crate::CheckReport, String> {
+    let options = CheckOptions { repair, ..CheckOptions::default() };
+    run_at_once(check(files, files, Path::new(IMAGE), options)).map_err(|error| error.to_string())
+}
+
+/// What a whole repair makes of an image.
+fn repaired(bytes: &[u8], repair: Repair) -> Result<Vec<u8>, String> {
+    let files = MemFiles::default();
+    files.put(IMAGE, bytes.to_vec());
+    let report = checked(&files, repair)?;
+    match report.remaining.list.first() {
+        Some(finding) => Err(format!("repair leaves: {finding} ({:?})", report.refused)),
+        None => files.get(IMAGE).ok_or_else(|| "no file".to_owned()),
+    }
+}
+
+fn is_clean(bytes: &[u8]) -> Result<(), String> {
+    let files = MemFiles::default();
+    files.put(IMAGE, bytes.to_vec());
+    checked(&files, Repair::None)?.found.list.first().map_or(Ok(()), |finding| Err(finding.to_string()))
+}
