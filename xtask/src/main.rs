@@ -12,6 +12,7 @@ mod place;
 mod powercut;
 mod process;
 mod setup;
+mod soak;
 mod test;
 mod test_compat;
 mod vm;
@@ -43,6 +44,8 @@ enum Task {
     Powercut(powercut::Options),
     /// Damage images field by field, and hold what becomes of them against QEMU's tools
     Fuzz(fuzz::Options),
+    /// Source trees, fio and kills of the server on images that live through it all
+    Soak(soak::Options),
     /// Compare the speed of the engines in the virtual machine
     Bench(bench::Options),
     /// The release binary in a tarball
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         Task::Crash(options) => crash::command(&options),
         Task::Powercut(options) => powercut::command(&options),
         Task::Fuzz(options) => fuzz::command(&options),
+        Task::Soak(options) => soak::command(&options),
         Task::Bench(options) => bench::command(&options),
         Task::Dist => dist::command().map(|()| ExitCode::SUCCESS),
         Task::Vm(options) => vm::command(&options),
