@@ -5,7 +5,9 @@
 //! disk                what a test does    matrix   which images
 //! engine | device     who serves          journey  the way of an image through the suite
 //! sequence, content, mirror               seeded requests and what must come of them
-//! fio, fs, kill, recovery, power, refusals, shape      what else a device has to stand
+//! fio, fs, kill, refusals, shape          what else a device has to stand
+//! recovery, leaks, server                 what becomes of a device whose server dies, and of its image
+//! power                                   what a host whose power fails finds
 //! suite → report                          all cases, one line each
 //! ```
 //!
@@ -22,6 +24,7 @@ pub mod fixture;
 pub mod fs;
 pub mod journey;
 pub mod kill;
+pub mod leaks;
 pub mod matrix;
 pub mod mirror;
 pub mod power;
@@ -31,5 +34,6 @@ pub mod recovery;
 pub mod refusals;
 pub mod report;
 pub mod sequence;
+pub mod server;
 pub mod shape;
 pub mod suite;

@@ -2,10 +2,9 @@
 
 mod apt;
 mod bench;
-mod crash;
+mod campaign;
 mod demo;
 mod dist;
-mod fuzz;
 mod kernel;
 mod peers;
 mod place;
@@ -39,11 +38,11 @@ enum Task {
     /// The full compatibility matrix on both kernels, and machines that are killed
     TestCompat(test_compat::Options),
     /// Crash simulated workloads at every moment and judge what is left
-    Crash(crash::Options),
+    Crash(campaign::CrashOptions),
     /// Kill a whole virtual machine under a writer, over and over, and judge what is left
     Powercut(powercut::Options),
     /// Damage images field by field, and hold what becomes of them against QEMU's tools
-    Fuzz(fuzz::Options),
+    Fuzz(campaign::FuzzOptions),
     /// Source trees, fio and kills of the server on images that live through it all
     Soak(soak::Options),
     /// Compare the speed of the engines in the virtual machine
@@ -60,9 +59,9 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::command(&options),
         Task::Test(options) => test::command(&options),
         Task::TestCompat(options) => test_compat::command(&options),
-        Task::Crash(options) => crash::command(&options),
+        Task::Crash(options) => campaign::crash(&options),
         Task::Powercut(options) => powercut::command(&options),
-        Task::Fuzz(options) => fuzz::command(&options),
+        Task::Fuzz(options) => campaign::fuzz(&options),
         Task::Soak(options) => soak::command(&options),
         Task::Bench(options) => bench::command(&options),
         Task::Dist => dist::command().map(|()| ExitCode::SUCCESS),
