@@ -7,7 +7,7 @@
 //! sequence, content, mirror               seeded requests and what must come of them
 //! fio, fs, kill, refusals, shape          what else a device has to stand
 //! recovery, leaks, server                 what becomes of a device whose server dies, and of its image
-//! power                                   what a loss of power leaves on the host's disk
+//! power                                   what a host whose power fails finds
 //! suite → report                          all cases, one line each
 //! ```
 //!

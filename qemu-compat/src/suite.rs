@@ -230,7 +230,7 @@ impl Cases {
         let mut outages = vec![(fs::Kind::Xfs, preallocated), (fs::Kind::Ext4, overlay)];
         let (histories, flushes, states, served_again) = match self.setting.scale {
             Scale::Quick => (2, 12, 5, 4),
-            Scale::Full => (3, 60, 32, 8),
+            Scale::Full => (2, 60, 24, 8),
         };
         if self.setting.scale == Scale::Full {
             let small = Recipe { queues: 2, ..Recipe::plain(12) };

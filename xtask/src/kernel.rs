@@ -168,7 +168,7 @@ fn unify_lib(root: &Path) -> Result<()> {
 }
 
 /// The numbers of the version in a package name, an order for versions; `-cloud-amd64` is no part of it.
-fn digits(name: &str) -> Vec<u32> {
+pub(crate) fn digits(name: &str) -> Vec<u32> {
     let version = name.split("-cloud").next().unwrap_or(name);
     version.split(|c: char| !c.is_ascii_digit()).filter_map(|run| run.parse().ok()).collect()
 }

@@ -11,6 +11,7 @@ mod place;
 mod powercut;
 mod process;
 mod setup;
+mod soak;
 mod test;
 mod test_compat;
 mod vm;
@@ -42,6 +43,8 @@ enum Task {
     Powercut(powercut::Options),
     /// Damage images field by field, and hold what becomes of them against QEMU's tools
     Fuzz(campaign::FuzzOptions),
+    /// Source trees, fio and kills of the server on images that live through it all
+    Soak(soak::Options),
     /// Compare the speed of the engines in the virtual machine
     Bench(bench::Options),
     /// The release binary in a tarball
@@ -57,8 +60,9 @@ fn main() -> ExitCode {
         Task::Test(options) => test::command(&options),
         Task::TestCompat(options) => test_compat::command(&options),
         Task::Crash(options) => campaign::crash(&options),
-        Task::Fuzz(options) => campaign::fuzz(&options),
         Task::Powercut(options) => powercut::command(&options),
+        Task::Fuzz(options) => campaign::fuzz(&options),
+        Task::Soak(options) => soak::command(&options),
         Task::Bench(options) => bench::command(&options),
         Task::Dist => dist::command().map(|()| ExitCode::SUCCESS),
         Task::Vm(options) => vm::command(&options),
