@@ -112,12 +112,33 @@ failed() {
     printf ' FAILED: %s\n' "$why"
 }
 
-# end ENGINE IMAGE: detaches; writes what the processes took, and in the first round what the image is like
+# evict: what does not go by itself is killed, so that the other engines can be measured
+evict() {
+    local pid
+    for pid in $(pidof qemu-nbd rublk ublk-qcow2); do
+        kill -9 "$pid"
+    done
+    sleep 1
+    if [ -e /dev/ublkb0 ] || [ -e /dev/ublkc0 ]; then
+        timeout 30 ublk-qcow2 del -n 0 || timeout 30 rublk del -n 0
+    fi >/dev/null 2>&1
+    [ ! -e /dev/ublkb0 ]
+}
+
+# attached ENGINE IMAGE: attaches, or says that there will be no figure
+attached() {
+    attach "$1" "$2" && return 0
+    failed "does not attach"
+    detach "$1" || evict || die "$1 leaves a device behind, so nothing else can be measured"
+    return 1
+}
+
+# end ENGINE IMAGE: detaches, and in the first round has the image checked
 end() {
-    detach "$1" || {
+    if ! detach "$1"; then
         failed "does not detach"
-        die "$1 does not detach, so nothing else can be measured"
-    }
+        evict || die "$1 leaves a device behind, so nothing else can be measured"
+    fi
     case $FACTS,$2 in
     */1.*,*.qcow2)
         qemu-img check -q -f qcow2 "$2" >/dev/null 2>&1
@@ -145,11 +166,7 @@ speed() {
     local engine=$2 image=$4
     begin "$1" "$2" "$3"
     shift 4
-    if ! attach "$engine" "$image"; then
-        failed "does not attach"
-        detach "$engine"
-        return 0
-    fi
+    attached "$engine" "$image" || return 0
     if drive "$@"; then
         resident
         printf '\n'
@@ -159,17 +176,18 @@ speed() {
     end "$engine" "$image"
 }
 
-# attach_time ROUND ENGINE ROW IMAGE: to the end of the first read. No process is started while time is taken.
+# attach_time ROUND ENGINE ROW IMAGE: to the end of the first read
 attach_time() {
     local engine=$2 image=$4 from to
     begin "$1" "$2" "$3"
     from=$EPOCHREALTIME
-    if attach "$engine" "$image" && dd if=$NODE of=/dev/null bs=4096 count=1 iflag=direct 2>"$SCRATCH/said"; then
+    attached "$engine" "$image" || return 0
+    if dd if=$NODE of=/dev/null bs=4096 count=1 iflag=direct 2>"$SCRATCH/said"; then
         to=$EPOCHREALTIME
         fact attach_us $((${to/./} - ${from/./}))
         printf '\n'
     else
-        failed "does not attach"
+        failed "does not read"
     fi
     end "$engine" "$image"
 }
@@ -179,11 +197,7 @@ memory() {
     local engine=$2 image=$4
     begin "$1" "$2" "$3"
     shift 4
-    if ! attach "$engine" "$image"; then
-        failed "does not attach"
-        detach "$engine"
-        return 0
-    fi
+    attached "$engine" "$image" || return 0
     if [ $# -gt 0 ] && ! drive "$@"; then
         failed "fio fails"
     else

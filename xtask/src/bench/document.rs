@@ -4,7 +4,7 @@
 //! says which boot it comes from, and ratios are taken within a boot and a round only.
 
 use super::{
-    matrix::{Engine, Measure, Row, Session},
+    matrix::{self, Engine, Measure, Row, Session},
     plan::file_part,
     stats::Spread,
 };
@@ -136,6 +136,14 @@ impl Document {
         self.boots.push(boot);
         let used: BTreeSet<u32> = self.rows.values().map(|row| row.boot).collect();
         self.boots.retain(|boot| used.contains(&boot.number));
+    }
+
+    /// The rows in the order of the table; what an older table had comes last.
+    pub(super) fn names(&self) -> Vec<&str> {
+        let table = matrix::names();
+        let mut names: Vec<_> = self.rows.keys().map(String::as_str).collect();
+        names.sort_by_cached_key(|name| table.iter().position(|row| row == name).unwrap_or(table.len()));
+        names
     }
 
     pub(super) fn engine(&self, row: &str, engine: Engine) -> Option<&EngineResult> {

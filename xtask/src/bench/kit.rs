@@ -42,7 +42,7 @@ impl Kit {
             kit.compressed.push((how, fs::metadata(&path)?.len()));
             kit.disks.push(disk(how.name(), path));
         }
-        if uses(Image::Mapped(Mapped::FourTiB)) {
+        if session.is_huge() {
             kit.disks.push(disk(HUGE_DISK, huge()?));
         }
         Ok(kit)
@@ -86,7 +86,7 @@ fn compressed(how: Compression) -> Result<PathBuf> {
     })
 }
 
-/// Words in an order that a seed chooses: deflate makes a third of them, as of most files.
+/// Words in an order that a seed chooses: deflate makes half of them.
 fn write_prose(path: &Path, bytes: u64) -> Result<()> {
     let mut random = super::plan::SEED;
     let mut next = move || {

@@ -214,6 +214,13 @@ pub(super) struct Session {
     pub rows: Vec<Row>,
 }
 
+impl Session {
+    /// Whether its storage begins as a copy of the file system that holds the image of 4 TiB.
+    pub(super) fn is_huge(&self) -> bool {
+        self.rows.iter().any(|row| row.image == Image::Mapped(Mapped::FourTiB))
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Row {
     pub image: Image,
@@ -267,7 +274,33 @@ pub(super) fn sessions(extent: Extent, filters: &[String]) -> Vec<Session> {
         session.rows.retain(|row| wanted(row) || references.contains(row));
     }
     sessions.retain(|session| !session.rows.is_empty());
-    sessions
+    join(sessions)
+}
+
+/// Sessions with few rows become one: a boot, and making the images, takes as long as a dozen measurements.
+fn join(sessions: Vec<Session>) -> Vec<Session> {
+    /// The images of more rows than these would not fit into the machine's memory, nor a lost boot into anyone's patience.
+    const MOST_ROWS: usize = 12;
+    let mut joined: Vec<Session> = Vec::new();
+    for session in sessions {
+        match joined.last_mut() {
+            Some(last)
+                if last.rows.len() + session.rows.len() <= MOST_ROWS
+                    && !last.is_huge()
+                    && !session.is_huge() =>
+            {
+                last.name = format!("{} + {}", last.name, session.name);
+                last.rows.extend(session.rows);
+            }
+            _ => joined.push(session),
+        }
+    }
+    joined
+}
+
+/// The names of all rows, in the order of the report.
+pub(super) fn names() -> Vec<String> {
+    full().iter().flat_map(|session| &session.rows).map(Row::name).collect()
 }
 
 /// The row of the same session that a target holds this one against, in our own figures.
@@ -375,6 +408,17 @@ mod tests {
         assert_eq!(kept("chain-32/"), ["chain-1/randread-4k/qd64/1job", "chain-32/randread-4k/qd64/1job"]);
         assert_eq!(kept("attach/64"), ["attach/64TiB"]);
         assert!(kept("no such row").is_empty());
+    }
+
+    #[test]
+    fn sessions_of_few_rows_share_a_boot() {
+        let names = |filters: &[&str]| -> Vec<usize> {
+            let filters: Vec<_> = filters.iter().map(|&part| part.to_owned()).collect();
+            sessions(Extent::Full, &filters).iter().map(|session| session.rows.len()).collect()
+        };
+        assert_eq!(names(&["fsync", "attach/"]), [7]);
+        assert_eq!(names(&["fsync", "mapped-4TiB/", "attach/"]), [4, 2, 3], "the huge image stands alone");
+        assert!(names(&[]).iter().all(|rows| *rows <= 12));
     }
 
     #[test]

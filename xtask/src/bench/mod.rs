@@ -280,12 +280,14 @@ fn load_average() -> String {
     text.split(' ').next().unwrap_or_default().to_owned()
 }
 
-/// The commit, and whether what is measured differs from it.
+/// The last commit that changed what is measured; `+` when the files differ from it.
 fn commit() -> Result<String> {
-    let git = |arguments: &[&str]| capture(program("git")?.current_dir(workspace::root()).args(arguments));
-    let id = git(&["rev-parse", "--short=9", "HEAD"])?;
-    let changed =
-        git(&["status", "--porcelain", "--", "qcow2-format", "qcow2-engine", "ublk-qcow2", "Cargo.lock"])?;
+    const MEASURED: [&str; 4] = ["--", "qcow2-format", "qcow2-engine", "ublk-qcow2"];
+    let git = |arguments: &[&str]| {
+        capture(program("git")?.current_dir(workspace::root()).args(arguments).args(MEASURED))
+    };
+    let id = git(&["log", "-1", "--format=%h"])?;
+    let changed = git(&["status", "--porcelain"])?;
     Ok(format!("{}{}", id.trim(), if changed.is_empty() { "" } else { "+" }))
 }
 

@@ -42,8 +42,11 @@ impl Plan<'_> {
     /// The whole session, to be appended to guest/bench.sh.
     pub(super) fn script(&self) -> String {
         let mut lines = String::new();
-        let huge = self.session.rows.iter().any(|row| row.image == Image::Mapped(Mapped::FourTiB));
-        lines += &if huge { format!("storage \"$DISK_{HUGE_DISK}\"\n") } else { "storage\n".into() };
+        lines += &if self.session.is_huge() {
+            format!("storage \"$DISK_{HUGE_DISK}\"\n")
+        } else {
+            "storage\n".into()
+        };
         let mut made: Vec<String> = Vec::new();
         for row in &self.session.rows {
             for engine in self.served(row) {
@@ -124,7 +127,7 @@ impl Plan<'_> {
             512 => 400,
             _ if fsync_every == Some(1) || depth == 1 => 4000,
             _ if allocates || fsync_every.is_some() => 8000,
-            _ => 16000,
+            _ => 10000,
         };
         match self.extent {
             Extent::Full if matches!(image, Image::Compressed(_)) => full / 2, // a smaller image, and dear requests
@@ -172,8 +175,7 @@ impl Plan<'_> {
                     }
                 };
                 let overlays = (2..=depth).map(|level| overlay(&name(level), &name(level - 1)));
-                let base = format!("[ -e preallocated.qcow2 ] || {}", full());
-                ImageFile::new(&name(depth), [base].into_iter().chain(overlays).collect())
+                ImageFile::new(&name(depth), [full()].into_iter().chain(overlays).collect())
             }
             Image::Mapped(Mapped::FourTiB) => ImageFile::new(HUGE_FILE, vec![]), // came with the file system
             Image::Mapped(which) => {
@@ -214,7 +216,7 @@ fn raw(image: Image, mib: u32) -> ImageFile {
         Image::Mapped(which) => sparse(&format!("{}.raw", image.name()), which.size()),
         _ => ImageFile::new(
             "preallocated.raw",
-            vec![format!("dd if=/dev/zero of=preallocated.raw bs=1M count={mib} 2>/dev/null")],
+            vec![format!("dd if=/dev/zero of=preallocated.raw bs=1M count={mib} oflag=direct 2>/dev/null")],
         ),
     }
 }

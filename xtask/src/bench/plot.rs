@@ -74,12 +74,12 @@ struct RowOfBars {
 
 /// The rows of one job with a deep queue where there are more than a picture holds.
 fn bars(document: &Document, group: &str) -> Vec<RowOfBars> {
-    let names: Vec<_> = document.rows.keys().filter(|name| group_of(name) == group).collect();
-    let shown = |name: &&&String| names.len() <= MOST_ROWS || name.ends_with("/qd64/1job");
+    let names: Vec<_> = document.names().into_iter().filter(|name| group_of(name) == group).collect();
+    let shown = |name: &&&str| names.len() <= MOST_ROWS || name.ends_with("/qd64/1job");
     let rows = names.iter().filter(shown).map(|name| {
         let against = |engine| Some((engine, document.advantage((name, engine), (name, Engine::QemuNbd))?));
         let bars = Engine::ALL.into_iter().filter(|engine| *engine != Engine::QemuNbd).filter_map(against);
-        RowOfBars { name: (**name).clone(), bars: bars.collect() }
+        RowOfBars { name: (*name).to_owned(), bars: bars.collect() }
     });
     rows.filter(|row| !row.bars.is_empty()).collect()
 }

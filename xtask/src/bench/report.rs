@@ -44,7 +44,7 @@ fn mode(document: &Document) -> &'static str {
 /// The first parts of the rows' names, in the order of the rows.
 pub(super) fn groups(document: &Document) -> Vec<String> {
     let mut groups: Vec<String> = Vec::new();
-    for name in document.rows.keys() {
+    for name in document.names() {
         let group = group_of(name);
         if !groups.iter().any(|known| known == group) {
             groups.push(group.to_owned());
@@ -91,7 +91,7 @@ fn table(document: &Document, group: &str) -> String {
     };
     let mut text = format!("| {first} | {} | {} |\n", heads.join(" | "), ratios.join(" | "));
     text += &format!("|---|{}\n", "---:|".repeat(heads.len() + ratios.len()));
-    for name in document.rows.keys().filter(|name| group_of(name) == group) {
+    for name in document.names().into_iter().filter(|name| group_of(name) == group) {
         let figures: Vec<_> = Engine::ALL.iter().map(|engine| cell(document, name, *engine)).collect();
         let ratios = peers.clone().map(|peer| {
             document
@@ -135,8 +135,8 @@ fn short(figure: f64) -> String {
 /// Every measurement that has no figure, with its reason, and every image that a check found fault with.
 fn silent(document: &Document) -> String {
     let mut lines = Vec::new();
-    for (name, row) in &document.rows {
-        for (engine, EngineResult { samples, failures, check }) in &row.engines {
+    for name in document.names() {
+        for (engine, EngineResult { samples, failures, check }) in &document.rows[name].engines {
             for why in failures {
                 let rounds = if samples.is_empty() { "no figure" } else { "a round has no figure" };
                 lines.push(format!("- {name}, {engine}: {rounds}: {why}"));
