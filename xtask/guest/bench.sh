@@ -96,18 +96,24 @@ detach() {
     return 1
 }
 
-# begin ROUND ENGINE ROW
+# begin ROUND ENGINE ROW: false when there is no point in it, because the engine has failed at this row before
 begin() {
+    local before="$SCRATCH/failed.$2.$3"
     FACTS=$RESULTS/$1.$2.$3.facts
     : >"$FACTS"
     printf 'bench: round %s %-12s %s' "$1" "$2" "$3"
+    [ -e "$before" ] || return 0
+    fact failed "$(cat "$before")"
+    printf ' failed before\n'
+    return 1
 }
 
-# failed WHAT: the measurement under way has no figure. A peer that fails is a result too.
+# failed WHAT: the measurement under way has no figure. A peer that fails is a result too. Directories are left out.
 failed() {
-    local why
-    why="$1: $(tr '\n' ' ' <"$SCRATCH/said" | tail -c 300)"
+    local why name=${FACTS##*/}
+    why="$1: $(tr '\n' ' ' <"$SCRATCH/said" | sed 's,/[^ ]*/,,g' | tail -c 300)"
     fact failed "$why"
+    printf '%s\n' "$why" >"$SCRATCH/failed.$(printf '%s' "${name%.facts}" | cut -d . -f 2-)"
     rm -f "${FACTS%.facts}.json"
     printf ' FAILED: %s\n' "$why"
 }
@@ -164,7 +170,7 @@ drive() {
 # speed ROUND ENGINE ROW IMAGE [FIO OPTION]…
 speed() {
     local engine=$2 image=$4
-    begin "$1" "$2" "$3"
+    begin "$1" "$2" "$3" || return 0
     shift 4
     attached "$engine" "$image" || return 0
     if drive "$@"; then
@@ -179,7 +185,7 @@ speed() {
 # attach_time ROUND ENGINE ROW IMAGE: to the end of the first read
 attach_time() {
     local engine=$2 image=$4 from to
-    begin "$1" "$2" "$3"
+    begin "$1" "$2" "$3" || return 0
     from=$EPOCHREALTIME
     attached "$engine" "$image" || return 0
     if dd if=$NODE of=/dev/null bs=4096 count=1 iflag=direct 2>"$SCRATCH/said"; then
@@ -195,7 +201,7 @@ attach_time() {
 # memory ROUND ENGINE ROW IMAGE [FIO OPTION]…: without options, of a device that nobody has used
 memory() {
     local engine=$2 image=$4
-    begin "$1" "$2" "$3"
+    begin "$1" "$2" "$3" || return 0
     shift 4
     attached "$engine" "$image" || return 0
     if [ $# -gt 0 ] && ! drive "$@"; then

@@ -35,6 +35,9 @@ pub(super) struct Boot {
     pub commit: String,
     pub rounds: u32,
     pub seed: u64,
+    /// The size of the images whose name does not say it.
+    #[serde(default)]
+    pub image_mib: u32,
     /// How the machine's processor was made, and what else went on.
     pub processor: String,
     /// fio, qemu-nbd, rublk, the guest's kernel: as they call themselves.
@@ -182,6 +185,9 @@ pub(super) fn collect(
 ) -> Result<BTreeMap<String, RowResult>> {
     let mut rows = BTreeMap::new();
     for row in &session.rows {
+        if !was_reached(dir, row)? {
+            continue; // the machine ended before: what is known of the row stays
+        }
         let mut result = RowResult { boot: 0, unit: Unit::of(row.measure), engines: BTreeMap::new() };
         for engine in engines.iter().filter(|engine| row.image.excludes(**engine).is_none()) {
             let mut of_engine = EngineResult::default();
@@ -195,6 +201,17 @@ pub(super) fn collect(
         rows.insert(row.name(), result);
     }
     Ok(rows)
+}
+
+/// Whether the script began with `row`.
+fn was_reached(dir: &Path, row: &Row) -> Result<bool> {
+    let end = format!(".{}.facts", file_part(row));
+    for entry in fs::read_dir(dir)? {
+        if entry?.file_name().to_string_lossy().ends_with(&end) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
 }
 
 fn measurement(dir: &Path, stem: &str, round: u32, row: &Row, result: &mut EngineResult) -> Result<()> {
@@ -338,6 +355,8 @@ pub(super) mod tests {
         );
         write(format!("1.qemu-nbd.{stem}.facts"), "failed=does not attach: a=b\n");
         let engines = [Engine::QemuNbd, Engine::KernelLoop, Engine::Us];
+        let other = &sessions(Extent::Full, &["attach/64TiB".into()])[0];
+        assert!(collect(dir.path(), other, &engines, 1).unwrap().is_empty(), "a row that was not begun");
         let rows = collect(dir.path(), session, &engines, 1).unwrap();
         let row = &rows["preallocated/randread-4k/qd64/1job"];
         let ours = &row.engines["ublk-qcow2"];

@@ -44,6 +44,16 @@ pub(super) enum Extent {
     Full,
 }
 
+impl Extent {
+    /// The size of images whose name does not say it. Writing them takes an emulated machine longer than booting.
+    pub(super) const fn image_mib(self) -> u32 {
+        match self {
+            Self::Quick => 128,
+            Self::Full => 256,
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Compression {
     Zlib,

@@ -195,6 +195,10 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
     if !broken.is_empty() {
         bail!("sessions without a result: {}", broken.join("; "));
     }
+    let planned: usize = sessions.iter().map(|session| session.rows.len()).sum();
+    if this_run.rows.len() < planned {
+        bail!("{} of {planned} rows were not reached", planned - this_run.rows.len());
+    }
     let silent = silent(&this_run, options);
     if !silent.is_empty() {
         bail!("{US} has no figure for {}", silent.join(", "));
@@ -224,6 +228,7 @@ fn programs(options: &Options) -> Result<Vec<PathBuf>> {
 type Measured = (Boot, std::collections::BTreeMap<String, document::RowResult>);
 
 fn run_session(session: &Session, options: &Options, place: Place, programs: &[PathBuf]) -> Result<Measured> {
+    let commit = commit(options)?; // of what is measured, whatever is committed meanwhile
     let kit = Kit::for_session(session)?;
     let engines = options.engines();
     let plan = Plan {
@@ -254,10 +259,10 @@ fn run_session(session: &Session, options: &Options, place: Place, programs: &[P
         eprintln!("bench: session {} ended early, with status {}", session.name, finished.status);
     }
     let rows = document::collect(results.path(), session, &engines, options.rounds())?;
-    Ok((boot(options, results.path(), &load)?, rows))
+    Ok((boot(options, commit, results.path(), &load)?, rows))
 }
 
-fn boot(options: &Options, results: &Path, load: &str) -> Result<Boot> {
+fn boot(options: &Options, commit: String, results: &Path, load: &str) -> Result<Boot> {
     let versions = fs::read_to_string(results.join("versions")).unwrap_or_default();
     let processor = match options.mode {
         Mode::Count => "emulated, 1 ns an instruction".to_owned(),
@@ -267,9 +272,10 @@ fn boot(options: &Options, results: &Path, load: &str) -> Result<Boot> {
         number: 0,
         date: capture(program("date")?.args(["-u", "+%Y-%m-%d %H:%M"]))?.trim().to_owned(),
         command: options.shown(),
-        commit: commit()?,
+        commit,
         rounds: options.rounds(),
         seed: plan::SEED,
+        image_mib: options.extent().image_mib(),
         processor,
         versions: versions.lines().map(str::to_owned).collect(),
     })
@@ -281,7 +287,10 @@ fn load_average() -> String {
 }
 
 /// The last commit that changed what is measured; `+` when the files differ from it.
-fn commit() -> Result<String> {
+fn commit(options: &Options) -> Result<String> {
+    if options.binary.is_some() {
+        return Ok("unknown (--binary)".into());
+    }
     const MEASURED: [&str; 4] = ["--", "qcow2-format", "qcow2-engine", "ublk-qcow2"];
     let git = |arguments: &[&str]| {
         capture(program("git")?.current_dir(workspace::root()).args(arguments).args(MEASURED))

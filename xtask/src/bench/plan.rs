@@ -138,10 +138,7 @@ impl Plan<'_> {
 
     /// The file that `engine` serves for `image`.
     fn file(&self, image: Image, engine: Engine) -> ImageFile {
-        let mib = match self.extent {
-            Extent::Full => 512,
-            Extent::Quick => 128,
-        };
+        let mib = self.extent.image_mib();
         if engine.reads_qcow2() { self.qcow2(image, mib) } else { raw(image, mib) }
     }
 

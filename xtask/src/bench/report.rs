@@ -160,12 +160,13 @@ fn boots(document: &Document) -> String {
         let rows = document.rows.values().filter(|row| row.boot == boot.number).count();
         let _ = writeln!(
             text,
-            "- {}, {}, commit {}, {} round(s), seed {}, {rows} row(s): `{}`; {}; {}",
+            "- {}, {}, commit {}, {} round(s), seed {}, images of {} MiB, {rows} row(s): `{}`; {}; {}",
             boot.number,
             boot.date,
             boot.commit,
             boot.rounds,
             boot.seed,
+            boot.image_mib,
             boot.command,
             boot.processor,
             boot.versions.join(", ")
