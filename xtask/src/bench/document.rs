@@ -143,7 +143,7 @@ impl Document {
 
     /// The rows in the order of the table; what an older table had comes last.
     pub(super) fn names(&self) -> Vec<&str> {
-        let table = matrix::names();
+        let table: Vec<_> = matrix::rows().iter().map(Row::name).collect();
         let mut names: Vec<_> = self.rows.keys().map(String::as_str).collect();
         names.sort_by_cached_key(|name| table.iter().position(|row| row == name).unwrap_or(table.len()));
         names

@@ -308,9 +308,9 @@ fn join(sessions: Vec<Session>) -> Vec<Session> {
     joined
 }
 
-/// The names of all rows, in the order of the report.
-pub(super) fn names() -> Vec<String> {
-    full().iter().flat_map(|session| &session.rows).map(Row::name).collect()
+/// All rows, in the order of the report.
+pub(super) fn rows() -> Vec<Row> {
+    full().into_iter().flat_map(|session| session.rows).collect()
 }
 
 /// The row of the same session that a target holds this one against, in our own figures.
@@ -392,7 +392,7 @@ mod tests {
 
     #[test]
     fn the_full_table_has_every_row_of_the_plan_once() {
-        let rows: Vec<_> = full().into_iter().flat_map(|session| session.rows).collect();
+        let rows = rows();
         let names: BTreeSet<_> = rows.iter().map(Row::name).collect();
         assert_eq!(names.len(), rows.len(), "no name twice");
         // 5 images × 9 workloads × 2 depths × 2 numbers of jobs, and the special ones.
@@ -433,9 +433,8 @@ mod tests {
 
     #[test]
     fn the_quick_rows_are_rows_of_the_full_table() {
-        let full: Vec<_> = full().into_iter().flat_map(|session| session.rows).collect();
         for row in quick().iter().flat_map(|session| &session.rows) {
-            assert!(full.contains(row), "{row}");
+            assert!(rows().contains(row), "{row}");
         }
     }
 }

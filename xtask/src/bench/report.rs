@@ -2,7 +2,7 @@
 
 use super::{
     document::{Document, EngineResult, Sample, Unit},
-    matrix::Engine,
+    matrix::{self, Engine},
     stats::Spread,
     targets::{TARGETS, Verdict},
 };
@@ -101,7 +101,24 @@ fn table(document: &Document, group: &str) -> String {
         let ratios: Vec<_> = ratios.collect();
         let _ = writeln!(text, "| {name} | {} | {} |", figures.join(" | "), ratios.join(" | "));
     }
-    text
+    text + &excluded(document, group)
+}
+
+/// Why engines have no part in rows of the group.
+fn excluded(document: &Document, group: &str) -> String {
+    let rows = matrix::rows();
+    let shown = |row: &&matrix::Row| {
+        let name = row.name();
+        group_of(&name) == group && document.rows.contains_key(&name)
+    };
+    let mut notes = Vec::new();
+    for row in rows.iter().filter(shown) {
+        for engine in Engine::ALL {
+            let note = row.image.excludes(engine).map(|why| format!("{}: {why}", engine.name()));
+            notes.extend(note.filter(|note| !notes.contains(note)));
+        }
+    }
+    if notes.is_empty() { String::new() } else { format!("\nNo part in some rows: {}.\n", notes.join("; ")) }
 }
 
 fn cell(document: &Document, row: &str, engine: Engine) -> String {
@@ -201,6 +218,13 @@ mod tests {
         assert!(page.contains("| chain-8/x | – | **failed** |"), "{page}");
         assert!(page.contains("- chain-8/x, rublk-qcow2: no figure: panics"), "{page}");
         assert!(page.contains("finds leaks"), "{page}");
+    }
+
+    #[test]
+    fn who_has_no_part_in_a_row_is_said() {
+        let measured = row(Unit::RequestsPerSecond, &[(Engine::Us, &[1.0])]);
+        let text = page(&document(vec![("backed/randread-4k/qd64/1job", measured)]), &[]);
+        assert!(text.contains("rublk-loop: a raw file has no backing file"), "{text}");
     }
 
     #[test]
