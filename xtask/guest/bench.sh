@@ -128,7 +128,7 @@ evict() {
     if [ -e /dev/ublkb0 ] || [ -e /dev/ublkc0 ]; then
         timeout 30 ublk-qcow2 del -n 0 || timeout 30 rublk del -n 0
     fi >/dev/null 2>&1
-    [ ! -e /dev/ublkb0 ]
+    [ ! -e /dev/ublkb0 ] && [ ! -e /dev/ublkc0 ]
 }
 
 # attached ENGINE IMAGE: attaches, or says that there will be no figure
@@ -139,14 +139,14 @@ attached() {
     return 1
 }
 
-# end ENGINE IMAGE: detaches, and in the first round has the image checked
+# end ENGINE IMAGE: detaches, and in the first round has an image checked that was written to
 end() {
     if ! detach "$1"; then
         failed "does not detach"
         evict || die "$1 leaves a device behind, so nothing else can be measured"
     fi
     case $FACTS,$2 in
-    */1.*,*.qcow2)
+    */1.*write-*,*.qcow2 | */1.*rw-*,*.qcow2)
         qemu-img check -q -f qcow2 "$2" >/dev/null 2>&1
         fact check $?
         ;;
