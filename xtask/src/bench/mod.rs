@@ -218,6 +218,9 @@ fn programs(options: &Options) -> Result<Vec<PathBuf>> {
     let mut programs = vec![peers::rublk()?, losetup];
     if !options.peers_only {
         programs.push(match &options.binary {
+            Some(binary) if !binary.ends_with(US) => {
+                bail!("{} must be called {US}: the script looks for it under that name", binary.display())
+            }
             Some(binary) => std::path::absolute(binary)?,
             None => workspace::build_release(US, US)?,
         });
