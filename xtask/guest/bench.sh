@@ -1,41 +1,54 @@
-# Measures the engines side by side: the same fio job on a block device that each of them makes of the same image.
-# Set by xtask: ENGINES, WORKLOADS, ROUNDS, LIMIT (a fio option that ends a job), all but LIMIT lists of words.
-# Leaves $RESULTS/ROUND.ENGINE.WORKLOAD.json, fio's own account. The order of engines alternates between rounds.
+# Measures the engines: a block device of an image by each of them, and the same fio on it.
+# xtask (bench/plan.rs) appends one line per image and per measurement, each a call of `image`, `speed`,
+# `attach_time` or `memory`, and reads what they leave: $RESULTS/ROUND.ENGINE.ROW.facts, lines of key=value, and
+# $RESULTS/ROUND.ENGINE.ROW.json, fio's account. Set by xtask: DEPTH, the depth of every device's one queue.
 set -u
-: "${ENGINES:?}" "${WORKLOADS:?}" "${ROUNDS:?}" "${LIMIT:?}"
-SIZE_MIB=512
-DEPTH=128
+: "${DEPTH:?}"
 base=$SCRATCH/bench
 NODE=
+FACTS=
 
 die() {
     printf 'bench: %s\n' "$*"
     exit 1
 }
 
-# In the machine: ext4 on memory, so that no disk of the host has a part in the result.
-prepare_storage() {
-    local nullb=/sys/kernel/config/nullb/bench
+# fact KEY VALUE: one line for the measurement under way
+fact() { printf '%s=%s\n' "$1" "$2" >>"$FACTS"; }
+
+# storage [FILE SYSTEM]: ext4 on memory, so that no disk of the host has a part in the result; empty, or a copy
+storage() {
+    local nullb=/sys/kernel/config/nullb/bench disk
     mkdir -p "$base"
-    [ -n "${IN_MACHINE:-}" ] || return 0
     modprobe null_blk nr_devices=0 || die "no null_blk"
     mkdir "$nullb" || die "null_blk has no configfs"
     echo 1 >$nullb/memory_backed && echo 2048 >$nullb/size && echo 512 >$nullb/blocksize && echo 1 >$nullb/discard
     echo 0 >$nullb/irqmode # complete at once
     echo 1 >$nullb/power || die "null_blk does not start"
-    local disk
     for disk in /dev/bench /dev/nullb*; do
         [ -b "$disk" ] && break
     done
-    # Or the kernel would go on initialising it while the first engines are measured.
-    mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 "$disk" || die "cannot format $disk"
+    if [ -n "${1:-}" ]; then
+        qemu-img convert -n --target-is-zero -f raw -O raw "$1" "$disk" || die "cannot copy $1"
+    else
+        # Or the kernel would go on initialising it while the first engines are measured.
+        mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 "$disk" || die "cannot format $disk"
+    fi
     mount -o discard "$disk" "$base" || die "cannot mount $disk"
+    cd "$base" || die "no $base" # rublk looks for backing files in its working directory
+    modprobe nbd nbds_max=1 max_part=0 || die "no nbd"
+    modprobe loop max_loop=1 || die "no loop"
+    local tools
+    tools=$(fio --version; qemu-nbd --version | head -n 1; rublk --version)
+    printf '%s\n' "$tools" >"$RESULTS/versions"
+    uname -r >>"$RESULTS/versions"
 }
 
-prepare_images() {
-    qemu-img create -q -f qcow2 -o preallocation=full "$base/full.qcow2" ${SIZE_MIB}M || die "cannot make an image"
-    dd if=/dev/zero of="$base/full.raw" bs=1M count=$SIZE_MIB 2>/dev/null || die "cannot make a raw file"
+# image COMMAND: makes an image. What is cached of it would make the first engine's direct I/O slow.
+image() {
+    bash -c "$1" || die "cannot make an image: $1"
     sync
+    echo 1 >/proc/sys/vm/drop_caches
 }
 
 # wait_for_device: until NODE is a block device with a size. A fio on a name that is no device would make a file.
@@ -45,123 +58,159 @@ wait_for_device() {
         [ -b "$NODE" ] && [ "$(blockdev --getsize64 "$NODE" 2>/dev/null || echo 0)" -gt 0 ] && return 0
         sleep 0.1
     done
-    die "$1: $NODE is no block device after $tries tries"
+    return 1
 }
 
-# attach ENGINE IMAGE: leaves the device in NODE
+# attach ENGINE IMAGE: leaves the device in NODE; what the engine says in $SCRATCH/said
 attach() {
+    NODE=/dev/ublkb0
     case $1 in
     qemu-nbd)
         NODE=/dev/nbd0
-        modprobe nbd nbds_max=1 max_part=0 || die "no nbd"
         timeout 60 qemu-nbd -c $NODE -f qcow2 --cache=none --aio=io_uring "$2"
         ;;
-    rublk-qcow2)
-        NODE=/dev/ublkb0
-        timeout 60 rublk add qcow2 -n 0 -q 1 -d $DEPTH --quiet -f "$2" >/dev/null
+    rublk-qcow2) timeout 60 rublk add qcow2 -n 0 -q 1 -d "$DEPTH" --quiet -f "$2" ;;
+    rublk-loop) timeout 60 rublk add loop -n 0 -q 1 -d "$DEPTH" --quiet -f "$2" ;;
+    kernel-loop)
+        NODE=/dev/loop0
+        losetup --direct-io=on $NODE "$2" && [ "$(cat /sys/block/loop0/loop/dio)" = 1 ]
         ;;
-    rublk-loop)
-        NODE=/dev/ublkb0
-        timeout 60 rublk add loop -n 0 -q 1 -d $DEPTH --quiet -f "$2" >/dev/null
-        ;;
-    ublk-qcow2)
-        NODE=/dev/ublkb0
-        timeout 60 ublk-qcow2 add -n 0 -q 1 -d $DEPTH --io direct "$2" >/dev/null
-        ;;
+    ublk-qcow2) timeout 60 ublk-qcow2 add -n 0 -q 1 -d "$DEPTH" --io direct "$2" ;;
     *) die "unknown engine $1" ;;
-    esac || die "$1 does not attach $2"
-    wait_for_device "$1"
+    esac >"$SCRATCH/said" 2>&1 && wait_for_device
 }
 
 detach() {
     local tries
     case $1 in
-    qemu-nbd) timeout 60 qemu-nbd -d $NODE >/dev/null ;;
-    rublk-*) timeout 60 rublk del -n 0 >/dev/null ;;
-    ublk-qcow2) timeout 60 ublk-qcow2 del -n 0 >/dev/null ;;
-    esac || die "$1 does not detach"
+    qemu-nbd) timeout 60 qemu-nbd -d $NODE ;;
+    rublk-*) timeout 60 rublk del -n 0 ;;
+    kernel-loop) losetup -d $NODE ;;
+    ublk-qcow2) timeout 60 ublk-qcow2 del -n 0 ;;
+    esac >"$SCRATCH/said" 2>&1 || return 1
     # The server of the next engine must not share the processor with the exit of this one.
     for tries in $(seq 100); do
         pidof qemu-nbd rublk ublk-qcow2 >/dev/null || return 0
         sleep 0.1
     done
-    die "$1 still runs after $tries tries"
+    return 1
 }
 
-# options_of WORKLOAD: fio's --rw and --bs
-options_of() {
-    case $1 in
-    randwrite-4k | empty-randwrite-4k) echo --rw=randwrite --bs=4k ;;
-    randread-4k) echo --rw=randread --bs=4k ;;
-    randrw-4k) echo --rw=randrw --bs=4k ;;
-    rw-512k) echo --rw=rw --bs=512k ;;
-    *) die "unknown workload $1" ;;
-    esac
+# begin ROUND ENGINE ROW: false when there is no point in it, because the engine has failed at this row before
+begin() {
+    local before="$SCRATCH/failed.$2.$3"
+    FACTS=$RESULTS/$1.$2.$3.facts
+    : >"$FACTS"
+    printf 'bench: round %s %-12s %s' "$1" "$2" "$3"
+    [ -e "$before" ] || return 0
+    fact failed "$(cat "$before")"
+    printf ' failed before\n'
+    return 1
 }
 
-# image_of ENGINE WORKLOAD: the file to attach, made anew when it has to be empty
-image_of() {
-    case $1,$2 in
-    rublk-loop,*) echo "$base/full.raw" ;;
-    *,empty-*)
-        rm -f "$base/empty.qcow2"
-        qemu-img create -q -f qcow2 "$base/empty.qcow2" ${SIZE_MIB}M || die "cannot make an image"
-        echo "$base/empty.qcow2"
-        ;;
-    *) echo "$base/full.qcow2" ;;
-    esac
+# failed WHAT: the measurement under way has no figure. A peer that fails is a result too. Directories are left out.
+failed() {
+    local why name=${FACTS##*/}
+    why="$1: $(tr '\n' ' ' <"$SCRATCH/said" | sed 's,/[^ ]*/,,g' | tail -c 300)"
+    fact failed "$why"
+    printf '%s\n' "$why" >"$SCRATCH/failed.$(printf '%s' "${name%.facts}" | cut -d . -f 2-)"
+    rm -f "${FACTS%.facts}.json"
+    printf ' FAILED: %s\n' "$why"
 }
 
-# limit_of WORKLOAD: where jobs end after a number of requests, large requests end sooner
-limit_of() {
-    case $1,$LIMIT in
-    rw-512k,--number_ios=*) echo "--number_ios=$((${LIMIT#*=} / 32))" ;;
-    *) echo "$LIMIT" ;;
-    esac
-}
-
-measure() {
-    local round=$1 engine=$2 workload=$3 image options limit out
-    image=$(image_of "$engine" "$workload") || exit 1
-    options=$(options_of "$workload") || exit 1
-    limit=$(limit_of "$workload")
-    out=$RESULTS/$round.$engine.$workload.json
-    attach "$engine" "$image"
-    # shellcheck disable=SC2086 # both are lists of options
-    if fio --name=bench --filename="$NODE" --ioengine=libaio --direct=1 --iodepth=64 --numjobs=1 \
-        --size=${SIZE_MIB}M --randrepeat=1 --norandommap $options $limit \
-        --output-format=json --output="$out" >/dev/null 2>"$SCRATCH/fio.err"; then
-        printf 'bench: round %s %-12s %s\n' "$round" "$engine" "$workload"
-    else
-        # A peer that fails a workload has no figure there; that is a result too.
-        printf 'bench: round %s %-12s %s FAILED: %s\n' "$round" "$engine" "$workload" "$(head -n 1 "$SCRATCH/fio.err")"
-        rm -f "$out"
-    fi
-    detach "$engine"
-    case $image in *.qcow2)
-        qemu-img check -q -f qcow2 "$image" >/dev/null 2>&1 ||
-            printf 'bench: qemu-img check finds fault with the image that %s leaves after %s\n' "$engine" "$workload"
-        ;;
-    esac
-    rm -f "$base/empty.qcow2"
-}
-
-cleanup() {
-    case $NODE in
-    /dev/ublkb*) [ -b "$NODE" ] && { ublk-qcow2 del -n 0 || rublk del -n 0; } >/dev/null 2>&1 ;;
-    esac
-}
-trap cleanup EXIT
-
-prepare_storage
-prepare_images
-for round in $(seq "$ROUNDS"); do
-    order=$ENGINES
-    [ $((round % 2)) = 0 ] && order=$(printf '%s' "$ENGINES" | tr ' ' '\n' | tac | tr '\n' ' ')
-    for workload in $WORKLOADS; do
-        for engine in $order; do
-            case $engine,$workload in rublk-loop,empty-*) continue ;; esac # a raw file is never empty
-            measure "$round" "$engine" "$workload"
-        done
+# evict: what does not go by itself is killed, so that the other engines can be measured
+evict() {
+    local pid
+    for pid in $(pidof qemu-nbd rublk ublk-qcow2); do
+        kill -9 "$pid"
     done
-done
+    sleep 1
+    if [ -e /dev/ublkb0 ] || [ -e /dev/ublkc0 ]; then
+        timeout 30 ublk-qcow2 del -n 0 || timeout 30 rublk del -n 0
+    fi >/dev/null 2>&1
+    [ ! -e /dev/ublkb0 ] && [ ! -e /dev/ublkc0 ]
+}
+
+# attached ENGINE IMAGE: attaches, or says that there will be no figure
+attached() {
+    attach "$1" "$2" && return 0
+    failed "does not attach"
+    detach "$1" || evict || die "$1 leaves a device behind, so nothing else can be measured"
+    return 1
+}
+
+# end ENGINE IMAGE: detaches, and in the first round has an image checked that was written to
+end() {
+    if ! detach "$1"; then
+        failed "does not detach"
+        evict || die "$1 leaves a device behind, so nothing else can be measured"
+    fi
+    case $FACTS,$2 in
+    */1.*write-*,*.qcow2 | */1.*rw-*,*.qcow2)
+        qemu-img check -q -f qcow2 "$2" >/dev/null 2>&1
+        fact check $?
+        ;;
+    esac
+}
+
+# resident: of all processes of the engine, now and at most, in KiB
+resident() {
+    local pid
+    for pid in $(pidof qemu-nbd rublk ublk-qcow2); do
+        cat "/proc/$pid/status"
+    done | awk '/^VmRSS/ { now += $2 } /^VmHWM/ { most += $2 } END { print "rss_kib=" now + 0; print "peak_kib=" most + 0 }' >>"$FACTS"
+}
+
+# drive [FIO OPTION]…
+drive() {
+    timeout 900 fio --name=bench --filename="$NODE" --ioengine=libaio --direct=1 --norandommap --randrepeat=1 \
+        --group_reporting --output-format=json --output="${FACTS%.facts}.json" "$@" >"$SCRATCH/said" 2>&1
+}
+
+# speed ROUND ENGINE ROW IMAGE [FIO OPTION]…
+speed() {
+    local engine=$2 image=$4
+    begin "$1" "$2" "$3" || return 0
+    shift 4
+    attached "$engine" "$image" || return 0
+    if drive "$@"; then
+        resident
+        printf '\n'
+    else
+        failed "fio fails"
+    fi
+    end "$engine" "$image"
+}
+
+# attach_time ROUND ENGINE ROW IMAGE: to the end of the first read
+attach_time() {
+    local engine=$2 image=$4 from to
+    begin "$1" "$2" "$3" || return 0
+    from=$EPOCHREALTIME
+    attached "$engine" "$image" || return 0
+    if dd if=$NODE of=/dev/null bs=4096 count=1 iflag=direct 2>"$SCRATCH/said"; then
+        to=$EPOCHREALTIME
+        fact attach_us $((${to/./} - ${from/./}))
+        printf '\n'
+    else
+        failed "does not read"
+    fi
+    end "$engine" "$image"
+}
+
+# memory ROUND ENGINE ROW IMAGE [FIO OPTION]…: without options, of a device that nobody has used
+memory() {
+    local engine=$2 image=$4
+    begin "$1" "$2" "$3" || return 0
+    shift 4
+    attached "$engine" "$image" || return 0
+    if [ $# -gt 0 ] && ! drive "$@"; then
+        failed "fio fails"
+    else
+        sleep 1
+        resident
+        printf '\n'
+    fi
+    end "$engine" "$image"
+}
+
