@@ -2,34 +2,15 @@
 //!
 //! I/O in memory completes at once, so what is measured is the engine's own work.
 
+pub use qcow2_engine::exec::run_at_once as run;
 use qcow2_engine::{
     Image, Lane, OpenOptions,
     io::{Buf, mem::MemFiles},
 };
 use qcow2_format::{Blueprint, CreateOptions};
-use std::{
-    future::Future,
-    path::Path,
-    pin::pin,
-    sync::Arc,
-    task::{Context, Poll, Waker},
-};
+use std::{path::Path, sync::Arc};
 
 const NAME: &str = "bench.qcow2";
-
-/// Runs a future whose I/O completes at once.
-///
-/// # Panics
-/// When it waits for something else.
-pub fn run<T>(future: impl Future<Output = T>) -> T {
-    let mut future = pin!(future);
-    for _ in 0..1000 {
-        if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-            return output;
-        }
-    }
-    panic!("the future waits for something that nobody will do");
-}
 
 /// A new, empty image of `virtual_size` bytes in memory, with a lane to it.
 ///

@@ -228,20 +228,9 @@ mod tests {
     use super::*;
     use crate::{
         check::{CheckOptions, check},
+        exec::run_at_once as run,
         io::mem::MemFiles,
     };
-    use std::{
-        future::Future,
-        pin::pin,
-        task::{Context, Poll, Waker},
-    };
-
-    fn run<T>(future: impl Future<Output = T>) -> T {
-        match pin!(future).as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(output) => output,
-            Poll::Pending => panic!("I/O in memory does not wait"),
-        }
-    }
 
     const PATH: &str = "new.qcow2";
 

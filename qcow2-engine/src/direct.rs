@@ -101,26 +101,13 @@ mod tests {
     use super::*;
     use crate::{
         OpenOptions,
+        exec::run_at_once as run,
         io::{Buf, mem::MemFiles},
     };
     use qcow2_format::{Blueprint, CreateOptions};
-    use std::{
-        future::Future,
-        path::Path,
-        pin::pin,
-        sync::Arc,
-        task::{Context, Poll, Waker},
-    };
+    use std::{path::Path, sync::Arc};
 
     const CLUSTER: u64 = 65536;
-
-    /// I/O in memory ends at once.
-    fn run<T>(future: impl Future<Output = T>) -> T {
-        match pin!(future).poll(&mut Context::from_waker(Waker::noop())) {
-            Poll::Ready(output) => output,
-            Poll::Pending => panic!("it waits"),
-        }
-    }
 
     fn open(files: &MemFiles, read_only: bool) -> Lane<MemFiles> {
         let options = OpenOptions { read_only, ..OpenOptions::default() };
@@ -172,8 +159,9 @@ mod tests {
         run(lane.write(0, Buf::zeroed(4096))).unwrap();
         let direct = lane.direct_read(0, 4096).unwrap();
         let unmapped = lane.image().epochs.advance();
-        assert!(!lane.image().epochs.has_passed(unmapped));
+        assert!(!lane.image().epochs.has_passed(unmapped) && !lane.is_idle());
         lane.end_direct(direct);
+        assert!(lane.is_idle());
         assert!(lane.image().epochs.has_passed(unmapped));
         assert!(lane.direct_read(4 * CLUSTER, 512).is_none());
         assert!(lane.image().epochs.has_passed(lane.image().epochs.advance()), "a refusal leaves nothing");

@@ -114,6 +114,21 @@ impl Executor {
         Ok(())
     }
 
+    /// Runs a future whose I/O completes at once, as that of [`crate::io::mem`] does.
+    ///
+    /// # Panics
+    /// When it waits for something that nobody will do.
+    pub fn run_at_once<T>(future: impl Future<Output = T>) -> T {
+        let mut future = pin!(future);
+        // It may wake itself, or be waiting for a part of itself.
+        for _ in 0..100_000 {
+            if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+                return output;
+            }
+        }
+        panic!("the future waits for something that nobody will do");
+    }
+
     /// Runs until `future` is done; spawned tasks make progress meanwhile.
     ///
     /// # Errors
@@ -185,6 +200,21 @@ impl Executor {
 /// The ring's.
 pub fn block_on<F: Future>(ring: &Uring, future: F) -> io::Result<F::Output> {
     Executor::new(ring.clone()).block_on(future)
+}
+
+/// Runs a future whose I/O completes at once, as that of [`crate::io::mem`] does.
+///
+/// # Panics
+/// When it waits for something that nobody will do.
+pub fn run_at_once<T>(future: impl Future<Output = T>) -> T {
+    let mut future = pin!(future);
+    // A part of it may wake another.
+    for _ in 0..100_000 {
+        if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            return output;
+        }
+    }
+    panic!("the future waits for something that nobody will do");
 }
 
 impl Ready {

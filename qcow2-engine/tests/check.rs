@@ -3,28 +3,17 @@
 use proptest::{prelude::*, test_runner::Config};
 use qcow2_engine::{
     CheckOptions, CheckReport, Repair, check,
+    exec::run_at_once as run,
     io::{Buf, FileId, Io, mem::MemFiles},
 };
 use std::{
     cell::Cell,
     collections::BTreeSet,
-    future::Future,
     io,
     path::{Path, PathBuf},
-    pin::pin,
     process::{Command, Output},
     sync::OnceLock,
-    task::{Context, Poll, Waker},
 };
-
-/// Runs a future whose I/O completes at once.
-fn run<T>(future: impl Future<Output = T>) -> T {
-    let mut future = pin!(future);
-    match future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-        Poll::Ready(output) => output,
-        Poll::Pending => panic!("the future waits for something that nobody will do"),
-    }
-}
 
 fn tool(name: &str, args: &[&str]) -> Output {
     Command::new(name).args(args).output().expect("qemu-utils are installed: cargo xtask setup")

@@ -6,6 +6,7 @@
 //! engine | device     who serves          journey  the way of an image through the suite
 //! sequence, content, mirror               seeded requests and what must come of them
 //! fio, fs, kill, refusals, shape          what else a device has to stand
+//! recovery, leaks, server                 what becomes of a device whose server dies, and of its image
 //! suite → report                          all cases, one line each
 //! ```
 //!
@@ -22,6 +23,7 @@ pub mod fixture;
 pub mod fs;
 pub mod journey;
 pub mod kill;
+pub mod leaks;
 pub mod matrix;
 pub mod mirror;
 pub mod qemu_img;
@@ -30,5 +32,6 @@ pub mod recovery;
 pub mod refusals;
 pub mod report;
 pub mod sequence;
+pub mod server;
 pub mod shape;
 pub mod suite;

@@ -9,11 +9,11 @@ use crate::{
     fixture::{Backing, Compat, Recipe},
     fs,
     journey::{Effort, journey},
-    kill, matrix,
+    kill, leaks, matrix,
     mirror::Mirror,
     qemu_img, recovery, refusals,
     report::Case,
-    shape,
+    server, shape,
 };
 use anyhow::{Context, Result, ensure};
 use std::{
@@ -60,6 +60,7 @@ pub fn cases(setting: Setting) -> Vec<Case> {
     let mut cases = Cases { setting: Arc::new(setting), cases: Vec::new() };
     cases.refusals();
     cases.shapes();
+    cases.servers();
     cases.matrix();
     cases.file_systems();
     cases.fio();
@@ -116,6 +117,18 @@ impl Cases {
             disk.detach()?;
             qemu_img::check_clean(&image)
         });
+    }
+
+    fn servers(&mut self) {
+        self.add("server/guarded", 60, |it, dir| server::guarded(&it.binary, dir));
+        self.add("server/partitions", 60, |it, dir| server::partitions(&it.binary, dir));
+        let queues: &[u16] = if self.setting.scale == Scale::Full { &[1, 2] } else { &[2] };
+        for &queues in queues {
+            self.add(format!("leaks/{queues}q"), 120, move |it, dir| {
+                leaks::given_back(&it.binary, dir, queues, it.seed)
+                    .with_context(|| format!("seed {}", it.seed))
+            });
+        }
     }
 
     fn matrix(&mut self) {

@@ -72,6 +72,9 @@ pub(crate) struct AddArgs {
     /// Leave clusters that a crash has leaked as they are, instead of giving them back in the background.
     #[arg(long)]
     pub(crate) no_reclaim: bool,
+    /// Do not have the kernel look for partitions in an image that is not trusted (Linux 7.0 or newer).
+    #[arg(long)]
+    pub(crate) no_part_scan: bool,
     /// Stay in the foreground; SIGINT or SIGTERM detaches.
     #[arg(long)]
     pub(crate) foreground: bool,

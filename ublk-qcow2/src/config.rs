@@ -10,10 +10,7 @@ use qcow2_engine::{
     },
 };
 use serde::{Deserialize, Serialize};
-use std::{
-    io,
-    path::{Path, PathBuf},
-};
+use std::{io, path::PathBuf};
 
 /// How an image is served.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +31,8 @@ pub(crate) struct Config {
     pub(crate) reclaims: bool,
     /// Whether the device waits for another server when this one dies.
     pub(crate) recovery: bool,
+    /// Whether the kernel looks for a partition table in the image.
+    pub(crate) part_scan: bool,
 }
 
 impl Config {
@@ -51,6 +50,7 @@ impl Config {
             backing_policy: args.backing.policy(),
             reclaims: !args.no_reclaim,
             recovery: !args.no_recovery,
+            part_scan: !args.no_part_scan,
         })
     }
 
@@ -73,11 +73,6 @@ impl Config {
             backing_policy: self.backing_policy.clone(),
             ..OpenOptions::default()
         }
-    }
-
-    /// The image's path.
-    pub(crate) fn image(&self) -> &Path {
-        &self.image
     }
 }
 
@@ -128,5 +123,6 @@ pub(crate) fn example() -> Config {
         backing_policy: BackingPolicy::Under(vec!["/images".into()]),
         reclaims: true,
         recovery: true,
+        part_scan: true,
     }
 }

@@ -8,6 +8,7 @@ use crate::{
     device::{self, Device},
     queue::{self, Notice, Queue, QueueError},
     request::{Bounds, device_sectors},
+    safety,
 };
 use nix::sys::signal::{SigSet, Signal};
 use qcow2_engine::{Image, io::Files};
@@ -215,6 +216,7 @@ fn watch_signals(to_events: Sender<Event>) -> io::Result<()> {
     let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
     signals.thread_block()?;
     std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+        safety::keep_nothing();
         while let Ok(signal) = signals.wait() {
             if to_events.send(Event::Signal(signal)).is_err() {
                 return;

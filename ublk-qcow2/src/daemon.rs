@@ -13,9 +13,10 @@ use crate::{
     device::{self, Device, DeviceError, Shape},
     namespace,
     queue::QueueError,
-    redofile::{RedoFile, RedoFileError},
+    redofile::{RedoFile, RedoFileError, Witness},
     request::device_sectors,
     runfile::{self, Record, RunFile, RunFileError, TakeOverError},
+    safety,
 };
 use nix::sys::signal::Signal;
 use qcow2_engine::{
@@ -94,12 +95,24 @@ pub(crate) fn run(
     announce: impl FnOnce(&Path, u32) -> io::Result<()>,
 ) -> Result<(), ServeError> {
     namespace::leave();
+    safety::prepare();
     let crew = Crew::new().map_err(ServeError::SetUp)?;
-    let ready = match start {
-        Start::New { id, config } => make(*id, config)?,
-        Start::Recover { id } => take_over(*id)?,
-    };
+    let ready = apart(|| match start {
+        Start::New { id, config } => make(*id, config),
+        Start::Recover { id } => take_over(*id),
+    })?;
+    safety::keep_control();
     serve(ready, crew, announce)
+}
+
+/// Takes a step on a thread that ends with it. So do the kernel's own threads for its I/O, which would
+/// keep the privileges that this thread is about to give up.
+fn apart<T: Send>(step: impl FnOnce() -> Result<T, ServeError> + Send) -> Result<T, ServeError> {
+    std::thread::scope(|scope| {
+        let thread = std::thread::Builder::new().name("opening".to_owned()).spawn_scoped(scope, step);
+        let panicked = |_| Err(ServeError::SetUp(io::Error::other("the thread that opens it panicked")));
+        thread.map_err(ServeError::SetUp)?.join().unwrap_or_else(panicked)
+    })
 }
 
 /// All that has to be there before the queues can start.
@@ -107,7 +120,8 @@ struct Ready {
     service: Service,
     device: Device,
     run_file: RunFile,
-    redo: Option<RedoFile>,
+    /// Of the image, for whoever replays our redo log.
+    witness: Option<Witness>,
 }
 
 /// Opens the image and makes a device for it.
@@ -116,9 +130,10 @@ fn make(id: Option<u32>, config: &Config) -> Result<Ready, ServeError> {
     let files = Arc::new(config.files());
     let image = open_image(config, &files)?;
     let shape = shape_of(&image, config)?;
-    let (queues, depth, recovery) = (config.queues, config.depth, config.recovery);
+    let &Config { queues, depth, recovery, part_scan, .. } = config;
     let cookie = random().map_err(ServeError::SetUp)?;
-    let mut device = Device::add(control, &device::Request { id, queues, depth, recovery, cookie })?;
+    let request = device::Request { id, queues, depth, recovery, part_scan, cookie };
+    let mut device = Device::add(control, &request)?;
     device.describe(&shape)?;
     let run_file = RunFile::create(Record {
         id: device.id(),
@@ -136,17 +151,16 @@ fn make(id: Option<u32>, config: &Config) -> Result<Ready, ServeError> {
     } else {
         None
     };
-    keep_log(&image, redo.as_ref(), config)?;
-    let char_device = Arc::new(device.open_char()?);
-    let service = Service { image, files, char_device, reclaims: config.reclaims };
-    Ok(Ready { service, device, run_file, redo })
+    let witness = keep_log(&image, redo, config)?;
+    let service = service(image, files, &device, config)?;
+    Ok(Ready { service, device, run_file, witness })
 }
 
 /// Takes a device over whose server has died. Whatever fails, the device goes on waiting.
 fn take_over(id: u32) -> Result<Ready, ServeError> {
     let run_file = RunFile::take_over(id)?;
     match take_over_as(run_file.record()) {
-        Ok((service, device, redo)) => Ok(Ready { service, device, run_file, redo }),
+        Ok((service, device, witness)) => Ok(Ready { service, device, run_file, witness }),
         Err(error) => {
             run_file.fail(format!("recovery failed: {error}"));
             Err(error)
@@ -154,7 +168,7 @@ fn take_over(id: u32) -> Result<Ready, ServeError> {
     }
 }
 
-fn take_over_as(record: &Record) -> Result<(Service, Device, Option<RedoFile>), ServeError> {
+fn take_over_as(record: &Record) -> Result<(Service, Device, Option<Witness>), ServeError> {
     let (id, config) = (record.id, &record.config);
     // Our copies of its mounts would keep its file system mounted when everybody else has unmounted it.
     namespace::let_go_of(&format!("ublkb{id}"));
@@ -162,10 +176,19 @@ fn take_over_as(record: &Record) -> Result<(Service, Device, Option<RedoFile>), 
     let device = Device::recover(Control::open()?, id, record.cookie)?;
     let files = Arc::new(config.files());
     let (image, redo) = open_as_left(record, &files)?;
-    keep_log(&image, redo.as_ref(), config)?;
+    let witness = keep_log(&image, redo, config)?;
+    let service = service(image, files, &device, config)?;
+    Ok((service, device, witness))
+}
+
+fn service(
+    image: Arc<Image>,
+    files: Arc<Files>,
+    device: &Device,
+    config: &Config,
+) -> Result<Service, ServeError> {
     let char_device = Arc::new(device.open_char()?);
-    let service = Service { image, files, char_device, reclaims: config.reclaims };
-    Ok((service, device, redo))
+    Ok(Service { image, files, char_device, reclaims: config.reclaims })
 }
 
 /// Writes to the image what a dead server had acknowledged, when nobody is to serve it any more.
@@ -194,7 +217,7 @@ fn open_as_left(record: &Record, files: &Arc<Files>) -> Result<(Arc<Image>, Opti
     if let Some(redo) = &redo {
         let log = RedoLog::open(redo.memory())?;
         if !log.is_empty() {
-            redo.check_unchanged(config.image())?;
+            redo.check_unchanged(&config.image)?;
             let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
             let lane = Lane::new(&image, ring.clone(), 1);
             let replayed =
@@ -206,12 +229,12 @@ fn open_as_left(record: &Record, files: &Arc<Files>) -> Result<(Arc<Image>, Opti
 }
 
 /// From now on changes are remembered for the next server, in a log that begins empty.
-fn keep_log(image: &Image, redo: Option<&RedoFile>, config: &Config) -> Result<(), ServeError> {
-    if let Some(redo) = redo {
-        redo.witness(config.image());
-        image.keep_redo_log(RedoLog::create(redo.memory())?);
-    }
-    Ok(())
+fn keep_log(image: &Image, redo: Option<RedoFile>, config: &Config) -> Result<Option<Witness>, ServeError> {
+    let Some(redo) = redo else { return Ok(None) };
+    let witness = redo.witness(&config.image)?;
+    witness.note();
+    image.keep_redo_log(RedoLog::create(redo.memory())?);
+    Ok(Some(witness))
 }
 
 /// Has the queues serve the device, until the end.
@@ -220,12 +243,10 @@ fn serve(
     mut crew: Crew,
     announce: impl FnOnce(&Path, u32) -> io::Result<()>,
 ) -> Result<(), ServeError> {
-    let Ready { service, mut device, run_file, redo } = ready;
+    let Ready { service, mut device, run_file, witness } = ready;
     let started = crew.bring_up(&service, &mut device, announce);
     let is_announced = started.is_ok();
-    let image_path = run_file.record().config.image().to_owned();
-    let tick = || redo.iter().for_each(|redo| redo.witness(&image_path));
-    let served = started.and_then(|()| crew.wait_for_end(tick));
+    let served = started.and_then(|()| crew.wait_for_end(|| witness.iter().for_each(Witness::note)));
     if device.is_waiting() {
         // Its users go on waiting as well, for another attempt.
         let error = served.err().unwrap_or(ServeError::QueueFailed);
@@ -255,7 +276,7 @@ fn serve(
 
 fn open_image(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {
     let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
-    block_on(&ring, Image::open(&ring, &**files, config.image(), &config.open_options()))
+    block_on(&ring, Image::open(&ring, &**files, &config.image, &config.open_options()))
         .map_err(ServeError::SetUp)?
         .map_err(ServeError::Open)
 }

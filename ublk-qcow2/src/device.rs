@@ -37,6 +37,8 @@ const ORPHAN_PAUSE: Duration = Duration::from_millis(10);
 const WRITE_BACK: Duration = Duration::from_secs(300);
 /// The device waits for another server, which is given the requests that the old one had.
 const RECOVERY: u64 = (sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) as u64;
+/// `UBLK_F_NO_AUTO_PART_SCAN`, which libublk's header does not have yet.
+const NO_PART_SCAN: u64 = 1 << 18;
 /// How long a device node may take to appear after the driver has made the device.
 const NODE_WAIT: Duration = Duration::from_secs(10);
 
@@ -49,6 +51,8 @@ pub(crate) struct Request {
     pub(crate) depth: u16,
     /// Whether the device waits for another server when its own dies.
     pub(crate) recovery: bool,
+    /// Whether the kernel looks for a partition table when the device starts.
+    pub(crate) part_scan: bool,
     /// What the driver keeps for us, to know the device by.
     pub(crate) cookie: u64,
 }
@@ -72,6 +76,8 @@ pub(crate) enum DeviceError {
     Control(#[from] ControlError),
     #[error("device {id} is {what}")]
     NotOurs { id: u32, what: &'static str },
+    #[error("this kernel's driver cannot leave out the partition scan (--no-part-scan needs Linux 7.0)")]
+    PartScan,
     #[error("the driver took other parameters than it was given: {0}")]
     Params(String),
     #[error("cannot open {}: {source}{hint}", .path.display())]
@@ -106,11 +112,15 @@ impl Device {
             max_io_buf_bytes: MAX_IO_BYTES,
             dev_id: request.id.unwrap_or(ANY_ID),
             ublksrv_pid: -1,
-            flags: u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE) | if request.recovery { RECOVERY } else { 0 },
+            flags: flags(request),
             ublksrv_flags: request.cookie,
             ..Default::default()
         })?;
         let device = Self { control, info, state: State::Added };
+        if !request.part_scan && info.flags & NO_PART_SCAN == 0 {
+            // Dropped, it is gone again.
+            return Err(DeviceError::PartScan);
+        }
         if request.recovery && !device.is_recoverable() {
             tracing::warn!("this kernel's driver knows no recovery: should the server die, I/O will fail");
         }
@@ -294,6 +304,13 @@ fn wait_for_node<T>(
         }
         std::thread::sleep(Duration::from_millis(5));
     }
+}
+
+/// The features to ask the driver for.
+fn flags(request: &Request) -> u64 {
+    let recovery = if request.recovery { RECOVERY } else { 0 };
+    let part_scan = if request.part_scan { 0 } else { NO_PART_SCAN };
+    u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE) | recovery | part_scan
 }
 
 /// The driver's parameters for a device of this shape.

@@ -19,6 +19,7 @@ mod queue;
 mod redofile;
 mod request;
 mod runfile;
+mod safety;
 mod supervisor;
 
 use clap::Parser;

@@ -14,6 +14,7 @@ mod tags;
 use crate::{
     errno::errno,
     request::{Bounds, DecodeError, Request},
+    safety,
 };
 use io_uring::{opcode, types};
 use libublk::sys;
@@ -49,8 +50,8 @@ const REPORTED_ERRORS: u64 = 16;
 const MAINTENANCE_PAUSE: Duration = Duration::from_secs(1);
 /// Between two steps of the search for leaks, each of which takes a tenth of that.
 const RECLAIM_REST: Duration = Duration::from_millis(1);
-/// From linux/prctl.h; missing in the crate libc.
-const PR_SET_IO_FLUSHER: libc::c_int = 57;
+/// The same while the queue has requests, which wait for a step: a hundredth of the time is the search's.
+const RECLAIM_REST_BUSY: Duration = Duration::from_millis(8);
 /// The kernel's result for a command of a stopped queue.
 const ABORTED: i32 = sys::UBLK_IO_RES_ABORT;
 
@@ -90,7 +91,6 @@ pub(crate) enum Notice {
 
 /// Serves a queue until the device is stopped, on the thread that calls it.
 pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<(), QueueError> {
-    become_io_flusher();
     // One entry per tag for its command, and as many again for its image I/O.
     let entries = (u32::from(queue.depth) * 2).next_power_of_two().max(64);
     let ring = Uring::new(Arc::clone(&queue.files), entries).map_err(QueueError::SetUp)?;
@@ -177,8 +177,8 @@ impl Context {
 
     /// The search for leaks, once, a little after the device has come into service.
     async fn reclaim_leaks(self: Rc<Self>) {
-        let pause = (MAINTENANCE_PAUSE.as_micros() / RECLAIM_REST.as_micros()) as u32;
-        for _ in 0..pause {
+        let rests = (MAINTENANCE_PAUSE.as_micros() / RECLAIM_REST.as_micros()) as u32;
+        for _ in 0..rests {
             if !self.rest().await {
                 return;
             }
@@ -210,6 +210,8 @@ impl Context {
         // SAFETY: a no-op names no memory.
         let no_op = unsafe { self.ring.submit(opcode::Nop::new().build(), None) };
         if no_op.await.is_ok() {
+            // Not before: the driver has the partitions of a device looked for only if it trusts who fetches.
+            safety::keep_nothing();
             (self.notify)(Notice::Fetching);
         }
     }
@@ -270,7 +272,8 @@ impl Context {
 
 impl Pace for Context {
     fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
-        Box::pin(async { self.ring.sleep(RECLAIM_REST).await.is_ok() && self.serving.get() > 0 })
+        let pause = if self.lane.is_idle() { RECLAIM_REST } else { RECLAIM_REST_BUSY };
+        Box::pin(async move { self.ring.sleep(pause).await.is_ok() && self.serving.get() > 0 })
     }
 }
 
@@ -302,17 +305,6 @@ impl Descriptors {
         // The kernel does not write to this one between the completion of the tag's fetch, which
         // has been seen, and the commit of its result.
         unsafe { array.add(usize::from(tag)).read_volatile() }
-    }
-}
-
-/// Lets this thread, and the kernel's helpers of its ring, allocate memory without waiting for
-/// dirty pages to be written back: some of them may be waiting for this very device.
-fn become_io_flusher() {
-    // SAFETY: the call takes numbers only.
-    let failed = unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) };
-    if failed != 0 {
-        let error = io::Error::last_os_error();
-        tracing::warn!("PR_SET_IO_FLUSHER: {error}; under memory pressure the device may deadlock");
     }
 }
 

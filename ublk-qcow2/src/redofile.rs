@@ -7,7 +7,7 @@
 //!
 //! A log must not be replayed on an image that somebody else has changed since. While the server lives
 //! its locks see to that; it also notes, every second, when the image file was last modified
-//! ([`RedoFile::witness`]). Whoever replays the log much later compares ([`RedoFile::check_unchanged`]).
+//! ([`Witness`]). Whoever replays the log much later compares ([`RedoFile::check_unchanged`]).
 
 use crate::runfile;
 use memmap2::{MmapOptions, MmapRaw};
@@ -85,34 +85,51 @@ impl RedoFile {
         Arc::clone(&self.map) as RedoMemory
     }
 
-    /// Notes when the image was last modified.
-    pub(crate) fn witness(&self, image: &Path) {
-        // An image that cannot be looked at just now was noted a second ago.
-        if let Ok(seconds) = modified(image) {
-            self.map.witness().store(seconds, Ordering::Relaxed);
-        }
+    /// The witness of an image.
+    pub(crate) fn witness(&self, image: &Path) -> Result<Witness, RedoFileError> {
+        Ok(Witness { map: Arc::clone(&self.map), image: open_to_look(image)? })
     }
 
     /// Makes sure that nobody but the dead server has changed the image.
     pub(crate) fn check_unchanged(&self, image: &Path) -> Result<(), RedoFileError> {
         let seen = self.map.witness().load(Ordering::Relaxed);
-        let path = || image.to_owned();
-        let now = modified(image).map_err(|source| RedoFileError::Io {
-            what: "cannot look at",
-            path: path(),
-            source,
-            hint: "",
-        })?;
+        let now = modified(&open_to_look(image)?).map_err(|source| cannot_look_at(image, source))?;
         if now > seen.saturating_add(TOLERANCE_SECONDS) {
-            return Err(RedoFileError::Changed { image: path(), log: self.path.clone() });
+            return Err(RedoFileError::Changed { image: image.to_owned(), log: self.path.clone() });
         }
         Ok(())
     }
 }
 
-fn modified(image: &Path) -> io::Result<u64> {
+/// Notes beside the log when its image was last modified.
+pub(crate) struct Witness {
+    map: Arc<Mapped>,
+    /// Open, because a server may not be able to find it again when it has given up its privileges.
+    image: File,
+}
+
+impl Witness {
+    /// Notes it now.
+    pub(crate) fn note(&self) {
+        // An image that cannot be looked at just now was noted a second ago.
+        if let Ok(seconds) = modified(&self.image) {
+            self.map.witness().store(seconds, Ordering::Relaxed);
+        }
+    }
+}
+
+fn open_to_look(image: &Path) -> Result<File, RedoFileError> {
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(image);
+    opened.map_err(|source| cannot_look_at(image, source))
+}
+
+fn modified(image: &File) -> io::Result<u64> {
     // A file from before 1970 counts as old.
-    Ok(u64::try_from(fs::metadata(image)?.mtime()).unwrap_or(0))
+    Ok(u64::try_from(image.metadata()?.mtime()).unwrap_or(0))
+}
+
+fn cannot_look_at(image: &Path, source: io::Error) -> RedoFileError {
+    RedoFileError::Io { what: "cannot look at", path: image.to_owned(), source, hint: "" }
 }
 
 fn make(path: &Path) -> io::Result<File> {
@@ -188,12 +205,13 @@ mod tests {
         let image = dir.path().join("image");
         let file = File::create(&image).unwrap();
         let log = file_at(dir.path().join("0.redo"));
-        log.witness(&image);
+        let witness = log.witness(&image).unwrap();
+        witness.note();
         assert!(log.check_unchanged(&image).is_ok());
         let later = std::time::SystemTime::now() + std::time::Duration::from_secs(TOLERANCE_SECONDS + 2);
         file.set_modified(later).unwrap();
         assert!(matches!(log.check_unchanged(&image), Err(RedoFileError::Changed { .. })));
-        log.witness(&image);
+        witness.note();
         assert!(log.check_unchanged(&image).is_ok());
     }
 }

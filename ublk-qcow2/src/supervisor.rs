@@ -14,7 +14,7 @@ use crate::{
     control::Control,
     daemon::{self, Start},
     detach::{self, Reporter, Side},
-    device, namespace, runfile,
+    device, namespace, runfile, safety,
 };
 use nix::{
     sys::{
@@ -42,6 +42,7 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 pub(crate) fn run(start: &Start, reporter: Reporter) -> io::Result<()> {
     // Before the device can be mounted, and for all servers to come.
     namespace::leave();
+    safety::prepare();
     let mut reporter = Some(reporter);
     let (server, outcome) = start_server(start, &mut reporter)?;
     let Some(reporter) = reporter else { return Ok(()) };

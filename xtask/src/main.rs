@@ -2,10 +2,9 @@
 
 mod apt;
 mod bench;
-mod crash;
+mod campaign;
 mod demo;
 mod dist;
-mod fuzz;
 mod kernel;
 mod peers;
 mod place;
@@ -37,9 +36,9 @@ enum Task {
     /// The full compatibility matrix on both kernels
     TestCompat(test_compat::Options),
     /// Crash simulated workloads at every moment and judge what is left
-    Crash(crash::Options),
+    Crash(campaign::CrashOptions),
     /// Damage images field by field, and hold what becomes of them against QEMU's tools
-    Fuzz(fuzz::Options),
+    Fuzz(campaign::FuzzOptions),
     /// Compare the speed of the engines in the virtual machine
     Bench(bench::Options),
     /// The release binary in a tarball
@@ -54,8 +53,8 @@ fn main() -> ExitCode {
         Task::Demo(options) => demo::command(&options),
         Task::Test(options) => test::command(&options),
         Task::TestCompat(options) => test_compat::command(&options),
-        Task::Crash(options) => crash::command(&options),
-        Task::Fuzz(options) => fuzz::command(&options),
+        Task::Crash(options) => campaign::crash(&options),
+        Task::Fuzz(options) => campaign::fuzz(&options),
         Task::Bench(options) => bench::command(&options),
         Task::Dist => dist::command().map(|()| ExitCode::SUCCESS),
         Task::Vm(options) => vm::command(&options),

@@ -4,7 +4,7 @@
 //! device lane is shared with `test_compat`.
 
 use crate::{
-    crash, fuzz,
+    campaign,
     kernel::Kernel,
     place::{Job, Place},
     process::{capture, find_program, run, show},
@@ -70,8 +70,7 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
         let (succeeded, output) = streamed(&mut tests)?;
         count_of_cargo_test(&output).confirmed_by(succeeded)
     });
-    report.lane("crash simulation", crash::quick);
-    report.lane("damaged images", fuzz::quick);
+    campaign::quick(&mut report);
     report.lane(&format!("device tests on {place}"), || device_lane(place, Matrix::Quick));
     Ok(report.finish())
 }

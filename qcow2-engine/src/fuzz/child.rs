@@ -6,6 +6,7 @@
 use super::{corpus::IMAGE, host_files::HostFiles};
 use crate::{
     CheckOptions, Error, ErrorKind, Image, Lane, OpenOptions, Repair, ZeroMode, check,
+    exec::run_at_once as run,
     inspect::ImageFile,
     io::{Access, Buf},
     sim::rng::Rng,
@@ -13,12 +14,9 @@ use crate::{
 use nix::sys::resource::{Resource, setrlimit};
 use std::{
     fs::{self, File},
-    future::Future,
     io,
     os::unix::fs::FileExt,
     path::Path,
-    pin::pin,
-    task::{Context, Poll, Waker},
 };
 
 /// Address space, in bytes.
@@ -63,17 +61,6 @@ pub fn work(seed: u64) -> io::Result<()> {
     }
     println!("done");
     Ok(())
-}
-
-/// Runs a future whose I/O completes at once.
-fn run<T>(future: impl Future<Output = T>) -> T {
-    let mut future = pin!(future);
-    for _ in 0..100_000 {
-        if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-            return output;
-        }
-    }
-    panic!("the future waits for something that nobody will do");
 }
 
 /// What `info` does.

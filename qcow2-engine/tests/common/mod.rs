@@ -1,31 +1,14 @@
 //! Images in memory, held against a plain array of bytes and against the real qemu-img.
 
+pub(crate) use qcow2_engine::exec::run_at_once as run;
 use qcow2_engine::{
     Image, Lane, OpenOptions, ZeroMode,
     io::{Buf, mem::MemFiles},
 };
 use qcow2_format::{Blueprint, CreateOptions};
-use std::{
-    future::Future,
-    path::Path,
-    pin::pin,
-    process::Command,
-    sync::Arc,
-    task::{Context, Poll, Waker},
-};
+use std::{path::Path, process::Command, sync::Arc};
 
 pub(crate) const IMAGE: &str = "image.qcow2";
-
-/// Runs a future whose I/O completes at once.
-pub(crate) fn run<T>(future: impl Future<Output = T>) -> T {
-    let mut future = pin!(future);
-    for _ in 0..10_000 {
-        if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-            return output;
-        }
-    }
-    panic!("the future waits for something that nobody will do");
-}
 
 /// Writes a new, empty image into `files`.
 pub(crate) fn create(files: &MemFiles, name: &str, options: &CreateOptions) {

@@ -1,0 +1,147 @@
+//! What the serving processes do for their own safety and the host's, as the kernel tells it.
+//!
+//! [`guarded`] looks at every thread of the server and of its supervisor in /proc; [`partitions`] at what
+//! the kernel makes of a partition table that somebody else may have written.
+
+use crate::{
+    device::{Binary, Device, DeviceDisk},
+    disk::{Disk, Op, Server},
+    qemu_img,
+    refusals::refuse,
+};
+use anyhow::{Context, Result, ensure};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
+
+/// Bytes of the disk.
+const DISK: u64 = 64 << 20;
+/// `PF_MEMALLOC_NOIO` and `PF_LOCAL_THROTTLE` of the kernel: what `PR_SET_IO_FLUSHER` sets.
+const IO_FLUSHER: u64 = 0x0008_0000 | 0x0010_0000;
+/// `CAP_SYS_ADMIN`, as a bit.
+const SYS_ADMIN: u64 = 1 << 21;
+/// The driver's feature that a start without a partition scan takes.
+const NO_PART_SCAN: &str = "no-part-scan";
+
+/// Demands of a server, and of the supervisor behind it, that no thread waits for the device when it
+/// allocates memory, that memory stays, that the OOM killer passes by, that mounts are its own; and
+/// of the server that it keeps no privileges but that of commanding the driver, in its first thread.
+///
+/// # Errors
+/// What does not hold, and for which thread.
+pub fn guarded(binary: &Binary, dir: &Path) -> Result<()> {
+    let image = dir.join("image.qcow2");
+    qemu_img::create(&image, "cluster_size=64k", None, DISK)?;
+    let mut disk = DeviceDisk::open(binary.add(&["-q", "2"], &image)?)?;
+    // Threads of the ring's own are there when there was I/O.
+    disk.run(&[Op::Write { at: 0, bytes: vec![1; 1 << 20].into() }, Op::Flush])?;
+    let server = Process(disk.device().listed()?.pid);
+    let supervisor = Process(server.status_number("PPid", 10)? as i32);
+    for process in [&server, &supervisor] {
+        process.hold_common().with_context(|| format!("process {}", process.0))?;
+    }
+    for thread in server.threads()? {
+        let kept = number_in(&thread, "CapPrm", 16)?;
+        let name = fs::read_to_string(thread.join("comm"))?;
+        // The first thread commands the driver, and the kernel's own threads may do that for it.
+        let commands =
+            thread.ends_with(server.0.to_string()) || name.trim() == format!("iou-wrk-{}", server.0);
+        let allowed = if commands { SYS_ADMIN } else { 0 };
+        ensure!(kept & !allowed == 0, "thread {:?} keeps the capabilities {kept:#x}", name.trim());
+        ensure!(number_in(&thread, "NoNewPrivs", 10)? == 1, "{}: NoNewPrivs is not set", thread.display());
+    }
+    disk.detach()?;
+    qemu_img::check_clean(&image)
+}
+
+/// Demands that the kernel finds a partition, and that `--no-part-scan` keeps it from looking or says
+/// that this kernel cannot.
+///
+/// # Errors
+/// What does not hold.
+pub fn partitions(binary: &Binary, dir: &Path) -> Result<()> {
+    let image = dir.join("image.qcow2");
+    qemu_img::create(&image, "cluster_size=64k", None, DISK)?;
+    let mut disk = binary.attach(&image, 1)?;
+    disk.run(&[Op::Write { at: 0, bytes: partition_table().into() }])?;
+    disk.detach()?;
+    let has_partition = |device: &Device| device.sysfs(&format!("ublkb{}p1/size", device.id())).is_ok();
+
+    let device = binary.add(&[], &image)?;
+    ensure!(has_partition(&device), "the kernel finds no partition in the image");
+    device.detach()?;
+
+    let features = binary.run(["features"])?.success()?.stdout;
+    let line = features.lines().find(|line| line.contains(NO_PART_SCAN)).context("no such feature")?;
+    if line.split_whitespace().nth(1) == Some("no") {
+        return refuse(binary, &["add".as_ref(), "--no-part-scan".as_ref(), image.as_os_str()], &["7.0"]);
+    }
+    let device = binary.add(&["--no-part-scan"], &image)?;
+    ensure!(!has_partition(&device), "the kernel has looked for partitions");
+    device.detach()?;
+    qemu_img::check_clean(&image)
+}
+
+/// The first sector of a disk with one partition, from sector 2048 to the 4096th.
+fn partition_table() -> Vec<u8> {
+    let mut sector = vec![0; 512];
+    let entry = &mut sector[446..462];
+    entry[4] = 0x83;
+    entry[8..12].copy_from_slice(&2048_u32.to_le_bytes());
+    entry[12..16].copy_from_slice(&2048_u32.to_le_bytes());
+    sector[510..].copy_from_slice(&[0x55, 0xaa]);
+    sector
+}
+
+/// A process, by its number.
+struct Process(i32);
+
+impl Process {
+    fn path(&self, file: &str) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/{file}", self.0))
+    }
+
+    fn threads(&self) -> Result<Vec<PathBuf>> {
+        let tasks = fs::read_dir(self.path("task"))?;
+        Ok(tasks.map(|task| task.map(|task| task.path())).collect::<Result<_, _>>()?)
+    }
+
+    fn status_number(&self, field: &str, radix: u32) -> Result<u64> {
+        number_in(&self.path(""), field, radix)
+    }
+
+    /// What holds for server and supervisor alike.
+    fn hold_common(&self) -> Result<()> {
+        for thread in self.threads()? {
+            let flags = flags_of(&thread)?;
+            ensure!(flags & IO_FLUSHER == IO_FLUSHER, "{} is no I/O flusher: {flags:#x}", thread.display());
+        }
+        ensure!(self.status_number("VmLck", 10)? > 0, "no memory is locked");
+        let score = fs::read_to_string(self.path("oom_score_adj"))?;
+        ensure!(score.trim() == "-1000", "the OOM killer's adjustment is {}", score.trim());
+        let mounts = |path: &Path| fs::read_link(path).with_context(|| path.display().to_string());
+        ensure!(
+            mounts(&self.path("ns/mnt"))? != mounts(Path::new("/proc/self/ns/mnt"))?,
+            "mounts are shared"
+        );
+        Ok(())
+    }
+}
+
+/// A number in the status file of a process or thread, whose unit is left out.
+fn number_in(task: &Path, field: &str, radix: u32) -> Result<u64> {
+    let status = fs::read_to_string(task.join("status"))?;
+    let line = status.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+    let number = line.and_then(|line| u64::from_str_radix(line.split_whitespace().next()?, radix).ok());
+    number.with_context(|| format!("{}: no {field}", task.display()))
+}
+
+/// The kernel's flags of a thread.
+fn flags_of(task: &Path) -> Result<u64> {
+    let stat = fs::read_to_string(task.join("stat"))?;
+    // The name, in brackets, may hold anything; the flags are the seventh field after it.
+    let rest = stat.rsplit_once(") ").map_or("", |(_, rest)| rest);
+    let flags = rest.split_whitespace().nth(6).and_then(|flags| flags.parse().ok());
+    flags.with_context(|| format!("{}: no flags in {stat:?}", task.display()))
+}

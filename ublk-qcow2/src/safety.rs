@@ -1,0 +1,97 @@
+//! What a server does for its own safety, beside its mount namespace.
+//!
+//! A process that serves a block device can be in its own way: memory that it asks for may only be had
+//! by writing dirty pages of that very device, a page of its own may have been swapped out to it, and the
+//! OOM killer may look for memory in the one process that is needed to free some. [`prepare`] sees to
+//! these, for the supervisor too. And it reads what strangers wrote: [`keep_control`] and
+//! [`keep_nothing`] give up the privileges that serving does not need.
+//!
+//! Each of these is a precaution: where the system refuses it the log says what may follow, and the
+//! device is served all the same.
+
+use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
+use rustix::{
+    io::Errno,
+    mm::{MlockAllFlags, mlockall},
+    process::configure_io_flusher_behavior,
+    thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_no_new_privs},
+};
+use std::{fs, io};
+
+/// What the OOM killer leaves alone.
+const OOM_EXEMPT: &str = "-1000";
+/// Where that is said.
+const OOM_SCORE: &str = "/proc/self/oom_score_adj";
+
+/// Readies this process for serving: to be called while it has one thread, since threads inherit a part.
+pub(crate) fn prepare() {
+    if let Err(error) = configure_io_flusher_behavior(true) {
+        tracing::warn!("PR_SET_IO_FLUSHER: {error}; under memory pressure the device may deadlock");
+    }
+    if let Err(error) = lock_memory() {
+        tracing::warn!("memory is not locked: {error}; with swap space on the device it may deadlock");
+    }
+    if let Err(error) = leave_out_of_oom() {
+        tracing::warn!("{OOM_SCORE}: {error}; the OOM killer may take the server");
+    }
+}
+
+/// Keeps in memory what is there now, and from now on whatever is touched.
+fn lock_memory() -> io::Result<()> {
+    // With a limit in force later mappings would fail.
+    setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).or_else(|error| {
+        match getrlimit(Resource::RLIMIT_MEMLOCK) {
+            Ok((RLIM_INFINITY, _)) => Ok(()),
+            _ => Err(error),
+        }
+    })?;
+    // First the program itself, whole; then not the buffers, which are mapped for the largest requests.
+    mlockall(MlockAllFlags::CURRENT)?;
+    Ok(mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT)?)
+}
+
+/// Asks the OOM killer to look elsewhere, unless somebody has given it another order.
+fn leave_out_of_oom() -> io::Result<()> {
+    match fs::read_to_string(OOM_SCORE)?.trim() {
+        "0" => fs::write(OOM_SCORE, OOM_EXEMPT),
+        _ => Ok(()),
+    }
+}
+
+/// Leaves this thread, and those that it starts, the one privilege that commands to the driver take.
+pub(crate) fn keep_control() {
+    reduce_to(CapabilitySet::SYS_ADMIN);
+}
+
+/// Leaves this thread no privileges: all that it works on is open.
+pub(crate) fn keep_nothing() {
+    reduce_to(CapabilitySet::empty());
+}
+
+fn reduce_to(wanted: CapabilitySet) {
+    if let Err(error) = try_reduce_to(wanted) {
+        tracing::warn!("privileges are kept that are not needed: {error}");
+    }
+}
+
+fn try_reduce_to(wanted: CapabilitySet) -> Result<(), Errno> {
+    set_no_new_privs(true)?;
+    let kept = capabilities(None)?.permitted & wanted;
+    let inheritable = CapabilitySet::empty();
+    set_capabilities(None, CapabilitySets { effective: kept, permitted: kept, inheritable })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thread_that_gives_up_its_privileges_has_none() {
+        let left = std::thread::spawn(|| {
+            keep_nothing();
+            capabilities(None).unwrap()
+        });
+        let left = left.join().unwrap();
+        assert!(left.effective.is_empty() && left.permitted.is_empty() && left.inheritable.is_empty());
+    }
+}
