@@ -159,8 +159,9 @@ mod tests {
         run(lane.write(0, Buf::zeroed(4096))).unwrap();
         let direct = lane.direct_read(0, 4096).unwrap();
         let unmapped = lane.image().epochs.advance();
-        assert!(!lane.image().epochs.has_passed(unmapped));
+        assert!(!lane.image().epochs.has_passed(unmapped) && !lane.is_idle());
         lane.end_direct(direct);
+        assert!(lane.is_idle());
         assert!(lane.image().epochs.has_passed(unmapped));
         assert!(lane.direct_read(4 * CLUSTER, 512).is_none());
         assert!(lane.image().epochs.has_passed(lane.image().epochs.advance()), "a refusal leaves nothing");

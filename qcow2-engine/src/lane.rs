@@ -26,6 +26,7 @@ struct Inner<I> {
     image: Arc<Image>,
     io: I,
     number: usize,
+    depth: usize,
     slots: Arc<Slots>,
     free: RefCell<FreeSlots>,
 }
@@ -62,6 +63,7 @@ impl<I: Io> Lane<I> {
             image: Arc::clone(image),
             io,
             number,
+            depth,
             free: RefCell::new(free),
         }))
     }
@@ -76,6 +78,12 @@ impl<I: Io> Lane<I> {
     #[must_use]
     pub fn io(&self) -> &I {
         &self.0.io
+    }
+
+    /// Whether no request of this lane is in flight.
+    #[must_use]
+    pub fn is_idle(&self) -> bool {
+        self.0.free.borrow().indices.len() == self.0.depth
     }
 
     pub(crate) fn number(&self) -> usize {
