@@ -16,6 +16,9 @@ use crate::{
 use qcow2_format::{Blueprint, CreateOptions, HostOffset, Mapping};
 use std::{io, path::Path, sync::Arc};
 
+/// Zeros are written in parts of so many bytes.
+const ZERO_CHUNK: u64 = 1 << 20;
+
 /// How much of a new image exists from the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Preallocation {
@@ -134,7 +137,6 @@ impl<I: Io> NewFile<'_, I> {
 
     /// Makes the file as long as the image, all zeros where nothing will be written.
     async fn make_room(&self, blueprint: &Blueprint, capacity: u64) -> io::Result<()> {
-        const CHUNK: u64 = 1 << 20;
         match self.io.set_len(self.file, 0).await {
             Ok(()) => return self.io.set_len(self.file, blueprint.file_len()).await,
             // A block device keeps its length.
@@ -144,7 +146,7 @@ impl<I: Io> NewFile<'_, I> {
         let (start, len) = blueprint.zero_range();
         let mut done = 0;
         while done < len {
-            let part = CHUNK.min(len - done);
+            let part = ZERO_CHUNK.min(len - done);
             exact::write_all(self.io, self.file, start + done, &Buf::zeroed(part as usize)).await?;
             done += part;
         }
@@ -153,7 +155,7 @@ impl<I: Io> NewFile<'_, I> {
 }
 
 impl<I: Io> Lane<I> {
-    /// Maps every cluster of an empty image to one of its own. New clusters read as zeros.
+    /// Maps every cluster of an empty image to one of its own, which reads as zeros.
     async fn preallocate(&self) -> Result<()> {
         let geometry = *self.image().geometry();
         let per_slice = self.image().top().slice_entries();
@@ -172,8 +174,15 @@ impl<I: Io> Lane<I> {
         self.begin_mutation().await?;
         self.prepare_table(first << bits).await?;
         while first < end {
-            let reservation = self.reserve(end - first).await?;
+            let mut reservation = self.reserve(end - first).await?;
             let host = reservation.clusters();
+            if !reservation.is_fresh() {
+                // What could not be truncated, as a block device, has old content.
+                reservation.begin_writing();
+                let zeroed = self.zero(host.start << bits, (host.end - host.start) << bits).await;
+                reservation.end_writing();
+                zeroed?;
+            }
             let guest = first..first + (host.end - host.start);
             self.publish(guest.clone(), Some(host.clone()), |cluster| {
                 let host = HostOffset((host.start + cluster - guest.start) << bits);
@@ -184,6 +193,17 @@ impl<I: Io> Lane<I> {
             first = guest.end;
         }
         self.relieve().await
+    }
+
+    async fn zero(&self, at: u64, len: u64) -> Result<()> {
+        let (image, file) = (self.image(), self.image().top().file);
+        for done in (0..len).step_by(ZERO_CHUNK as usize) {
+            let part = ZERO_CHUNK.min(len - done);
+            exact::write_all(self.io(), file, at + done, &Buf::zeroed(part as usize))
+                .await
+                .map_err(|source| image.io_error("zeroing", file, at + done, source))?;
+        }
+        Ok(())
     }
 }
 

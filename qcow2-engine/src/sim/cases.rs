@@ -1,6 +1,6 @@
 //! Which cases there are: images, and what is done with them, drawn from a seed.
 //!
-//! Each [`Plan`] is aimed at something. A rule that nothing is aimed at is broken once in a million
+//! Each `Plan` is aimed at something. A rule that nothing is aimed at is broken once in a million
 //! crash states, which is as good as never: `--mutate` tells.
 
 use super::{
