@@ -33,6 +33,8 @@ use std::{
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 /// How long a node may outlive its device, and a server its last words.
 const LEFTOVER_LIMIT: Duration = Duration::from_secs(10);
+/// Lines of a server's log that a failure shows.
+const LAST_WORDS: usize = 8;
 /// Alignment of memory for O_DIRECT.
 const PAGE: usize = 4096;
 
@@ -125,6 +127,14 @@ impl Device {
         let pid =
             entry["pid"].as_i64().and_then(|pid| i32::try_from(pid).ok()).context("no pid in the list")?;
         Ok(Listed { pid, state: entry["state"].as_str().unwrap_or_default().to_owned() })
+    }
+
+    /// The last of what its server has written into its log.
+    #[must_use]
+    pub fn last_words(&self) -> String {
+        let log = fs::read_to_string(format!("/run/ublk-qcow2/{}.log", self.id)).unwrap_or_default();
+        let lines: Vec<_> = log.lines().rev().take(LAST_WORDS).collect();
+        lines.into_iter().rev().collect::<Vec<_>>().join(" | ")
     }
 
     /// Kills its server with SIGKILL. The device is then dead, not gone.

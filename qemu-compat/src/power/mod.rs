@@ -189,7 +189,8 @@ impl<'a> Site<'a> {
         let first = NUMBERS_OF_A_HISTORY * (u64::from(number) + 1);
         let plan = Plan::new(disk.size(), recipe.cluster(), recipe.discards(), seed, first);
         let history = History::new(Journal::new(initial), &host);
-        history.drive(&mut disk, plan, self.outage.flushes, seed)?;
+        let driven = history.drive(&mut disk, plan, self.outage.flushes, seed);
+        driven.with_context(|| format!("the server's log ends: {}", disk.device().last_words()))?;
         disk.detach()?;
         history.closed()?;
         let journal = history.into_journal();
