@@ -34,7 +34,8 @@ storage() {
         # Or the kernel would go on initialising it while the first engines are measured.
         mkfs.ext4 -q -F -E lazy_itable_init=0,lazy_journal_init=0 "$disk" || die "cannot format $disk"
     fi
-    mount -o discard "$disk" "$base" || die "cannot mount $disk"
+    # Without discard: of an image that was removed it would go on beneath the next measurement.
+    mount "$disk" "$base" || die "cannot mount $disk"
     cd "$base" || die "no $base" # rublk looks for backing files in its working directory
     modprobe nbd nbds_max=1 max_part=0 || die "no nbd"
     modprobe loop max_loop=1 || die "no loop"
