@@ -114,21 +114,6 @@ impl Executor {
         Ok(())
     }
 
-    /// Runs a future whose I/O completes at once, as that of [`crate::io::mem`] does.
-    ///
-    /// # Panics
-    /// When it waits for something that nobody will do.
-    pub fn run_at_once<T>(future: impl Future<Output = T>) -> T {
-        let mut future = pin!(future);
-        // It may wake itself, or be waiting for a part of itself.
-        for _ in 0..100_000 {
-            if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
-                return output;
-            }
-        }
-        panic!("the future waits for something that nobody will do");
-    }
-
     /// Runs until `future` is done; spawned tasks make progress meanwhile.
     ///
     /// # Errors

@@ -363,7 +363,9 @@ fn params(shape: &Shape, max_io_bytes: u32) -> sys::ublk_params {
     let cluster_shift = shape.cluster_bytes.trailing_zeros() as u8;
     let read_only = if shape.read_only { sys::UBLK_ATTR_READ_ONLY } else { 0 };
     let basic = sys::ublk_param_basic {
-        attrs: sys::UBLK_ATTR_VOLATILE_CACHE | read_only,
+        // FUA is not left to the kernel: it would make a write and a flush of it, and should the server die
+        // between them, Linux before 6.15 waits for that write before it wants another server, for ever.
+        attrs: sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA | read_only,
         logical_bs_shift: LOGICAL_SHIFT,
         physical_bs_shift: PHYSICAL_SHIFT,
         io_min_shift: PHYSICAL_SHIFT,

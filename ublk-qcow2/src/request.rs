@@ -23,10 +23,11 @@ pub(crate) enum Request {
     },
     Flush,
     Discard(Range),
-    /// With `unmap` the zeros may be made by deallocating.
+    /// With `unmap` the zeros may be made by deallocating; `fua` as above.
     WriteZeroes {
         range: Range,
         unmap: bool,
+        fua: bool,
     },
 }
 
@@ -75,9 +76,11 @@ impl Request {
             sys::UBLK_IO_OP_WRITE => Self::Write { range: data()?, fua: has(sys::UBLK_IO_F_FUA) },
             sys::UBLK_IO_OP_FLUSH => Self::Flush,
             sys::UBLK_IO_OP_DISCARD => Self::Discard(range()?),
-            sys::UBLK_IO_OP_WRITE_ZEROES => {
-                Self::WriteZeroes { range: range()?, unmap: !has(sys::UBLK_IO_F_NOUNMAP) }
-            }
+            sys::UBLK_IO_OP_WRITE_ZEROES => Self::WriteZeroes {
+                range: range()?,
+                unmap: !has(sys::UBLK_IO_F_NOUNMAP),
+                fua: has(sys::UBLK_IO_F_FUA),
+            },
             other => return Err(DecodeError::Operation(other)),
         })
     }
@@ -127,8 +130,9 @@ mod tests {
         assert_eq!(decode(1 | 1 << 13), Ok(Request::Write { range, fua: true }));
         assert_eq!(decode(2), Ok(Request::Flush));
         assert_eq!(decode(3), Ok(Request::Discard(range)));
-        assert_eq!(decode(5), Ok(Request::WriteZeroes { range, unmap: true }));
-        assert_eq!(decode(5 | 1 << 15), Ok(Request::WriteZeroes { range, unmap: false }));
+        assert_eq!(decode(5), Ok(Request::WriteZeroes { range, unmap: true, fua: false }));
+        assert_eq!(decode(5 | 1 << 15), Ok(Request::WriteZeroes { range, unmap: false, fua: false }));
+        assert_eq!(decode(5 | 1 << 13), Ok(Request::WriteZeroes { range, unmap: true, fua: true }));
         assert_eq!(decode(13), Err(DecodeError::Operation(13)));
         // Hints of the block layer change nothing.
         assert_eq!(decode(1 << 8 | 1 << 11 | 1 << 16), Ok(Request::Read(range)));

@@ -87,8 +87,11 @@ pub(super) async fn run(
     } else if survey.findings.leaks > 0 {
         refused.push("leaked clusters are kept: damaged tables may hide references to them");
     }
-    // Without corruptions every flag agreed with its count before the counts were lowered.
-    if repair == Repair::All || (!had_corruptions && survey.findings.leaks > 0) {
+    // Without corruptions every flag agreed with its count before the counts were lowered. A cluster to which
+    // references may be hidden is not said to have one owner.
+    let may_set =
+        repair == Repair::All && !survey.hides_references || !had_corruptions && survey.findings.leaks > 0;
+    if may_set {
         survey.forget_counts();
         edit_tables(file, &mut survey, Pass::SetCopied).await?;
         file.sync().await?;

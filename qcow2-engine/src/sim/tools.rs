@@ -25,6 +25,7 @@ use crate::{
 };
 use qcow2_format::CreateOptions;
 use std::{
+    collections::HashSet,
     future::Future,
     path::Path,
     pin::Pin,
@@ -198,9 +199,12 @@ impl<'a> Work<'a> {
         rng: &mut Rng,
         totals: &mut Totals,
     ) -> Result<(), String> {
+        // What another case has left may be the same bytes, and is judged by other rules.
+        let mut judged = HashSet::new();
         states::for_each(file, in_flight, rng, |crashed| {
             totals.states += 1;
-            if totals.images.insert(crashed.hash) { self.judge(crashed.bytes) } else { Ok(()) }
+            totals.images.insert(crashed.hash);
+            if judged.insert(crashed.hash) { self.judge(crashed.bytes) } else { Ok(()) }
         })
     }
 

@@ -196,18 +196,21 @@ impl Context {
             Request::Read(range) => lane.read(range.at, part(buf, range)).await?,
             Request::Write { range, fua } => {
                 lane.write(range.at, part(buf, range)).await?;
-                if fua {
-                    lane.flush().await?;
-                }
+                self.flush_if(fua).await?;
             }
             Request::Flush => lane.flush().await?,
             Request::Discard(range) => lane.discard(range.at, range.len).await?,
-            Request::WriteZeroes { range, unmap } => {
+            Request::WriteZeroes { range, unmap, fua } => {
                 let mode = if unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
                 lane.write_zeroes(range.at, range.len, mode).await?;
+                self.flush_if(fua).await?;
             }
         }
         Ok(request.data_len())
+    }
+
+    async fn flush_if(&self, fua: bool) -> Result<(), Error> {
+        if fua { self.lane.flush().await } else { Ok(()) }
     }
 }
 
