@@ -111,6 +111,7 @@ impl<I: Io> Lane<I> {
                     Count::Is(count) if count < by => return Err(image.too_low(cluster, count)),
                     Count::Is(count) => {
                         meta.lower_count(cluster, count - by);
+                        meta.frees.given_back(cluster);
                         return Ok(());
                     }
                 }

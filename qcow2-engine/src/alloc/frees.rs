@@ -5,15 +5,18 @@
 //! it waits here, still counted. This module decides what is ready; `reclaim.rs` carries it out.
 
 use crate::epoch::Epoch;
-use std::{collections::VecDeque, ops::Range};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    ops::Range,
+};
 
 /// Freed clusters.
 #[derive(Default)]
 pub(crate) struct Frees {
     /// Oldest first.
     waiting: VecDeque<Free>,
-    /// What was taken out last, and is being given back.
-    taken: Vec<Free>,
+    /// What was taken out last and has not been given back yet: cluster → references.
+    taken: BTreeMap<u64, u64>,
 }
 
 /// One reference to a host cluster that is gone from the mapping.
@@ -37,8 +40,14 @@ impl Frees {
 
     /// A cluster of `run` that has not been given back yet.
     pub(crate) fn find(&self, run: &Range<u64>) -> Option<u64> {
-        let all = self.waiting.iter().chain(&self.taken);
-        all.map(|free| free.cluster).find(|cluster| run.contains(cluster))
+        let taken = self.taken.range(run.clone()).next().map(|(&cluster, _)| cluster);
+        taken.or_else(|| self.waiting.iter().map(|free| free.cluster).find(|cluster| run.contains(cluster)))
+    }
+
+    /// All that was taken out of a cluster's references is given back, under the same lock that lowers its
+    /// count: somebody else may be given it at once.
+    pub(crate) fn given_back(&mut self, cluster: u64) {
+        self.taken.remove(&cluster);
     }
 
     /// What was taken out is given back, or waits again.
@@ -48,7 +57,8 @@ impl Frees {
 
     /// The clusters that have not been given back yet, as often as references to them.
     pub(crate) fn clusters(&self) -> impl Iterator<Item = u64> + '_ {
-        self.waiting.iter().chain(&self.taken).map(|free| free.cluster)
+        let taken = self.taken.iter().flat_map(|(&cluster, &times)| (0..times).map(move |_| cluster));
+        self.waiting.iter().map(|free| free.cluster).chain(taken)
     }
 
     /// Takes out what may be given back, up to `max` references.
@@ -65,8 +75,12 @@ impl Frees {
             .take(max)
             .take_while(|free| free.cut <= durable_cut && has_passed(free.epoch));
         let count = ready.count();
-        self.taken = self.waiting.drain(..count).collect();
-        self.taken.clone()
+        let taken: Vec<_> = self.waiting.drain(..count).collect();
+        self.taken.clear();
+        for free in &taken {
+            *self.taken.entry(free.cluster).or_default() += 1;
+        }
+        taken
     }
 }
 
@@ -87,6 +101,9 @@ mod tests {
         lane.leave(0);
         assert!(ready(3).is_empty(), "the unmap is not durable");
         assert_eq!(ready(4).len(), 1);
-        assert!(ready(5).is_empty(), "once only");
+        assert_eq!((frees.find(&(0..10)), frees.clusters().count()), (Some(9), 1), "not given back yet");
+        frees.given_back(9);
+        assert_eq!((frees.find(&(0..10)), frees.clusters().count()), (None, 0));
+        assert!(frees.take_ready(5, |_| true, 8).is_empty(), "once only");
     }
 }
