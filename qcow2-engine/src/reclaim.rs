@@ -5,30 +5,29 @@
 //! lowered afterwards. That the unmapping is durable by then is what makes the punch safe.
 
 use crate::{
-    alloc::{frees::Free, refcounts::Count},
+    alloc::refcounts::Count,
     error::{Error, Result},
     image::Image,
     io::Io,
     lane::Lane,
     order::rules::RuleName,
 };
-use std::{collections::BTreeMap, io::ErrorKind, ops::Range, sync::Arc};
+use std::{io::ErrorKind, ops::Range, sync::Arc};
 
 /// References given back per step, so that a step is bounded.
 const STEP: usize = 4096;
 
-/// References that are being given back: cluster → how many. What is left when it is dropped goes
-/// back into the queue.
+/// References that are being given back. What is left of them when it is dropped goes back into the queue.
 struct Batch<'a> {
     image: &'a Image,
-    references: BTreeMap<u64, u64>,
+    /// Clusters, in order, and how many references to each.
+    references: Vec<(u64, u64)>,
 }
 
 impl Drop for Batch<'_> {
     fn drop(&mut self) {
         let mut meta = self.image.meta.lock();
-        meta.frees.returned();
-        for (&cluster, &gone) in &self.references {
+        for (cluster, gone) in meta.frees.take_rest() {
             (0..gone).for_each(|_| meta.unmapped(cluster..cluster + 1));
         }
     }
@@ -61,19 +60,17 @@ impl<I: Io> Lane<I> {
         }
         let _reclaiming = image.reclaiming.acquire(0..1).await;
         loop {
-            let ready = image.take_ready_frees(STEP);
-            if ready.is_empty() {
+            let batch = Batch { image, references: image.take_ready_frees(STEP) };
+            if batch.references.is_empty() {
                 return Ok(());
             }
-            let mut batch = Batch { image, references: BTreeMap::new() };
-            ready.iter().for_each(|free| *batch.references.entry(free.cluster).or_default() += 1);
-            self.give_back(&mut batch).await?;
+            self.give_back(&batch).await?;
         }
     }
 
-    async fn give_back(&self, batch: &mut Batch<'_>) -> Result<()> {
+    async fn give_back(&self, batch: &Batch<'_>) -> Result<()> {
         let mut unused = Vec::new();
-        for (&cluster, &gone) in &batch.references {
+        for &(cluster, gone) in &batch.references {
             match self.refcount(cluster).await? {
                 count if count < gone => return Err(self.image().too_low(cluster, count)),
                 count if count == gone => unused.push(cluster),
@@ -83,9 +80,8 @@ impl<I: Io> Lane<I> {
         for run in in_rows(&unused) {
             self.punch(run).await?;
         }
-        while let Some((&cluster, &gone)) = batch.references.first_key_value() {
+        for &(cluster, gone) in &batch.references {
             self.lower(cluster, gone).await?;
-            batch.references.pop_first();
         }
         Ok(())
     }
@@ -145,7 +141,7 @@ impl Image {
     }
 
     /// Takes out what R5 allows to be given back.
-    fn take_ready_frees(&self, max: usize) -> Vec<Free> {
+    fn take_ready_frees(&self, max: usize) -> Vec<(u64, u64)> {
         let mut meta = self.meta.lock();
         let meta = &mut *meta;
         let is_durable = meta.graph.is_disabled(RuleName::UnmapBeforeReuse);

@@ -129,10 +129,19 @@ impl Device {
         Ok(Listed { pid, state: entry["state"].as_str().unwrap_or_default().to_owned() })
     }
 
+    /// What its servers have written into their log.
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub fn log(&self) -> Result<String> {
+        let path = format!("/run/ublk-qcow2/{}.log", self.id);
+        fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))
+    }
+
     /// The last of what its server has written into its log.
     #[must_use]
     pub fn last_words(&self) -> String {
-        let log = fs::read_to_string(format!("/run/ublk-qcow2/{}.log", self.id)).unwrap_or_default();
+        let log = self.log().unwrap_or_default();
         let lines: Vec<_> = log.lines().rev().take(LAST_WORDS).collect();
         lines.into_iter().rev().collect::<Vec<_>>().join(" | ")
     }

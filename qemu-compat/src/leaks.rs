@@ -13,7 +13,6 @@ use crate::{
 };
 use anyhow::{Context, Result, bail, ensure};
 use std::{
-    fs,
     path::Path,
     time::{Duration, Instant},
 };
@@ -50,10 +49,9 @@ pub fn given_back(binary: &Binary, dir: &Path, queues: u16, seed: u64) -> Result
     leaks_in(&image).context("with --no-reclaim")?;
 
     let mut disk = attach("--no-recovery")?;
-    let log = format!("/run/ublk-qcow2/{}.log", disk.device().id());
     let deadline = Instant::now() + SEARCH_LIMIT;
-    while !fs::read_to_string(&log).with_context(|| log.clone())?.contains(GIVEN_BACK) {
-        ensure!(Instant::now() < deadline, "after {SEARCH_LIMIT:?} {log} does not say {GIVEN_BACK:?}");
+    while !disk.device().log()?.contains(GIVEN_BACK) {
+        ensure!(Instant::now() < deadline, "after {SEARCH_LIMIT:?} the log does not say {GIVEN_BACK:?}");
         player.play(&mut disk, &mut mirror, 1)?;
     }
     player.verify(&mut disk, &mut mirror)?;

@@ -154,8 +154,9 @@ impl Device {
         if info.flags & RECOVERY != RECOVERY {
             return not_ours("without recovery; `ublk-qcow2 del` removes it");
         }
-        let forgets = control.features().is_ok_and(|bits| bits & FORGETS_SERVERS != 0);
-        if reached == Phase::Fetching && !forgets {
+        let forgets =
+            |control: &mut Control| control.features().is_ok_and(|bits| bits & FORGETS_SERVERS != 0);
+        if reached == Phase::Fetching && !forgets(&mut control) {
             handover::complete(open_char(id)?, info.nr_hw_queues, info.queue_depth)
                 .map_err(|source| DeviceError::HandOver { id, source })?;
         }

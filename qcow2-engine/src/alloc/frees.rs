@@ -50,9 +50,9 @@ impl Frees {
         self.taken.remove(&cluster);
     }
 
-    /// What was taken out is given back, or waits again.
-    pub(crate) fn returned(&mut self) {
-        self.taken.clear();
+    /// Takes what was taken out and has not been given back: it is to wait again.
+    pub(crate) fn take_rest(&mut self) -> BTreeMap<u64, u64> {
+        std::mem::take(&mut self.taken)
     }
 
     /// The clusters that have not been given back yet, as often as references to them.
@@ -61,13 +61,13 @@ impl Frees {
         self.waiting.iter().map(|free| free.cluster).chain(taken)
     }
 
-    /// Takes out what may be given back, up to `max` references.
+    /// Takes out what may be given back, up to `max` references: clusters, and how many references to each.
     pub(crate) fn take_ready(
         &mut self,
         durable_cut: u64,
         mut has_passed: impl FnMut(Epoch) -> bool,
         max: usize,
-    ) -> Vec<Free> {
+    ) -> Vec<(u64, u64)> {
         // Both stamps only ever grow along the queue.
         let ready = self
             .waiting
@@ -75,12 +75,10 @@ impl Frees {
             .take(max)
             .take_while(|free| free.cut <= durable_cut && has_passed(free.epoch));
         let count = ready.count();
-        let taken: Vec<_> = self.waiting.drain(..count).collect();
-        self.taken.clear();
-        for free in &taken {
+        for free in self.waiting.drain(..count) {
             *self.taken.entry(free.cluster).or_default() += 1;
         }
-        taken
+        self.taken.iter().map(|(&cluster, &references)| (cluster, references)).collect()
     }
 }
 

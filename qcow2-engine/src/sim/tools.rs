@@ -133,15 +133,17 @@ impl<'a> Work<'a> {
     ) -> Result<crate::Result<()>, String> {
         let mut future = self.start(disk, case);
         let mut context = Context::from_waker(Waker::noop());
-        let mut judged = u64::MAX;
+        let mut version = u64::MAX;
+        // What another case has left may be the same bytes, and is judged by other rules.
+        let mut judged = HashSet::new();
         for _ in 0..MAX_OPERATIONS {
             // A part of it may wake another.
             let outcome = (0..8).find_map(|_| match future.as_mut().poll(&mut context) {
                 Poll::Ready(outcome) => Some(outcome),
                 Poll::Pending => None,
             });
-            if std::mem::replace(&mut judged, disk.version()) != disk.version() {
-                disk.look(0, |file, in_flight| self.crash_here(file, in_flight, rng, totals))?;
+            if std::mem::replace(&mut version, disk.version()) != disk.version() {
+                disk.look(0, |file, in_flight| self.crash_here(file, in_flight, rng, totals, &mut judged))?;
             }
             if let Some(outcome) = outcome {
                 return Ok(outcome);
@@ -198,9 +200,8 @@ impl<'a> Work<'a> {
         in_flight: Vec<Change>,
         rng: &mut Rng,
         totals: &mut Totals,
+        judged: &mut HashSet<u64>,
     ) -> Result<(), String> {
-        // What another case has left may be the same bytes, and is judged by other rules.
-        let mut judged = HashSet::new();
         states::for_each(file, in_flight, rng, |crashed| {
             totals.states += 1;
             totals.images.insert(crashed.hash);

@@ -84,11 +84,19 @@ pub fn cut(binary: &Binary, dir: &Path, outage: &Outage, seed: u64) -> Result<()
     let fixture = site.make_image(seed)?;
     let mut initial = fixture.mirror.clone();
     for history in 0..outage.histories {
-        initial = site
-            .one_history(binary, &fixture, initial, seed ^ u64::from(history), history)
-            .with_context(|| format!("history {history}"))?;
+        let chapter = Chapter { initial, seed: seed ^ u64::from(history), number: history };
+        initial =
+            site.one_history(binary, &fixture, chapter).with_context(|| format!("history {history}"))?;
     }
     Ok(())
+}
+
+/// What a history begins with.
+struct Chapter {
+    /// What the image holds.
+    initial: Mirror,
+    seed: u64,
+    number: u32,
 }
 
 /// Files and places of one case.
@@ -130,20 +138,13 @@ impl<'a> Site<'a> {
         Ok(fixture)
     }
 
-    /// Serves the image, which holds `initial`, and judges what cuts would leave. The host's disk and the
+    /// Serves the image, and judges what cuts would leave. The host's disk and the
     /// content that is returned are those of one of them.
-    fn one_history(
-        &self,
-        binary: &Binary,
-        fixture: &Fixture,
-        initial: Mirror,
-        seed: u64,
-        number: u32,
-    ) -> Result<Mirror> {
+    fn one_history(&self, binary: &Binary, fixture: &Fixture, chapter: Chapter) -> Result<Mirror> {
         replay::copy_sparse(&self.disk, &self.base)?;
-        let journal = self.record(binary, fixture, initial, seed, number)?;
+        let mut rng = fastrand::Rng::with_seed(chapter.seed);
+        let journal = self.record(binary, fixture, chapter)?;
         let log = Log::read(&self.log)?;
-        let mut rng = fastrand::Rng::with_seed(seed);
         let moments = replay::choose(&log.entries, self.outage.states, &mut rng);
         ensure!(moments.len() * 2 > self.outage.states, "only {} moments in the log", moments.len());
         let mut replay = Replay::new(&log, self.base.clone());
@@ -178,9 +179,7 @@ impl<'a> Site<'a> {
         &self,
         binary: &Binary,
         fixture: &Fixture,
-        initial: Mirror,
-        seed: u64,
-        number: u32,
+        Chapter { initial, seed, number }: Chapter,
     ) -> Result<Journal> {
         let recipe = &self.outage.recipe;
         let host = Logged::mount(self.outage.host, &self.disk, &self.log, &self.mount_point)?;
