@@ -79,7 +79,7 @@ fn run(args: RunArgs) -> Result<ExitCode> {
     ensure!(!cases.is_empty(), "no case has {:?} in its name", args.filter);
     println!("{} cases, seed {seed}: repeat with --seed {seed}", cases.len());
     let before = existing();
-    let account = report::run_all(cases, || {
+    let tidy = || {
         let left: Vec<_> = existing().difference(&before).cloned().collect();
         for id in left.iter().filter_map(|name| name.strip_prefix("ublkc")) {
             // The case has failed by this; the next ones need not suffer.
@@ -87,7 +87,8 @@ fn run(args: RunArgs) -> Result<ExitCode> {
         }
         ensure!(left.is_empty(), "devices were left behind: {left:?}");
         Ok(())
-    });
+    };
+    let account = report::run_all(cases, tidy, &mut std::io::stdout());
     // A case that hangs keeps its thread: end without waiting for it.
     std::process::exit(i32::from(account.failed > 0 || account.passed == 0));
 }

@@ -8,7 +8,7 @@ use anyhow::{Result, anyhow};
 use std::{
     fmt::Write as _,
     fs,
-    io::Write as _,
+    io::Write,
     panic::{AssertUnwindSafe, catch_unwind},
     sync::mpsc::{RecvTimeoutError, channel},
     thread,
@@ -48,14 +48,14 @@ pub struct Account {
     pub failed: usize,
 }
 
-/// Runs the cases; `tidy` runs after each and fails it when something is left over. Prints a line
+/// Runs the cases; `tidy` runs after each and fails it when something is left over. `out` gets a line
 /// for each and the account as the last one.
-pub fn run_all(cases: Vec<Case>, tidy: impl Fn() -> Result<()>) -> Account {
+pub fn run_all(cases: Vec<Case>, tidy: impl Fn() -> Result<()>, out: &mut impl Write) -> Account {
     let mut account = Account::default();
     let mut is_stuck = false;
     for case in cases {
         if is_stuck {
-            say(&format!("FAILED {}: not run, because an earlier case hangs", case.name));
+            say(out, &format!("FAILED {}: not run, because an earlier case hangs", case.name));
             account.failed += 1;
             continue;
         }
@@ -77,15 +77,15 @@ pub fn run_all(cases: Vec<Case>, tidy: impl Fn() -> Result<()>) -> Account {
         match outcome {
             Ok(()) => {
                 account.passed += 1;
-                say(&format!("ok     {name} ({seconds:.1} s)"));
+                say(out, &format!("ok     {name} ({seconds:.1} s)"));
             }
             Err(error) => {
                 account.failed += 1;
-                say(&format!("FAILED {name} ({seconds:.1} s): {error:#}"));
+                say(out, &format!("FAILED {name} ({seconds:.1} s): {error:#}"));
             }
         }
     }
-    say(&format!("{} passed, {} failed", account.passed, account.failed));
+    say(out, &format!("{} passed, {} failed", account.passed, account.failed));
     account
 }
 
@@ -113,8 +113,7 @@ fn run_one(case: Case) -> Outcome {
 }
 
 /// A whole line at once, shown at once.
-fn say(line: &str) {
-    let mut out = std::io::stdout().lock();
+fn say(out: &mut impl Write, line: &str) {
     // There is nobody to tell when this fails; the exit status still tells.
     let _ = writeln!(out, "{line}").and_then(|()| out.flush());
 }
@@ -139,26 +138,48 @@ fn blocked() -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::panic::resume_unwind;
+
+    /// The account of the cases, and the lines without the times.
+    fn run(cases: Vec<Case>, tidy: impl Fn() -> Result<()>) -> (Account, Vec<String>) {
+        let mut out = Vec::new();
+        let account = run_all(cases, tidy, &mut out);
+        let untimed = |line: &str| line.split(" (").next().unwrap_or_default().to_owned();
+        (account, String::from_utf8(out).unwrap().lines().map(untimed).collect())
+    }
 
     #[test]
     fn a_case_that_hangs_fails_and_so_does_what_comes_after_it() {
-        let limit = Duration::from_millis(50);
+        let limit = Duration::from_secs(60);
         let cases = vec![
             Case::new("good", limit, || Ok(())),
             Case::new("bad", limit, || Err(anyhow!("no"))),
-            Case::new("panics", limit, || panic!("expected")),
-            Case::new("hangs", limit, || {
+            // As `panic!` does, without the message.
+            Case::new("panics", limit, || resume_unwind(Box::new(()))),
+            Case::new("hangs", Duration::from_millis(50), || {
                 thread::sleep(Duration::from_secs(3600));
                 Ok(())
             }),
             Case::new("after", limit, || Ok(())),
         ];
-        assert_eq!(run_all(cases, || Ok(())), Account { passed: 1, failed: 4 });
+        let (account, lines) = run(cases, || Ok(()));
+        assert_eq!(account, Account { passed: 1, failed: 4 });
+        let expected = [
+            "ok     good",
+            "FAILED bad",
+            "FAILED panics",
+            "FAILED hangs",
+            "FAILED after: not run, because an earlier case hangs",
+            "1 passed, 4 failed",
+        ];
+        assert_eq!(lines, expected);
     }
 
     #[test]
     fn leftovers_fail_a_case() {
-        let cases = vec![Case::new("untidy", Duration::from_secs(5), || Ok(()))];
-        assert_eq!(run_all(cases, || Err(anyhow!("left over"))), Account { passed: 0, failed: 1 });
+        let cases = vec![Case::new("untidy", Duration::from_secs(60), || Ok(()))];
+        let (account, lines) = run(cases, || Err(anyhow!("left over")));
+        assert_eq!(account, Account { passed: 0, failed: 1 });
+        assert_eq!(lines, ["FAILED untidy", "0 passed, 1 failed"]);
     }
 }

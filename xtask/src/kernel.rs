@@ -5,7 +5,7 @@
 
 use crate::{
     apt::PrivateApt,
-    process::{capture, program, run},
+    process::{capture, program},
     workspace,
 };
 use anyhow::{Context, Result, bail};
@@ -84,15 +84,8 @@ impl Kernel {
         let image = self.newest(&apt)?;
 
         let staging = tempfile::Builder::new().prefix(".unpack-").tempdir_in(kernels)?;
-        let packages = self.packages(&image);
-        apt.download(&packages, staging.path())?;
         let root = staging.path().join("root");
-        for entry in fs::read_dir(staging.path())? {
-            let path = entry?.path();
-            if path.extension().is_some_and(|ext| ext == "deb") {
-                run(program("dpkg-deb")?.arg("-x").arg(&path).arg(&root))?;
-            }
-        }
+        apt.unpack(&self.packages(&image), &root)?;
         unify_lib(&root)?;
         let release = UnpackedKernel::open(&root)?.release;
         // It warns about lists of built-in modules, which newer packages do not carry and nothing here needs.

@@ -23,7 +23,7 @@ use std::{
     path::{Path, PathBuf},
     process::ExitCode,
     thread,
-    time::{Duration, Instant, SystemTime, UNIX_EPOCH},
+    time::{Duration, Instant},
 };
 
 /// Size of the disk with the image's file system; sparse.
@@ -69,20 +69,16 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
 /// What did not hold, with the seed that repeats the changes.
 pub(crate) fn lane(kernel: Kernel, rounds: u64, seed: Option<u64>) -> Result<Count> {
     ensure!(rounds > 0, "without a kill nothing is tested");
-    let seed = seed.unwrap_or_else(seed_of_the_clock);
+    let seed = seed.unwrap_or_else(|| fastrand::u64(..));
     println!("powercut: {rounds} kills, seed {seed}: repeat with --seed {seed}");
     let bench = Bench::new(kernel, seed)?;
+    let mut rng = fastrand::Rng::with_seed(seed);
     for life in 0..rounds {
-        bench.cut_short(life).with_context(|| format!("life {life} of seed {seed}"))?;
+        let lifetime = Duration::from_millis(rng.u64(LIFETIME));
+        bench.cut_short(life, lifetime).with_context(|| format!("life {life} of seed {seed}"))?;
     }
     bench.last_life(rounds).with_context(|| format!("after the last kill of seed {seed}"))?;
     Ok(Count { passed: rounds, failed: 0 })
-}
-
-fn seed_of_the_clock() -> u64 {
-    SystemTime::now()
-        .duration_since(UNIX_EPOCH)
-        .map_or(0, |since| u64::from(since.subsec_nanos()) ^ since.as_secs())
 }
 
 /// What all lives share.
@@ -119,8 +115,8 @@ impl Bench {
         self.file(&format!("report-{life}"))
     }
 
-    /// A life that ends when its plug is pulled.
-    fn cut_short(&self, life: u64) -> Result<()> {
+    /// A life that ends when its plug is pulled, so long after it began to serve.
+    fn cut_short(&self, life: u64, lifetime: Duration) -> Result<()> {
         let report = self.report(life);
         File::create(&report)?;
         let machine = self.machine(&report);
@@ -134,8 +130,6 @@ impl Bench {
             ensure!(Instant::now() < deadline, "it has not served within {} s", START_LIMIT.as_secs());
             thread::sleep(LOOK);
         }
-        let lifetime =
-            Duration::from_millis(LIFETIME.start + spread(self.seed, life) % (LIFETIME.end - LIFETIME.start));
         thread::sleep(lifetime);
         ensure!(running.is_on()?, "it ended before its plug was pulled");
         running.pull_the_plug()?;
@@ -190,12 +184,4 @@ impl Bench {
 fn serves(report: &Path) -> Result<bool> {
     let text = fs::read(report).with_context(|| format!("cannot read {}", report.display()))?;
     Ok(text.starts_with(b"serving "))
-}
-
-/// A number that depends on both, evenly: SplitMix64's last steps.
-fn spread(seed: u64, life: u64) -> u64 {
-    let mut value = seed.wrapping_add((life + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    value = (value ^ value >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    value = (value ^ value >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
-    value ^ value >> 31
 }

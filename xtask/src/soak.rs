@@ -80,26 +80,16 @@ fn soak(place: Place, options: &Options) -> Result<Count> {
 
 /// The newest `linux-source-*` of this Debian, as an uncompressed archive in the cache.
 fn source_tree() -> Result<PathBuf> {
-    let dir = workspace::cache()?.join("soak");
-    let tar = dir.join("linux-source.tar");
-    let _lock = workspace::lock("soak")?;
-    if tar.exists() {
-        return Ok(tar);
-    }
-    eprintln!("fetching a kernel's source tree");
-    fs::create_dir_all(&dir)?;
-    let apt = PrivateApt::host()?;
-    let mut found = apt.search("^linux-source-[0-9.]+$")?;
-    found.sort_by_key(|name| crate::kernel::digits(name));
-    let package = found.pop().context("this Debian has no package linux-source-*")?;
-    let staging = tempfile::Builder::new().prefix(".unpack-").tempdir_in(&dir)?;
-    apt.download(&[package], staging.path())?;
-    let root = staging.path().join("root");
-    run(program("dpkg-deb")?.arg("-x").arg(only(staging.path(), "deb")?).arg(&root))?;
-    let packed = only(&root.join("usr/src"), "xz")?;
-    run(program("xz")?.arg("-d").arg(&packed))?;
-    fs::rename(packed.with_extension(""), &tar).context("cannot keep the source tree")?;
-    Ok(tar)
+    workspace::cached("soak", "linux-source.tar", |tar, staging| {
+        let apt = PrivateApt::host()?;
+        let mut found = apt.search("^linux-source-[0-9.]+$")?;
+        found.sort_by_key(|name| crate::kernel::digits(name));
+        let package = found.pop().context("this Debian has no package linux-source-*")?;
+        apt.unpack(&[package], staging)?;
+        let packed = only(&staging.join("usr/src"), "xz")?;
+        run(program("xz")?.arg("-d").arg(&packed))?;
+        fs::rename(packed.with_extension(""), tar).context("cannot move the source tree")
+    })
 }
 
 /// The one file of a directory with this extension.

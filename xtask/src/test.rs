@@ -19,8 +19,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Where proptest reads its seed from.
-const SEED: &str = "PROPTEST_RNG_SEED";
+/// Where proptest, and the matrix of `qemu-compat`, read their seeds from.
+const SEEDS: [&str; 2] = ["PROPTEST_RNG_SEED", "QEMU_COMPAT_SEED"];
 /// The seed of the random tests where the caller gives none: what is judged before a merge must not
 /// depend on luck. The long lanes, and plain `cargo test`, draw new ones.
 const MERGE_SEED: &str = "1";
@@ -64,8 +64,8 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
     report.lane("cargo test", || {
         let mut tests = cargo();
         tests.args(["test", "--workspace", "--no-fail-fast"]);
-        if env::var_os(SEED).is_none() {
-            tests.env(SEED, MERGE_SEED);
+        for name in SEEDS.into_iter().filter(|name| env::var_os(name).is_none()) {
+            tests.env(name, MERGE_SEED);
         }
         let (succeeded, output) = streamed(&mut tests)?;
         count_of_cargo_test(&output).confirmed_by(succeeded)

@@ -34,6 +34,30 @@ pub(crate) fn cache() -> Result<PathBuf> {
     Ok(dir)
 }
 
+/// A file of the cache, in the directory `area`, which `make` makes if it is not there: at the first path that it is given, with
+/// the directory beside it for whatever else it needs. It gets its name when it is whole.
+///
+/// # Errors
+/// Fails when `make` does, or the cache cannot be written.
+pub(crate) fn cached(
+    area: &str,
+    name: &str,
+    make: impl FnOnce(&Path, &Path) -> Result<()>,
+) -> Result<PathBuf> {
+    let dir = cache()?.join(area);
+    fs::create_dir_all(&dir)?;
+    let path = dir.join(name);
+    let _lock = lock(area)?;
+    if !path.exists() {
+        eprintln!("making {name}, to be kept in {}", dir.display());
+        let staging = tempfile::Builder::new().prefix("making-").tempdir_in(&dir)?;
+        let unfinished = staging.path().join(name);
+        make(&unfinished, staging.path())?;
+        fs::rename(&unfinished, &path).with_context(|| format!("cannot keep {}", path.display()))?;
+    }
+    Ok(path)
+}
+
 /// A command that runs the same cargo that runs us, in the workspace root.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));

@@ -81,8 +81,21 @@ impl PrivateApt {
     ///
     /// # Errors
     /// Fails when a package is unknown or cannot be fetched.
-    pub(crate) fn download(&self, packages: &[String], into: &Path) -> Result<()> {
+    fn download(&self, packages: &[String], into: &Path) -> Result<()> {
         capture(self.command("apt-get")?.arg("download").args(packages).current_dir(into)).map(drop)
+    }
+
+    /// Downloads `packages` and unpacks them, without installing them, below `root`.
+    ///
+    /// # Errors
+    /// Fails when a package is unknown, cannot be fetched or cannot be unpacked.
+    pub(crate) fn unpack(&self, packages: &[String], root: &Path) -> Result<()> {
+        let downloads = tempfile::tempdir_in(&self.dir)?;
+        self.download(packages, downloads.path())?;
+        for package in fs::read_dir(downloads.path())? {
+            run(program("dpkg-deb")?.arg("-x").arg(package?.path()).arg(root))?;
+        }
+        Ok(())
     }
 
     /// Installs `packages` on this machine, from `suite` when one is named.
@@ -244,14 +257,8 @@ fn newer_keyring() -> Result<String> {
     let apt = PrivateApt::create("keyring")?;
     apt.copy_machine_sources()?;
     apt.update(Tolerance::ForeignSourcesMayFail)?;
-    let unpacking = tempfile::tempdir_in(&apt.dir)?;
-    apt.download(&["debian-archive-keyring".to_owned()], unpacking.path())?;
-    let package = fs::read_dir(unpacking.path())?
-        .next()
-        .context("apt downloaded no debian-archive-keyring")?
-        .context("cannot read the download")?;
     let root = apt.dir.join("unpacked");
-    run(program("dpkg-deb")?.arg("-x").arg(package.path()).arg(&root))?;
+    apt.unpack(&["debian-archive-keyring".to_owned()], &root)?;
     let keyrings = root.join("usr/share/keyrings");
     ["debian-archive-keyring.gpg", "debian-archive-keyring.pgp"]
         .iter()

@@ -59,53 +59,35 @@ fn disk(name: &str, path: PathBuf) -> Disk {
     Disk { name: name.to_owned(), path, access: Access::ReadOnly }
 }
 
-/// `make` writes to a path beside `name` in the cache, which becomes `name` when it is whole.
-fn cached(name: &str, make: impl FnOnce(&Path, &Path) -> Result<()>) -> Result<PathBuf> {
-    let dir = workspace::cache()?.join("bench");
-    fs::create_dir_all(&dir)?;
-    let path = dir.join(name);
-    let _lock = workspace::lock("bench")?;
-    if !path.exists() {
-        eprintln!("making {name} for the benchmark");
-        let staging = tempfile::Builder::new().prefix("making-").tempdir_in(&dir)?;
-        let unfinished = staging.path().join(name);
-        make(&unfinished, staging.path())?;
-        fs::rename(&unfinished, &path).with_context(|| format!("cannot keep {}", path.display()))?;
-    }
-    Ok(path)
-}
-
 fn compressed(how: Compression) -> Result<PathBuf> {
-    cached(&format!("compressed-{}-{COMPRESSED_MIB}.qcow2", how.name()), |path, staging| {
-        let raw = staging.join("raw");
-        write_prose(&raw, COMPRESSED_MIB << 20)?;
-        let options = format!("compression_type={}", how.name());
-        let mut convert = program("qemu-img")?;
-        convert.args(["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", "-o", &options]);
-        capture(convert.arg(&raw).arg(path)).map(drop)
-    })
+    workspace::cached(
+        "bench",
+        &format!("compressed-{}-{COMPRESSED_MIB}.qcow2", how.name()),
+        |path, staging| {
+            let raw = staging.join("raw");
+            write_prose(&raw, COMPRESSED_MIB << 20)?;
+            let options = format!("compression_type={}", how.name());
+            let mut convert = program("qemu-img")?;
+            convert.args(["convert", "-q", "-c", "-f", "raw", "-O", "qcow2", "-o", &options]);
+            capture(convert.arg(&raw).arg(path)).map(drop)
+        },
+    )
 }
 
 /// Words in an order that a seed chooses: deflate makes half of them.
 fn write_prose(path: &Path, bytes: u64) -> Result<()> {
-    let mut random = super::plan::SEED;
-    let mut next = move || {
-        random ^= random << 13;
-        random ^= random >> 7;
-        random ^= random << 17;
-        random
-    };
+    let mut rng = fastrand::Rng::with_seed(super::plan::SEED);
     let words: Vec<Vec<u8>> = (0..1024)
         .map(|_| {
-            let length = 3 + next() % 7;
-            (0..length).map(|_| b'a' + (next() % 26) as u8).chain([b' ']).collect()
+            let length = rng.usize(3..10);
+            (0..length).map(|_| rng.u8(b'a'..=b'z')).chain([b' ']).collect()
         })
         .collect();
     let file = File::create(path).with_context(|| format!("cannot write {}", path.display()))?;
     let mut out = BufWriter::with_capacity(1 << 20, file);
     let mut written = 0;
     while written < bytes {
-        let word = &words[(next() % 1024) as usize];
+        let word = &words[rng.usize(..words.len())];
         out.write_all(word)?;
         written += word.len() as u64;
     }
@@ -115,7 +97,7 @@ fn write_prose(path: &Path, bytes: u64) -> Result<()> {
 
 /// QEMU makes the image, holes and all; mke2fs copies its few written parts into a file system.
 fn huge() -> Result<PathBuf> {
-    cached("huge.ext4", |path, staging| {
+    workspace::cached("bench", "huge.ext4", |path, staging| {
         let content = staging.join("content");
         fs::create_dir(&content)?;
         let mut create = program("qemu-img")?;
