@@ -1,11 +1,14 @@
 //! What the serving processes do for their own safety and the host's, as the kernel tells it.
 //!
 //! [`guarded`] looks at every thread of the server and of its supervisor in /proc; [`partitions`] at what
-//! the kernel makes of a partition table that somebody else may have written.
+//! the kernel makes of a partition table that somebody else may have written; [`file_system_let_go`] at what a
+//! server that has ended still holds.
 
 use crate::{
     device::{Binary, Device, DeviceDisk},
     disk::{Disk, Op, Server},
+    fs::Kind,
+    power::host::{Plain, make_disk},
     qemu_img,
     refusals::refuse,
 };
@@ -81,6 +84,29 @@ pub fn partitions(binary: &Binary, dir: &Path) -> Result<()> {
     ensure!(!has_partition(&device), "the kernel has looked for partitions");
     device.detach()?;
     qemu_img::check_clean(&image)
+}
+
+/// Detaches and unmounts the image's file system at once, many times: the kernel takes rings apart late, and what they still
+/// had open kept it busy now and then.
+///
+/// # Errors
+/// It is busy.
+pub fn file_system_let_go(binary: &Binary, dir: &Path) -> Result<()> {
+    let (host, mount_point) = (dir.join("host.img"), dir.join("mnt"));
+    make_disk(Kind::Xfs, &host)?;
+    fs::create_dir(&mount_point)?;
+    let image = mount_point.join("image.qcow2");
+    for round in 0..12 {
+        let mounted = Plain::mount(Kind::Xfs, &host, &mount_point)?;
+        if round == 0 {
+            qemu_img::create(&image, "cluster_size=64k", None, DISK)?;
+        }
+        let mut disk = binary.attach(&image, 2)?;
+        disk.run(&[Op::Write { at: 0, bytes: vec![round; 1 << 20].into() }, Op::Flush])?;
+        disk.detach()?;
+        mounted.unmount().with_context(|| format!("round {round}"))?;
+    }
+    Ok(())
 }
 
 /// The first sector of a disk with one partition, from sector 2048 to the 4096th.

@@ -124,6 +124,7 @@ impl Cases {
     fn servers(&mut self) {
         self.add("server/guarded", 60, |it, dir| server::guarded(&it.binary, dir));
         self.add("server/partitions", 60, |it, dir| server::partitions(&it.binary, dir));
+        self.add("server/let-go", 60, |it, dir| server::file_system_let_go(&it.binary, dir));
         let queues: &[u16] = if self.setting.scale == Scale::Full { &[1, 2] } else { &[2] };
         for &queues in queues {
             self.add(format!("leaks/{queues}q"), 120, move |it, dir| {

@@ -500,6 +500,11 @@ impl Inner {
 impl Drop for Inner {
     fn drop(&mut self) {
         self.buffers.get_mut().iter().for_each(Buf::clear_registered);
+        // The kernel would close them some time after the ring, and keep the image's file system busy until
+        // then. With operations in flight it would wait for them.
+        if self.has_file_table && self.slots.get_mut().in_flight() == 0 {
+            let _ = self.ring.get_mut().submitter().unregister_files();
+        }
     }
 }
 

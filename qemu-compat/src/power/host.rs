@@ -28,7 +28,7 @@ const LOG: u64 = 8 << 30;
 ///
 /// # Errors
 /// mkfs fails.
-pub(super) fn make_disk(kind: Kind, path: &Path) -> Result<()> {
+pub(crate) fn make_disk(kind: Kind, path: &Path) -> Result<()> {
     File::create(path)?.set_len(DISK)?;
     make_file_system(kind, path)
 }
@@ -79,7 +79,7 @@ impl Drop for Loop {
 }
 
 /// A file system on a loop device.
-pub(super) struct Plain {
+pub(crate) struct Plain {
     mounted: Mounted,
     _disk: Loop,
 }
@@ -89,7 +89,7 @@ impl Plain {
     ///
     /// # Errors
     /// It cannot be mounted.
-    pub(super) fn mount(kind: Kind, file: &Path, at: &Path) -> Result<Self> {
+    pub(crate) fn mount(kind: Kind, file: &Path, at: &Path) -> Result<Self> {
         let disk = Loop::attach(file)?;
         let mounted = Mounted::new(kind, disk.path(), at, OPTIONS)?;
         Ok(Self { mounted, _disk: disk })
@@ -99,7 +99,7 @@ impl Plain {
     ///
     /// # Errors
     /// Somebody uses it.
-    pub(super) fn unmount(self) -> Result<()> {
+    pub(crate) fn unmount(self) -> Result<()> {
         self.mounted.unmount()
     }
 }

@@ -20,7 +20,7 @@
 
 mod aftermath;
 mod drive;
-mod host;
+pub(crate) mod host;
 mod journal;
 mod load;
 mod log;

@@ -285,3 +285,19 @@ fn dropping_the_ring_does_not_lose_a_write() {
     drop(ring);
     assert_eq!(std::fs::read(dir.path().join("file")).unwrap()[512..1024], [3; 512]);
 }
+
+/// The kernel takes a ring apart some time after its descriptor is closed. Until then what was registered was open: a file
+/// system could not be unmounted after its image's server had ended.
+#[test]
+fn no_file_stays_open_when_a_ring_is_gone() {
+    for _ in 0..20 {
+        let Fixture { dir, ring, file } = Fixture::new(Caching::Auto, 4096);
+        block_on(&ring, ring.read(file, 0, Buf::zeroed(4096))).unwrap().unwrap();
+        drop(ring);
+        let again = File::open(dir.path().join("file")).unwrap();
+        // A lease for writing is given when nobody else has the file open.
+        // SAFETY: the call takes two numbers and touches no memory of ours.
+        let lease = unsafe { libc::fcntl(again.as_raw_fd(), libc::F_SETLEASE, libc::F_WRLCK) };
+        assert_eq!(lease, 0, "{}", io::Error::last_os_error());
+    }
+}
