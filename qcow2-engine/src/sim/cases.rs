@@ -206,7 +206,12 @@ fn tool(rng: &mut Rng, fixture: &Fixture) -> Tool {
             let kinds = [Preallocation::Off, Preallocation::Metadata, Preallocation::Falloc];
             Tool::Create(kinds[rng.below(3) as usize])
         }
-        _ => Tool::Repair(Repair::All, Damage::ALL[rng.below(6) as usize]),
+        _ => {
+            let damage = Damage::ALL[rng.below(Damage::ALL.len() as u64) as usize];
+            // Version 2 cannot say "zero" where a backing file would show.
+            let is_lasting = damage.hits_entries() && is_v2 && fixture.backing.is_some();
+            Tool::Repair(Repair::All, if is_lasting { Damage::CountsAndFlags } else { damage })
+        }
     }
 }
 

@@ -4,12 +4,14 @@
 //! A tool is judged at every moment, as requests are. What a crash leaves of
 //!
 //! - a *repair*: no sector reads worse than before, in the image or in a snapshot; the next repair comes
-//!   to its end, and leaves a sound image without a leak;
+//!   to its end, and leaves a sound image without a leak; no count is further below the number of
+//!   references than before, and nothing has been flagged whose count is still too high;
 //! - an image *marked dirty*: the same, and the next repair is the next opening;
 //! - *growing*: a sound image of the old size or the new one;
 //! - *creation*: the old image, no image, or the new one, whole and empty.
 
 use super::{
+    counts::Standing,
     damage::{self, Damage},
     disk::{Change, Disk, File},
     model::{Model, Value},
@@ -59,6 +61,8 @@ struct Work<'a> {
     model: Model,
     /// What sectors may read as while a repair is under way: before it, and after it.
     readings: [Vec<Option<Value>>; 2],
+    /// How the counts of the damaged image stood.
+    standing: Standing,
     memo: Memo,
 }
 
@@ -77,6 +81,9 @@ pub(super) fn simulate(
     let work = Work::new(fixture, tool, &mut rng)?;
     let disk = Disk::new(&[&work.image, fixture.backing.as_deref().unwrap_or_default()]);
     disk.set_file_system(case.file_system);
+    if let Some(rule) = case.disabled {
+        disk.disable_rule(rule);
+    }
     if let Some((at, fault)) = case.fault {
         // Tools are short.
         disk.fail_after(at / 4, fault);
@@ -120,7 +127,8 @@ impl<'a> Work<'a> {
             }
             _ => [Vec::new(), Vec::new()],
         };
-        Ok(Self { fixture, tool, image, model: Model::new(&content), readings, memo })
+        let standing = Standing::of(&image)?;
+        Ok(Self { fixture, tool, image, model: Model::new(&content), readings, standing, memo })
     }
 
     /// Lets the tool work, and tries every crash state of every moment.
@@ -213,13 +221,15 @@ impl<'a> Work<'a> {
         match self.tool {
             Tool::Repair(repair, _) => {
                 self.compare(bytes)?;
+                Standing::of(bytes)?.check_no_worse(&self.standing)?;
                 let next = repaired(bytes, repair)?;
                 self.compare(&next).map_err(|error| format!("after the next repair {error}"))?;
                 self.judge_end(&next).map_err(|error| format!("after the next repair {error}"))
             }
             Tool::OpenDirty(_) => {
                 let next = self.opened(bytes)?;
-                self.judge_end(&next).map_err(|error| format!("after the next opening {error}"))
+                let verdict = self.judge_end(&next).and_then(|()| is_clean(&next));
+                verdict.map_err(|error| format!("after the next opening {error}"))
             }
             Tool::Grow(_) => self.sound(bytes, &self.model).map(drop),
             Tool::Create(_) => {
