@@ -5,7 +5,7 @@
 //! written before the page was changed. Rule 5 (freeing runs backwards) is not an edge between pages:
 //! [`crate::alloc::frees`] holds a freed cluster back until the cut that unmaps it is durable. Rule 6
 //! is what a flush waits for: [`crate::flush`]. Rule 8 is what the search for leaks keeps away from:
-//! [`crate::leaks`]. Rules 9 and 10 are barriers between the steps of a repair ([`crate::check`]) and of
+//! [`crate::leaks`]. Rules 9 and 10 are barriers between the steps of a repair ([`mod@crate::check`]) and of
 //! making an image ([`crate::create`]).
 
 /// A metadata page: the unit of write-back. Numbers count pages (or slices) from the table's start.
