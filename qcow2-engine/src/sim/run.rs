@@ -335,6 +335,16 @@ impl<'a> Life<'a> {
         if let (Err(error), false) = (&closed, is_faulty) {
             return Err(error.clone());
         }
+        let (findings, is_durable) = self.judge_file()?;
+        let leaks = if may_leak { 0 } else { findings.leaks };
+        if !is_faulty && (leaks > 0 || !is_durable) {
+            return Err(format!("a clean close left {leaks} leaks, or something that is not durable"));
+        }
+        Ok(())
+    }
+
+    /// Judges the file as it is; also whether all of it is durable.
+    pub(super) fn judge_file(&self) -> Result<(oracle::Findings, bool), String> {
         let model = self.model.borrow();
         let case = oracle::Case {
             model: &model,
@@ -343,15 +353,10 @@ impl<'a> Life<'a> {
             snapshot: &self.fixture.snapshot,
             memo: &self.memo,
         };
-        let (findings, is_durable) = self.disk.look(0, |file, in_flight| {
+        self.disk.look(0, |file, in_flight| {
             let is_durable = file.pending.is_empty() && in_flight.is_empty();
             Ok::<_, String>((oracle::judge(&file.current, &case)?, is_durable))
-        })?;
-        let leaks = if may_leak { 0 } else { findings.leaks };
-        if !is_faulty && (leaks > 0 || !is_durable) {
-            return Err(format!("a clean close left {leaks} leaks, or something that is not durable"));
-        }
-        Ok(())
+        })
     }
 
     pub(super) fn check_live(&self, buf: &Buf) -> Result<(), String> {

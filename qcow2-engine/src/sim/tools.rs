@@ -5,19 +5,21 @@
 //!
 //! - a *repair*: no sector reads worse than before, in the image or in a snapshot; the next repair comes
 //!   to its end, and leaves a sound image without a leak; no count is further below the number of
-//!   references than before, and nothing has been flagged whose count is still too high;
+//!   references than before, and nothing has been flagged whose count is still too high; that holds when
+//!   the next repair is cut short as well;
 //! - an image *marked dirty*: the same, and the next repair is the next opening;
 //! - *growing*: a sound image of the old size or the new one;
 //! - *creation*: the old image, no image, or the new one, whole and empty.
 
 use super::{
+    contents::Contents,
     counts::Standing,
     damage::{self, Damage},
-    disk::{Change, Disk, File},
+    disk::{Change, Disk, File, FileSystem, HeldBack},
     model::{Model, Value},
     oracle::{self, Memo},
     rng::Rng,
-    run::{Case, Totals},
+    run::{self, Case, Totals},
     states,
     workload::Fixture,
 };
@@ -64,7 +66,19 @@ struct Work<'a> {
     /// How the counts of the damaged image stood.
     standing: Standing,
     memo: Memo,
+    attempt: Attempt,
 }
+
+/// Whose crash states are judged.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Attempt {
+    First,
+    /// A repair of what a crash of the first one has left.
+    Second,
+}
+
+/// One crash state of a repair in so many is repaired by one that crashes in turn, at every moment.
+const SECOND_CHANCE: u64 = 256;
 
 /// Simulates a tool.
 ///
@@ -128,7 +142,16 @@ impl<'a> Work<'a> {
             _ => [Vec::new(), Vec::new()],
         };
         let standing = Standing::of(&image)?;
-        Ok(Self { fixture, tool, image, model: Model::new(&content), readings, standing, memo })
+        Ok(Self {
+            fixture,
+            tool,
+            image,
+            model: Model::new(&content),
+            readings,
+            standing,
+            memo,
+            attempt: Attempt::First,
+        })
     }
 
     /// Lets the tool work, and tries every crash state of every moment.
@@ -224,7 +247,8 @@ impl<'a> Work<'a> {
                 Standing::of(bytes)?.check_no_worse(&self.standing)?;
                 let next = repaired(bytes, repair)?;
                 self.compare(&next).map_err(|error| format!("after the next repair {error}"))?;
-                self.judge_end(&next).map_err(|error| format!("after the next repair {error}"))
+                self.judge_end(&next).map_err(|error| format!("after the next repair {error}"))?;
+                self.cut_again(bytes).map_err(|error| format!("the next repair was cut short, too: {error}"))
             }
             Tool::OpenDirty(_) => {
                 let next = self.opened(bytes)?;
@@ -241,6 +265,35 @@ impl<'a> Work<'a> {
                 if !is_image || bytes == self.image { Ok(()) } else { Err(format!("half an image: {new}")) }
             }
         }
+    }
+
+    /// The next repair crashes as well, now and then; the one after it must come to its end all the same.
+    fn cut_again(&self, bytes: &[u8]) -> Result<(), String> {
+        let hash = Contents::new(bytes.to_vec()).hash();
+        if self.attempt == Attempt::Second || !hash.is_multiple_of(SECOND_CHANCE) {
+            return Ok(());
+        }
+        let next = Work {
+            fixture: self.fixture,
+            tool: self.tool,
+            image: bytes.to_vec(),
+            model: self.model.clone(),
+            readings: self.readings.clone(),
+            standing: Standing::of(bytes)?,
+            memo: Memo::default(),
+            attempt: Attempt::Second,
+        };
+        let disk = Disk::new(&[bytes, self.fixture.backing.as_deref().unwrap_or_default()]);
+        let case = Case {
+            work: run::Work::Tool(self.tool),
+            seed: hash,
+            held_back: HeldBack::Nothing,
+            fault: None,
+            file_system: FileSystem::ABLE,
+            disabled: None,
+        };
+        let ended = next.drive(&disk, &mut Rng::new(hash), &case, &mut Totals::default())?;
+        ended.map_err(|error| error.to_string())
     }
 
     /// Judges what the tool leaves when it has ended.
