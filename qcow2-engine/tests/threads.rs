@@ -83,8 +83,8 @@ fn clusters_are_freed_and_allocated_at_the_same_time() {
 
 /// Closes the image, which is without a flaw then.
 fn close(image: &Arc<Image>, files: &MemFiles) {
-    run(Lane::new(image, files.clone(), 1).close()).unwrap();
-    let report = run(check(files, files, Path::new(IMAGE), CheckOptions::default())).unwrap();
+    run(Lane::new(image, files.clone(), 1).close()).expect("closes");
+    let report = run(check(files, files, Path::new(IMAGE), CheckOptions::default())).expect("checks");
     assert!(report.found.is_clean(), "{:?}", report.found.list.first());
 }
 
