@@ -12,6 +12,7 @@ use crate::{
     io::{Access, Buf, FileId, Io, Storage, exact},
     lane::Lane,
     open::OpenOptions,
+    order::rules::RuleName,
 };
 use qcow2_format::{Blueprint, CreateOptions, HostOffset, Mapping};
 use std::{io, path::Path, sync::Arc};
@@ -118,7 +119,7 @@ impl<I: Io> NewFile<'_, I> {
             return Ok(());
         }
         exact::write_all(self.io, self.file, 0, &Buf::zeroed(SECTOR as usize)).await?;
-        self.io.sync(self.file).await
+        self.io.barrier(self.file, RuleName::WipeBeforeContent).await
     }
 
     async fn write(&self, blueprint: &Blueprint, capacity: u64) -> io::Result<()> {
@@ -128,7 +129,7 @@ impl<I: Io> NewFile<'_, I> {
         for (at, bytes) in writes {
             exact::write_all(self.io, self.file, at, &Buf::from_bytes(&bytes)).await?;
         }
-        self.io.sync(self.file).await?;
+        self.io.barrier(self.file, RuleName::ContentBeforeHeader).await?;
         if let Some((at, bytes)) = header {
             exact::write_all(self.io, self.file, at, &Buf::from_bytes(&bytes)).await?;
         }

@@ -10,6 +10,7 @@ use crate::{
     error::{Error, Result},
     io::{Access, Buf, FileId, Io, Storage, exact},
     open::table_entries,
+    order::rules::RuleName,
 };
 use qcow2_format::{
     FormatError, Geometry, Header, Snapshot,
@@ -198,6 +199,11 @@ impl<'a, I: Io> ImageFile<'a, I> {
     /// Makes what was written durable.
     pub(crate) async fn sync(&self) -> Result<()> {
         self.io.sync(self.file).await.map_err(|source| self.failed("fdatasync", 0, source))
+    }
+
+    /// Makes what was written durable before anything else is, as a rule asks for.
+    pub(crate) async fn barrier(&self, rule: RuleName) -> Result<()> {
+        self.io.barrier(self.file, rule).await.map_err(|source| self.failed("fdatasync", 0, source))
     }
 
     pub(crate) async fn set_len(&self, len: u64) -> Result<()> {

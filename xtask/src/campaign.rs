@@ -23,6 +23,9 @@ pub(crate) struct CrashOptions {
     /// Take each ordering rule away in turn; every time a violation must be found
     #[arg(long)]
     mutate: bool,
+    /// Take this rule away alone; a wrong name is answered with the right ones
+    #[arg(long, value_name = "NAME")]
+    rule: Option<String>,
 }
 
 /// Options of `cargo xtask fuzz`.
@@ -84,6 +87,7 @@ pub(crate) fn crash(options: &CrashOptions) -> Result<ExitCode> {
     let mut args = vec!["--budget".to_owned(), options.budget.to_string()];
     args.extend(options.seed.args());
     args.extend(options.mutate.then(|| "--mutate".to_owned()));
+    args.extend(options.rule.iter().flat_map(|rule| ["--rule".to_owned(), rule.clone()]));
     CRASH.command(&args)
 }
 

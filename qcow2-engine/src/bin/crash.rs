@@ -36,7 +36,7 @@ struct Args {
     /// Take each ordering rule away in turn; each time a violation must be found.
     #[arg(long)]
     mutate: bool,
-    /// Take this rule away alone.
+    /// Take this rule away alone, in the whole campaign or, with --case, in one case.
     #[arg(long, value_parser = rule)]
     rule: Option<RuleName>,
     /// Threads.
@@ -57,7 +57,7 @@ fn main() -> ExitCode {
         }
     };
     let passed = match args.case {
-        Some(number) => replay(&fixtures, args.seed, number),
+        Some(number) => replay(&fixtures, &args, number),
         None if args.rule.is_some() => args.rule.iter().all(|&rule| is_noticed(&fixtures, &args, rule)),
         None if args.mutate => {
             // All of them, even when one was not noticed.
@@ -132,8 +132,9 @@ fn is_sound_with_all_rules(fixtures: &[Fixture], seed: u64, number: u64) -> bool
     simulate(&fixtures[index], &case, &mut Totals::default()).is_ok()
 }
 
-fn replay(fixtures: &[Fixture], seed: u64, number: u64) -> bool {
-    let (index, case) = cases::case(fixtures, seed, number);
+fn replay(fixtures: &[Fixture], args: &Args, number: u64) -> bool {
+    let (index, mut case) = cases::case(fixtures, args.seed, number);
+    case.disabled = args.rule;
     let mut totals = Totals::default();
     println!("{}: {case:#?}", fixtures[index].name);
     match simulate(&fixtures[index], &case, &mut totals) {

@@ -9,6 +9,7 @@ use crate::{
     error::Result,
     inspect::{ImageFile, SECTOR},
     io::Io,
+    order::rules::RuleName,
 };
 use qcow2_format::{
     HostOffset, RefcountTableEntry,
@@ -75,7 +76,7 @@ async fn drop_lost_blocks(file: &ImageFile<'_, impl Io>, survey: &Survey) -> Res
         }
     }
     file.write_changes(at, &old, &new).await?;
-    file.sync().await
+    file.barrier(RuleName::EntriesBeforeGrowth).await
 }
 
 impl Survey {
@@ -140,7 +141,7 @@ async fn write(file: &ImageFile<'_, impl Io>, survey: &Survey, plan: &Plan) -> R
         .flat_map(|block| RefcountTableEntry::encode(block).to_be_bytes())
         .collect();
     file.write(plan.table.start << bits, &table).await?;
-    file.sync().await
+    file.barrier(RuleName::RebuiltBeforeHeader).await
 }
 
 /// One sector, which a disk writes whole or not at all.

@@ -1,12 +1,14 @@
 //! Repair, in an order in which a crash at any moment leaves the image no worse than it was.
 //!
 //! ```text
-//! entries that cannot be right are cleared → counts are raised, or rebuilt → copied flags that are
-//! wrong are removed → counts are lowered → copied flags that are missing are set
+//! entries that cannot be right are cleared, counts are raised or rebuilt, wrong copied flags removed
+//!   → counts are lowered → copied flags that are missing are set → the image's mark is cleared
 //! ```
 //!
-//! with an fdatasync at each arrow. A count is never below the number of references at any of them
-//! where it was not before, and a copied flag is set only where the count has durably become 1.
+//! with a barrier at each arrow, and in a rebuild one before the file grows and one before the header
+//! changes (R9). Within the first line the order does not matter: a reference fewer, a count higher and a
+//! flag fewer are no harm alone. So a count is never below the number of references where it was not
+//! before, and a copied flag is set only where the count has durably become 1.
 
 use super::{
     compare::chunks_in_use,
@@ -20,6 +22,7 @@ use crate::{
     error::Result,
     inspect::{ImageFile, SECTOR},
     io::Io,
+    order::rules::RuleName,
 };
 use qcow2_format::{geometry::TABLE_ENTRY_BYTES, l1, l2, refcount};
 use std::collections::HashSet;
@@ -67,15 +70,13 @@ pub(super) async fn run(
     let had_corruptions = survey.findings.corruptions > 0;
     if repair == Repair::All && had_corruptions {
         edit_tables(file, &mut survey, Pass::Entries).await?;
-        file.sync().await?;
         adjust_counts(file, &survey, Direction::Raise).await?;
-        file.sync().await?;
         if survey.needs_rebuild {
             refused.extend(rebuild::run(file, &mut survey).await?);
         }
         survey.forget_counts();
         edit_tables(file, &mut survey, Pass::UnsetCopied).await?;
-        file.sync().await?;
+        file.barrier(RuleName::EntriesBeforeCounts).await?;
     }
     let may_lower = match repair {
         Repair::All => !survey.hides_references,
@@ -83,7 +84,7 @@ pub(super) async fn run(
     };
     if may_lower {
         adjust_counts(file, &survey, Direction::Lower).await?;
-        file.sync().await?;
+        file.barrier(RuleName::CountsBeforeFlags).await?;
     } else if survey.findings.leaks > 0 {
         refused.push("leaked clusters are kept: damaged tables may hide references to them");
     }
@@ -94,7 +95,7 @@ pub(super) async fn run(
     if may_set {
         survey.forget_counts();
         edit_tables(file, &mut survey, Pass::SetCopied).await?;
-        file.sync().await?;
+        file.barrier(RuleName::RepairBeforeMark).await?;
     }
     Ok(refused)
 }

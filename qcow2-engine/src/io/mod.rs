@@ -18,6 +18,7 @@ pub mod uring;
 pub use buf::{ALIGNMENT, Buf};
 pub use files::Files;
 
+use crate::order::rules::RuleName;
 use std::{future::Future, io, path::Path};
 
 /// Names an open file, in the order in which its [`Storage`] opened them.
@@ -67,6 +68,12 @@ pub trait Io {
     /// Makes every write that completed before this call durable, with the file length that is
     /// needed to read it back (fdatasync).
     fn sync(&self, file: FileId) -> impl Future<Output = io::Result<()>>;
+
+    /// [`Self::sync`], where a tool's ordering rule asks for it. The simulator leaves it out when a
+    /// mutation check has taken the rule away.
+    fn barrier(&self, file: FileId, _rule: RuleName) -> impl Future<Output = io::Result<()>> {
+        self.sync(file)
+    }
 
     /// Allocates space for the range and extends the file over it; bytes not written before read
     /// as zeros. `Unsupported` where the file system cannot.

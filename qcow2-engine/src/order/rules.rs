@@ -5,7 +5,8 @@
 //! written before the page was changed. Rule 5 (freeing runs backwards) is not an edge between pages:
 //! [`crate::alloc::frees`] holds a freed cluster back until the cut that unmaps it is durable. Rule 6
 //! is what a flush waits for: [`crate::flush`]. Rule 8 is what the search for leaks keeps away from:
-//! [`crate::leaks`].
+//! [`crate::leaks`]. Rules 9 and 10 are barriers between the steps of a repair ([`mod@crate::check`]) and of
+//! making an image ([`crate::create`]).
 
 /// A metadata page: the unit of write-back. Numbers count pages (or slices) from the table's start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -62,11 +63,25 @@ pub enum RuleName {
     RequestsBeforeSearch,
     /// R8: what was changed before is on disk when references are counted.
     CutBeforeSearch,
+    /// R9: a repair clears what names places beyond the end of the file before it makes the file longer.
+    EntriesBeforeGrowth,
+    /// R9: a rebuilt refcount structure is written before the header names it.
+    RebuiltBeforeHeader,
+    /// R9: a repair clears entries before it lowers the counts of what they named.
+    EntriesBeforeCounts,
+    /// R9: a repair lowers a count to one before it says that the cluster has one owner.
+    CountsBeforeFlags,
+    /// R9: all is repaired before the mark goes that asks for a repair.
+    RepairBeforeMark,
+    /// R10: what a file held before is no image any more when a new one is made of it.
+    WipeBeforeContent,
+    /// R10: a new image's tables are written before its header.
+    ContentBeforeHeader,
 }
 
 impl RuleName {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 21] = [
         Self::RefcountBeforeReference,
         Self::BlockBeforeTable,
         Self::TableBeforeHeader,
@@ -81,7 +96,20 @@ impl RuleName {
         Self::ReservedIsNoLeak,
         Self::RequestsBeforeSearch,
         Self::CutBeforeSearch,
+        Self::EntriesBeforeGrowth,
+        Self::RebuiltBeforeHeader,
+        Self::EntriesBeforeCounts,
+        Self::CountsBeforeFlags,
+        Self::RepairBeforeMark,
+        Self::WipeBeforeContent,
+        Self::ContentBeforeHeader,
     ];
+
+    /// Whether it orders what a tool does to an image that nobody serves.
+    #[must_use]
+    pub fn is_of_tools(self) -> bool {
+        self >= Self::EntriesBeforeGrowth
+    }
 }
 
 /// One ordering constraint: `before` is durable before `page` is written.

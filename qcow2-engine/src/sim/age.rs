@@ -3,7 +3,8 @@
 use super::{
     disk::Disk,
     model::Value,
-    run::{Life, Player, Totals, play},
+    play::{Player, play},
+    run::{Life, Totals},
     workload::{Fixture, Past, Request},
 };
 use crate::{Lane, io::Buf};

@@ -66,6 +66,10 @@ pub fn run(
                     let number = next.fetch_add(1, Ordering::Relaxed);
                     let (index, mut case) = case(fixtures, seed, number);
                     case.disabled = disabled;
+                    if disabled.is_some_and(|rule| rule.is_of_tools() && !matches!(case.work, Work::Tool(_)))
+                    {
+                        continue;
+                    }
                     let before = totals.states;
                     let outcome = simulate(&fixtures[index], &case, &mut totals);
                     states.fetch_add(totals.states - before, Ordering::Relaxed);

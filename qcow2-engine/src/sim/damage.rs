@@ -18,8 +18,11 @@ pub enum Damage {
     CountsAndFlags,
     /// A refcount block is lost: the structure has to be rebuilt.
     LostBlock,
-    /// L2 entries name what is beyond the end of the file.
+    /// L2 entries name what is far beyond the end of the file.
     Entries,
+    /// L2 entries name what is right behind the end of the file, where it is going to grow; it is counted,
+    /// or a refcount block is lost.
+    JustBeyond,
 }
 
 impl Damage {
@@ -27,13 +30,20 @@ impl Damage {
     pub const OF_COUNTS: [Self; 5] =
         [Self::None, Self::Counts, Self::Flags, Self::CountsAndFlags, Self::LostBlock];
     /// All of it.
-    pub const ALL: [Self; 6] =
-        [Self::None, Self::Counts, Self::Flags, Self::CountsAndFlags, Self::LostBlock, Self::Entries];
+    pub const ALL: [Self; 7] = [
+        Self::None,
+        Self::Counts,
+        Self::Flags,
+        Self::CountsAndFlags,
+        Self::LostBlock,
+        Self::Entries,
+        Self::JustBeyond,
+    ];
 
     /// Whether content is lost with it.
     #[must_use]
     pub fn hits_entries(self) -> bool {
-        self == Self::Entries
+        matches!(self, Self::Entries | Self::JustBeyond)
     }
 }
 
@@ -51,6 +61,7 @@ pub(super) fn inflict(image: &mut [u8], damage: Damage, rng: &mut Rng) -> Result
         }
         Damage::LostBlock => wreck.lose_block(rng),
         Damage::Entries => wreck.spoil_entries(rng, |entry| entry | 1 << 50),
+        Damage::JustBeyond => wreck.name_what_is_behind(rng)?,
     }
     Ok(())
 }
@@ -90,20 +101,24 @@ impl Wreck<'_> {
     }
 
     fn spoil_counts(&mut self, rng: &mut Rng) -> Result<(), String> {
-        let per_block = self.geometry.refcounts_per_block();
         let clusters = self.geometry.clusters_for(self.image.len() as u64);
-        let (order, size) = (self.geometry.refcount_order, self.geometry.cluster_size() as usize);
-        let (table, max) = (self.header.refcount_table.0, self.geometry.refcount_max());
         for _ in 0..1 + rng.below(MAX) {
-            let cluster = rng.below(clusters);
-            let block =
-                RefcountTableEntry::decode(self.entry(table + cluster / per_block * 8), &self.geometry)
-                    .map_err(|error| error.to_string())?;
-            let Some(block) = block else { continue };
+            let (cluster, kind) = (rng.below(clusters), rng.below(5) as usize);
+            self.set_count(cluster, |count| [0, count.saturating_sub(1), count + 1, 2, 7][kind])?;
+        }
+        Ok(())
+    }
+
+    /// Changes the count of a cluster, if a block holds it.
+    fn set_count(&mut self, cluster: u64, change: impl Fn(u64) -> u64) -> Result<(), String> {
+        let (order, size) = (self.geometry.refcount_order, self.geometry.cluster_size() as usize);
+        let per_block = self.geometry.refcounts_per_block();
+        let at = self.header.refcount_table.0 + cluster / per_block * 8;
+        let block = RefcountTableEntry::decode(self.entry(at), &self.geometry);
+        if let Some(block) = block.map_err(|error| error.to_string())? {
             let bytes = &mut self.image[block.0 as usize..block.0 as usize + size];
             let index = (cluster % per_block) as usize;
-            let count = refcount::get(bytes, order, index);
-            let wrong = [0, count.saturating_sub(1), count + 1, 2, 7][rng.below(5) as usize].min(max);
+            let wrong = change(refcount::get(bytes, order, index)).min(self.geometry.refcount_max());
             refcount::set(bytes, order, index, wrong);
         }
         Ok(())
@@ -114,6 +129,18 @@ impl Wreck<'_> {
         if let Some(&(at, _)) = blocks.get(rng.below(blocks.len().max(1) as u64) as usize) {
             self.set_entry(at, 0);
         }
+    }
+
+    fn name_what_is_behind(&mut self, rng: &mut Rng) -> Result<(), String> {
+        let behind = self.geometry.clusters_for(self.image.len() as u64);
+        let cluster = behind + rng.below(4);
+        let entry = cluster << self.geometry.cluster_bits | l2::COPIED;
+        self.spoil_entries(rng, |_| entry);
+        if rng.below(2) == 0 {
+            self.lose_block(rng);
+            return Ok(());
+        }
+        self.set_count(cluster, |_| 1)
     }
 
     /// Changes some of the active mapping's entries that name a cluster.

@@ -79,7 +79,8 @@ impl Life<'_> {
         next.recover().map_err(|error| format!("process {} was killed: {error}", self.processes))
     }
 
-    /// Replays the log and compares what is read then with all that was acknowledged.
+    /// Replays the log and compares what is read then with all that was acknowledged, and what the file
+    /// holds with what it may hold.
     fn recover(&mut self) -> Result<(), String> {
         let image = self.open().map_err(|error| format!("it does not open: {error}"))?;
         let log = self.redo.open().map_err(|error| error.to_string())?;
@@ -96,6 +97,8 @@ impl Life<'_> {
             Box::pin(async move { lane.read(0, buf).await.map_err(|error| error.to_string()) })
         };
         self.drive(vec![read], false)?;
-        self.check_live(&buf)
+        self.check_live(&buf)?;
+        // Nothing of the mapping, of the counts or of a snapshot has come to harm either.
+        self.judge_file().map(drop)
     }
 }

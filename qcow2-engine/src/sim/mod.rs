@@ -5,19 +5,22 @@
 //! [`contents`] are its bytes.
 //! [`states`] enumerates what a crash at one moment may leave on such a disk. [`oracle`] reads a
 //! crashed image with nothing but the format crate and says what is wrong with it. [`model`] knows
-//! which contents each sector may have. [`workload`] makes images and sequences of requests; [`kill`] ends the process and not the machine;
-//! [`tools`] has crashes while a tool is at work, on an image with [`damage`]; [`cases`] draws images and requests from a seed; [`run`] lives one case through; [`campaign`] runs many, counts, and shrinks
-//! what fails.
+//! which contents each sector may have. [`workload`] makes images and sequences of requests, and
+//! `play` carries them out; `kill` ends the process and not the machine; [`tools`] has crashes while a
+//! tool is at work, on an image with [`damage`], and `counts` says whether that got worse; [`cases`] draws images and requests from a seed;
+//! [`run`] lives one case through; [`campaign`] runs many, counts, and shrinks what fails.
 
 mod age;
 pub mod campaign;
 pub mod cases;
 pub mod contents;
+mod counts;
 pub mod damage;
 pub mod disk;
 mod kill;
 pub mod model;
 pub mod oracle;
+mod play;
 pub mod rng;
 pub mod run;
 pub mod states;

@@ -4,6 +4,8 @@
 //! issue and acknowledgement. A completed flush that was issued at F takes those away that were
 //! overwritten by a write acknowledged before F. What is left is what a crash may show.
 
+use std::{collections::BTreeMap, ops::Range};
+
 /// What a sector holds: zeros, or a stamp that says which request wrote which sector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Value {
@@ -67,10 +69,20 @@ struct Version {
     request: u32,
 }
 
+/// A read that is under way.
+#[derive(Clone, Debug)]
+struct Reading {
+    sectors: Range<usize>,
+    /// What each of them has held at some moment since it began.
+    allowed: Vec<Vec<Value>>,
+}
+
 /// The histories of all sectors.
 #[derive(Clone, Debug)]
 pub struct Model {
     sectors: Vec<Vec<Version>>,
+    /// Reads under way, by the number of the request.
+    readings: BTreeMap<u32, Reading>,
     now: u64,
 }
 
@@ -84,7 +96,7 @@ impl Model {
         let version = |&value: &Value| {
             vec![Version { value, issued: 0, acknowledged: Some(0), is_certain: true, request: INITIAL }]
         };
-        Self { sectors: initial.iter().map(version).collect(), now: 0 }
+        Self { sectors: initial.iter().map(version).collect(), readings: BTreeMap::new(), now: 0 }
     }
 
     /// Number of sectors.
@@ -119,8 +131,12 @@ impl Model {
     ) {
         let issued = self.tick();
         for sector in sectors {
+            let value = value(sector);
+            for reading in self.readings.values_mut().filter(|reading| reading.sectors.contains(&sector)) {
+                reading.allowed[sector - reading.sectors.start].push(value);
+            }
             self.sectors[sector].push(Version {
-                value: value(sector),
+                value,
                 issued,
                 acknowledged: None,
                 is_certain: false,
@@ -138,6 +154,17 @@ impl Model {
                 version.is_certain = is_ok;
             }
         }
+    }
+
+    /// A read is about to begin.
+    pub fn read_issued(&mut self, request: u32, sectors: Range<usize>) {
+        let allowed = sectors.clone().map(|sector| self.live(sector)).collect();
+        self.readings.insert(request, Reading { sectors, allowed });
+    }
+
+    /// A read has ended: what each of its sectors may have been read as.
+    pub fn read_ended(&mut self, request: u32) -> Vec<Vec<Value>> {
+        self.readings.remove(&request).map(|reading| reading.allowed).unwrap_or_default()
     }
 
     /// A flush is issued; the answer goes to [`Self::flushed`].
@@ -170,12 +197,15 @@ impl Model {
     /// # Errors
     /// The values that were allowed.
     pub fn check_live(&self, sector: usize, found: Value) -> Result<(), Vec<Value>> {
+        let allowed = self.live(sector);
+        if allowed.contains(&found) { Ok(()) } else { Err(allowed) }
+    }
+
+    /// What the sector holds on the running system: several values, while writes are under way.
+    fn live(&self, sector: usize) -> Vec<Value> {
         let mut versions = self.sectors[sector].clone();
         drop_overwritten(&mut versions, u64::MAX);
-        if versions.iter().any(|version| version.value == found) {
-            return Ok(());
-        }
-        Err(versions.iter().map(|version| version.value).collect())
+        versions.iter().map(|version| version.value).collect()
     }
 }
 
@@ -234,5 +264,20 @@ mod tests {
         model.flushed(flush);
         assert!(model.check(0, stamp(1)).is_ok() && model.check(0, stamp(2)).is_ok());
         assert!(model.check(0, Value::Zero).is_err());
+    }
+
+    #[test]
+    fn a_read_may_see_what_was_there_at_any_moment_of_it() {
+        let mut model = Model::new(&[Value::Zero]);
+        write(&mut model, 1);
+        model.end(1, 0..1, true);
+        model.read_issued(9, 0..1);
+        for request in 2..4 {
+            write(&mut model, request);
+            model.end(request, 0..1, true);
+        }
+        let flush = model.flush_issued();
+        model.flushed(flush);
+        assert_eq!(model.read_ended(9), [[stamp(1), stamp(2), stamp(3)]]);
     }
 }

@@ -47,10 +47,10 @@ const L2_NAMES: [&str; 4] = [
 ];
 
 /// An image as it is read.
-struct Reader<'a> {
+pub(super) struct Reader<'a> {
     bytes: &'a [u8],
-    header: Header,
-    geometry: Geometry,
+    pub(super) header: Header,
+    pub(super) geometry: Geometry,
     /// References that were counted, by cluster.
     references: Vec<u64>,
     /// Whether a cluster belongs to one owner alone.
@@ -133,7 +133,7 @@ impl<'a> Reader<'a> {
         Ok(reader)
     }
 
-    fn of(bytes: &'a [u8]) -> Result<Self, String> {
+    pub(super) fn of(bytes: &'a [u8]) -> Result<Self, String> {
         let header = Header::decode(bytes, bytes.len() as u64).map_err(|error| error.to_string())?;
         let geometry = header.geometry();
         let clusters = geometry.clusters_for(bytes.len() as u64) as usize;
@@ -145,7 +145,7 @@ impl<'a> Reader<'a> {
         self.bytes.get(range).ok_or_else(|| format!("{len} bytes at {at} are beyond the end of the file"))
     }
 
-    fn table(&self, at: u64, entries: usize) -> Result<Vec<u64>, String> {
+    pub(super) fn table(&self, at: u64, entries: usize) -> Result<Vec<u64>, String> {
         let bytes = self.slice(at, entries as u64 * 8)?;
         Ok(bytes
             .chunks_exact(8)
@@ -199,7 +199,7 @@ impl<'a> Reader<'a> {
         self.table(at, entries as usize)
     }
 
-    fn snapshots(&mut self) -> Result<Vec<Snapshot>, String> {
+    pub(super) fn snapshots(&mut self) -> Result<Vec<Snapshot>, String> {
         if self.header.snapshot_count == 0 {
             return Ok(Vec::new());
         }
@@ -271,7 +271,7 @@ impl<'a> Reader<'a> {
     }
 
     /// The counts of a block's clusters; `None` where there is no block, and all are 0.
-    fn refcount_block(&self, block: u64) -> Result<Option<&'a [u8]>, String> {
+    pub(super) fn refcount_block(&self, block: u64) -> Result<Option<&'a [u8]>, String> {
         let table_len = (u64::from(self.header.refcount_table_clusters) << self.geometry.cluster_bits) / 8;
         if block >= table_len {
             return Ok(None);

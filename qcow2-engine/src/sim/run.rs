@@ -5,15 +5,13 @@ use super::{
     kill::Memory,
     model::{Model, Value},
     oracle,
+    play::{Player, play},
     rng::Rng,
     states,
     tools::{self, Tool},
     workload::{Fixture, Request},
 };
-use crate::{
-    Error, Image, Lane, OpenOptions, Pace, RuleName, Verdict, ZeroMode,
-    io::{Buf, FileId, Io},
-};
+use crate::{Image, Lane, OpenOptions, RuleName, io::Buf};
 use std::{
     cell::RefCell,
     collections::HashSet,
@@ -191,98 +189,6 @@ fn serve(
     life.end(&lanes[0], case)
 }
 
-/// What carries requests out and tells the model.
-pub(super) struct Player {
-    pub(super) lane: Lane<Disk>,
-    pub(super) model: Rc<RefCell<Model>>,
-    pub(super) cluster_sectors: usize,
-    /// Whether the search for leaks has to find all.
-    pub(super) must_find_all: bool,
-}
-
-/// Carries requests out, one after the other.
-pub(super) fn play(player: Player, requests: Vec<Request>, first: u32, has_faults: bool) -> Task {
-    Box::pin(async move {
-        for (number, request) in (first..).zip(requests) {
-            let outcome = carry_out(&player, number, request).await;
-            if let (Err(error), false) = (outcome, has_faults) {
-                return Err(format!("{request:?} failed: {error}"));
-            }
-        }
-        Ok(())
-    })
-}
-
-/// As a queue does it: the short cut where there is one, and the long way if that does not end whole.
-async fn write<I: Io>(lane: &Lane<I>, at: u64, buf: Buf) -> Result<(), Error> {
-    if let Some(direct) = lane.direct_write(at, buf.len() as u64) {
-        let written = lane.io().write(direct.file, direct.at, buf.clone()).await;
-        lane.end_direct(direct);
-        if written.is_ok_and(|count| count == buf.len()) {
-            return Ok(());
-        }
-    }
-    lane.write(at, buf).await
-}
-
-async fn carry_out(player: &Player, number: u32, request: Request) -> Result<(), Error> {
-    let Player { lane, model, cluster_sectors, must_find_all } = player;
-    let sectors = request.sectors(*cluster_sectors);
-    let is_write = matches!(request, Request::Write(..));
-    let value = |sector: usize| {
-        if is_write { Value::Stamp { request: number, sector: sector as u32 } } else { Value::Zero }
-    };
-    model.borrow_mut().issue(number, sectors.clone(), value);
-    let bytes = |count: usize| count as u64 * 512;
-    let outcome = match request {
-        Request::Write(at, _) => {
-            let data: Vec<u8> = sectors.clone().flat_map(|sector| value(sector).bytes()).collect();
-            write(lane, bytes(at), Buf::from_bytes(&data)).await
-        }
-        Request::Zero(at, count, keep) => {
-            let mode = if keep { ZeroMode::Keep } else { ZeroMode::Unmap };
-            lane.write_zeroes(bytes(at), bytes(count), mode).await
-        }
-        Request::Discard(at, count) => lane.discard(bytes(at), bytes(count)).await,
-        Request::Flush => {
-            let issued = model.borrow_mut().flush_issued();
-            let outcome = lane.flush().await;
-            if outcome.is_ok() {
-                model.borrow_mut().flushed(issued);
-            }
-            outcome
-        }
-        Request::Maintain => lane.maintain().await,
-        Request::Reclaim(window) => reclaim(lane, window, *must_find_all).await,
-    };
-    model.borrow_mut().end(number, sectors, outcome.is_ok());
-    outcome
-}
-
-/// Each rest ends when the disk happens to get to it.
-struct Leisure(Disk);
-
-impl Pace for Leisure {
-    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
-        Box::pin(async {
-            // A fault may hit the rest; it is over all the same.
-            let _ = self.0.read(FileId(0), 0, Buf::zeroed(512)).await;
-            true
-        })
-    }
-}
-
-async fn reclaim(lane: &Lane<Disk>, window: u64, must_find_all: bool) -> Result<(), Error> {
-    let reclaimed = lane.reclaim_leaks_by(window, &Leisure(lane.io().clone())).await?;
-    match reclaimed.verdict {
-        Verdict::Complete if reclaimed.left == 0 || !must_find_all => Ok(()),
-        verdict => Err(Error::Backing {
-            file: "image".into(),
-            reason: format!("the search for leaks left {}: {verdict:?}", reclaimed.left),
-        }),
-    }
-}
-
 impl<'a> Life<'a> {
     pub(super) fn new(fixture: &'a Fixture, seed: u64, totals: &'a mut Totals) -> Self {
         let contents: Vec<&[u8]> =
@@ -429,6 +335,16 @@ impl<'a> Life<'a> {
         if let (Err(error), false) = (&closed, is_faulty) {
             return Err(error.clone());
         }
+        let (findings, is_durable) = self.judge_file()?;
+        let leaks = if may_leak { 0 } else { findings.leaks };
+        if !is_faulty && (leaks > 0 || !is_durable) {
+            return Err(format!("a clean close left {leaks} leaks, or something that is not durable"));
+        }
+        Ok(())
+    }
+
+    /// Judges the file as it is; also whether all of it is durable.
+    pub(super) fn judge_file(&self) -> Result<(oracle::Findings, bool), String> {
         let model = self.model.borrow();
         let case = oracle::Case {
             model: &model,
@@ -437,15 +353,10 @@ impl<'a> Life<'a> {
             snapshot: &self.fixture.snapshot,
             memo: &self.memo,
         };
-        let (findings, is_durable) = self.disk.look(0, |file, in_flight| {
+        self.disk.look(0, |file, in_flight| {
             let is_durable = file.pending.is_empty() && in_flight.is_empty();
             Ok::<_, String>((oracle::judge(&file.current, &case)?, is_durable))
-        })?;
-        let leaks = if may_leak { 0 } else { findings.leaks };
-        if !is_faulty && (leaks > 0 || !is_durable) {
-            return Err(format!("a clean close left {leaks} leaks, or something that is not durable"));
-        }
-        Ok(())
+        })
     }
 
     pub(super) fn check_live(&self, buf: &Buf) -> Result<(), String> {

@@ -4,18 +4,22 @@
 //! A tool is judged at every moment, as requests are. What a crash leaves of
 //!
 //! - a *repair*: no sector reads worse than before, in the image or in a snapshot; the next repair comes
-//!   to its end, and leaves a sound image without a leak;
+//!   to its end, and leaves a sound image without a leak; no count is further below the number of
+//!   references than before, and nothing has been flagged whose count is still too high; that holds when
+//!   the next repair is cut short as well;
 //! - an image *marked dirty*: the same, and the next repair is the next opening;
 //! - *growing*: a sound image of the old size or the new one;
 //! - *creation*: the old image, no image, or the new one, whole and empty.
 
 use super::{
+    contents::Contents,
+    counts::Standing,
     damage::{self, Damage},
-    disk::{Change, Disk, File},
+    disk::{Change, Disk, File, FileSystem, HeldBack},
     model::{Model, Value},
     oracle::{self, Memo},
     rng::Rng,
-    run::{Case, Totals},
+    run::{self, Case, Totals},
     states,
     workload::Fixture,
 };
@@ -59,8 +63,22 @@ struct Work<'a> {
     model: Model,
     /// What sectors may read as while a repair is under way: before it, and after it.
     readings: [Vec<Option<Value>>; 2],
+    /// How the counts of the damaged image stood.
+    standing: Standing,
     memo: Memo,
+    attempt: Attempt,
 }
+
+/// Whose crash states are judged.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Attempt {
+    First,
+    /// A repair of what a crash of the first one has left.
+    Second,
+}
+
+/// One crash state of a repair in so many is repaired by one that crashes in turn, at every moment.
+const SECOND_CHANCE: u64 = 256;
 
 /// Simulates a tool.
 ///
@@ -77,6 +95,9 @@ pub(super) fn simulate(
     let work = Work::new(fixture, tool, &mut rng)?;
     let disk = Disk::new(&[&work.image, fixture.backing.as_deref().unwrap_or_default()]);
     disk.set_file_system(case.file_system);
+    if let Some(rule) = case.disabled {
+        disk.disable_rule(rule);
+    }
     if let Some((at, fault)) = case.fault {
         // Tools are short.
         disk.fail_after(at / 4, fault);
@@ -120,7 +141,17 @@ impl<'a> Work<'a> {
             }
             _ => [Vec::new(), Vec::new()],
         };
-        Ok(Self { fixture, tool, image, model: Model::new(&content), readings, memo })
+        let standing = Standing::of(&image)?;
+        Ok(Self {
+            fixture,
+            tool,
+            image,
+            model: Model::new(&content),
+            readings,
+            standing,
+            memo,
+            attempt: Attempt::First,
+        })
     }
 
     /// Lets the tool work, and tries every crash state of every moment.
@@ -214,13 +245,16 @@ impl<'a> Work<'a> {
         match self.tool {
             Tool::Repair(repair, _) => {
                 self.compare(bytes)?;
+                Standing::of(bytes)?.check_no_worse(&self.standing)?;
                 let next = repaired(bytes, repair)?;
                 self.compare(&next).map_err(|error| format!("after the next repair {error}"))?;
-                self.judge_end(&next).map_err(|error| format!("after the next repair {error}"))
+                self.judge_end(&next).map_err(|error| format!("after the next repair {error}"))?;
+                self.cut_again(bytes).map_err(|error| format!("the next repair was cut short, too: {error}"))
             }
             Tool::OpenDirty(_) => {
                 let next = self.opened(bytes)?;
-                self.judge_end(&next).map_err(|error| format!("after the next opening {error}"))
+                let verdict = self.judge_end(&next).and_then(|()| is_clean(&next));
+                verdict.map_err(|error| format!("after the next opening {error}"))
             }
             Tool::Grow(_) => self.sound(bytes, &self.model).map(drop),
             Tool::Create(_) => {
@@ -232,6 +266,35 @@ impl<'a> Work<'a> {
                 if !is_image || bytes == self.image { Ok(()) } else { Err(format!("half an image: {new}")) }
             }
         }
+    }
+
+    /// The next repair crashes as well, now and then; the one after it must come to its end all the same.
+    fn cut_again(&self, bytes: &[u8]) -> Result<(), String> {
+        let hash = Contents::new(bytes.to_vec()).hash();
+        if self.attempt == Attempt::Second || !hash.is_multiple_of(SECOND_CHANCE) {
+            return Ok(());
+        }
+        let next = Work {
+            fixture: self.fixture,
+            tool: self.tool,
+            image: bytes.to_vec(),
+            model: self.model.clone(),
+            readings: self.readings.clone(),
+            standing: Standing::of(bytes)?,
+            memo: Memo::default(),
+            attempt: Attempt::Second,
+        };
+        let disk = Disk::new(&[bytes, self.fixture.backing.as_deref().unwrap_or_default()]);
+        let case = Case {
+            work: run::Work::Tool(self.tool),
+            seed: hash,
+            held_back: HeldBack::Nothing,
+            fault: None,
+            file_system: FileSystem::ABLE,
+            disabled: None,
+        };
+        let ended = next.drive(&disk, &mut Rng::new(hash), &case, &mut Totals::default())?;
+        ended.map_err(|error| error.to_string())
     }
 
     /// Judges what the tool leaves when it has ended.

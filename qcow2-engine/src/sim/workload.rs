@@ -151,6 +151,8 @@ pub struct Fixture {
 pub enum Request {
     /// Write sectors.
     Write(usize, usize),
+    /// Read sectors.
+    Read(usize, usize),
     /// Write zeroes; whether the space is kept.
     Zero(usize, usize, bool),
     /// Discard.
@@ -165,7 +167,8 @@ pub enum Request {
 
 impl Request {
     /// The requests of the exhaustive sequences: around one cluster, and across two L2 tables.
-    pub const ALPHABET: [Self; 9] = [
+    pub const ALPHABET: [Self; 10] = [
+        Self::Read(5, 5),
         Self::Write(7, 1),
         Self::Write(6, 2),
         Self::Write(253, 6),
@@ -183,7 +186,8 @@ impl Request {
         let at = rng.below(SECTORS as u64) as usize;
         let count = 1 + rng.below((SECTORS - at).min(24) as u64) as usize;
         match rng.below(16) {
-            0..=7 => Self::Write(at, count),
+            0..=6 => Self::Write(at, count),
+            7 => Self::Read(at, count),
             8..=9 => Self::Zero(at, count, rng.below(2) == 0),
             10..=11 => Self::Discard(at, count),
             12..=13 => Self::Flush,
@@ -201,7 +205,7 @@ impl Request {
                 let end = (at + count) / cluster_sectors * cluster_sectors;
                 first..end.max(first)
             }
-            Self::Flush | Self::Maintain | Self::Reclaim(_) => 0..0,
+            Self::Read(..) | Self::Flush | Self::Maintain | Self::Reclaim(_) => 0..0,
         }
     }
 }

@@ -1,0 +1,167 @@
+//! Carries requests out, as a queue does, and tells the model of each.
+
+use super::{
+    disk::Disk,
+    model::{Model, Value},
+    run::Task,
+    workload::Request,
+};
+use crate::{
+    Error, Lane, Pace, Verdict, ZeroMode,
+    io::{Buf, FileId, Io},
+};
+use std::{cell::RefCell, future::Future, ops::Range, pin::Pin, rc::Rc};
+
+/// What carries requests out and tells the model.
+pub(super) struct Player {
+    pub(super) lane: Lane<Disk>,
+    pub(super) model: Rc<RefCell<Model>>,
+    pub(super) cluster_sectors: usize,
+    /// Whether the search for leaks has to find all.
+    pub(super) must_find_all: bool,
+}
+
+/// Why a request did not end as it should have.
+enum Trouble {
+    /// It failed, which a fault of the disk may explain.
+    Failed(Error),
+    /// Nothing explains it.
+    Wrong(String),
+}
+
+impl From<Error> for Trouble {
+    fn from(error: Error) -> Self {
+        Self::Failed(error)
+    }
+}
+
+/// Carries requests out, one after the other.
+pub(super) fn play(player: Player, requests: Vec<Request>, first: u32, has_faults: bool) -> Task {
+    Box::pin(async move {
+        for (number, request) in (first..).zip(requests) {
+            match player.carry_out(number, request).await {
+                Err(Trouble::Failed(error)) if !has_faults => {
+                    return Err(format!("{request:?} failed: {error}"));
+                }
+                Err(Trouble::Wrong(what)) => return Err(format!("{request:?}: {what}")),
+                Ok(()) | Err(Trouble::Failed(_)) => {}
+            }
+        }
+        Ok(())
+    })
+}
+
+impl Player {
+    async fn carry_out(&self, number: u32, request: Request) -> Result<(), Trouble> {
+        let sectors = request.sectors(self.cluster_sectors);
+        let is_write = matches!(request, Request::Write(..));
+        let value = |sector: usize| {
+            if is_write { Value::Stamp { request: number, sector: sector as u32 } } else { Value::Zero }
+        };
+        self.model.borrow_mut().issue(number, sectors.clone(), value);
+        let outcome = match request {
+            Request::Write(..) => self.write(sectors.clone(), value).await,
+            Request::Read(at, count) => self.read(number, at..at + count).await,
+            _ => self.change(request).await.map_err(Trouble::Failed),
+        };
+        self.model.borrow_mut().end(number, sectors, outcome.is_ok());
+        outcome
+    }
+
+    /// Requests without payload.
+    async fn change(&self, request: Request) -> Result<(), Error> {
+        let lane = &self.lane;
+        match request {
+            Request::Write(..) | Request::Read(..) => Ok(()),
+            Request::Zero(at, count, keep) => {
+                let mode = if keep { ZeroMode::Keep } else { ZeroMode::Unmap };
+                lane.write_zeroes(bytes(at), bytes(count), mode).await
+            }
+            Request::Discard(at, count) => lane.discard(bytes(at), bytes(count)).await,
+            Request::Flush => {
+                let issued = self.model.borrow_mut().flush_issued();
+                let outcome = lane.flush().await;
+                if outcome.is_ok() {
+                    self.model.borrow_mut().flushed(issued);
+                }
+                outcome
+            }
+            Request::Maintain => lane.maintain().await,
+            Request::Reclaim(window) => self.reclaim(window).await,
+        }
+    }
+
+    /// The short cut where there is one, and the long way if that does not end whole.
+    async fn write(&self, sectors: Range<usize>, value: impl Fn(usize) -> Value) -> Result<(), Trouble> {
+        let (lane, at) = (&self.lane, bytes(sectors.start));
+        let data: Vec<u8> = sectors.flat_map(|sector| value(sector).bytes()).collect();
+        let buf = Buf::from_bytes(&data);
+        if let Some(direct) = lane.direct_write(at, buf.len() as u64) {
+            let written = lane.io().write(direct.file, direct.at, buf.clone()).await;
+            lane.end_direct(direct);
+            if written.is_ok_and(|count| count == buf.len()) {
+                return Ok(());
+            }
+        }
+        Ok(lane.write(at, buf).await?)
+    }
+
+    /// As [`Self::write`]; what is read must be what was there at some moment of the read.
+    async fn read(&self, number: u32, sectors: Range<usize>) -> Result<(), Trouble> {
+        let buf = Buf::zeroed(sectors.len() * 512);
+        self.model.borrow_mut().read_issued(number, sectors.clone());
+        let outcome = self.read_into(bytes(sectors.start), &buf).await;
+        let allowed = self.model.borrow_mut().read_ended(number);
+        outcome?;
+        for ((sector, allowed), found) in sectors.zip(allowed).zip(buf.to_vec().chunks_exact(512)) {
+            let found = Value::read(found);
+            if !allowed.contains(&found) {
+                return Err(Trouble::Wrong(format!(
+                    "sector {sector} reads as {found:?}, allowed are {allowed:?}"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    async fn read_into(&self, at: u64, buf: &Buf) -> Result<(), Error> {
+        let lane = &self.lane;
+        if let Some(direct) = lane.direct_read(at, buf.len() as u64) {
+            let read = lane.io().read(direct.file, direct.at, buf.clone()).await;
+            lane.end_direct(direct);
+            if read.is_ok_and(|count| count == buf.len()) {
+                return Ok(());
+            }
+        }
+        lane.read(at, buf.clone()).await
+    }
+
+    async fn reclaim(&self, window: u64) -> Result<(), Error> {
+        let lane = &self.lane;
+        let reclaimed = lane.reclaim_leaks_by(window, &Leisure(lane.io().clone())).await?;
+        match reclaimed.verdict {
+            Verdict::Complete if reclaimed.left == 0 || !self.must_find_all => Ok(()),
+            verdict => Err(Error::Backing {
+                file: "image".into(),
+                reason: format!("the search for leaks left {}: {verdict:?}", reclaimed.left),
+            }),
+        }
+    }
+}
+
+fn bytes(sectors: usize) -> u64 {
+    sectors as u64 * 512
+}
+
+/// Each rest ends when the disk happens to get to it.
+struct Leisure(Disk);
+
+impl Pace for Leisure {
+    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
+        Box::pin(async {
+            // A fault may hit the rest; it is over all the same.
+            let _ = self.0.read(FileId(0), 0, Buf::zeroed(512)).await;
+            true
+        })
+    }
+}

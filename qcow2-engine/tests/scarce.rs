@@ -1,0 +1,145 @@
+//! Hosts that can do less: no space ahead, no truncation, no room.
+
+#[allow(dead_code, reason = "shared by several test programs")]
+mod common;
+
+use common::{IMAGE, create, run};
+use qcow2_engine::{
+    CheckOptions, ErrorKind, Image, Lane, OpenOptions, Preallocation, check,
+    io::{Buf, FileId, Io, Storage, mem::MemFiles},
+};
+use qcow2_format::CreateOptions;
+use std::{io, path::Path, sync::Arc};
+
+/// What becomes of an allocation of space.
+#[derive(Clone, Copy)]
+enum Allocation {
+    Possible,
+    /// Not on this file system.
+    Unsupported,
+    /// No space beyond this byte, for allocations; a small write still finds some.
+    UpTo(u64),
+}
+
+/// Files on such a host.
+#[derive(Clone)]
+struct Host {
+    files: MemFiles,
+    allocation: Allocation,
+    truncates: bool,
+}
+
+impl Io for Host {
+    async fn read(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
+        self.files.read(file, at, buf).await
+    }
+    async fn write(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
+        self.files.write(file, at, buf).await
+    }
+    async fn sync(&self, file: FileId) -> io::Result<()> {
+        self.files.sync(file).await
+    }
+    async fn allocate(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
+        match self.allocation {
+            Allocation::Unsupported => Err(io::ErrorKind::Unsupported.into()),
+            Allocation::UpTo(end) if at + len > end => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+            Allocation::Possible | Allocation::UpTo(_) => self.files.allocate(file, at, len).await,
+        }
+    }
+    async fn punch_hole(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
+        self.files.punch_hole(file, at, len).await
+    }
+    async fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
+        if self.truncates {
+            self.files.set_len(file, len).await
+        } else {
+            Err(io::ErrorKind::InvalidInput.into())
+        }
+    }
+}
+
+impl Host {
+    fn open(&self, extent_bytes: u64) -> Arc<Image> {
+        let options = OpenOptions { extent_bytes, ..OpenOptions::default() };
+        run(Image::open(self, &self.files, Path::new(IMAGE), &options)).expect("opens")
+    }
+
+    fn lane(&self, image: &Arc<Image>) -> Lane<Self> {
+        Lane::new(image, self.clone(), 4)
+    }
+}
+
+fn findings(files: &MemFiles) -> Vec<String> {
+    let report = run(check(files, files, Path::new(IMAGE), CheckOptions::default())).expect("checks");
+    report.found.list.iter().map(ToString::to_string).collect()
+}
+
+/// Where fallocate is not possible a file was extended by a new length; but a cut had written a refcount
+/// block behind the end meanwhile, and lost it. (Simulator, case 304 of seed 77.)
+#[test]
+fn a_file_without_fallocate_is_never_made_shorter_by_extending_it() {
+    const CLUSTER: u64 = 4096;
+    let host = Host { files: MemFiles::default(), allocation: Allocation::Unsupported, truncates: true };
+    let options = CreateOptions { virtual_size: 64 * CLUSTER, cluster_bits: 12, ..CreateOptions::default() };
+    create(&host.files, IMAGE, &options);
+    let image = host.open(4 * CLUSTER);
+    let behind = image_len(&host.files) + 100 * CLUSTER;
+    run(host.files.write(FileId(0), behind, Buf::from_bytes(&[7; 512]))).expect("writes behind the end");
+    run(host.lane(&image).write(0, Buf::from_bytes(&[1; 512]))).expect("a write that takes an extent");
+    let bytes = host.files.get(IMAGE).expect("kept");
+    assert_eq!(bytes.get(behind as usize..), Some(&[7; 512][..]), "what lay behind the end is lost");
+}
+
+fn image_len(files: &MemFiles) -> u64 {
+    files.len(FileId(0)).expect("a file")
+}
+
+/// A block device, or a file that could not be truncated, is made an image with preallocation: what the
+/// guest then read was what the device had held before.
+#[test]
+fn preallocation_over_old_content_that_stays_reads_as_zeros() {
+    const SIZE: usize = 1 << 20;
+    for preallocation in [Preallocation::Metadata, Preallocation::Falloc] {
+        let host = Host { files: MemFiles::default(), allocation: Allocation::Possible, truncates: false };
+        // More than the one extent that is taken.
+        host.files.put(IMAGE, vec![0xee; 20 * SIZE]);
+        let options =
+            CreateOptions { virtual_size: SIZE as u64, cluster_bits: 12, ..CreateOptions::default() };
+        let made =
+            qcow2_engine::create::create(&host, &host.files, Path::new(IMAGE), &options, preallocation);
+        run(made).expect("makes an image");
+        let image = host.open(1 << 20);
+        let buf = Buf::zeroed(SIZE);
+        run(host.lane(&image).read(0, buf.clone())).expect("reads");
+        let old = buf.to_vec().iter().filter(|&&byte| byte != 0).count();
+        assert_eq!(old, 0, "{preallocation:?}: bytes of the old content show");
+    }
+}
+
+/// A lane needs a new extent: a refcount block is made for it, and then the host has no room for the
+/// extent. The block is counted and lies behind the end of the file, until a cut writes it. Closing
+/// looked for the last cluster in use below the end of the file only, and cut the block off again.
+#[test]
+fn a_refcount_block_where_the_file_could_not_be_extended_survives_closing() {
+    const CLUSTER: u64 = 512;
+    /// Clusters that a block counts, with 64 bits each.
+    const PER_BLOCK: u64 = 64;
+    let files = MemFiles::default();
+    let options = CreateOptions {
+        virtual_size: 32 * CLUSTER,
+        cluster_bits: 9,
+        refcount_order: 6,
+        ..CreateOptions::default()
+    };
+    create(&files, IMAGE, &options);
+    let host = Host { files, allocation: Allocation::UpTo(PER_BLOCK * CLUSTER), truncates: true };
+    let image = host.open(PER_BLOCK * CLUSTER);
+    let (first, second) = (host.lane(&image), host.lane(&image));
+    let buf = || Buf::from_bytes(&[5; 512]);
+    run(first.write(0, buf())).expect("the first extent is all that the first block counts");
+    let refused = run(second.write(4 * CLUSTER, buf())).expect_err("there is no room for the second extent");
+    assert_eq!(refused.kind(), ErrorKind::NoSpace);
+    run(first.close()).expect("closes");
+    assert_eq!(findings(&host.files), Vec::<String>::new());
+    assert!(image_len(&host.files) > PER_BLOCK * CLUSTER, "the block is there");
+}
