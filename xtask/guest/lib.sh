@@ -65,7 +65,7 @@ the_end() { echo "demo passed: $step_count steps, all of them seen to hold"; }
 # Leaves nothing behind on a host, however the story ends.
 cleanup() {
     local mounted
-    for mounted in "$SCRATCH"/mnt*; do
+    for mounted in "$SCRATCH"/mnt-tools/* "$SCRATCH"/mnt*; do
         umount "$mounted" 2>/dev/null
     done
     [ -n "$DEVICE" ] && timeout 60 ublk-qcow2 del -n "${DEVICE#/dev/ublkb}" >/dev/null 2>&1

@@ -1,14 +1,18 @@
-//! Rounds until the time is up, on images that live through all of them: a kernel's source tree, unpacked, summed and
-//! removed again on XFS over a backing image, while the image must not grow; and fio with 16 jobs that verify what
+//! Rounds until the time is up, on images that live through all of them: a kernel's source tree, unpacked, summed, built
+//! and removed again on XFS over a backing image, while the image must not grow; and fio with 16 jobs that verify what
 //! they wrote, across kills of the server. guest/soak.sh is the story.
 
-use super::LIB;
+use super::{IN_TOOLS, LIB};
 use crate::{
     apt::PrivateApt,
     place::{Job, Place},
     process::{program, run},
     test::Count,
-    vm::machine::{Access, Disk},
+    tools,
+    vm::{
+        accel::Accel,
+        machine::{Access, Disk},
+    },
     workspace::{self, build_release},
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -25,6 +29,8 @@ const GRACE: Duration = Duration::from_secs(3600);
 const SCRATCH_GIB: u32 = 24;
 /// Parts of the tree that an emulated machine can carry about in minutes.
 const PARTS: &str = "fs kernel mm lib block crypto";
+/// What `make tinyconfig bzImage` calls.
+const BUILDERS: [&str; 9] = ["bc", "bison", "flex", "gcc", "libc6-dev", "make", "perl", "tar", "xz-utils"];
 
 /// How much is done; options of `cargo xtask soak`.
 #[derive(Debug, clap::Args)]
@@ -35,6 +41,10 @@ pub(super) struct Scope {
     /// Directories of the source tree to use; an empty list means all of it
     #[arg(long, default_value = PARTS)]
     parts: String,
+    /// What to make of the whole tree after `make tinyconfig`, nothing if empty [default: bzImage; nothing where the
+    /// machine is emulated]
+    #[arg(long, value_name = "TARGETS")]
+    build: Option<String>,
 }
 
 /// What a round consists of.
@@ -50,7 +60,7 @@ pub(super) struct Work {
 pub(super) fn lane(place: Place, scope: &Scope, seed: u64, work: Work) -> Result<Count> {
     let product = build_release("ublk-qcow2", "ublk-qcow2")?;
     let time = Duration::from_secs(scope.time * 60);
-    let script = format!("{LIB}{STORY}");
+    let script = format!("{LIB}{IN_TOOLS}{STORY}");
     let yes = |wanted| if wanted { "1" } else { "" };
     let mut job = Job::new(&script, time + GRACE)
         .program(&product)
@@ -60,6 +70,11 @@ pub(super) fn lane(place: Place, scope: &Scope, seed: u64, work: Work) -> Result
         .variable("PARTS", &scope.parts)
         .variable("SEED", &seed.to_string())
         .disk(Disk { name: "source".to_owned(), path: source_tree()?, access: Access::ReadOnly });
+    let build = if work.tree { scope.to_build(place)? } else { "" };
+    job = job.variable("BUILD", build);
+    if !build.is_empty() {
+        job = job.disk(tools::disk("builders", &BUILDERS)?);
+    }
     job.scratch_gib = SCRATCH_GIB;
     let finished = job.run(place)?;
     ensure!(finished.status == 0, "the story ended with status {}", finished.status);
@@ -67,6 +82,24 @@ pub(super) fn lane(place: Place, scope: &Scope, seed: u64, work: Work) -> Result
     let rounds = output.lines().filter(|line| line.starts_with("[ ok ] round ")).count() as u64;
     ensure!(rounds > 0, "not one round was whole");
     Ok(Count { passed: rounds, failed: 0 })
+}
+
+impl Scope {
+    /// What was asked for, or what can be done in minutes.
+    fn to_build(&self, place: Place) -> Result<&str> {
+        if let Some(targets) = &self.build {
+            return Ok(targets);
+        }
+        if let Place::Machine(kernel) = place
+            && Accel::detect(&kernel.unpacked()?.context("setup left no kernel")?)? != Accel::Kvm
+        {
+            println!(
+                "NOT DONE: no kernel is built, an emulated machine takes hours; ask for it with --build bzImage"
+            );
+            return Ok("");
+        }
+        Ok("bzImage")
+    }
 }
 
 /// The newest `linux-source-*` of this Debian, as an uncompressed archive in the cache.
