@@ -11,7 +11,12 @@ use crate::{
     workspace,
 };
 use anyhow::{Context, Result};
-use std::{fs, os::unix::fs::symlink, path::Path};
+use std::{
+    fs,
+    hash::{DefaultHasher, Hash, Hasher},
+    os::unix::fs::symlink,
+    path::Path,
+};
 
 /// What packages take for granted.
 const EVERY_DEBIAN: [&str; 9] =
@@ -19,20 +24,23 @@ const EVERY_DEBIAN: [&str; 9] =
 /// Beside what is in it, for the file system's own tables.
 const ROOM_PERCENT: u64 = 125;
 
-/// The disk `tools` with `packages`, from the cache or fetched into it as `name`.
+/// The disk `tools` with `packages`, from the cache or fetched into it. `name` is for those who look there.
 ///
 /// # Errors
 /// Fails when they cannot be fetched.
 pub(crate) fn disk(name: &str, packages: &[&str]) -> Result<Disk> {
-    let path = workspace::cached("tools", &format!("{name}.ext4"), |file, staging| {
-        let root = staging.join("root");
-        let all: Vec<_> = EVERY_DEBIAN.iter().chain(packages).copied().collect();
-        PrivateApt::host()?
-            .unpack_with_dependencies(&all, &root)
-            .with_context(|| format!("cannot fetch {}", packages.join(", ")))?;
-        complete(&root)?;
-        make_file_system(&root, file)
-    })?;
+    let all: Vec<_> = EVERY_DEBIAN.iter().chain(packages).copied().collect();
+    let mut hasher = DefaultHasher::new();
+    all.hash(&mut hasher); // another list is another disk
+    let path =
+        workspace::cached("tools", &format!("{name}-{:016x}.ext4", hasher.finish()), |file, staging| {
+            let root = staging.join("root");
+            PrivateApt::host()?
+                .unpack_with_dependencies(&all, &root)
+                .with_context(|| format!("cannot fetch {}", packages.join(", ")))?;
+            complete(&root)?;
+            make_file_system(&root, file)
+        })?;
     Ok(Disk { name: "tools".to_owned(), path, access: Access::ReadOnly })
 }
 
