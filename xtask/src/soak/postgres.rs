@@ -44,21 +44,33 @@ pub(super) fn lane(kernel: Kernel, kills: u64, seed: u64) -> Result<Count> {
     })
 }
 
-/// What the lives before this one have reported: a line `LIFE CLIENT NUMBER` per commit. One that was cut off counts
-/// for nothing.
+/// What the lives before this one have reported: a line `LIFE CLIENT NUMBER` per commit.
 fn acknowledged(lives: &Lives, life: u64) -> Result<String> {
     let mut all = String::new();
     for before in 0..life {
         let report = lives.report(before);
         let text =
             fs::read_to_string(&report).with_context(|| format!("cannot read {}", report.display()))?;
-        for commit in whole_lines(&text).filter_map(|line| line.strip_prefix("committed ")) {
+        for commit in commits(&text) {
             writeln!(all, "{commit}")?;
         }
     }
     Ok(all)
 }
 
-fn whole_lines(text: &str) -> impl Iterator<Item = &str> {
-    text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n'))
+/// The commits in a report. A line that was cut off counts for nothing.
+fn commits(report: &str) -> impl Iterator<Item = &str> {
+    report.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')?.strip_prefix("committed "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_was_cut_off_is_no_commit() {
+        let report = "serving 3\ncommitted 3 0 1\ncommitted 3 1 1\ncommitted 3 0 1";
+        assert_eq!(commits(report).collect::<Vec<_>>(), ["3 0 1", "3 1 1"]);
+        assert_eq!(commits("serving 3\n").count(), 0);
+    }
 }
