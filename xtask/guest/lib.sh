@@ -53,13 +53,19 @@ detach() {
     DEVICE=
 }
 
+# only_leaks IMAGE: whether `qemu-img check` finds nothing worse in it
+only_leaks() {
+    qemu-img check -q -f qcow2 "$1"
+    case $? in 0 | 3) return 0 ;; *) return 1 ;; esac
+}
+
 # the_end: the last line of a story that went well
 the_end() { echo "demo passed: $step_count steps, all of them seen to hold"; }
 
 # Leaves nothing behind on a host, however the story ends.
 cleanup() {
     local mounted
-    for mounted in "$SCRATCH"/mnt*; do
+    for mounted in "$SCRATCH"/mnt-tools/* "$SCRATCH"/mnt*; do
         umount "$mounted" 2>/dev/null
     done
     [ -n "$DEVICE" ] && timeout 60 ublk-qcow2 del -n "${DEVICE#/dev/ublkb}" >/dev/null 2>&1

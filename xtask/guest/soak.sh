@@ -1,5 +1,6 @@
-# What people do with disks, round after round. Runs behind lib.sh.
+# What people do with disks, round after round. Runs behind lib.sh and tools.sh.
 # PARTS: directories of the source tree in $DISK_source; none means all. SOAK_SECONDS: begin no round after that.
+# TREE, FIO: not empty for that part of a round. BUILD: what to make of the whole tree, with the programs of $DISK_tools.
 base=$SCRATCH/base.qcow2
 overlay=$SCRATCH/overlay.qcow2
 workload=$SCRATCH/fio.qcow2
@@ -24,6 +25,24 @@ unpack() {
     tar -xf "$DISK_source" -C "$1" $(members "$top")
 }
 
+# not_built: members that no small kernel needs, sources of other machines and of large drivers. Their Kconfig stays.
+not_built() {
+    printf '*/%s\n' 'Documentation/*/*' 'arch/[!x]*/*.[chS]' 'arch/[!x]*/boot/*' 'tools/testing/*' 'tools/perf/*' \
+        'sound/*.[ch]' 'drivers/gpu/*.[ch]' 'drivers/net/*.[ch]' 'drivers/media/*.[ch]' 'drivers/scsi/*.[ch]'
+}
+
+# build DIR: unpacks the tree there and makes BUILD of it. Nothing of what comes out says where and when.
+build() {
+    tools_at "$1"
+    not_built >"$SCRATCH/tmp/not-built"
+    must "unpacked what a build needs" in_tools tar -x -f - -X /tmp/not-built <"$DISK_source"
+    must "make tinyconfig" in_tools make -s -C "$top" tinyconfig
+    # shellcheck disable=SC2086 # one word per target
+    must "make $BUILD" in_tools make -s -j2 -C "$top" \
+        KBUILD_BUILD_TIMESTAMP=@0 KBUILD_BUILD_USER=soak KBUILD_BUILD_HOST=soak $BUILD
+    tools_gone
+}
+
 # sums DIR: of every file below, by name
 sums() { (cd "$1" && find . -type f -print0 | sort -z | xargs -0 sha256sum); }
 
@@ -42,6 +61,13 @@ prepare() {
     sums "$SCRATCH/plain" >"$SCRATCH/sums" || fail "cannot sum the tree"
     say "$(wc -l <"$SCRATCH/sums") files, $(du -sm "$SCRATCH/plain" | cut -f1) MiB"
     rm -rf "$SCRATCH/plain"
+    if [ -n "$BUILD" ]; then
+        mkdir "$SCRATCH/plain"
+        build "$SCRATCH/plain"
+        sums "$SCRATCH/plain" >"$SCRATCH/sums-built" || fail "cannot sum what was built"
+        say "built on a plain file system: $(wc -l <"$SCRATCH/sums-built") files"
+        rm -rf "$SCRATCH/plain"
+    fi
 
     must "made the backing image" qemu-img create -q -f qcow2 "$base" 8G
     attach "$base"
@@ -56,10 +82,13 @@ prepare() {
     must "made an image for fio" qemu-img create -q -f qcow2 "$workload" $((JOBS * JOB_MIB * 2))M
 }
 
-# same_as_plain DIR WHAT
-same_as_plain() {
+# same_as DIR SUMS WHAT
+same_as() {
     drop_caches
-    sums "$1" | cmp -s - "$SCRATCH/sums" || fail "$2 is not what the archive holds"
+    sums "$1" >"$SCRATCH/sums-found"
+    cmp -s "$SCRATCH/sums-found" "$2" && return 0
+    diff "$SCRATCH/sums-found" "$2" | head -n 10 | sed 's/^/       | /'
+    fail "$3 is not the same as on a plain file system"
 }
 
 # tree_round N: unpacked, read back, removed, trimmed, on an overlay that may not grow
@@ -69,9 +98,10 @@ tree_round() {
     must "mounted the overlay" mount -t xfs "$DEVICE" "$mnt"
     mkdir "$mnt/above"
     must "unpacked the tree" unpack "$mnt/above"
-    same_as_plain "$mnt/above" "the tree on the device"
-    same_as_plain "$mnt/below" "the tree in the backing image"
+    same_as "$mnt/above" "$SCRATCH/sums" "the tree on the device"
+    same_as "$mnt/below" "$SCRATCH/sums" "the tree in the backing image"
     must "removed it" rm -rf "$mnt/above"
+    [ -z "$BUILD" ] || build_round
     sync
     must "trimmed" fstrim "$mnt"
     must "unmounted" umount "$mnt"
@@ -83,6 +113,15 @@ tree_round() {
     say "the overlay takes $size MiB; after the first round it took $first"
     [ "$size" -le $((first + SLACK_MIB)) ] || fail "the image grows: $size MiB, after the first round $first"
     sha256sum -c "$SCRATCH/base.sum" >/dev/null 2>&1 || fail "the backing image has changed"
+}
+
+# build_round: every object file as on a plain file system, removed again
+build_round() {
+    mkdir "$mnt/built"
+    build "$mnt/built"
+    same_as "$mnt/built" "$SCRATCH/sums-built" "what was built on the device"
+    ok "$(wc -l <"$SCRATCH/sums-built") files of a build are as on a plain file system"
+    must "removed them" rm -rf "$mnt/built"
 }
 
 # load: each job writes a region of its own and verifies it, and another trims its neighbour
@@ -128,19 +167,14 @@ fio_round() {
     detach
 }
 
-only_leaks() {
-    qemu-img check -q -f qcow2 "$1"
-    case $? in 0 | 3) return 0 ;; *) return 1 ;; esac
-}
-
 start=$(date +%s)
 say "Linux $(uname -r), $(qemu-img --version | head -n 1)"
 prepare
 round=0
 while [ $(($(date +%s) - start)) -lt "$SOAK_SECONDS" ] || [ $round = 0 ]; do
     round=$((round + 1))
-    tree_round $round
-    fio_round
-    ok "round $round: tree and fio, $(($(date +%s) - start)) s since the start"
+    [ -z "$TREE" ] || tree_round $round
+    [ -z "$FIO" ] || fio_round
+    ok "round $round: ${TREE:+tree }${FIO:+fio }$(($(date +%s) - start)) s since the start"
 done
 echo "soak ended after $round rounds, $step_count steps, all of them seen to hold"

@@ -6,6 +6,7 @@ mod campaign;
 mod demo;
 mod dist;
 mod kernel;
+mod lives;
 mod peers;
 mod place;
 mod powercut;
@@ -14,6 +15,7 @@ mod setup;
 mod soak;
 mod test;
 mod test_compat;
+mod tools;
 mod vm;
 mod workspace;
 
@@ -43,7 +45,7 @@ enum Task {
     Powercut(powercut::Options),
     /// Damage images field by field, and hold what becomes of them against QEMU's tools
     Fuzz(campaign::FuzzOptions),
-    /// Source trees, fio and kills of the server on images that live through it all
+    /// Source trees, fio, a database and a guest on images that live through kills
     Soak(soak::Options),
     /// Compare the speed of the engines in the virtual machine
     Bench(bench::Options),

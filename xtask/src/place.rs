@@ -120,7 +120,7 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// Puts a program of the host into the script's PATH.
+    /// Puts a program, or another file of the host, into the first directory of the script's PATH.
     pub(crate) fn program(mut self, path: &Path) -> Self {
         self.programs.push(path.to_owned());
         self

@@ -92,10 +92,27 @@ impl PrivateApt {
     pub(crate) fn unpack(&self, packages: &[String], root: &Path) -> Result<()> {
         let downloads = tempfile::tempdir_in(&self.dir)?;
         self.download(packages, downloads.path())?;
-        for package in fs::read_dir(downloads.path())? {
-            run(program("dpkg-deb")?.arg("-x").arg(package?.path()).arg(root))?;
-        }
-        Ok(())
+        unpack_all(downloads.path(), root)
+    }
+
+    /// Like [`PrivateApt::unpack`], with all that the packages depend on, whatever this machine has installed. What
+    /// every Debian has (sh, coreutils) counts only if a package asks for it by name.
+    ///
+    /// # Errors
+    /// As [`PrivateApt::unpack`].
+    pub(crate) fn unpack_with_dependencies(&self, packages: &[&str], root: &Path) -> Result<()> {
+        let downloads = tempfile::tempdir_in(&self.dir)?;
+        let nothing_installed = downloads.path().join("status");
+        fs::write(&nothing_installed, "")?;
+        let archives = downloads.path().join("archives");
+        fs::create_dir_all(archives.join("partial"))?;
+        let mut install = self.command("apt-get")?;
+        install
+            .arg(format!("-oDir::State::status={}", nothing_installed.display()))
+            .arg(format!("-oDir::Cache::archives={}/", archives.display()))
+            .args(["-oDebug::NoLocking=1", "-q", "-y", "--no-install-recommends", "--download-only"]);
+        capture(install.arg("install").args(packages))?;
+        unpack_all(&archives, root)
     }
 
     /// Installs `packages` on this machine, from `suite` when one is named.
@@ -186,6 +203,17 @@ impl PrivateApt {
         command.env("LC_ALL", "C");
         Ok(command)
     }
+}
+
+/// Unpacks every package of a directory below `root`.
+fn unpack_all(packages: &Path, root: &Path) -> Result<()> {
+    for entry in fs::read_dir(packages)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "deb") {
+            run(program("dpkg-deb")?.arg("-x").arg(path).arg(root))?;
+        }
+    }
+    Ok(())
 }
 
 /// The code name when this is Debian itself: `bookworm`, `trixie`.

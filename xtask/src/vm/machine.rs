@@ -26,6 +26,8 @@ use std::{
 const STATUS_BROKEN: i32 = 125;
 /// Room for what a run brings back. The file is sparse.
 const RESULTS_BYTES: u64 = 4 << 30;
+/// Its memory holds the whole mapping of 8 GiB in clusters of 4 KiB, so that none of it is written for want of room.
+const VOLATILE: &str = "qcow2,l2-cache-size=16M";
 const POLL: Duration = Duration::from_millis(20);
 
 /// A disk beyond the ones that every machine has.
@@ -33,7 +35,7 @@ const POLL: Duration = Duration::from_millis(20);
 pub(crate) struct Disk {
     /// Seen in the guest as /dev/disk/NAME.
     pub name: String,
-    /// A raw file; its length counts, rounded up to 512 bytes.
+    /// A raw file, but for a volatile disk; its length counts, rounded up to 512 bytes.
     pub path: PathBuf,
     /// Whether the guest may write to it.
     pub access: Access,
@@ -44,6 +46,9 @@ pub(crate) struct Disk {
 pub(crate) enum Access {
     ReadOnly,
     ReadWrite,
+    /// As a disk with a volatile cache: what was written for the first time and not flushed is lost when the machine
+    /// is killed. The file is a QCOW2 overlay, the one kind that QEMU has of which it holds back a part.
+    Volatile,
 }
 
 /// Who talks to the guest's console.
@@ -241,9 +246,10 @@ fn add_disk(qemu: &mut Command, disk: &Disk) {
     let Disk { name, path, access } = disk;
     let cache = if takes_direct_io(path) { "none" } else { "writeback" };
     let read_only = if *access == Access::ReadOnly { "on" } else { "off" };
+    let format = if *access == Access::Volatile { VOLATILE } else { "raw" };
     let path = path.display().to_string().replace(',', ",,");
     qemu.arg("-drive").arg(format!(
-        "if=none,id={name},format=raw,cache={cache},discard=unmap,read-only={read_only},file={path}"
+        "if=none,id={name},format={format},cache={cache},discard=unmap,read-only={read_only},file={path}"
     ));
     qemu.arg("-device").arg(format!("virtio-blk-pci,drive={name},serial={name}"));
 }

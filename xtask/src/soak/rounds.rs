@@ -1,74 +1,80 @@
-//! `cargo xtask soak`: what people do with disks, for as long as one likes.
-//!
-//! Rounds of two kinds of work until the time is up, on images that live through all rounds: a kernel's source tree,
-//! unpacked, summed and removed again on XFS over a backing image, while the image must not grow; and fio with 16 jobs
-//! that verify what they wrote, across kills of the server. guest/soak.sh is the story.
+//! Rounds until the time is up, on images that live through all of them: a kernel's source tree, unpacked, summed, built
+//! and removed again on XFS over a backing image, while the image must not grow; and fio with 16 jobs that verify what
+//! they wrote, across kills of the server. guest/soak.sh is the story.
 
+use super::{IN_TOOLS, LIB};
 use crate::{
     apt::PrivateApt,
-    kernel::Kernel,
     place::{Job, Place},
     process::{program, run},
-    test::{Count, Report},
-    vm::machine::{Access, Disk},
+    test::Count,
+    tools,
+    vm::{
+        accel::Accel,
+        machine::{Access, Disk},
+    },
     workspace::{self, build_release},
 };
 use anyhow::{Context, Result, bail, ensure};
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::ExitCode,
     time::Duration,
 };
 
-const LIB: &str = include_str!("../guest/lib.sh");
-const STORY: &str = include_str!("../guest/soak.sh");
+const STORY: &str = include_str!("../../guest/soak.sh");
 /// What a round that has begun may still take, and preparing the first one.
 const GRACE: Duration = Duration::from_secs(3600);
 /// A whole tree, twice unpacked, and images.
 const SCRATCH_GIB: u32 = 24;
 /// Parts of the tree that an emulated machine can carry about in minutes.
 const PARTS: &str = "fs kernel mm lib block crypto";
+/// What `make tinyconfig bzImage` calls.
+const BUILDERS: [&str; 9] = ["bc", "bison", "flex", "gcc", "libc6-dev", "make", "perl", "tar", "xz-utils"];
 
-/// Options of `cargo xtask soak`.
+/// How much is done; options of `cargo xtask soak`.
 #[derive(Debug, clap::Args)]
-pub(crate) struct Options {
-    /// Run in the virtual machine with this kernel, even where the host could
-    #[arg(long, value_enum)]
-    kernel: Option<Kernel>,
+pub(super) struct Scope {
     /// Begin no new round after so many minutes
     #[arg(long, value_name = "MINUTES", default_value_t = 20)]
     time: u64,
     /// Directories of the source tree to use; an empty list means all of it
     #[arg(long, default_value = PARTS)]
     parts: String,
-    /// Seed of fio's generator
-    #[arg(long, default_value_t = 1)]
-    seed: u64,
+    /// What to make of the whole tree after `make tinyconfig`, nothing if empty [default: bzImage; nothing where the
+    /// machine is emulated]
+    #[arg(long, value_name = "TARGETS")]
+    build: Option<String>,
 }
 
-/// Runs `cargo xtask soak`.
+/// What a round consists of.
+pub(super) struct Work {
+    pub tree: bool,
+    pub fio: bool,
+}
+
+/// Rounds until the time is up. Each is a test that passed.
 ///
 /// # Errors
-/// Fails only when setup does; what is found is in the exit code.
-pub(crate) fn command(options: &Options) -> Result<ExitCode> {
-    let place = Place::choose(options.kernel);
-    place.prepare()?;
-    let mut report = Report::default();
-    report.lane(&format!("soak on {place}"), || soak(place, options));
-    Ok(report.finish())
-}
-
-fn soak(place: Place, options: &Options) -> Result<Count> {
+/// What did not hold.
+pub(super) fn lane(place: Place, scope: &Scope, seed: u64, work: Work) -> Result<Count> {
     let product = build_release("ublk-qcow2", "ublk-qcow2")?;
-    let time = Duration::from_secs(options.time * 60);
-    let script = format!("{LIB}{STORY}");
+    let time = Duration::from_secs(scope.time * 60);
+    let script = format!("{LIB}{IN_TOOLS}{STORY}");
+    let yes = |wanted| if wanted { "1" } else { "" };
     let mut job = Job::new(&script, time + GRACE)
         .program(&product)
         .variable("SOAK_SECONDS", &time.as_secs().to_string())
-        .variable("PARTS", &options.parts)
-        .variable("SEED", &options.seed.to_string())
+        .variable("TREE", yes(work.tree))
+        .variable("FIO", yes(work.fio))
+        .variable("PARTS", &scope.parts)
+        .variable("SEED", &seed.to_string())
         .disk(Disk { name: "source".to_owned(), path: source_tree()?, access: Access::ReadOnly });
+    let build = if work.tree { scope.to_build(place)? } else { "" };
+    job = job.variable("BUILD", build);
+    if !build.is_empty() {
+        job = job.disk(tools::disk("builders", &BUILDERS)?);
+    }
     job.scratch_gib = SCRATCH_GIB;
     let finished = job.run(place)?;
     ensure!(finished.status == 0, "the story ended with status {}", finished.status);
@@ -76,6 +82,24 @@ fn soak(place: Place, options: &Options) -> Result<Count> {
     let rounds = output.lines().filter(|line| line.starts_with("[ ok ] round ")).count() as u64;
     ensure!(rounds > 0, "not one round was whole");
     Ok(Count { passed: rounds, failed: 0 })
+}
+
+impl Scope {
+    /// What was asked for, or what can be done in minutes.
+    fn to_build(&self, place: Place) -> Result<&str> {
+        if let Some(targets) = &self.build {
+            return Ok(targets);
+        }
+        if let Place::Machine(kernel) = place
+            && Accel::detect(&kernel.unpacked()?.context("setup left no kernel")?)? != Accel::Kvm
+        {
+            println!(
+                "NOT DONE: no kernel is built, an emulated machine takes hours; ask for it with --build bzImage"
+            );
+            return Ok("");
+        }
+        Ok("bzImage")
+    }
 }
 
 /// The newest `linux-source-*` of this Debian, as an uncompressed archive in the cache.
