@@ -149,7 +149,13 @@ async fn edit_tables(file: &ImageFile<'_, impl Io>, survey: &mut Survey, pass: P
             continue;
         }
         let len = (l1.entries * TABLE_ENTRY_BYTES).next_multiple_of(SECTOR);
-        let Ok(old) = file.read(l1.at, len).await else { continue };
+        let old = match file.read(l1.at, len).await {
+            Ok(old) => old,
+            Err(error) => {
+                survey.unusable(l1.owner, l1.at, error);
+                continue;
+            }
+        };
         let mut new = old.clone();
         for entry in new.chunks_exact_mut(8).take(l1.entries as usize) {
             let raw = u64::from_be_bytes((&*entry).try_into().unwrap_or_default());
@@ -218,7 +224,15 @@ async fn edit_l2_table(
 ) -> Result<()> {
     debug_assert!(pass == Pass::Entries || l1.owner == Owner::ActiveL1);
     let rules = survey.rules;
-    let Ok(Some(old)) = file.read_cluster(table).await else { return Ok(()) };
+    let old = match file.read_cluster(table).await {
+        Ok(Some(old)) => old,
+        Ok(None) => return Ok(()),
+        // It could be read a moment ago. What it refers to is hidden now, from the steps that follow too.
+        Err(error) => {
+            survey.unusable(Owner::L2, table, error);
+            return Ok(());
+        }
+    };
     let mut new = old.clone();
     for (index, slot) in slots(&old, &rules).enumerate() {
         if slot.entry == 0 && slot.bitmap == 0 {
