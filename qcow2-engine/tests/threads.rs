@@ -100,7 +100,7 @@ fn end() -> Instant {
 struct Worker {
     lane: Lane<MemFiles>,
     number: u64,
-    chance: u64,
+    rng: fastrand::Rng,
     /// What was written to sectors; another byte means that nothing was.
     written: BTreeMap<u64, u8>,
     /// What a sector holds that nothing was written to.
@@ -110,13 +110,11 @@ struct Worker {
 impl Worker {
     fn new(image: &Arc<Image>, files: &MemFiles, number: u64, initial: fn(u64) -> u8) -> Self {
         let lane = Lane::new(image, files.clone(), 4);
-        Self { lane, number, chance: 0x9E37_79B9 + number, written: BTreeMap::new(), initial }
+        Self { lane, number, rng: fastrand::Rng::with_seed(number), written: BTreeMap::new(), initial }
     }
 
     fn below(&mut self, bound: u64) -> u64 {
-        self.chance =
-            self.chance.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.chance >> 33) % bound
+        self.rng.u64(..bound)
     }
 
     fn write(&mut self, sector: u64) {
