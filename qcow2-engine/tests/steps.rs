@@ -1,0 +1,228 @@
+//! Rules R9 and R10: the steps of a repair, and of making an image, are barriers apart.
+//!
+//! Each test takes the operations of one real run apart at the barrier of its rule, and demands which places
+//! were written before it and which after.
+
+#[allow(dead_code, reason = "shared by several test programs")]
+mod common;
+
+use common::{IMAGE, create, run};
+use qcow2_engine::{
+    CheckOptions, Image, Lane, OpenOptions, Preallocation, Repair, RuleName, check,
+    create::create as make,
+    io::{Buf, FileId, Io, mem::MemFiles},
+};
+use qcow2_format::{CreateOptions, Geometry, Header, L1Entry, RefcountTableEntry, header, l2, refcount};
+use std::{cell::RefCell, io, ops::Range, path::Path};
+
+const CLUSTER: u64 = 4096;
+
+/// What was done to the file.
+enum Step {
+    Write(Range<u64>),
+    Barrier(RuleName),
+}
+
+/// Remembers the steps.
+#[derive(Default)]
+struct Recorder {
+    files: MemFiles,
+    steps: RefCell<Vec<Step>>,
+}
+
+impl Io for Recorder {
+    async fn read(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
+        self.files.read(file, at, buf).await
+    }
+    async fn write(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
+        self.steps.borrow_mut().push(Step::Write(at..at + buf.len() as u64));
+        self.files.write(file, at, buf).await
+    }
+    async fn sync(&self, file: FileId) -> io::Result<()> {
+        self.files.sync(file).await
+    }
+    async fn barrier(&self, file: FileId, rule: RuleName) -> io::Result<()> {
+        self.steps.borrow_mut().push(Step::Barrier(rule));
+        self.sync(file).await
+    }
+    async fn allocate(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
+        self.files.allocate(file, at, len).await
+    }
+    async fn punch_hole(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
+        self.files.punch_hole(file, at, len).await
+    }
+    async fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
+        self.files.set_len(file, len).await
+    }
+}
+
+impl Recorder {
+    /// Demands a barrier with this name between the last write to `earlier` and the first one to `later`, both
+    /// of which are written.
+    fn hold_apart(&self, rule: RuleName, earlier: &Range<u64>, later: &Range<u64>) {
+        let steps = self.steps.borrow();
+        let touches = |step: &Step, place: &Range<u64>| matches!(step, Step::Write(at) if at.start < place.end && place.start < at.end);
+        let last =
+            steps.iter().rposition(|step| touches(step, earlier)).expect("the earlier place is written");
+        let first = steps.iter().position(|step| touches(step, later)).expect("the later place is written");
+        assert!(last < first, "{rule:?}: {later:?} is written before {earlier:?}");
+        let is_barrier = |step: &Step| matches!(step, Step::Barrier(name) if *name == rule);
+        assert!(steps[last..first].iter().any(is_barrier), "{rule:?} does not come between");
+    }
+}
+
+/// An image with two clusters of data, to be damaged, and where its parts are.
+struct Patient {
+    bytes: Vec<u8>,
+    header: Header,
+    geometry: Geometry,
+    l2: u64,
+}
+
+impl Patient {
+    fn new() -> Self {
+        let files = MemFiles::default();
+        let options = CreateOptions { virtual_size: 1 << 20, cluster_bits: 12, ..CreateOptions::default() };
+        create(&files, IMAGE, &options);
+        let options = OpenOptions::default();
+        let image = run(Image::open(&files, &files, Path::new(IMAGE), &options)).expect("opens");
+        let lane = Lane::new(&image, files.clone(), 1);
+        run(lane.write(0, Buf::from_bytes(&[1; 2 * CLUSTER as usize]))).expect("writes");
+        run(lane.close()).expect("closes");
+        let bytes = files.get(IMAGE).expect("kept");
+        let header = Header::decode(&bytes, bytes.len() as u64).expect("sound");
+        let geometry = header.geometry();
+        let raw = entry(&bytes, header.l1_table.0);
+        let Ok(L1Entry::Table { offset, .. }) = L1Entry::decode(raw, &geometry) else { panic!("{raw:#x}") };
+        Self { l2: offset.0, bytes, header, geometry }
+    }
+
+    /// The block that counts the first clusters.
+    fn block(&self) -> Range<u64> {
+        let raw = entry(&self.bytes, self.header.refcount_table.0);
+        let block = RefcountTableEntry::decode(raw, &self.geometry).expect("sound").expect("a block");
+        block.0..block.0 + CLUSTER
+    }
+
+    fn l2_entry(&self, index: u64) -> Range<u64> {
+        self.l2 + index * 8..self.l2 + index * 8 + 8
+    }
+
+    fn end(&self) -> Range<u64> {
+        self.bytes.len() as u64..u64::MAX
+    }
+
+    fn change(&mut self, at: u64, change: impl FnOnce(u64) -> u64) {
+        let changed = change(entry(&self.bytes, at));
+        self.bytes[at as usize..][..8].copy_from_slice(&changed.to_be_bytes());
+    }
+
+    fn set_count(&mut self, cluster: u64, count: u64) {
+        let (order, block) = (self.geometry.refcount_order, self.block());
+        let block = &mut self.bytes[block.start as usize..block.end as usize];
+        refcount::set(block, order, cluster as usize, count);
+    }
+
+    /// Repairs it, and demands that nothing is left.
+    fn repaired(self) -> Recorder {
+        let host = Recorder::default();
+        host.files.put(IMAGE, self.bytes);
+        let options = CheckOptions { repair: Repair::All, ..CheckOptions::default() };
+        let report = run(check(&host, &host.files, Path::new(IMAGE), options)).expect("checks");
+        assert!(!report.found.is_clean() && report.remaining.is_clean(), "{:?}", report.remaining.list);
+        host
+    }
+}
+
+fn entry(bytes: &[u8], at: u64) -> u64 {
+    u64::from_be_bytes(bytes[at as usize..at as usize + 8].try_into().expect("8 bytes"))
+}
+
+/// The refcounts have to be rebuilt, and an entry names the place where they will be.
+fn without_refcounts() -> Patient {
+    let mut patient = Patient::new();
+    let behind = patient.end().start;
+    patient.change(patient.header.refcount_table.0, |_| behind + 8 * CLUSTER);
+    patient.change(patient.l2_entry(0).start, |_| behind | l2::COPIED);
+    patient
+}
+
+#[test]
+fn r9_entries_are_cleared_before_the_file_grows_over_what_they_name() {
+    let patient = without_refcounts();
+    let (cleared, end) = (patient.l2_entry(0), patient.end());
+    patient.repaired().hold_apart(RuleName::EntriesBeforeGrowth, &cleared, &end);
+}
+
+#[test]
+fn r9_a_rebuilt_structure_is_written_before_the_header_names_it() {
+    let patient = without_refcounts();
+    let end = patient.end();
+    patient.repaired().hold_apart(RuleName::RebuiltBeforeHeader, &end, &(0..512));
+}
+
+#[test]
+fn r9_entries_are_cleared_before_counts_are_lowered() {
+    let mut patient = Patient::new();
+    let (cleared, block) = (patient.l2_entry(0), patient.block());
+    patient.change(cleared.start, |entry| entry | 1 << 50);
+    patient.repaired().hold_apart(RuleName::EntriesBeforeCounts, &cleared, &block);
+}
+
+/// A cluster whose count is too high, and which is not said to have one owner.
+fn counted_twice() -> Patient {
+    let mut patient = Patient::new();
+    let at = patient.l2_entry(1).start;
+    patient.change(at, |entry| entry & !l2::COPIED);
+    patient.set_count((entry(&patient.bytes, at) & !l2::COPIED) / CLUSTER, 2);
+    patient.change(header::INCOMPATIBLE_OFFSET, |features| features | header::CORRUPT);
+    patient
+}
+
+#[test]
+fn r9_counts_are_lowered_before_clusters_are_flagged() {
+    let patient = counted_twice();
+    let (flagged, block) = (patient.l2_entry(1), patient.block());
+    patient.repaired().hold_apart(RuleName::CountsBeforeFlags, &block, &flagged);
+}
+
+#[test]
+fn r9_all_is_repaired_before_the_mark_goes() {
+    let patient = counted_twice();
+    let flagged = patient.l2_entry(1);
+    patient.repaired().hold_apart(RuleName::RepairBeforeMark, &flagged, &(0..512));
+}
+
+/// What making an image over another one does.
+fn made_anew() -> Recorder {
+    let host = Recorder::default();
+    host.files.put(IMAGE, Patient::new().bytes);
+    let options = CreateOptions { virtual_size: 1 << 20, cluster_bits: 12, ..CreateOptions::default() };
+    run(make(&host, &host.files, Path::new(IMAGE), &options, Preallocation::Off)).expect("creates");
+    host
+}
+
+#[test]
+fn r10_the_old_image_is_none_before_there_is_new_content() {
+    // The header itself is written twice: it goes first and comes last.
+    let host = made_anew();
+    let first = host
+        .steps
+        .borrow()
+        .iter()
+        .take(2)
+        .map(|step| match step {
+            Step::Write(place) => format!("{place:?}"),
+            Step::Barrier(rule) => format!("{rule:?}"),
+        })
+        .collect::<Vec<_>>();
+    assert_eq!(first, ["0..512", "WipeBeforeContent"]);
+}
+
+#[test]
+fn r10_tables_are_written_before_the_header_names_them() {
+    let host = made_anew();
+    let wiped = host.steps.borrow_mut().remove(0);
+    assert!(matches!(wiped, Step::Write(place) if place.start == 0), "the old header goes first");
+    host.hold_apart(RuleName::ContentBeforeHeader, &(CLUSTER..u64::MAX), &(0..512));
+}
