@@ -15,7 +15,7 @@ use std::{
 };
 
 /// Programs that the guest lanes cannot do without.
-const NEEDED: [&str; 17] = [
+const NEEDED: [&str; 18] = [
     "bash",
     "fio",
     "qemu-img",
@@ -33,6 +33,7 @@ const NEEDED: [&str; 17] = [
     "lsblk",
     "blockdev",
     "sfdisk",
+    "blkid",
 ];
 /// Programs that are taken along where the host has them.
 const WELCOME: [&str; 8] =
