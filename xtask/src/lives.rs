@@ -132,7 +132,9 @@ impl Lives {
                 let status = running.finish()?.status;
                 bail!("its script ended with status {status}");
             }
-            ensure!(start.elapsed() < self.limit, "it has not served within {} s", self.limit.as_secs());
+            if start.elapsed() >= self.limit {
+                return Err(running.give_up().context("it does not get as far as to serve"));
+            }
             thread::sleep(LOOK);
         }
         let ready = start.elapsed();

@@ -231,6 +231,15 @@ impl Running<'_> {
         Ok(self.child.try_wait()?.is_none())
     }
 
+    /// Switches it off because it does not do what it should, and says what it has done.
+    pub(crate) fn give_up(mut self) -> anyhow::Error {
+        // If that fails it has ended by itself.
+        let _ = self.child.kill().and_then(|()| self.child.wait());
+        let output = self.output.take().map_or_else(Vec::new, |thread| thread.join().unwrap_or_default());
+        let judged = self.machine.judge(Ended::OutOfTime, &self.dir, &output);
+        judged.err().unwrap_or_else(|| anyhow::anyhow!("the machine was switched off"))
+    }
+
     /// Pulls the plug: what it had under way is gone.
     ///
     /// # Errors
