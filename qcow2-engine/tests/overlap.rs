@@ -3,6 +3,7 @@
 
 #[allow(dead_code, reason = "shared by several test programs")]
 mod common;
+#[allow(dead_code, reason = "shared by several test programs")]
 #[path = "common/damaged.rs"]
 mod damaged;
 

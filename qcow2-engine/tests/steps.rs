@@ -5,14 +5,18 @@
 
 #[allow(dead_code, reason = "shared by several test programs")]
 mod common;
+#[allow(dead_code, reason = "shared by several test programs")]
+#[path = "common/damaged.rs"]
+mod damaged;
 
 use common::{IMAGE, create, run};
+use damaged::{COPIED, Parts};
 use qcow2_engine::{
     CheckOptions, Image, Lane, OpenOptions, Preallocation, Repair, RuleName, check,
     create::create as make,
     io::{Buf, FileId, Io, mem::MemFiles},
 };
-use qcow2_format::{CreateOptions, Geometry, Header, L1Entry, RefcountTableEntry, header, l2, refcount};
+use qcow2_format::{CreateOptions, header};
 use std::{cell::RefCell, io, ops::Range, path::Path};
 
 const CLUSTER: u64 = 4096;
@@ -71,132 +75,104 @@ impl Recorder {
     }
 }
 
-/// An image with two clusters of data, to be damaged, and where its parts are.
-struct Patient {
-    bytes: Vec<u8>,
-    header: Header,
-    geometry: Geometry,
-    l2: u64,
+/// An image with two clusters of data, to be damaged.
+fn patient() -> Parts {
+    let files = MemFiles::default();
+    let options = CreateOptions { virtual_size: 1 << 20, cluster_bits: 12, ..CreateOptions::default() };
+    create(&files, IMAGE, &options);
+    let options = OpenOptions::default();
+    let image = run(Image::open(&files, &files, Path::new(IMAGE), &options)).expect("opens");
+    let lane = Lane::new(&image, files.clone(), 1);
+    run(lane.write(0, Buf::from_bytes(&[1; 2 * CLUSTER as usize]))).expect("writes");
+    run(lane.close()).expect("closes");
+    Parts::of(files.get(IMAGE).expect("kept"))
 }
 
-impl Patient {
-    fn new() -> Self {
-        let files = MemFiles::default();
-        let options = CreateOptions { virtual_size: 1 << 20, cluster_bits: 12, ..CreateOptions::default() };
-        create(&files, IMAGE, &options);
-        let options = OpenOptions::default();
-        let image = run(Image::open(&files, &files, Path::new(IMAGE), &options)).expect("opens");
-        let lane = Lane::new(&image, files.clone(), 1);
-        run(lane.write(0, Buf::from_bytes(&[1; 2 * CLUSTER as usize]))).expect("writes");
-        run(lane.close()).expect("closes");
-        let bytes = files.get(IMAGE).expect("kept");
-        let header = Header::decode(&bytes, bytes.len() as u64).expect("sound");
-        let geometry = header.geometry();
-        let raw = entry(&bytes, header.l1_table.0);
-        let Ok(L1Entry::Table { offset, .. }) = L1Entry::decode(raw, &geometry) else { panic!("{raw:#x}") };
-        Self { l2: offset.0, bytes, header, geometry }
-    }
-
-    /// The block that counts the first clusters.
-    fn block(&self) -> Range<u64> {
-        let raw = entry(&self.bytes, self.header.refcount_table.0);
-        let block = RefcountTableEntry::decode(raw, &self.geometry).expect("sound").expect("a block");
-        block.0..block.0 + CLUSTER
-    }
-
-    fn l2_entry(&self, index: u64) -> Range<u64> {
-        self.l2 + index * 8..self.l2 + index * 8 + 8
-    }
-
-    fn end(&self) -> Range<u64> {
-        self.bytes.len() as u64..u64::MAX
-    }
-
-    fn change(&mut self, at: u64, change: impl FnOnce(u64) -> u64) {
-        let changed = change(entry(&self.bytes, at));
-        self.bytes[at as usize..][..8].copy_from_slice(&changed.to_be_bytes());
-    }
-
-    fn set_count(&mut self, cluster: u64, count: u64) {
-        let (order, block) = (self.geometry.refcount_order, self.block());
-        let block = &mut self.bytes[block.start as usize..block.end as usize];
-        refcount::set(block, order, cluster as usize, count);
-    }
-
-    /// Repairs it, and demands that nothing is left.
-    fn repaired(self) -> Recorder {
-        let host = Recorder::default();
-        host.files.put(IMAGE, self.bytes);
-        let options = CheckOptions { repair: Repair::All, ..CheckOptions::default() };
-        let report = run(check(&host, &host.files, Path::new(IMAGE), options)).expect("checks");
-        assert!(!report.found.is_clean() && report.remaining.is_clean(), "{:?}", report.remaining.list);
-        host
-    }
+/// The entry for one of its clusters.
+fn entry(patient: &Parts, cluster: u64) -> Range<u64> {
+    let at = patient.l2_entry(cluster * CLUSTER);
+    at..at + 8
 }
 
-fn entry(bytes: &[u8], at: u64) -> u64 {
-    u64::from_be_bytes(bytes[at as usize..at as usize + 8].try_into().expect("8 bytes"))
+/// The block that counts its clusters.
+fn block(patient: &Parts) -> Range<u64> {
+    patient.refcount_block()..patient.refcount_block() + CLUSTER
+}
+
+/// What is behind its end.
+fn end(patient: &Parts) -> Range<u64> {
+    patient.bytes.len() as u64..u64::MAX
+}
+
+/// Repairs it, and demands that nothing is left.
+fn repaired(patient: Parts) -> Recorder {
+    let host = Recorder::default();
+    host.files.put(IMAGE, patient.bytes);
+    let options = CheckOptions { repair: Repair::All, ..CheckOptions::default() };
+    let report = run(check(&host, &host.files, Path::new(IMAGE), options)).expect("checks");
+    assert!(!report.found.is_clean() && report.remaining.is_clean(), "{:?}", report.remaining.list);
+    host
 }
 
 /// The refcounts have to be rebuilt, and an entry names the place where they will be.
-fn without_refcounts() -> Patient {
-    let mut patient = Patient::new();
-    let behind = patient.end().start;
-    patient.change(patient.header.refcount_table.0, |_| behind + 8 * CLUSTER);
-    patient.change(patient.l2_entry(0).start, |_| behind | l2::COPIED);
+fn without_refcounts() -> Parts {
+    let mut patient = patient();
+    let behind = end(&patient).start;
+    patient.set(patient.l2_entry(0), behind | COPIED);
+    patient.set(patient.header.refcount_table.0, behind + 8 * CLUSTER);
     patient
 }
 
 #[test]
 fn r9_entries_are_cleared_before_the_file_grows_over_what_they_name() {
     let patient = without_refcounts();
-    let (cleared, end) = (patient.l2_entry(0), patient.end());
-    patient.repaired().hold_apart(RuleName::EntriesBeforeGrowth, &cleared, &end);
+    let (cleared, end) = (entry(&patient, 0), end(&patient));
+    repaired(patient).hold_apart(RuleName::EntriesBeforeGrowth, &cleared, &end);
 }
 
 #[test]
 fn r9_a_rebuilt_structure_is_written_before_the_header_names_it() {
     let patient = without_refcounts();
-    let end = patient.end();
-    patient.repaired().hold_apart(RuleName::RebuiltBeforeHeader, &end, &(0..512));
+    let end = end(&patient);
+    repaired(patient).hold_apart(RuleName::RebuiltBeforeHeader, &end, &(0..512));
 }
 
 #[test]
 fn r9_entries_are_cleared_before_counts_are_lowered() {
-    let mut patient = Patient::new();
-    let (cleared, block) = (patient.l2_entry(0), patient.block());
-    patient.change(cleared.start, |entry| entry | 1 << 50);
-    patient.repaired().hold_apart(RuleName::EntriesBeforeCounts, &cleared, &block);
+    let mut patient = patient();
+    let (cleared, block) = (entry(&patient, 0), block(&patient));
+    patient.set(cleared.start, patient.word(cleared.start) | 1 << 50);
+    repaired(patient).hold_apart(RuleName::EntriesBeforeCounts, &cleared, &block);
 }
 
 /// A cluster whose count is too high, and which is not said to have one owner.
-fn counted_twice() -> Patient {
-    let mut patient = Patient::new();
-    let at = patient.l2_entry(1).start;
-    patient.change(at, |entry| entry & !l2::COPIED);
-    patient.set_count((entry(&patient.bytes, at) & !l2::COPIED) / CLUSTER, 2);
-    patient.change(header::INCOMPATIBLE_OFFSET, |features| features | header::CORRUPT);
+fn counted_twice() -> Parts {
+    let mut patient = patient();
+    let at = patient.l2_entry(CLUSTER);
+    patient.set(at, patient.word(at) & !COPIED);
+    patient.set_count(patient.data(CLUSTER), 2);
+    patient.set(header::INCOMPATIBLE_OFFSET, patient.header.incompatible | header::CORRUPT);
     patient
 }
 
 #[test]
 fn r9_counts_are_lowered_before_clusters_are_flagged() {
     let patient = counted_twice();
-    let (flagged, block) = (patient.l2_entry(1), patient.block());
-    patient.repaired().hold_apart(RuleName::CountsBeforeFlags, &block, &flagged);
+    let (flagged, block) = (entry(&patient, 1), block(&patient));
+    repaired(patient).hold_apart(RuleName::CountsBeforeFlags, &block, &flagged);
 }
 
 #[test]
 fn r9_all_is_repaired_before_the_mark_goes() {
     let patient = counted_twice();
-    let flagged = patient.l2_entry(1);
-    patient.repaired().hold_apart(RuleName::RepairBeforeMark, &flagged, &(0..512));
+    let flagged = entry(&patient, 1);
+    repaired(patient).hold_apart(RuleName::RepairBeforeMark, &flagged, &(0..512));
 }
 
 /// What making an image over another one does.
 fn made_anew() -> Recorder {
     let host = Recorder::default();
-    host.files.put(IMAGE, Patient::new().bytes);
+    host.files.put(IMAGE, patient().bytes);
     let options = CreateOptions { virtual_size: 1 << 20, cluster_bits: 12, ..CreateOptions::default() };
     run(make(&host, &host.files, Path::new(IMAGE), &options, Preallocation::Off)).expect("creates");
     host

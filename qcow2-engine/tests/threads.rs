@@ -2,8 +2,12 @@
 
 #[allow(dead_code, reason = "shared by several test programs")]
 mod common;
+#[allow(dead_code, reason = "shared by several test programs")]
+#[path = "common/damaged.rs"]
+mod damaged;
 
 use common::{IMAGE, create, run};
+use damaged::Parts;
 use qcow2_engine::{
     CheckOptions, Image, Lane, OpenOptions, Pace, Verdict, check, io::Buf, io::mem::MemFiles,
 };
@@ -13,7 +17,6 @@ use std::{
     future::Future,
     path::Path,
     pin::{Pin, pin},
-    process::Command,
     sync::{
         Arc, Barrier,
         atomic::{AtomicBool, Ordering},
@@ -186,24 +189,10 @@ fn both(image: &Arc<Image>, files: &MemFiles, initial: fn(u64) -> u8, work: impl
     }
 }
 
-/// An image made by QEMU whose clusters are shared with a snapshot, and hold 7 each.
+/// An image that shares everything with a snapshot, each byte of its disk 7.
 fn shared(size: u64, cluster: u64) -> MemFiles {
-    let directory = tempfile::tempdir().expect("temporary directory");
-    let path = directory.path().join(IMAGE);
-    let path = path.to_str().expect("UTF-8");
-    let (size, write) = (size.to_string(), format!("write -q -P 7 0 {size}"));
-    let options = format!("cluster_size={cluster}");
-    let steps: [&[&str]; 3] = [
-        &["qemu-img", "create", "-q", "-f", "qcow2", "-o", &options, path, &size],
-        &["qemu-io", "-f", "qcow2", "-c", &write, path],
-        &["qemu-img", "snapshot", "-c", "first", path],
-    ];
-    for step in steps {
-        let done = Command::new(step[0]).args(&step[1..]).status();
-        assert!(done.expect("qemu-utils are installed: cargo xtask setup").success(), "{step:?}");
-    }
     let files = MemFiles::default();
-    files.put(IMAGE, std::fs::read(path).expect("the image"));
+    files.put(IMAGE, Parts::shared(&format!("cluster_size={cluster}"), size).bytes);
     files
 }
 
