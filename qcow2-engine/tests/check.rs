@@ -1,11 +1,12 @@
 //! `check` held against qemu-img: sound images of every kind, damaged ones, repaired ones.
 
+#[allow(dead_code, reason = "shared by several test programs")]
+#[path = "common/hooked.rs"]
+mod hooked;
+
+use hooked::{Hook, Hooked, Operation};
 use proptest::{prelude::*, test_runner::Config};
-use qcow2_engine::{
-    CheckOptions, CheckReport, Repair, check,
-    exec::run_at_once as run,
-    io::{Buf, FileId, Io, mem::MemFiles},
-};
+use qcow2_engine::{CheckOptions, CheckReport, Repair, check, exec::run_at_once as run, io::mem::MemFiles};
 use std::{
     cell::Cell,
     collections::BTreeSet,
@@ -392,7 +393,7 @@ proptest! {
         let (goal, _) = examine(&bytes, options.repair);
         // Every write at first, then ever fewer of them: large repairs make thousands.
         for writes in (0..).map(|step: usize| step + step.pow(3) / 300) {
-            let disk = FailingDisk::new(&bytes, writes);
+            let disk = failing_disk(&bytes, writes);
             let done = run(check(&disk, &disk.files, Path::new(IMAGE), options)).is_ok();
             let state = disk.files.get(IMAGE).expect("kept");
             let (now, _) = examine(&state, Repair::None);
@@ -424,50 +425,23 @@ fn dangers(report: &CheckReport) -> BTreeSet<u64> {
 
 /// A disk that takes a number of writes and then fails all.
 struct FailingDisk {
-    files: MemFiles,
     left: Cell<usize>,
 }
 
-impl FailingDisk {
-    fn new(bytes: &[u8], writes: usize) -> Self {
-        let files = MemFiles::default();
-        files.put(IMAGE, bytes.to_vec());
-        Self { files, left: Cell::new(writes) }
-    }
-
-    fn take(&self) -> io::Result<()> {
-        let left = self.left.get().checked_sub(1).ok_or_else(|| io::Error::from_raw_os_error(5))?;
-        self.left.set(left);
+impl Hook for FailingDisk {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        if let Operation::Write { .. } | Operation::SetLen = operation {
+            let left = self.left.get().checked_sub(1).ok_or_else(|| io::Error::from_raw_os_error(5))?;
+            self.left.set(left);
+        }
         Ok(())
     }
 }
 
-impl Io for FailingDisk {
-    async fn read(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
-        self.files.read(file, at, buf).await
-    }
-
-    async fn write(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
-        self.take()?;
-        self.files.write(file, at, buf).await
-    }
-
-    async fn sync(&self, file: FileId) -> io::Result<()> {
-        self.files.sync(file).await
-    }
-
-    async fn allocate(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
-        self.files.allocate(file, at, len).await
-    }
-
-    async fn punch_hole(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
-        self.files.punch_hole(file, at, len).await
-    }
-
-    async fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
-        self.take()?;
-        self.files.set_len(file, len).await
-    }
+fn failing_disk(bytes: &[u8], writes: usize) -> Hooked<FailingDisk> {
+    let files = MemFiles::default();
+    files.put(IMAGE, bytes.to_vec());
+    Hooked::new(&files, FailingDisk { left: Cell::new(writes) })
 }
 
 #[test]

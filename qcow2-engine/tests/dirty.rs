@@ -3,11 +3,12 @@
 #[allow(dead_code, reason = "shared by several test programs")]
 mod common;
 
-use common::{IMAGE, Mirror, run};
-use qcow2_engine::{
-    Error, Image, OpenOptions,
-    io::{Buf, FileId, Io, mem::MemFiles},
+use common::{
+    IMAGE, Mirror,
+    hooked::{Hook, Hooked, Operation},
+    run,
 };
+use qcow2_engine::{Error, Image, OpenOptions, io::mem::MemFiles};
 use std::{cell::Cell, io, path::Path, process::Command};
 
 const DISK: usize = 8 << 20;
@@ -78,47 +79,17 @@ fn more_damage_than_lazy_refcounts_explain_is_refused_untouched() {
     }
 }
 
-/// Files whose changes end after so many.
+/// Changes end after so many.
 struct Ending {
-    files: MemFiles,
     left: Cell<usize>,
 }
 
-impl Ending {
-    fn change(&self) -> io::Result<()> {
-        let left = self.left.get().checked_sub(1).ok_or(io::ErrorKind::Other)?;
-        self.left.set(left);
+impl Hook for Ending {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        if !matches!(operation, Operation::Read | Operation::Sync(_)) {
+            self.left.set(self.left.get().checked_sub(1).ok_or(io::ErrorKind::Other)?);
+        }
         Ok(())
-    }
-}
-
-impl Io for Ending {
-    async fn read(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
-        self.files.read(file, at, buf).await
-    }
-
-    async fn write(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
-        self.change()?;
-        self.files.write(file, at, buf).await
-    }
-
-    async fn sync(&self, _file: FileId) -> io::Result<()> {
-        Ok(())
-    }
-
-    async fn allocate(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
-        self.change()?;
-        self.files.allocate(file, at, len).await
-    }
-
-    async fn punch_hole(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
-        self.change()?;
-        self.files.punch_hole(file, at, len).await
-    }
-
-    async fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
-        self.change()?;
-        self.files.set_len(file, len).await
     }
 }
 
@@ -128,7 +99,7 @@ fn a_repair_that_ends_half_way_leaves_the_mark_and_the_next_one_finishes_it() {
     let start = files.get(IMAGE).expect("kept");
     for left in 0.. {
         files.put(IMAGE, start.clone());
-        let io = Ending { files: files.clone(), left: Cell::new(left) };
+        let io = Hooked::new(&files, Ending { left: Cell::new(left) });
         if run(Image::open(&io, &files, Path::new(IMAGE), &OpenOptions::default())).is_ok() {
             assert!(left > 3, "only {left} changes");
             return;

@@ -7,11 +7,15 @@
 #[allow(dead_code, reason = "shared by several test programs")]
 mod common;
 
-use common::{IMAGE, Mirror, create, run};
+use common::{
+    IMAGE, Mirror, create,
+    hooked::{Hook, Hooked, Operation},
+    run,
+};
 use futures_util::future::{join, join4};
 use qcow2_engine::{
-    CheckOptions, ErrorKind, Image, Lane, OpenOptions, check, grow,
-    io::{Buf, FileId, Io, mem::MemFiles},
+    CheckOptions, ErrorKind, check, grow,
+    io::{Buf, mem::MemFiles},
 };
 use qcow2_format::{Backing, CreateOptions};
 use std::{
@@ -20,25 +24,17 @@ use std::{
     io,
     path::Path,
     process::Command,
-    rc::Rc,
-    sync::Arc,
     task::Poll,
 };
 
 const CLUSTER: u64 = 4096;
 
-/// Files in memory behind a host that fails, waits and takes notes.
-#[derive(Clone)]
-struct Host {
-    files: MemFiles,
-    state: Rc<State>,
-}
-
 /// Where, and what.
 type Write = (u64, Vec<u8>);
 
+/// A host that fails, waits and takes notes.
 #[derive(Default)]
-struct State {
+struct Host {
     /// Writes and allocations until one fails for want of space.
     room: Cell<Option<u64>>,
     /// Holes wait while this is set.
@@ -51,7 +47,7 @@ struct State {
     written: RefCell<Vec<Vec<Write>>>,
 }
 
-impl State {
+impl Host {
     fn note(&self, at: u64, buf: &Buf) {
         let mut groups = self.written.borrow_mut();
         if groups.is_empty() {
@@ -61,27 +57,12 @@ impl State {
             last.push((at, buf.to_vec()));
         }
     }
-}
-
-impl Host {
-    fn new(files: &MemFiles) -> Self {
-        Self { files: files.clone(), state: Rc::default() }
-    }
-
-    fn open(&self, extent_bytes: u64) -> Arc<Image> {
-        let options = OpenOptions { extent_bytes, ..OpenOptions::default() };
-        run(Image::open(self, &self.files, Path::new(IMAGE), &options)).expect("opens")
-    }
-
-    fn lane(&self, image: &Arc<Image>) -> Lane<Self> {
-        Lane::new(image, self.clone(), 8)
-    }
 
     fn take_room(&self) -> io::Result<()> {
-        match self.state.room.get() {
+        match self.room.get() {
             Some(0) => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
             Some(room) => {
-                self.state.room.set(Some(room - 1));
+                self.room.set(Some(room - 1));
                 Ok(())
             }
             None => Ok(()),
@@ -90,12 +71,12 @@ impl Host {
 
     /// Lets others go first, now and then.
     async fn dawdle(&self) {
-        let chance = self.state.chance.get();
+        let chance = self.chance.get();
         if chance == 0 {
             return;
         }
         let next = chance.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        self.state.chance.set(next | 1);
+        self.chance.set(next | 1);
         let mut polls = next >> 61;
         poll_fn(|_| {
             polls = polls.saturating_sub(1);
@@ -105,36 +86,23 @@ impl Host {
     }
 }
 
-impl Io for Host {
-    async fn read(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
+impl Hook for Host {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        if let Operation::PunchHole = operation {
+            self.holes.set(self.holes.get() + 1);
+            poll_fn(|_| if self.holds_holes.get() { Poll::Pending } else { Poll::Ready(()) }).await;
+        }
         self.dawdle().await;
-        self.files.read(file, at, buf).await
-    }
-    async fn write(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
-        self.dawdle().await;
-        self.take_room()?;
-        self.state.note(at, &buf);
-        self.files.write(file, at, buf).await
-    }
-    async fn sync(&self, file: FileId) -> io::Result<()> {
-        self.dawdle().await;
-        self.state.written.borrow_mut().push(Vec::new());
-        self.files.sync(file).await
-    }
-    async fn allocate(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
-        self.dawdle().await;
-        self.take_room()?;
-        self.files.allocate(file, at, len).await
-    }
-    async fn punch_hole(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
-        self.state.holes.set(self.state.holes.get() + 1);
-        poll_fn(|_| if self.state.holds_holes.get() { Poll::Pending } else { Poll::Ready(()) }).await;
-        self.dawdle().await;
-        self.files.punch_hole(file, at, len).await
-    }
-    async fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
-        self.dawdle().await;
-        self.files.set_len(file, len).await
+        match operation {
+            Operation::Write { at, buf } => {
+                self.take_room()?;
+                self.note(at, buf);
+            }
+            Operation::Allocate { .. } => self.take_room()?,
+            Operation::Sync(_) => self.written.borrow_mut().push(Vec::new()),
+            Operation::Read | Operation::PunchHole | Operation::SetLen => {}
+        }
+        Ok(())
     }
 }
 
@@ -208,10 +176,10 @@ fn cloud_hypervisor_8621_several_queues_on_a_warm_overlay() {
         let mut warm = Mirror::open(&files, base);
         (0..size).step_by(3 * CLUSTER as usize).for_each(|at| warm.write(at, 3, 1024));
         run(warm.lane.close()).expect("close");
-        let host = Host::new(&files);
+        let host = Hooked::new(&files, Host::default());
         let image = host.open(8 * CLUSTER);
         let bytes = RefCell::new(warm.bytes);
-        host.state.chance.set(seed);
+        host.hook.chance.set(seed);
         // Four queues, whose sectors lie side by side in the same clusters.
         let queue = |number: u64| {
             let (lane, bytes) = (host.lane(&image), &bytes);
@@ -232,7 +200,7 @@ fn cloud_hypervisor_8621_several_queues_on_a_warm_overlay() {
             }
         };
         run(join4(queue(0), queue(1), queue(2), queue(3)));
-        host.state.chance.set(0);
+        host.hook.chance.set(0);
         run(host.lane(&image).close()).expect("close");
         let mirror = Mirror::open(&files, bytes.into_inner());
         mirror.verify();
@@ -247,25 +215,25 @@ fn cloud_hypervisor_8624_a_late_hole_in_a_cluster_that_was_reused() {
     let size = 4_u64 << 20;
     let files = MemFiles::default();
     create(&files, IMAGE, &options(size));
-    let host = Host::new(&files);
+    let host = Hooked::new(&files, Host::default());
     let image = host.open(CLUSTER);
     let (first, second) = (host.lane(&image), host.lane(&image));
     run(first.write(0, Buf::from_bytes(&vec![1; 256 << 10]))).expect("write");
     run(first.flush()).expect("flush");
     let length = files.get(IMAGE).expect("kept").len();
     run(first.discard(0, 256 << 10)).expect("discard");
-    host.state.holds_holes.set(true);
+    host.hook.holds_holes.set(true);
     let data = vec![2; 128 << 10];
     run(async {
         let reclaim = async { first.maintain().await.expect("maintain") };
         let reuse = async {
             // The hole is on its way: other queues flush, and need clusters for data and for a table.
-            poll_fn(|_| if host.state.holes.get() > 0 { Poll::Ready(()) } else { Poll::Pending }).await;
+            poll_fn(|_| if host.hook.holes.get() > 0 { Poll::Ready(()) } else { Poll::Pending }).await;
             second.flush().await.expect("flush");
             second.write(0, Buf::from_bytes(&data)).await.expect("write");
             second.write(3 << 20, Buf::from_bytes(&data)).await.expect("write");
             second.flush().await.expect("flush");
-            host.state.holds_holes.set(false);
+            host.hook.holds_holes.set(false);
         };
         join(reclaim, reuse).await
     });
@@ -302,9 +270,9 @@ fn cloud_hypervisor_8637_8748_double_allocation_after_a_failed_write() {
         files.put(IMAGE, image.clone());
         let mut bytes = vec![0; size as usize];
         bytes[..1 << 20].fill(7);
-        let host = Host::new(&files);
+        let host = Hooked::new(&files, Host::default());
         let lane = host.lane(&host.open(4 * 512));
-        host.state.room.set(Some(room));
+        host.hook.room.set(Some(room));
         let mut torn = Vec::new();
         for step in 0..12_usize {
             // In both halves, each time under another table.
@@ -321,7 +289,7 @@ fn cloud_hypervisor_8637_8748_double_allocation_after_a_failed_write() {
         }
         failures += torn.len();
         // There is room again, and the next process allocates what it takes for free.
-        host.state.room.set(None);
+        host.hook.room.set(None);
         run(lane.flush()).expect("flush");
         assert_eq!(corruptions(&files), Vec::<String>::new(), "room for {room}");
         drop(lane);
@@ -356,7 +324,7 @@ fn cloud_hypervisor_8721_l1_is_written_before_the_refcount() {
     let size = 1 << 20;
     create(&files, IMAGE, &CreateOptions { cluster_bits: 9, refcount_order: 6, ..options(size) });
     let mut bytes = files.get(IMAGE).expect("made");
-    let host = Host::new(&files);
+    let host = Hooked::new(&files, Host::default());
     let lane = host.lane(&host.open(4 * 512));
     for step in 0..40_u64 {
         run(lane.write(step * (24 << 10), Buf::from_bytes(&[1; 1536]))).expect("write");
@@ -366,7 +334,7 @@ fn cloud_hypervisor_8721_l1_is_written_before_the_refcount() {
     }
     run(lane.flush()).expect("flush");
     // Whatever stops it, one write after a barrier may be all that is there of those up to the next.
-    let written = host.state.written.borrow();
+    let written = host.hook.written.borrow();
     let count = written.iter().flatten().count();
     assert!(count > 50 && written.len() > 15, "{count} writes, {} barriers", written.len());
     bytes.resize(2 << 20, 0);
@@ -393,7 +361,7 @@ fn cloud_hypervisor_8597_the_file_grows_with_every_flush() {
     let size = 1_u64 << 20;
     let files = MemFiles::default();
     create(&files, IMAGE, &CreateOptions { cluster_bits: 9, refcount_order: 6, ..options(size) });
-    let host = Host::new(&files);
+    let host = Hooked::new(&files, Host::default());
     let lane = host.lane(&host.open(16 * 512));
     let content: Vec<u8> = (0..size).map(|at| (at >> 9) as u8 | 1).collect();
     run(lane.write(0, Buf::from_bytes(&content))).expect("write");

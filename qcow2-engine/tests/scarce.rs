@@ -3,13 +3,17 @@
 #[allow(dead_code, reason = "shared by several test programs")]
 mod common;
 
-use common::{IMAGE, create, run};
+use common::{
+    IMAGE, create,
+    hooked::{Hook, Hooked, Operation},
+    run,
+};
 use qcow2_engine::{
-    CheckOptions, ErrorKind, Image, Lane, OpenOptions, Preallocation, check,
+    CheckOptions, ErrorKind, Preallocation, check,
     io::{Buf, FileId, Io, Storage, mem::MemFiles},
 };
 use qcow2_format::CreateOptions;
-use std::{io, path::Path, sync::Arc};
+use std::{io, path::Path};
 
 /// What becomes of an allocation of space.
 #[derive(Clone, Copy)]
@@ -21,51 +25,22 @@ enum Allocation {
     UpTo(u64),
 }
 
-/// Files on such a host.
-#[derive(Clone)]
+/// Such a host.
 struct Host {
-    files: MemFiles,
     allocation: Allocation,
     truncates: bool,
 }
 
-impl Io for Host {
-    async fn read(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
-        self.files.read(file, at, buf).await
-    }
-    async fn write(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
-        self.files.write(file, at, buf).await
-    }
-    async fn sync(&self, file: FileId) -> io::Result<()> {
-        self.files.sync(file).await
-    }
-    async fn allocate(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
-        match self.allocation {
-            Allocation::Unsupported => Err(io::ErrorKind::Unsupported.into()),
-            Allocation::UpTo(end) if at + len > end => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
-            Allocation::Possible | Allocation::UpTo(_) => self.files.allocate(file, at, len).await,
+impl Hook for Host {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        match (operation, self.allocation) {
+            (Operation::Allocate { .. }, Allocation::Unsupported) => Err(io::ErrorKind::Unsupported.into()),
+            (Operation::Allocate { end }, Allocation::UpTo(last)) if end > last => {
+                Err(io::Error::from_raw_os_error(libc::ENOSPC))
+            }
+            (Operation::SetLen, _) if !self.truncates => Err(io::ErrorKind::InvalidInput.into()),
+            _ => Ok(()),
         }
-    }
-    async fn punch_hole(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
-        self.files.punch_hole(file, at, len).await
-    }
-    async fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
-        if self.truncates {
-            self.files.set_len(file, len).await
-        } else {
-            Err(io::ErrorKind::InvalidInput.into())
-        }
-    }
-}
-
-impl Host {
-    fn open(&self, extent_bytes: u64) -> Arc<Image> {
-        let options = OpenOptions { extent_bytes, ..OpenOptions::default() };
-        run(Image::open(self, &self.files, Path::new(IMAGE), &options)).expect("opens")
-    }
-
-    fn lane(&self, image: &Arc<Image>) -> Lane<Self> {
-        Lane::new(image, self.clone(), 4)
     }
 }
 
@@ -79,7 +54,8 @@ fn findings(files: &MemFiles) -> Vec<String> {
 #[test]
 fn a_file_without_fallocate_is_never_made_shorter_by_extending_it() {
     const CLUSTER: u64 = 4096;
-    let host = Host { files: MemFiles::default(), allocation: Allocation::Unsupported, truncates: true };
+    let host =
+        Hooked::new(&MemFiles::default(), Host { allocation: Allocation::Unsupported, truncates: true });
     let options = CreateOptions { virtual_size: 64 * CLUSTER, cluster_bits: 12, ..CreateOptions::default() };
     create(&host.files, IMAGE, &options);
     let image = host.open(4 * CLUSTER);
@@ -100,7 +76,8 @@ fn image_len(files: &MemFiles) -> u64 {
 fn preallocation_over_old_content_that_stays_reads_as_zeros() {
     const SIZE: usize = 1 << 20;
     for preallocation in [Preallocation::Metadata, Preallocation::Falloc] {
-        let host = Host { files: MemFiles::default(), allocation: Allocation::Possible, truncates: false };
+        let host =
+            Hooked::new(&MemFiles::default(), Host { allocation: Allocation::Possible, truncates: false });
         // More than the one extent that is taken.
         host.files.put(IMAGE, vec![0xee; 20 * SIZE]);
         let options =
@@ -132,7 +109,8 @@ fn a_refcount_block_where_the_file_could_not_be_extended_survives_closing() {
         ..CreateOptions::default()
     };
     create(&files, IMAGE, &options);
-    let host = Host { files, allocation: Allocation::UpTo(PER_BLOCK * CLUSTER), truncates: true };
+    let host =
+        Hooked::new(&files, Host { allocation: Allocation::UpTo(PER_BLOCK * CLUSTER), truncates: true });
     let image = host.open(PER_BLOCK * CLUSTER);
     let (first, second) = (host.lane(&image), host.lane(&image));
     let buf = || Buf::from_bytes(&[5; 512]);

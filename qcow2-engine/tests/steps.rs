@@ -9,15 +9,19 @@ mod common;
 #[path = "common/damaged.rs"]
 mod damaged;
 
-use common::{IMAGE, create, run};
+use common::{
+    IMAGE, create,
+    hooked::{Hook, Hooked, Operation},
+    run,
+};
 use damaged::{COPIED, Parts};
 use qcow2_engine::{
     CheckOptions, Image, Lane, OpenOptions, Preallocation, Repair, RuleName, check,
     create::create as make,
-    io::{Buf, FileId, Io, mem::MemFiles},
+    io::{Buf, mem::MemFiles},
 };
 use qcow2_format::{CreateOptions, header};
-use std::{cell::RefCell, io, ops::Range, path::Path};
+use std::{cell::RefCell, io, ops::Range, path::Path, rc::Rc};
 
 const CLUSTER: u64 = 4096;
 
@@ -30,33 +34,19 @@ enum Step {
 /// Remembers the steps.
 #[derive(Default)]
 struct Recorder {
-    files: MemFiles,
     steps: RefCell<Vec<Step>>,
 }
 
-impl Io for Recorder {
-    async fn read(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
-        self.files.read(file, at, buf).await
-    }
-    async fn write(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
-        self.steps.borrow_mut().push(Step::Write(at..at + buf.len() as u64));
-        self.files.write(file, at, buf).await
-    }
-    async fn sync(&self, file: FileId) -> io::Result<()> {
-        self.files.sync(file).await
-    }
-    async fn barrier(&self, file: FileId, rule: RuleName) -> io::Result<()> {
-        self.steps.borrow_mut().push(Step::Barrier(rule));
-        self.sync(file).await
-    }
-    async fn allocate(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
-        self.files.allocate(file, at, len).await
-    }
-    async fn punch_hole(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
-        self.files.punch_hole(file, at, len).await
-    }
-    async fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
-        self.files.set_len(file, len).await
+impl Hook for Recorder {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        match operation {
+            Operation::Write { at, buf } => {
+                self.steps.borrow_mut().push(Step::Write(at..at + buf.len() as u64));
+            }
+            Operation::Sync(Some(rule)) => self.steps.borrow_mut().push(Step::Barrier(rule)),
+            _ => {}
+        }
+        Ok(())
     }
 }
 
@@ -105,13 +95,13 @@ fn end(patient: &Parts) -> Range<u64> {
 }
 
 /// Repairs it, and demands that nothing is left.
-fn repaired(patient: Parts) -> Recorder {
-    let host = Recorder::default();
+fn repaired(patient: Parts) -> Rc<Recorder> {
+    let host = Hooked::new(&MemFiles::default(), Recorder::default());
     host.files.put(IMAGE, patient.bytes);
     let options = CheckOptions { repair: Repair::All, ..CheckOptions::default() };
     let report = run(check(&host, &host.files, Path::new(IMAGE), options)).expect("checks");
     assert!(!report.found.is_clean() && report.remaining.is_clean(), "{:?}", report.remaining.list);
-    host
+    host.hook
 }
 
 /// The refcounts have to be rebuilt, and an entry names the place where they will be.
@@ -170,12 +160,12 @@ fn r9_all_is_repaired_before_the_mark_goes() {
 }
 
 /// What making an image over another one does.
-fn made_anew() -> Recorder {
-    let host = Recorder::default();
+fn made_anew() -> Rc<Recorder> {
+    let host = Hooked::new(&MemFiles::default(), Recorder::default());
     host.files.put(IMAGE, patient().bytes);
     let options = CreateOptions { virtual_size: 1 << 20, cluster_bits: 12, ..CreateOptions::default() };
     run(make(&host, &host.files, Path::new(IMAGE), &options, Preallocation::Off)).expect("creates");
-    host
+    host.hook
 }
 
 #[test]

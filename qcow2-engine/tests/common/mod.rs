@@ -1,5 +1,7 @@
 //! Images in memory, held against a plain array of bytes and against the real qemu-img.
 
+pub(crate) mod hooked;
+
 pub(crate) use qcow2_engine::exec::run_at_once as run;
 use qcow2_engine::{
     Image, Lane, OpenOptions, ZeroMode,
