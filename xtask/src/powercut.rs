@@ -34,7 +34,7 @@ pub(crate) struct Options {
     /// How often the machine is killed
     #[arg(long, default_value_t = 4)]
     rounds: u64,
-    /// Chooses file system, image, changes and moments [default: from the clock]
+    /// Chooses file system, image, changes and moments [default: a new one]
     #[arg(long)]
     seed: Option<u64>,
 }
