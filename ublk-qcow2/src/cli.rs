@@ -64,6 +64,9 @@ pub(crate) struct AddArgs {
     /// How the image file is read and written.
     #[arg(long, value_enum, default_value_t = IoMode::Auto)]
     pub(crate) io: IoMode,
+    /// Whether the kernel moves data between requests and the image file without a copy (Linux 6.16 or newer).
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t = ZeroCopy::Auto)]
+    pub(crate) zero_copy: ZeroCopy,
     /// Format of backing files where the image does not say it: qcow2 or raw. It is never guessed.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) backing_format: Option<qcow2_engine::Format>,
@@ -159,6 +162,18 @@ pub(crate) enum IoMode {
     Direct,
     /// Through the host's page cache.
     Buffered,
+}
+
+/// When data is moved without a copy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum ZeroCopy {
+    /// Where the kernel can.
+    Auto,
+    /// Always, or fail.
+    On,
+    /// Never.
+    Off,
 }
 
 /// Queues at most: far more than any machine has use for, and each takes buffers for its depth.

@@ -1,7 +1,10 @@
 //! What to serve, and how: the options of `add`, in a form that a run file keeps for the server that
 //! may have to take over.
 
-use crate::cli::{AddArgs, IoMode};
+use crate::{
+    cli::{AddArgs, IoMode, ZeroCopy},
+    device::Wish,
+};
 use qcow2_engine::{
     BackingPolicy, Format, OpenOptions,
     io::{
@@ -23,6 +26,7 @@ pub(crate) struct Config {
     pub(crate) force_share: bool,
     pub(crate) cache_bytes: u64,
     pub(crate) io: IoMode,
+    pub(crate) zero_copy: ZeroCopy,
     #[serde(with = "format_name")]
     pub(crate) backing_format: Option<Format>,
     #[serde(with = "PolicyForm")]
@@ -46,6 +50,7 @@ impl Config {
             force_share: args.force_share,
             cache_bytes: args.cache_size,
             io: args.io,
+            zero_copy: args.zero_copy,
             backing_format: args.backing_format,
             backing_policy: args.backing.policy(),
             reclaims: !args.no_reclaim,
@@ -62,6 +67,15 @@ impl Config {
             IoMode::Buffered => Caching::Buffered,
         };
         Files::with_locking(caching, locking(self.force_share))
+    }
+
+    /// What to ask the driver for.
+    pub(crate) fn zero_copy(&self) -> Wish {
+        match self.zero_copy {
+            ZeroCopy::Auto => Wish::IfPossible,
+            ZeroCopy::On => Wish::Needed,
+            ZeroCopy::Off => Wish::No,
+        }
     }
 
     /// How the engine opens the image.
@@ -119,6 +133,7 @@ pub(crate) fn example() -> Config {
         force_share: false,
         cache_bytes: 1 << 20,
         io: IoMode::Direct,
+        zero_copy: ZeroCopy::Auto,
         backing_format: Some(Format::Raw),
         backing_policy: BackingPolicy::Under(vec!["/images".into()]),
         reclaims: true,

@@ -113,6 +113,7 @@ impl Crew {
                     sectors: device_sectors(service.image.virtual_size()),
                     buffer_bytes: device.max_io_bytes(),
                 },
+                data_path: device.data_path(),
                 char_device: Arc::clone(&service.char_device),
                 image: Arc::clone(&service.image),
                 files: Arc::clone(&service.files),

@@ -137,7 +137,8 @@ fn make(id: Option<u32>, config: &Config) -> Result<Ready, ServeError> {
     let shape = shape_of(&image, config)?;
     let &Config { queues, depth, recovery, part_scan, .. } = config;
     let cookie = random().map_err(ServeError::SetUp)?;
-    let request = device::Request { id, queues, depth, recovery, part_scan, cookie };
+    let zero_copy = config.zero_copy();
+    let request = device::Request { id, queues, depth, recovery, part_scan, zero_copy, cookie };
     let mut device = Device::add(control, &request)?;
     device.describe(&shape)?;
     let run_file = RunFile::create(Record {

@@ -17,6 +17,7 @@ use libublk::sys;
 use std::{
     fs::{File, OpenOptions},
     io,
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::mpsc,
     time::{Duration, Instant},
@@ -46,8 +47,20 @@ const NO_PART_SCAN: u64 = 1 << 18;
 /// `UBLK_F_QUIESCE`: a driver that has it forgets a server's queues when that server has died. For an older one see
 /// [`handover`].
 const FORGETS_SERVERS: u64 = sys::UBLK_F_QUIESCE as u64;
+/// What a device needs for [`DataPath::ZeroCopy`]: the driver registers a request's pages itself, and copies them on demand.
+const ZERO_COPY: u64 =
+    (sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG | sys::UBLK_F_USER_COPY) as u64;
 /// How long a device node may take to appear after the driver has made the device.
 const NODE_WAIT: Duration = Duration::from_secs(10);
+
+/// How the data of requests gets to the server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DataPath {
+    /// The driver copies it, into and out of a buffer of the server's.
+    Copied,
+    /// Not at all where the kernel can move it between the request's pages and the image's file; else it is copied on demand.
+    ZeroCopy,
+}
 
 /// What to ask the driver for.
 #[derive(Clone, Copy, Debug)]
@@ -60,8 +73,20 @@ pub(crate) struct Request {
     pub(crate) recovery: bool,
     /// Whether the kernel looks for a partition table when the device starts.
     pub(crate) part_scan: bool,
+    /// Whether the server is to do without copies of the data.
+    pub(crate) zero_copy: Wish,
     /// What the driver keeps for us, to know the device by.
     pub(crate) cookie: u64,
+}
+
+/// How much a feature is wanted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Wish {
+    No,
+    /// If the driver has it.
+    IfPossible,
+    /// Rather no device than one without.
+    Needed,
 }
 
 /// What the device looks like to its users.
@@ -85,6 +110,8 @@ pub(crate) enum DeviceError {
     NotOurs { id: u32, what: &'static str },
     #[error("this kernel's driver cannot leave out the partition scan (--no-part-scan needs Linux 7.0)")]
     PartScan,
+    #[error("this kernel's driver has no zero copy (--zero-copy=on needs Linux 6.16)")]
+    ZeroCopy,
     #[error(
         "cannot complete what a dead server of device {id} had begun: {source}; `ublk-qcow2 del -n {id}` removes it"
     )]
@@ -117,13 +144,21 @@ enum State {
 impl Device {
     /// Adds a device.
     pub(crate) fn add(mut control: Control, request: &Request) -> Result<Self, DeviceError> {
+        let zero_copy = match request.zero_copy {
+            Wish::No => false,
+            // Asked for what it does not know, the driver may refuse to make a device.
+            _ => control.features().is_ok_and(|bits| bits & ZERO_COPY == ZERO_COPY),
+        };
+        if request.zero_copy == Wish::Needed && !zero_copy {
+            return Err(DeviceError::ZeroCopy);
+        }
         let info = control.add(sys::ublksrv_ctrl_dev_info {
             nr_hw_queues: request.queues,
             queue_depth: request.depth,
             max_io_buf_bytes: MAX_IO_BYTES,
             dev_id: request.id.unwrap_or(ANY_ID),
             ublksrv_pid: -1,
-            flags: flags(request),
+            flags: flags(request) | if zero_copy { ZERO_COPY } else { 0 },
             ublksrv_flags: request.cookie,
             ..Default::default()
         })?;
@@ -177,6 +212,11 @@ impl Device {
     /// Whether it waits for another server when its own dies.
     pub(crate) fn is_recoverable(&self) -> bool {
         self.info.flags & RECOVERY == RECOVERY
+    }
+
+    /// How the data of requests gets to the server; for good, whoever serves the device.
+    pub(crate) fn data_path(&self) -> DataPath {
+        if self.info.flags & ZERO_COPY == ZERO_COPY { DataPath::ZeroCopy } else { DataPath::Copied }
     }
 
     /// The device's number.
@@ -287,7 +327,8 @@ fn open_char(id: u32) -> Result<File, DeviceError> {
         // A dead server may not have let go of it yet.
         patiently(
             libc::EBUSY,
-            || OpenOptions::new().read(true).write(true).open(path),
+            // Or the kernel would have a thread of its own read and write it, see `queue::payload`.
+            || OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path),
             io::Error::raw_os_error,
         )
     })

@@ -9,21 +9,24 @@
 //! finishes its request first and learns it from its commit. When all queues have ended the daemon
 //! closes the image.
 
+mod payload;
 mod tags;
 
 use crate::{
+    device::DataPath,
     errno::errno,
     request::{Bounds, DecodeError, Request},
     safety,
 };
-use io_uring::{opcode, types};
+use io_uring::opcode;
 use libublk::sys;
 use memmap2::{MmapOptions, MmapRaw};
+use payload::{Announced, Payloads};
 use qcow2_engine::{
-    Error, Image, Lane, Pace, Verdict,
+    Image, Lane, Pace, Verdict, entry_for,
     exec::Executor,
     io::{
-        Buf, Files,
+        Files,
         uring::{Target, Uring},
     },
 };
@@ -39,11 +42,8 @@ use std::{
     task::{Poll, Waker},
     time::Duration,
 };
-use tags::Tag;
+use tags::{Failure, Tag};
 
-/// The part of each tag's buffer whose pages are held for good, in bytes: 2 MiB per queue of 128 tags
-/// for small requests; large ones look their pages up in bulk.
-const HELD_BYTES: usize = 16 << 10;
 /// Failed requests that a queue reports one by one; from then on only powers of two are.
 const REPORTED_ERRORS: u64 = 16;
 /// Between two passes of write-back and of giving freed clusters back.
@@ -60,6 +60,7 @@ pub(crate) struct Queue {
     pub(crate) index: u16,
     pub(crate) depth: u16,
     pub(crate) bounds: Bounds,
+    pub(crate) data_path: DataPath,
     pub(crate) char_device: Arc<File>,
     pub(crate) image: Arc<Image>,
     pub(crate) files: Arc<Files>,
@@ -99,7 +100,7 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
     let entries = (u32::from(queue.depth) * 2).next_power_of_two().max(64);
     let ring = Uring::new(Arc::clone(&queue.files), entries).map_err(QueueError::SetUp)?;
     let registered = ring.register_fd(queue.char_device.as_fd());
-    let tags = tag_buffers(queue, &ring).into_iter().map(Tag::new).collect();
+    let payloads = Payloads::new(queue, &ring, registered.target()).map_err(QueueError::SetUp)?;
     notify(Notice::Prepared);
     if queue.go.recv().is_err() {
         return Ok(());
@@ -109,7 +110,8 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
     let context = Rc::new(Context {
         index: queue.index,
         target: registered.target(),
-        tags,
+        tags: (0..queue.depth).map(|_| Tag::new()).collect(),
+        payloads,
         serving: Cell::new(queue.depth),
         drained: RefCell::new(None),
         lane: Lane::new(&queue.image, ring.clone(), usize::from(queue.depth)),
@@ -135,22 +137,12 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
     context.failure.take().map_or(Ok(()), |failure| Err(QueueError::Fetch(failure)))
 }
 
-/// A buffer for each tag, registered in part with the ring.
-fn tag_buffers(queue: &Queue, ring: &Uring) -> Vec<Buf> {
-    let bytes = queue.bounds.buffer_bytes as usize;
-    let buffers: Vec<_> = (0..queue.depth).map(|_| Buf::zeroed(bytes)).collect();
-    let held = buffers.iter().map(|buf| buf.slice(0..bytes.min(HELD_BYTES))).collect();
-    if let Err(error) = ring.register_buffers(held) {
-        tracing::info!(queue = queue.index, "no registered buffers, small requests cost more: {error}");
-    }
-    buffers
-}
-
 /// What the tags of a queue share.
 struct Context {
     index: u16,
     target: Target,
     tags: Box<[Tag]>,
+    payloads: Payloads,
     /// Tags that have not ended.
     serving: Cell<u16>,
     /// Whoever waits for the last tag to end.
@@ -247,23 +239,24 @@ impl Context {
     }
 
     /// A fetch, or a commit with `result` that fetches again; its end is reported under the tag's
-    /// number. The kernel copies a write's data into the tag's buffer before the command completes,
-    /// and a read's data out of it when the result is committed.
+    /// number.
     fn command(&self, code: u32, tag: u16, result: i32) {
-        let buf = self.tag(tag).buf();
-        let area = command_area(self.index, tag, result, buf.address());
-        let entry = match self.target {
-            Target::Fd(fd) => opcode::UringCmd16::new(types::Fd(fd), code).cmd(area).build(),
-            Target::Fixed(slot) => opcode::UringCmd16::new(types::Fixed(slot), code).cmd(area).build(),
-        };
-        // SAFETY: the only memory that the entry names is `buf`, whose owner is handed over.
-        unsafe { self.ring.submit_reporting(entry, Some(buf.clone()), u32::from(tag)) }
+        let Announced { buffer, registration, memory } = self.payloads.announce(tag);
+        let area = command_area(self.index, tag, result, buffer);
+        let entry = entry_for!(self.target, |fd| {
+            opcode::UringCmd16::new(fd, code).cmd(area).addr(registration).build()
+        });
+        // SAFETY: the only memory that the entry names is that buffer, whose owner is handed over.
+        unsafe { self.ring.submit_reporting(entry, memory, u32::from(tag)) }
     }
 
-    /// What the kernel is told of a request that the engine could not carry out.
-    fn failed(&self, request: &Request, error: &Error) -> i32 {
-        self.report(&format_args!("{request:?}: {error}"));
-        -errno(error.kind())
+    /// What the kernel is told of a request that could not be carried out.
+    fn failed(&self, request: &Request, failure: &Failure) -> i32 {
+        self.report(&format_args!("{request:?}: {failure}"));
+        match failure {
+            Failure::Image(error) => -errno(error.kind()),
+            Failure::Copy(_) => -libc::EIO,
+        }
     }
 
     /// Reports a failed request, unless there have been so many that it would flood the log.

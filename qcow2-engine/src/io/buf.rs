@@ -89,6 +89,12 @@ impl Buf {
         Self { owner: Rc::clone(&self.owner), start: self.start + range.start, len: range.end - range.start }
     }
 
+    /// Whether this window is the only one on its memory, and so no operation in flight has one.
+    #[must_use]
+    pub fn is_sole(&self) -> bool {
+        Rc::strong_count(&self.owner) == 1
+    }
+
     /// Copies bytes from `at` on into `out`.
     ///
     /// # Panics
@@ -189,7 +195,9 @@ mod tests {
         let part = whole.slice(512..1024);
         whole.copy_from(510, &[7; 4]);
         assert_eq!(part.to_vec()[..3], [7, 7, 0]);
+        assert!(!whole.is_sole());
         drop(whole);
+        assert!(part.is_sole());
         part.fill(9);
         assert!(part.to_vec().iter().all(|&b| b == 9));
         assert_eq!(part.address() % 512, 0);

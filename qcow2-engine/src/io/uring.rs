@@ -10,6 +10,7 @@
 //! (`slots`); a dropped future cancels nothing (except a timer), and dropping the last handle
 //! waits for what is in flight, for `TEARDOWN` at most, and then leaks the memory rather than free it.
 
+mod registered;
 mod report;
 mod setup;
 mod slots;
@@ -20,6 +21,7 @@ mod tests;
 use super::{Buf, FileId, Files, Io};
 use io_uring::{IoUring, Probe, cqueue, opcode, squeue, types};
 use nix::sys::eventfd::{EfdFlags, EventFd};
+pub use registered::{KernelBuf, Registered};
 pub use report::Report;
 use report::Reports;
 use slots::{Keep, Key, Slots, Whom};
@@ -28,7 +30,7 @@ use std::{
     future::Future,
     io,
     mem::MaybeUninit,
-    os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, RawFd},
     pin::Pin,
     rc::Rc,
     sync::{
@@ -95,22 +97,22 @@ pub enum Target {
 }
 
 /// Builds a submission for a [`Target`], whichever kind it is.
+#[macro_export]
 macro_rules! entry_for {
     ($target:expr, |$fd:ident| $entry:expr) => {
         match $target {
-            Target::Fd(raw) => {
-                let $fd = types::Fd(raw);
+            $crate::io::uring::Target::Fd(raw) => {
+                let $fd = ::io_uring::types::Fd(raw);
                 $entry
             }
-            Target::Fixed(slot) => {
-                let $fd = types::Fixed(slot);
+            $crate::io::uring::Target::Fixed(slot) => {
+                let $fd = ::io_uring::types::Fixed(slot);
                 $entry
             }
         }
     };
 }
 
-#[cfg(test)]
 use entry_for;
 
 /// How long [`Uring::turn`] waits for a completion.
@@ -238,34 +240,6 @@ impl Uring {
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.0.slots.borrow().in_flight()
-    }
-
-    /// Registers a descriptor that is not in [`Files`], for cheap use in submissions. It counts as
-    /// open until the guard is dropped *and* its operations have completed.
-    #[must_use]
-    pub fn register_fd<'fd>(&self, fd: BorrowedFd<'fd>) -> Registered<'fd> {
-        let slot = if self.0.has_file_table { self.0.guest_slots.borrow_mut().pop() } else { None };
-        let slot = slot.filter(|&slot| self.0.update_file_slot(slot, fd.as_raw_fd()));
-        Registered { ring: self.clone(), fd, slot }
-    }
-
-    /// Has the kernel look up and hold the pages of these windows once, instead of for each read and
-    /// write that lies wholly inside one of them. They take up memory, used or not, until the ring
-    /// is gone.
-    ///
-    /// # Errors
-    /// The limit on locked memory; a second call for the same ring.
-    pub fn register_buffers(&self, windows: Vec<Buf>) -> io::Result<()> {
-        let vectors: Vec<_> = windows
-            .iter()
-            .map(|window| libc::iovec { iov_base: window.as_ptr().cast(), iov_len: window.len() })
-            .collect();
-        // SAFETY: the windows' memory stays allocated as long as the ring, which keeps them.
-        unsafe { self.0.ring.borrow().submitter().register_buffers(&vectors)? };
-        // The kernel takes fewer than 2^14.
-        windows.iter().zip(0..).for_each(|(window, index)| window.set_registered(self.id(), index));
-        self.0.buffers.replace(windows);
-        Ok(())
     }
 
     /// Tells this ring from the others that exist at the same time.
@@ -461,31 +435,6 @@ impl Drop for Op {
         if let (true, OnDrop::Cancel) = (in_flight, self.on_drop) {
             // If it cannot be submitted the operation runs its course: nobody waits for it.
             let _ = self.ring.push(&opcode::AsyncCancel::new(u64::from(self.key)).build().user_data(CANCEL));
-        }
-    }
-}
-
-/// A descriptor in the ring's table of files. See [`Uring::register_fd`].
-pub struct Registered<'fd> {
-    ring: Uring,
-    fd: BorrowedFd<'fd>,
-    slot: Option<u32>,
-}
-
-impl Registered<'_> {
-    /// How to name the descriptor in a submission.
-    #[must_use]
-    pub fn target(&self) -> Target {
-        self.slot.map_or(Target::Fd(self.fd.as_raw_fd()), Target::Fixed)
-    }
-}
-
-impl Drop for Registered<'_> {
-    fn drop(&mut self) {
-        if let Some(slot) = self.slot
-            && self.ring.0.update_file_slot(slot, -1)
-        {
-            self.ring.0.guest_slots.borrow_mut().push(slot);
         }
     }
 }

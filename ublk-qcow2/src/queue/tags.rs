@@ -14,13 +14,10 @@
 //!    └─ aborted ▶ Ended
 //! ```
 
-use super::{ABORTED, Context, Notice};
+use super::{ABORTED, Context, Notice, payload::Way};
 use crate::request::{Range, Request};
 use libublk::sys;
-use qcow2_engine::{
-    Direct, Error, ZeroMode,
-    io::{Buf, FileId, uring::Uring},
-};
+use qcow2_engine::{Direct, Error, ZeroMode, io::Buf};
 use std::{
     cell::{Cell, RefCell},
     future::poll_fn,
@@ -29,15 +26,20 @@ use std::{
     task::{Poll, Waker},
 };
 
-/// How a transfer is started.
-type Transfer = fn(&Uring, FileId, u64, Buf, u32);
-
 /// One tag.
 pub(super) struct Tag {
-    buf: Buf,
     stage: Cell<Stage>,
     /// The tag's task, while it waits for work.
     task: RefCell<Option<Waker>>,
+}
+
+/// Why a request failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Failure {
+    #[error(transparent)]
+    Image(#[from] Error),
+    #[error("the driver did not copy its data: {0}")]
+    Copy(#[source] io::Error),
 }
 
 /// Who has the tag.
@@ -53,12 +55,8 @@ enum Stage {
 }
 
 impl Tag {
-    pub(super) fn new(buf: Buf) -> Self {
-        Self { buf, stage: Cell::new(Stage::Kernel), task: RefCell::default() }
-    }
-
-    pub(super) fn buf(&self) -> &Buf {
-        &self.buf
+    pub(super) fn new() -> Self {
+        Self { stage: Cell::new(Stage::Kernel), task: RefCell::default() }
     }
 
     fn set(&self, stage: Stage) {
@@ -113,7 +111,7 @@ impl Context {
     pub(super) async fn serve_slowly(self: Rc<Self>, number: u16) {
         let tag = self.tag(number);
         while let Some(request) = tag.next().await {
-            let result = match self.carry_out(request, &tag.buf).await {
+            let result = match self.carry_out(number, request).await {
                 // At most the buffer's length.
                 Ok(bytes) => bytes as i32,
                 Err(error) => self.failed(&request, &error),
@@ -145,7 +143,10 @@ impl Context {
     fn fetched(&self, number: u16, result: i32) {
         if result >= 0 {
             match self.request_of(number) {
-                Ok(request) => self.begin(number, request),
+                Ok(request) if self.payloads.is_movable(self.descriptors.get(number).op_flags) => {
+                    self.begin(number, request);
+                }
+                Ok(request) => self.hand_over(number, request),
                 Err(refusal) => self.commit(number, refusal),
             }
             return;
@@ -161,20 +162,16 @@ impl Context {
 
     /// Starts the transfer that answers a request, or leaves it to the tag's task.
     fn begin(&self, number: u16, request: Request) {
-        let tag = self.tag(number);
-        let (direct, range, start): (_, _, Transfer) = match request {
-            Request::Read(range) => {
-                (self.lane.direct_read(range.at, range.len), range, Uring::read_reporting)
-            }
-            Request::Write { range, fua: false } => {
-                (self.lane.direct_write(range.at, range.len), range, Uring::write_reporting)
+        let (direct, len, way) = match request {
+            Request::Read(Range { at, len }) => (self.lane.direct_read(at, len), len, Way::FromFile),
+            Request::Write { range: Range { at, len }, fua: false } => {
+                (self.lane.direct_write(at, len), len, Way::ToFile)
             }
             _ => return self.hand_over(number, request),
         };
         let Some(direct) = direct else { return self.hand_over(number, request) };
-        let (file, at) = (direct.file, direct.at);
-        tag.set(Stage::Direct { request, direct });
-        start(&self.ring, file, at, part(&tag.buf, range), u32::from(number));
+        self.payloads.transfer(number, way, len, &direct);
+        self.tag(number).set(Stage::Direct { request, direct });
     }
 
     fn hand_over(&self, number: u16, request: Request) {
@@ -190,12 +187,12 @@ impl Context {
     }
 
     /// Has the engine carry a request out. Returns the bytes moved, 0 for requests that move none.
-    async fn carry_out(&self, request: Request, buf: &Buf) -> Result<u64, Error> {
+    async fn carry_out(&self, number: u16, request: Request) -> Result<u64, Failure> {
         let lane = &self.lane;
         match request {
-            Request::Read(range) => lane.read(range.at, part(buf, range)).await?,
+            Request::Read(range) => self.read(number, range).await?,
             Request::Write { range, fua } => {
-                lane.write(range.at, part(buf, range)).await?;
+                self.write(number, range).await?;
                 self.flush_if(fua).await?;
             }
             Request::Flush => lane.flush().await?,
@@ -209,12 +206,37 @@ impl Context {
         Ok(request.data_len())
     }
 
+    async fn read(&self, number: u16, range: Range) -> Result<(), Failure> {
+        let buf = self.payloads.take(number);
+        let data = part(&buf, range);
+        let read = self.lane.read(range.at, data.clone()).await;
+        let delivered = match read {
+            Ok(()) => self.payloads.deliver(number, &data).await.map_err(Failure::Copy),
+            Err(error) => Err(error.into()),
+        };
+        drop(data);
+        self.payloads.put_back(buf);
+        delivered
+    }
+
+    async fn write(&self, number: u16, range: Range) -> Result<(), Failure> {
+        let buf = self.payloads.take(number);
+        let data = part(&buf, range);
+        let collected = self.payloads.collect(number, &data).await.map_err(Failure::Copy);
+        let written = match collected {
+            Ok(()) => self.lane.write(range.at, data).await.map_err(Failure::Image),
+            Err(failure) => Err(failure),
+        };
+        self.payloads.put_back(buf);
+        written
+    }
+
     async fn flush_if(&self, fua: bool) -> Result<(), Error> {
         if fua { self.lane.flush().await } else { Ok(()) }
     }
 }
 
-/// The part of a tag's buffer that holds the range's data; decoding has made sure that it has room.
+/// The part of a request's buffer that holds the range's data; decoding has made sure that it has room.
 fn part(buf: &Buf, range: Range) -> Buf {
     buf.slice(0..range.len as usize)
 }

@@ -4,7 +4,7 @@
 //! operation would cost more than the rest of its work. It gives each operation a token and finds
 //! that in the report. The memory is owned as that of any other operation is (`slots`).
 
-use super::{Keep, Uring, submit::Prepared};
+use super::{Keep, KernelBuf, Uring, submit::Prepared};
 use crate::io::{Buf, FileId};
 use io_uring::squeue;
 use std::{
@@ -61,6 +61,22 @@ impl Uring {
     pub fn write_reporting(&self, file: FileId, at: u64, buf: Buf, token: u32) {
         match self.write_entry(file, at, &buf) {
             Ok(entry) => self.start_reporting(entry, Keep::Buf(buf), token),
+            Err(error) => self.report_failure(&error, token),
+        }
+    }
+
+    /// Starts a read into memory of the kernel's; otherwise as [`Uring::read_reporting`].
+    pub fn read_into_reporting(&self, file: FileId, at: u64, buf: KernelBuf, token: u32) {
+        match self.read_into_entry(file, at, buf) {
+            Ok(entry) => self.start_reporting(entry, Keep::Nothing, token),
+            Err(error) => self.report_failure(&error, token),
+        }
+    }
+
+    /// Starts a write from memory of the kernel's; otherwise as [`Uring::read_reporting`].
+    pub fn write_from_reporting(&self, file: FileId, at: u64, buf: KernelBuf, token: u32) {
+        match self.write_from_entry(file, at, buf) {
+            Ok(entry) => self.start_reporting(entry, Keep::Nothing, token),
             Err(error) => self.report_failure(&error, token),
         }
     }

@@ -1,0 +1,103 @@
+//! What the ring has registered besides the image's files: descriptors, buffers of ours whose pages it holds, and
+//! buffers of the kernel's.
+
+use super::{Known, Target, Uring, entry_for, submit::Prepared};
+use crate::io::{Buf, FileId};
+use io_uring::opcode;
+use std::{
+    io,
+    os::fd::{AsRawFd, BorrowedFd},
+};
+
+/// The beginning of a buffer that the kernel puts into the ring's table itself, for as long as it likes: the pages of a
+/// block request, for one. See [`Uring::reserve_buffers`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KernelBuf {
+    /// Its number in the table.
+    pub index: u16,
+    /// How many of its bytes to move.
+    pub len: u32,
+}
+
+/// A descriptor in the ring's table of files. See [`Uring::register_fd`].
+pub struct Registered<'fd> {
+    ring: Uring,
+    fd: BorrowedFd<'fd>,
+    slot: Option<u32>,
+}
+
+impl Registered<'_> {
+    /// How to name the descriptor in a submission.
+    #[must_use]
+    pub fn target(&self) -> Target {
+        self.slot.map_or(Target::Fd(self.fd.as_raw_fd()), Target::Fixed)
+    }
+}
+
+impl Drop for Registered<'_> {
+    fn drop(&mut self) {
+        if let Some(slot) = self.slot
+            && self.ring.0.update_file_slot(slot, -1)
+        {
+            self.ring.0.guest_slots.borrow_mut().push(slot);
+        }
+    }
+}
+
+impl Uring {
+    /// Registers a descriptor that is not in [`Files`], for cheap use in submissions. It counts as
+    /// open until the guard is dropped *and* its operations have completed.
+    #[must_use]
+    pub fn register_fd<'fd>(&self, fd: BorrowedFd<'fd>) -> Registered<'fd> {
+        let slot = if self.0.has_file_table { self.0.guest_slots.borrow_mut().pop() } else { None };
+        let slot = slot.filter(|&slot| self.0.update_file_slot(slot, fd.as_raw_fd()));
+        Registered { ring: self.clone(), fd, slot }
+    }
+
+    /// Has the kernel look up and hold the pages of these windows once, instead of for each read and
+    /// write that lies wholly inside one of them. They take up memory, used or not, until the ring
+    /// is gone.
+    ///
+    /// # Errors
+    /// The limit on locked memory; a second call for the same ring.
+    pub fn register_buffers(&self, windows: Vec<Buf>) -> io::Result<()> {
+        let vectors: Vec<_> = windows
+            .iter()
+            .map(|window| libc::iovec { iov_base: window.as_ptr().cast(), iov_len: window.len() })
+            .collect();
+        // SAFETY: the windows' memory stays allocated as long as the ring, which keeps them.
+        unsafe { self.0.ring.borrow().submitter().register_buffers(&vectors)? };
+        // The kernel takes fewer than 2^14.
+        windows.iter().zip(0..).for_each(|(window, index)| window.set_registered(self.id(), index));
+        self.0.buffers.replace(windows);
+        Ok(())
+    }
+
+    /// Makes room in the ring's table for `count` buffers of the kernel's own.
+    ///
+    /// # Errors
+    /// Linux before 5.19; a ring that has buffers already.
+    pub fn reserve_buffers(&self, count: u32) -> io::Result<()> {
+        self.0.ring.borrow().submitter().register_buffers_sparse(count)
+    }
+
+    /// A read into a buffer of the kernel's. The kernel checks that it is there, and its length.
+    pub(super) fn read_into_entry(&self, file: FileId, at: u64, buf: KernelBuf) -> io::Result<Prepared> {
+        let KernelBuf { index, len } = buf;
+        // Addresses in such a buffer are offsets from its beginning.
+        let beginning = std::ptr::null_mut();
+        Ok(Prepared::Other(entry_for!(self.target(file)?, |fd| {
+            opcode::ReadFixed::new(fd, beginning, len, index).offset(at).build()
+        })))
+    }
+
+    /// A write out of a buffer of the kernel's; see [`Self::read_into_entry`].
+    pub(super) fn write_from_entry(&self, file: FileId, at: u64, buf: KernelBuf) -> io::Result<Prepared> {
+        let KernelBuf { index, len } = buf;
+        let Known { target, is_direct } = self.known(file)?;
+        let entry = entry_for!(target, |fd| {
+            opcode::WriteFixed::new(fd, std::ptr::null(), len, index).offset(at).build()
+        });
+        Ok(if is_direct { Prepared::DirectWrite(entry) } else { Prepared::Other(entry) })
+    }
+}

@@ -1,0 +1,195 @@
+//! Where the data of a queue's requests is, and how it gets to and from the image's files.
+//!
+//! [`DataPath::Copied`]: each tag has a buffer. The driver copies a write's data into it before the tag's
+//! fetch completes, and a read's out of it when the result is committed.
+//!
+//! [`DataPath::ZeroCopy`]: the request's own pages are the ring's registered buffer with the tag's number, from before
+//! the fetch completes until the commit. A request that one transfer answers is moved there and back
+//! by the kernel alone. What this process has to see (the edges of a cluster, compressed or missing clusters) takes a
+//! buffer of a common pool instead, and is copied between that and the request by reading and
+//! writing the character device ([`Payloads::collect`], [`Payloads::deliver`]).
+
+use super::Queue;
+use crate::device::DataPath;
+use io_uring::{opcode, squeue};
+use libublk::sys;
+use qcow2_engine::{
+    Direct, entry_for,
+    io::{
+        Buf,
+        uring::{KernelBuf, Target, Uring},
+    },
+};
+use std::{cell::RefCell, io};
+
+/// The part of each tag's buffer whose pages are held for good, in bytes: 2 MiB per queue of 128 tags
+/// for small requests; large ones look their pages up in bulk.
+const HELD_BYTES: usize = 16 << 10;
+
+/// The data of a queue's requests.
+pub(super) struct Payloads {
+    ring: Uring,
+    target: Target,
+    queue: u16,
+    place: Place,
+}
+
+enum Place {
+    /// A buffer per tag.
+    Tags(Box<[Buf]>),
+    /// The requests' pages, and buffers that are not in use.
+    Pages { spare: RefCell<Vec<Buf>>, bytes: usize },
+}
+
+/// What a command tells the driver about its tag's data.
+pub(super) struct Announced {
+    /// The address of the tag's buffer; 0 where it has none.
+    pub(super) buffer: u64,
+    /// Where in the ring's table the request's pages are to be.
+    pub(super) registration: Option<u64>,
+    /// Memory of ours that the driver will touch.
+    pub(super) memory: Option<Buf>,
+}
+
+/// Which way a transfer goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Way {
+    FromFile,
+    ToFile,
+}
+
+impl Payloads {
+    /// Gets the ring ready for a queue's data.
+    pub(super) fn new(queue: &Queue, ring: &Uring, target: Target) -> io::Result<Self> {
+        let bytes = queue.bounds.buffer_bytes as usize;
+        let place = match queue.data_path {
+            DataPath::Copied => Place::Tags(tag_buffers(queue, ring)),
+            DataPath::ZeroCopy => {
+                ring.reserve_buffers(queue.depth.into())?;
+                Place::Pages { spare: RefCell::default(), bytes }
+            }
+        };
+        Ok(Self { ring: ring.clone(), target, queue: queue.index, place })
+    }
+
+    pub(super) fn announce(&self, tag: u16) -> Announced {
+        match &self.place {
+            Place::Tags(buffers) => {
+                let buf = &buffers[usize::from(tag)];
+                Announced { buffer: buf.address(), registration: None, memory: Some(buf.clone()) }
+            }
+            Place::Pages { .. } => {
+                // A request whose pages the driver could not register is to come all the same, and say so.
+                let flags = sys::UBLK_AUTO_BUF_REG_FALLBACK as u8;
+                let form = sys::ublk_auto_buf_reg { index: tag, flags, ..Default::default() };
+                let registration = Some(sys::ublk_auto_buf_reg_to_sqe_addr(&form));
+                Announced { buffer: 0, registration, memory: None }
+            }
+        }
+    }
+
+    /// Whether a transfer can move the data of a request, given what the driver says of it.
+    pub(super) fn is_movable(&self, op_flags: u32) -> bool {
+        matches!(self.place, Place::Tags(_)) || op_flags & sys::UBLK_IO_F_NEED_REG_BUF == 0
+    }
+
+    /// Starts the transfer of all of a request's data, which is reported under the tag's number.
+    pub(super) fn transfer(&self, tag: u16, way: Way, len: u64, direct: &Direct) {
+        let (file, at, token) = (direct.file, direct.at, u32::from(tag));
+        match &self.place {
+            Place::Tags(buffers) => {
+                let part = buffers[usize::from(tag)].slice(0..len as usize);
+                match way {
+                    Way::FromFile => self.ring.read_reporting(file, at, part, token),
+                    Way::ToFile => self.ring.write_reporting(file, at, part, token),
+                }
+            }
+            Place::Pages { .. } => {
+                // At most the longest request, 1 MiB.
+                let pages = KernelBuf { index: tag, len: len as u32 };
+                match way {
+                    Way::FromFile => self.ring.read_into_reporting(file, at, pages, token),
+                    Way::ToFile => self.ring.write_from_reporting(file, at, pages, token),
+                }
+            }
+        }
+    }
+
+    /// A buffer for a request's data, to be given back with [`Self::put_back`].
+    pub(super) fn take(&self, tag: u16) -> Buf {
+        match &self.place {
+            Place::Tags(buffers) => buffers[usize::from(tag)].clone(),
+            // The one that was used last is the likeliest to be in the processor's cache.
+            Place::Pages { spare, bytes } => spare.borrow_mut().pop().unwrap_or_else(|| Buf::zeroed(*bytes)),
+        }
+    }
+
+    /// Takes a buffer back, whose use is over. One that an operation in flight still has is left to that.
+    pub(super) fn put_back(&self, buf: Buf) {
+        if let Place::Pages { spare, .. } = &self.place
+            && buf.is_sole()
+        {
+            spare.borrow_mut().push(buf);
+        }
+    }
+
+    /// Copies the data of a tag's write into `buf`, unless the driver has.
+    pub(super) async fn collect(&self, tag: u16, buf: &Buf) -> io::Result<()> {
+        let at = offset_of(self.queue, tag);
+        let entry = entry_for!(self.target, |fd| {
+            opcode::Read::new(fd, buf.address() as *mut u8, buf.len() as u32).offset(at).build()
+        });
+        self.copy(entry, buf).await
+    }
+
+    /// Copies `buf` into the pages of a tag's read, unless the driver will.
+    pub(super) async fn deliver(&self, tag: u16, buf: &Buf) -> io::Result<()> {
+        let at = offset_of(self.queue, tag);
+        let entry = entry_for!(self.target, |fd| {
+            opcode::Write::new(fd, buf.address() as *const u8, buf.len() as u32).offset(at).build()
+        });
+        self.copy(entry, buf).await
+    }
+
+    async fn copy(&self, entry: squeue::Entry, buf: &Buf) -> io::Result<()> {
+        if let Place::Tags(_) = self.place {
+            return Ok(());
+        }
+        // SAFETY: the only memory that the entry names is `buf`, whose owner is handed over.
+        let copied = unsafe { self.ring.submit(entry, Some(buf.clone())) }.await?;
+        if copied as usize == buf.len() {
+            return Ok(());
+        }
+        Err(io::Error::other(format!("{copied} of {} bytes", buf.len())))
+    }
+}
+
+/// A buffer for each tag, registered in part with the ring.
+fn tag_buffers(queue: &Queue, ring: &Uring) -> Box<[Buf]> {
+    let bytes = queue.bounds.buffer_bytes as usize;
+    let buffers: Box<[_]> = (0..queue.depth).map(|_| Buf::zeroed(bytes)).collect();
+    let held = buffers.iter().map(|buf| buf.slice(0..bytes.min(HELD_BYTES))).collect();
+    if let Err(error) = ring.register_buffers(held) {
+        tracing::info!(queue = queue.index, "no registered buffers, small requests cost more: {error}");
+    }
+    buffers
+}
+
+/// Where in the character device the data of a tag's request begins.
+fn offset_of(queue: u16, tag: u16) -> u64 {
+    u64::from(sys::UBLKSRV_IO_BUF_OFFSET)
+        + (u64::from(queue) << sys::UBLK_QID_OFF)
+        + (u64::from(tag) << sys::UBLK_TAG_OFF)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_found_where_the_driver_looks_for_it() {
+        assert_eq!(offset_of(0, 0), 0x8000_0000);
+        assert_eq!(offset_of(1, 0) - offset_of(0, 0), 1 << 41);
+        assert_eq!(offset_of(0, 1) - offset_of(0, 0), 1 << 25);
+    }
+}
