@@ -23,8 +23,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The largest request that the kernel hands over in one piece, in bytes.
-pub(crate) const MAX_IO_BYTES: u32 = 1 << 20;
+/// The largest request that the kernel hands over in one piece, in bytes, and how much more where it takes no
+/// buffer of ours.
+const MAX_IO_BYTES: u32 = 512 << 10;
+const MAX_ZERO_COPY_BYTES: u32 = 1 << 20;
 /// The kernel's limit on the depth of a queue.
 pub(crate) const MAX_DEPTH: u16 = sys::UBLK_MAX_QUEUE_DEPTH as u16;
 /// Logical block size: 512 bytes, as a shift.
@@ -155,7 +157,7 @@ impl Device {
         let info = control.add(sys::ublksrv_ctrl_dev_info {
             nr_hw_queues: request.queues,
             queue_depth: request.depth,
-            max_io_buf_bytes: MAX_IO_BYTES,
+            max_io_buf_bytes: if zero_copy { MAX_ZERO_COPY_BYTES } else { MAX_IO_BYTES },
             dev_id: request.id.unwrap_or(ANY_ID),
             ublksrv_pid: -1,
             flags: flags(request) | if zero_copy { ZERO_COPY } else { 0 },
@@ -465,7 +467,7 @@ mod tests {
     #[test]
     fn limits_follow_the_image() {
         let it = params(&SHAPE, MAX_IO_BYTES);
-        assert_eq!(it.basic.max_sectors, 2048);
+        assert_eq!(it.basic.max_sectors, 1024);
         assert_eq!(it.basic.io_opt_shift, 16);
         assert_eq!((it.discard.discard_granularity, it.discard.max_discard_segments), (65536, 1));
         let small = params(&Shape { cluster_bytes: 512, ..SHAPE }, 4096);

@@ -9,6 +9,7 @@
 //! finishes its request first and learns it from its commit. When all queues have ended the daemon
 //! closes the image.
 
+mod buffers;
 mod payload;
 mod tags;
 

@@ -14,6 +14,15 @@ pub const ALIGNMENT: usize = 4096;
 /// From this length on, memory that is not used should not be touched, in bytes.
 const LAZY: usize = 256 << 10;
 
+/// What memory is to be made of, if the system has a choice.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pages {
+    /// Pages of the usual size, each when it is used.
+    Small,
+    /// Huge pages: quickly looked up by the kernel, but taken as a whole.
+    Huge,
+}
+
 /// A window on a shared, page-aligned allocation.
 ///
 /// Cloning and slicing are cheap and share the bytes; an operation in flight holds a clone, so the
@@ -87,6 +96,18 @@ impl Buf {
     pub fn slice(&self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len, "slice {range:?} of {} bytes", self.len);
         Self { owner: Rc::clone(&self.owner), start: self.start + range.start, len: range.end - range.start }
+    }
+
+    /// Says what the window's memory should be made of. The kernel may do otherwise.
+    pub fn advise(&self, pages: Pages) {
+        let advice = match pages {
+            Pages::Small => libc::MADV_NOHUGEPAGE,
+            Pages::Huge => libc::MADV_HUGEPAGE,
+        };
+        let whole_pages = self.len - self.len % ALIGNMENT;
+        // SAFETY: the range lies inside an allocation that is alive, and neither advice changes its content. Its
+        // neighbours in the last page, if the kernel's pages are larger than ours, are served as well.
+        unsafe { libc::madvise(self.as_ptr().cast(), whole_pages, advice) };
     }
 
     /// Whether this window is the only one on its memory, and so no operation in flight has one.

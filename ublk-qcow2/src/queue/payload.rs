@@ -1,6 +1,6 @@
 //! Where the data of a queue's requests is, and how it gets to and from the image's files.
 //!
-//! [`DataPath::Copied`]: each tag has a buffer. The driver copies a write's data into it before the tag's
+//! [`DataPath::Copied`]: each tag has a buffer (`buffers`). The driver copies a write's data into it before the tag's
 //! fetch completes, and a read's out of it when the result is committed.
 //!
 //! [`DataPath::ZeroCopy`]: the request's own pages are the ring's registered buffer with the tag's number, from before
@@ -9,8 +9,8 @@
 //! buffer of a common pool instead, and is copied between that and the request by reading and
 //! writing the character device ([`Payloads::collect`], [`Payloads::deliver`]).
 
-use super::Queue;
-use crate::device::DataPath;
+use super::{Queue, buffers::TagBuffers};
+use crate::{device::DataPath, request::Request};
 use io_uring::{opcode, squeue};
 use libublk::sys;
 use qcow2_engine::{
@@ -22,10 +22,6 @@ use qcow2_engine::{
 };
 use std::{cell::RefCell, io};
 
-/// The part of each tag's buffer whose pages are held for good, in bytes: 2 MiB per queue of 128 tags
-/// for small requests; large ones look their pages up in bulk.
-const HELD_BYTES: usize = 16 << 10;
-
 /// The data of a queue's requests.
 pub(super) struct Payloads {
     ring: Uring,
@@ -36,7 +32,7 @@ pub(super) struct Payloads {
 
 enum Place {
     /// A buffer per tag.
-    Tags(Box<[Buf]>),
+    Tags(TagBuffers),
     /// The requests' pages, and buffers that are not in use.
     Pages { spare: RefCell<Vec<Buf>>, bytes: usize },
 }
@@ -63,7 +59,7 @@ impl Payloads {
     pub(super) fn new(queue: &Queue, ring: &Uring, target: Target) -> io::Result<Self> {
         let bytes = queue.bounds.buffer_bytes as usize;
         let place = match queue.data_path {
-            DataPath::Copied => Place::Tags(tag_buffers(queue, ring)),
+            DataPath::Copied => Place::Tags(TagBuffers::new(queue, ring)),
             DataPath::ZeroCopy => {
                 ring.reserve_buffers(queue.depth.into())?;
                 Place::Pages { spare: RefCell::default(), bytes }
@@ -75,8 +71,8 @@ impl Payloads {
     pub(super) fn announce(&self, tag: u16) -> Announced {
         match &self.place {
             Place::Tags(buffers) => {
-                let buf = &buffers[usize::from(tag)];
-                Announced { buffer: buf.address(), registration: None, memory: Some(buf.clone()) }
+                let buf = buffers.of(tag);
+                Announced { buffer: buf.address(), registration: None, memory: Some(buf) }
             }
             Place::Pages { .. } => {
                 // A request whose pages the driver could not register is to come all the same, and say so.
@@ -93,12 +89,26 @@ impl Payloads {
         matches!(self.place, Place::Tags(_)) || op_flags & sys::UBLK_IO_F_NEED_REG_BUF == 0
     }
 
+    /// Gets ready for a request that has been fetched.
+    pub(super) fn begin(&self, tag: u16, request: &Request) {
+        if let (Place::Tags(buffers), Request::Read(range)) = (&self.place, request) {
+            buffers.suit(tag, range.len);
+        }
+    }
+
+    /// Gets ready for whatever comes after a request that has been carried out.
+    pub(super) fn end(&self, tag: u16, request: &Request) {
+        if let (Place::Tags(buffers), Request::Write { range, .. }) = (&self.place, request) {
+            buffers.suit(tag, range.len);
+        }
+    }
+
     /// Starts the transfer of all of a request's data, which is reported under the tag's number.
     pub(super) fn transfer(&self, tag: u16, way: Way, len: u64, direct: &Direct) {
         let (file, at, token) = (direct.file, direct.at, u32::from(tag));
         match &self.place {
             Place::Tags(buffers) => {
-                let part = buffers[usize::from(tag)].slice(0..len as usize);
+                let part = buffers.of(tag).slice(0..len as usize);
                 match way {
                     Way::FromFile => self.ring.read_reporting(file, at, part, token),
                     Way::ToFile => self.ring.write_reporting(file, at, part, token),
@@ -118,7 +128,7 @@ impl Payloads {
     /// A buffer for a request's data, to be given back with [`Self::put_back`].
     pub(super) fn take(&self, tag: u16) -> Buf {
         match &self.place {
-            Place::Tags(buffers) => buffers[usize::from(tag)].clone(),
+            Place::Tags(buffers) => buffers.of(tag),
             // The one that was used last is the likeliest to be in the processor's cache.
             Place::Pages { spare, bytes } => spare.borrow_mut().pop().unwrap_or_else(|| Buf::zeroed(*bytes)),
         }
@@ -162,17 +172,6 @@ impl Payloads {
         }
         Err(io::Error::other(format!("{copied} of {} bytes", buf.len())))
     }
-}
-
-/// A buffer for each tag, registered in part with the ring.
-fn tag_buffers(queue: &Queue, ring: &Uring) -> Box<[Buf]> {
-    let bytes = queue.bounds.buffer_bytes as usize;
-    let buffers: Box<[_]> = (0..queue.depth).map(|_| Buf::zeroed(bytes)).collect();
-    let held = buffers.iter().map(|buf| buf.slice(0..bytes.min(HELD_BYTES))).collect();
-    if let Err(error) = ring.register_buffers(held) {
-        tracing::info!(queue = queue.index, "no registered buffers, small requests cost more: {error}");
-    }
-    buffers
 }
 
 /// Where in the character device the data of a tag's request begins.

@@ -116,6 +116,7 @@ impl Context {
                 Ok(bytes) => bytes as i32,
                 Err(error) => self.failed(&request, &error),
             };
+            self.payloads.end(number, &request);
             self.commit(number, result);
         }
     }
@@ -127,6 +128,7 @@ impl Context {
             Stage::Direct { request, direct } => {
                 self.lane.end_direct(direct);
                 if i64::from(result) == request.data_len() as i64 {
+                    self.payloads.end(number, &request);
                     self.commit(number, result);
                 } else {
                     self.hand_over(number, request);
@@ -143,10 +145,7 @@ impl Context {
     fn fetched(&self, number: u16, result: i32) {
         if result >= 0 {
             match self.request_of(number) {
-                Ok(request) if self.payloads.is_movable(self.descriptors.get(number).op_flags) => {
-                    self.begin(number, request);
-                }
-                Ok(request) => self.hand_over(number, request),
+                Ok(request) => self.begin(number, request),
                 Err(refusal) => self.commit(number, refusal),
             }
             return;
@@ -162,6 +161,10 @@ impl Context {
 
     /// Starts the transfer that answers a request, or leaves it to the tag's task.
     fn begin(&self, number: u16, request: Request) {
+        self.payloads.begin(number, &request);
+        if !self.payloads.is_movable(self.descriptors.get(number).op_flags) {
+            return self.hand_over(number, request);
+        }
         let (direct, len, way) = match request {
             Request::Read(Range { at, len }) => (self.lane.direct_read(at, len), len, Way::FromFile),
             Request::Write { range: Range { at, len }, fua: false } => {

@@ -1,0 +1,101 @@
+//! The tags' buffers where the driver copies the data of requests.
+//!
+//! Each command names the buffer of its tag: the driver copies a read's data out of it when the result is
+//! committed, and the next write's data into it. So a tag can have another one after each request, and it has one of two:
+//!
+//! - its own, whose first pages the ring holds, so that small transfers need not look them up;
+//! - while its requests are large, a chunk of a region of huge pages, of which looking up costs nothing to speak of.
+//!
+//! In huge pages alone an idle queue would hold all of its buffers; with its own alone a request of 512 KiB
+//! costs a tenth more. Either has room for the longest request, because nothing tells how long the next write is.
+
+use super::Queue;
+use qcow2_engine::io::{Buf, Pages, uring::Uring};
+use std::cell::RefCell;
+
+/// The part of each tag's own buffer whose pages are held for good, in bytes: 2 MiB per queue of 128 tags.
+/// A longer request is large.
+const HELD_BYTES: usize = 16 << 10;
+/// Bytes of a huge page; where it has another size the region's beginning is aligned for nothing.
+const HUGE_PAGE: usize = 2 << 20;
+
+/// The buffers of all tags of a queue.
+pub(super) struct TagBuffers {
+    own: Box<[Buf]>,
+    chunks: RefCell<Chunks>,
+}
+
+struct Chunks {
+    /// The chunk of each tag that has one.
+    taken: Box<[Option<Buf>]>,
+    /// The others; the last one was used last, and is the likeliest to have memory.
+    spare: Vec<Buf>,
+}
+
+impl TagBuffers {
+    /// Makes the buffers, and registers the tags' own in part with the ring.
+    pub(super) fn new(queue: &Queue, ring: &Uring) -> Self {
+        let bytes = queue.bounds.buffer_bytes as usize;
+        let this = Self::sized(queue.depth.into(), bytes);
+        let held = this.own.iter().map(|buf| buf.slice(0..bytes.min(HELD_BYTES))).collect();
+        if let Err(error) = ring.register_buffers(held) {
+            tracing::info!(queue = queue.index, "no registered buffers, small requests cost more: {error}");
+        }
+        this
+    }
+
+    fn sized(depth: usize, bytes: usize) -> Self {
+        let own: Box<[_]> = (0..depth).map(|_| Buf::zeroed(bytes)).collect();
+        own.iter().for_each(|buf| buf.advise(Pages::Small));
+        let region = Buf::zeroed(depth * bytes + HUGE_PAGE);
+        let start = region.address().next_multiple_of(HUGE_PAGE as u64) - region.address();
+        let region = region.slice(start as usize..start as usize + depth * bytes);
+        region.advise(Pages::Huge);
+        let spare = (0..depth).rev().map(|at| region.slice(at * bytes..(at + 1) * bytes)).collect();
+        Self { own, chunks: RefCell::new(Chunks { taken: vec![None; depth].into(), spare }) }
+    }
+
+    /// The buffer that a tag has.
+    pub(super) fn of(&self, tag: u16) -> Buf {
+        let tag = usize::from(tag);
+        self.chunks.borrow().taken[tag].as_ref().unwrap_or(&self.own[tag]).clone()
+    }
+
+    /// Gives a tag the buffer for requests of `len` bytes: for a read before it is carried out, for a write when that is
+    /// over, because its data is where the command before it said.
+    pub(super) fn suit(&self, tag: u16, len: u64) {
+        let Chunks { taken, spare } = &mut *self.chunks.borrow_mut();
+        let taken = &mut taken[usize::from(tag)];
+        match (len > HELD_BYTES as u64, taken.is_some()) {
+            // There are as many as tags.
+            (true, false) => *taken = spare.pop(),
+            (false, true) => spare.extend(taken.take()),
+            _ => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_requests_share_the_chunks_that_were_used_last() {
+        let buffers = TagBuffers::sized(2, 1 << 19);
+        let own = [buffers.of(0).address(), buffers.of(1).address()];
+        buffers.suit(0, 4096);
+        assert_eq!(buffers.of(0).address(), own[0]);
+        buffers.suit(0, 1 << 19);
+        let chunk = buffers.of(0);
+        assert_eq!((chunk.address() % HUGE_PAGE as u64, chunk.len()), (0, 1 << 19));
+        buffers.suit(0, 1 << 18);
+        assert_eq!(buffers.of(0).address(), chunk.address(), "kept while requests are large");
+        buffers.suit(1, 1 << 19);
+        assert_eq!(buffers.of(1).address(), chunk.address() + (1 << 19));
+        buffers.suit(0, 512);
+        buffers.suit(1, 512);
+        assert_eq!([buffers.of(0).address(), buffers.of(1).address()], own);
+        buffers.suit(0, 1 << 19);
+        assert_eq!(buffers.of(0).address(), chunk.address() + (1 << 19), "the warm one first");
+    }
+}
