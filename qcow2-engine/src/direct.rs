@@ -1,10 +1,10 @@
-//! The short cut: a request that one transfer answers is resolved at once and moved by the caller.
+//! The short cut: a request that transfers alone answer is resolved at once and moved by the caller.
 //!
-//! Most requests find their mapping in memory and one run of bytes in one file: a read of data, or a
+//! Most requests find their mapping in memory and one run of bytes in one file, or a few: a read of data, or a
 //! write over clusters that are the image's own. For these the engine has nothing to wait for, so no
 //! future is needed: [`Lane::direct_read`] and [`Lane::direct_write`] say where the bytes are, the
 //! caller moves them and says when it is done. Whatever is not as simple, now or when the
-//! transfer ends (short, or failed), goes to [`Lane::read`] and [`Lane::write`], which do the whole
+//! transfers end (short, or failed), goes to [`Lane::read`] and [`Lane::write`], which do the whole
 //! request from its beginning: doing a part of it twice is harmless, as it has not been answered.
 //!
 //! The same decisions as on the long way: `resolve` and `write::split`. The request is in flight from
@@ -19,36 +19,58 @@ use crate::{
 };
 use smallvec::SmallVec;
 
-/// Where the bytes of a request are: contiguous in a file.
+/// Runs of a request at most: a transfer costs something too, and small pieces are better gathered in a buffer.
+const MAX_RUNS: usize = 16;
+
+/// Where the bytes of a request are, in its order.
 #[derive(Debug)]
 #[must_use = "the request is in flight until `Lane::end_direct`"]
 pub struct Direct {
+    runs: Runs,
+    flight: Flight,
+}
+
+/// Bytes that are contiguous in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
     /// The file.
     pub file: FileId,
     /// Byte offset in it.
     pub at: u64,
-    flight: Flight,
+    /// Bytes.
+    pub len: u64,
+}
+
+type Runs = SmallVec<[Run; 1]>;
+
+impl Direct {
+    /// One transfer for each; at least one.
+    #[inline]
+    #[must_use]
+    pub fn runs(&self) -> &[Run] {
+        &self.runs
+    }
 }
 
 impl<I: Io> Lane<I> {
-    /// Begins a read that one transfer answers. `None` where it is not so simple, or might fail:
+    /// Begins a read that a few transfers answer. `None` where it is not so simple, or might fail:
     /// [`Lane::read`] tells. A transfer that ends short has met the end of the file and is no answer.
     #[inline]
     pub fn direct_read(&self, at: u64, len: u64) -> Option<Direct> {
-        self.begin_direct(at, len, Image::one_extent)
+        self.begin_direct(at, len, Image::runs_to_read)
     }
 
-    /// Begins a write that one transfer carries out; otherwise as [`Lane::direct_read`].
+    /// Begins a write that a few transfers carry out; otherwise as [`Lane::direct_read`].
     #[inline]
     pub fn direct_write(&self, at: u64, len: u64) -> Option<Direct> {
         // What `begin_mutation` refuses or has to prepare.
         if self.image().check_changes().is_err() || !self.image().autoclear.is_clear() {
             return None;
         }
-        self.begin_direct(at, len, Image::one_place)
+        self.begin_direct(at, len, Image::runs_to_write)
     }
 
-    /// Ends the request: its transfer is over, well or not.
+    /// Ends the request: its transfers are over, well or not.
     #[inline]
     pub fn end_direct(&self, direct: Direct) {
         self.end(direct.flight);
@@ -59,12 +81,12 @@ impl<I: Io> Lane<I> {
         &self,
         at: u64,
         len: u64,
-        find: impl Fn(&Image, u64, u64) -> Option<(FileId, u64)>,
+        find: impl Fn(&Image, u64, u64) -> Option<Runs>,
     ) -> Option<Direct> {
         self.check_range(at, len).ok()?;
         let flight = self.try_begin()?;
-        if let Some((file, at)) = find(self.image(), at, len) {
-            return Some(Direct { file, at, flight });
+        if let Some(runs) = find(self.image(), at, len) {
+            return Some(Direct { runs, flight });
         }
         self.end(flight);
         None
@@ -72,27 +94,35 @@ impl<I: Io> Lane<I> {
 }
 
 impl Image {
-    /// Where a range can be read, if it is data in one run.
-    fn one_extent(&self, at: u64, len: u64) -> Option<(FileId, u64)> {
+    /// Where a range can be read, if it is all data.
+    fn runs_to_read(&self, at: u64, len: u64) -> Option<Runs> {
         let mut extents = Extents::new();
         self.resolve(at, len, &mut extents).ok()?;
-        match extents[..] {
-            [Extent::Data { file, at, .. }] => Some((file, at)),
+        few(&extents, |extent| match *extent {
+            Extent::Data { file, at, len } => Some(Run { file, at, len }),
             _ => None,
-        }
+        })
     }
 
-    /// Where a range can be overwritten, if that is one run.
-    fn one_place(&self, at: u64, len: u64) -> Option<(FileId, u64)> {
+    /// Where a range can be overwritten, if all of it can.
+    fn runs_to_write(&self, at: u64, len: u64) -> Option<Runs> {
         let mut pieces = SmallVec::new();
         split(self, at, len, &mut pieces).ok()?;
-        match pieces[..] {
-            [piece] => match piece.kind {
-                Kind::InPlace { host } => Some((self.top().file, host)),
-                Kind::Allocate => None,
-            },
-            _ => None,
-        }
+        let file = self.top().file;
+        few(&pieces, |piece| match piece.kind {
+            Kind::InPlace { host } => Some(Run { file, at: host, len: piece.len }),
+            Kind::Allocate => None,
+        })
+    }
+}
+
+/// The runs of all parts, if each is one.
+#[inline]
+fn few<P>(parts: &[P], run_of: impl Fn(&P) -> Option<Run>) -> Option<Runs> {
+    match parts {
+        [part] => run_of(part).map(|run| Runs::from_buf([run])),
+        _ if parts.len() <= MAX_RUNS => parts.iter().map(run_of).collect(),
+        _ => None,
     }
 }
 
@@ -117,7 +147,7 @@ mod tests {
 
     fn new_image() -> MemFiles {
         let files = MemFiles::default();
-        let options = CreateOptions { virtual_size: 16 * CLUSTER, ..CreateOptions::default() };
+        let options = CreateOptions { virtual_size: 32 * CLUSTER, ..CreateOptions::default() };
         let blueprint = Blueprint::new(&options).unwrap();
         let mut bytes = vec![0; blueprint.file_len() as usize];
         for (at, part) in blueprint.writes() {
@@ -136,12 +166,14 @@ mod tests {
         run(lane.write(0, Buf::zeroed(2 * CLUSTER as usize))).unwrap();
         let across = lane.direct_read(CLUSTER - 512, 1024).expect("neighbours on the host");
         let within = lane.direct_write(CLUSTER + 512, 512).expect("its own");
-        assert_eq!((within.file, within.at), (across.file, across.at + 1024));
+        let [before] = across.runs() else { panic!("{:?}", across.runs()) };
+        assert_eq!(before.len, 1024);
+        assert_eq!(within.runs(), [Run { at: before.at + 1024, len: 512, ..*before }]);
         assert!(lane.direct_read(0, 512).is_none(), "the lane's depth is 2");
         lane.end_direct(across);
         assert!(lane.direct_read(CLUSTER, 2 * CLUSTER).is_none(), "data, then zeros");
         assert!(lane.direct_write(CLUSTER, 2 * CLUSTER).is_none());
-        assert!(lane.direct_read(16 * CLUSTER, 512).is_none(), "beyond the end");
+        assert!(lane.direct_read(32 * CLUSTER, 512).is_none(), "beyond the end");
         lane.end_direct(within);
         run(lane.flush()).unwrap();
 
@@ -150,6 +182,28 @@ mod tests {
         run(reader.read(0, Buf::zeroed(512))).unwrap();
         assert!(reader.direct_write(0, 512).is_none(), "read-only");
         reader.end_direct(reader.direct_read(0, 512).expect("in memory now"));
+    }
+
+    #[test]
+    fn scattered_clusters_are_runs_in_the_order_of_the_request() {
+        let lane = open(&new_image(), false);
+        // The higher guest cluster gets the lower place.
+        for cluster in [1, 0] {
+            run(lane.write(cluster * CLUSTER, Buf::zeroed(CLUSTER as usize))).unwrap();
+        }
+        for direct in [lane.direct_read(CLUSTER - 512, 1536), lane.direct_write(CLUSTER - 512, 1536)] {
+            let direct = direct.expect("both are the image's own");
+            let [first, second] = direct.runs() else { panic!("{:?}", direct.runs()) };
+            assert_eq!((first.len, second.len), (512, 1024));
+            assert_eq!(first.at, second.at + 2 * CLUSTER - 512);
+            lane.end_direct(direct);
+        }
+        for cluster in (2..2 + MAX_RUNS as u64).rev() {
+            run(lane.write(cluster * CLUSTER, Buf::zeroed(CLUSTER as usize))).unwrap();
+        }
+        let many = |clusters: u64| lane.direct_read(2 * CLUSTER, clusters * CLUSTER);
+        lane.end_direct(many(MAX_RUNS as u64).expect("as many as allowed"));
+        assert!(lane.direct_read(0, (2 + MAX_RUNS as u64) * CLUSTER).is_none(), "too many");
     }
 
     /// R5: what a transfer under way may touch is not given to another.

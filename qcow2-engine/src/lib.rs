@@ -51,7 +51,7 @@ mod write;
 pub use backing::{BackingPolicy, Format, MAX_CHAIN};
 pub use check::{CheckOptions, CheckReport, Repair, check};
 pub use create::Preallocation;
-pub use direct::Direct;
+pub use direct::{Direct, Run};
 pub use discard::ZeroMode;
 pub use error::{Error, ErrorKind, Result};
 pub use grow::grow;

@@ -24,7 +24,7 @@ use std::{ops::Range, sync::Arc};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Piece {
     at: u64,
-    len: u64,
+    pub(crate) len: u64,
     pub(crate) kind: Kind,
 }
 

@@ -14,7 +14,7 @@ use crate::{device::DataPath, request::Request};
 use io_uring::{opcode, squeue};
 use libublk::sys;
 use qcow2_engine::{
-    Direct, entry_for,
+    Run, entry_for,
     io::{
         Buf,
         uring::{KernelBuf, Target, Uring},
@@ -103,23 +103,30 @@ impl Payloads {
         }
     }
 
-    /// Starts the transfer of all of a request's data, which is reported under the tag's number.
-    pub(super) fn transfer(&self, tag: u16, way: Way, len: u64, direct: &Direct) {
-        let (file, at, token) = (direct.file, direct.at, u32::from(tag));
+    /// Starts the transfers of a request's data, which are reported under the tag's number.
+    pub(super) fn transfer(&self, tag: u16, way: Way, runs: &[Run]) {
+        let token = u32::from(tag);
         match &self.place {
             Place::Tags(buffers) => {
-                let part = buffers.of(tag).slice(0..len as usize);
-                match way {
-                    Way::FromFile => self.ring.read_reporting(file, at, part, token),
-                    Way::ToFile => self.ring.write_reporting(file, at, part, token),
+                let whole = buffers.of(tag);
+                let start = match way {
+                    Way::FromFile => Uring::read_reporting,
+                    Way::ToFile => Uring::write_reporting,
+                };
+                for (begin, run) in placed(runs) {
+                    let part = whole.slice(begin as usize..(begin + run.len) as usize);
+                    start(&self.ring, run.file, run.at, part, token);
                 }
             }
             Place::Pages { .. } => {
-                // At most the longest request, 1 MiB.
-                let pages = KernelBuf { index: tag, len: len as u32 };
-                match way {
-                    Way::FromFile => self.ring.read_into_reporting(file, at, pages, token),
-                    Way::ToFile => self.ring.write_from_reporting(file, at, pages, token),
+                let start = match way {
+                    Way::FromFile => Uring::read_into_reporting,
+                    Way::ToFile => Uring::write_from_reporting,
+                };
+                for (offset, run) in placed(runs) {
+                    // At most the longest request, 1 MiB.
+                    let pages = KernelBuf { index: tag, offset, len: run.len as u32 };
+                    start(&self.ring, run.file, run.at, pages, token);
                 }
             }
         }
@@ -172,6 +179,15 @@ impl Payloads {
         }
         Err(io::Error::other(format!("{copied} of {} bytes", buf.len())))
     }
+}
+
+/// Each run with where it begins in the request.
+fn placed(runs: &[Run]) -> impl Iterator<Item = (u64, &Run)> {
+    runs.iter().scan(0, |next, run| {
+        let begin = *next;
+        *next += run.len;
+        Some((begin, run))
+    })
 }
 
 /// Where in the character device the data of a tag's request begins.

@@ -1,13 +1,13 @@
 //! The life of a queue's tags: fetch, serve, commit, which is the next fetch.
 //!
 //! One task, [`Context::serve_tags`], moves all tags on as their operations end; each tag is in one
-//! [`Stage`]. What one transfer answers ([`Lane::direct_read`](qcow2_engine::Lane::direct_read) and
-//! its kin) is done right there: the transfer is started when the request has been fetched, and the
-//! result committed when it has ended. Everything else, and a transfer that ended otherwise than
+//! [`Stage`]. What a few transfers answer ([`Lane::direct_read`](qcow2_engine::Lane::direct_read) and
+//! its kin) is done right there: the transfers are started when the request has been fetched, and the
+//! result committed when the last has ended. Everything else, and a request of which a transfer ended otherwise than
 //! whole, is handed to the tag's own task ([`Context::serve_slowly`]), which waits for the engine.
 //!
 //! ```text
-//!        fetched             transfer ended
+//!        fetched             transfers ended
 //! Kernel ───────▶ Direct ──────────────────▶ Kernel (commit)
 //!    │   └──────▶ Task ◀── short, or failed ───┘
 //!    │              └───── engine done ────▶ Kernel (commit)
@@ -46,12 +46,28 @@ pub(super) enum Failure {
 enum Stage {
     /// The kernel: it has been told to fetch, or that and a result.
     Kernel,
-    /// A transfer that answers the request is under way.
-    Direct { request: Request, direct: Direct },
+    /// Transfers that answer the request are under way.
+    Direct { request: Request, direct: Direct, account: Account },
     /// The tag's task, which has the request or is about to take it.
     Task(Option<Request>),
     /// Nobody: the device is being stopped, or the tag is lost.
     Ended,
+}
+
+/// How far a request's transfers have come.
+#[derive(Clone, Copy)]
+struct Account {
+    under_way: usize,
+    /// Bytes moved by those that have ended; fewer than the request's if one has failed.
+    moved: u64,
+}
+
+impl Account {
+    /// Notes the end of one.
+    fn note(self, result: i32) -> Self {
+        let moved = self.moved + u64::try_from(result).unwrap_or(0);
+        Self { under_way: self.under_way - 1, moved }
+    }
 }
 
 impl Tag {
@@ -125,11 +141,16 @@ impl Context {
     fn advance(&self, number: u16, result: i32) {
         match self.tag(number).stage.replace(Stage::Kernel) {
             Stage::Kernel => self.fetched(number, result),
-            Stage::Direct { request, direct } => {
+            Stage::Direct { request, direct, account } => {
+                let account = account.note(result);
+                if account.under_way > 0 {
+                    return self.tag(number).set(Stage::Direct { request, direct, account });
+                }
                 self.lane.end_direct(direct);
-                if i64::from(result) == request.data_len() as i64 {
+                if account.moved == request.data_len() {
                     self.payloads.end(number, &request);
-                    self.commit(number, result);
+                    // At most the longest request.
+                    self.commit(number, account.moved as i32);
                 } else {
                     self.hand_over(number, request);
                 }
@@ -159,22 +180,23 @@ impl Context {
         self.tag(number).wake();
     }
 
-    /// Starts the transfer that answers a request, or leaves it to the tag's task.
+    /// Starts the transfers that answer a request, or leaves it to the tag's task.
     fn begin(&self, number: u16, request: Request) {
         self.payloads.begin(number, &request);
         if !self.payloads.is_movable(self.descriptors.get(number).op_flags) {
             return self.hand_over(number, request);
         }
-        let (direct, len, way) = match request {
-            Request::Read(Range { at, len }) => (self.lane.direct_read(at, len), len, Way::FromFile),
+        let (direct, way) = match request {
+            Request::Read(Range { at, len }) => (self.lane.direct_read(at, len), Way::FromFile),
             Request::Write { range: Range { at, len }, fua: false } => {
-                (self.lane.direct_write(at, len), len, Way::ToFile)
+                (self.lane.direct_write(at, len), Way::ToFile)
             }
             _ => return self.hand_over(number, request),
         };
         let Some(direct) = direct else { return self.hand_over(number, request) };
-        self.payloads.transfer(number, way, len, &direct);
-        self.tag(number).set(Stage::Direct { request, direct });
+        self.payloads.transfer(number, way, direct.runs());
+        let account = Account { under_way: direct.runs().len(), moved: 0 };
+        self.tag(number).set(Stage::Direct { request, direct, account });
     }
 
     fn hand_over(&self, number: u16, request: Request) {

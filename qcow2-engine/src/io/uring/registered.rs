@@ -9,13 +9,15 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd},
 };
 
-/// The beginning of a buffer that the kernel puts into the ring's table itself, for as long as it likes: the pages of a
+/// A part of a buffer that the kernel puts into the ring's table itself, for as long as it likes: the pages of a
 /// block request, for one. See [`Uring::reserve_buffers`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KernelBuf {
     /// Its number in the table.
     pub index: u16,
-    /// How many of its bytes to move.
+    /// Where the part begins in it, in bytes.
+    pub offset: u64,
+    /// The part's length.
     pub len: u32,
 }
 
@@ -83,20 +85,23 @@ impl Uring {
 
     /// A read into a buffer of the kernel's. The kernel checks that it is there, and its length.
     pub(super) fn read_into_entry(&self, file: FileId, at: u64, buf: KernelBuf) -> io::Result<Prepared> {
-        let KernelBuf { index, len } = buf;
-        // Addresses in such a buffer are offsets from its beginning.
-        let beginning = std::ptr::null_mut();
+        let KernelBuf { index, offset, len } = buf;
         Ok(Prepared::Other(entry_for!(self.target(file)?, |fd| {
-            opcode::ReadFixed::new(fd, beginning, len, index).offset(at).build()
+            // What stands for an address in such a buffer is an offset.
+            opcode::ReadFixed::new(fd, std::ptr::without_provenance_mut(offset as usize), len, index)
+                .offset(at)
+                .build()
         })))
     }
 
     /// A write out of a buffer of the kernel's; see [`Self::read_into_entry`].
     pub(super) fn write_from_entry(&self, file: FileId, at: u64, buf: KernelBuf) -> io::Result<Prepared> {
-        let KernelBuf { index, len } = buf;
+        let KernelBuf { index, offset, len } = buf;
         let Known { target, is_direct } = self.known(file)?;
         let entry = entry_for!(target, |fd| {
-            opcode::WriteFixed::new(fd, std::ptr::null(), len, index).offset(at).build()
+            opcode::WriteFixed::new(fd, std::ptr::without_provenance(offset as usize), len, index)
+                .offset(at)
+                .build()
         });
         Ok(if is_direct { Prepared::DirectWrite(entry) } else { Prepared::Other(entry) })
     }
