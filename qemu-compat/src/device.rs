@@ -224,6 +224,7 @@ pub struct DeviceDisk {
     file: File,
     device: Device,
     size: u64,
+    skew: usize,
 }
 
 impl DeviceDisk {
@@ -238,7 +239,13 @@ impl DeviceDisk {
             .open(device.path())
             .with_context(|| format!("cannot open {}", device.path().display()))?;
         let size = file.seek(SeekFrom::End(0))?;
-        Ok(Self { file, device, size })
+        Ok(Self { file, device, size, skew: 0 })
+    }
+
+    /// From now on the memory of requests begins at this byte of a page.
+    #[must_use]
+    pub fn with_skew(self, skew: usize) -> Self {
+        Self { skew, ..self }
     }
 
     /// The device.
@@ -260,12 +267,13 @@ impl Disk for DeviceDisk {
     }
 
     fn run(&mut self, batch: &[Op]) -> Result<Vec<Vec<u8>>> {
-        let file = &self.file;
+        let (file, skew) = (&self.file, self.skew);
         if let [op] = batch {
-            return Ok(vec![carry_out(file, op).with_context(|| format!("{op:?}"))?]);
+            return Ok(vec![carry_out_at(skew, file, op).with_context(|| format!("{op:?}"))?]);
         }
         thread::scope(|scope| {
-            let running: Vec<_> = batch.iter().map(|op| scope.spawn(move || carry_out(file, op))).collect();
+            let running: Vec<_> =
+                batch.iter().map(|op| scope.spawn(move || carry_out_at(skew, file, op))).collect();
             running
                 .into_iter()
                 .zip(batch)
@@ -288,14 +296,19 @@ impl Disk for DeviceDisk {
 /// # Errors
 /// The operating system's, or a transfer that ends early.
 pub fn carry_out(file: &File, op: &Op) -> Result<Vec<u8>> {
+    carry_out_at(0, file, op)
+}
+
+/// The same, with memory that begins at this byte of a page.
+fn carry_out_at(skew: usize, file: &File, op: &Op) -> Result<Vec<u8>> {
     match *op {
         Op::Write { at, ref bytes } => {
-            let mut memory = Aligned::new(bytes.len());
+            let mut memory = Aligned::new(bytes.len(), skew);
             memory.bytes().copy_from_slice(bytes);
             file.write_all_at(memory.bytes(), at)?;
         }
         Op::Read { at, len } => {
-            let mut memory = Aligned::new(len as usize);
+            let mut memory = Aligned::new(len as usize, skew);
             file.read_exact_at(memory.bytes(), at)?;
             return Ok(memory.bytes().to_vec());
         }
@@ -326,7 +339,7 @@ mod ioctl {
     nix::ioctl_write_ptr_bad!(blkzeroout, nix::request_code_none!(0x12, 127), [u64; 2]);
 }
 
-/// Memory that begins at a page.
+/// Memory that begins at a certain byte of a page.
 struct Aligned {
     memory: Vec<u8>,
     start: usize,
@@ -334,10 +347,10 @@ struct Aligned {
 }
 
 impl Aligned {
-    fn new(len: usize) -> Self {
+    fn new(len: usize, skew: usize) -> Self {
         debug_assert!((len as u64).is_multiple_of(SECTOR));
-        let memory = vec![0; len + PAGE];
-        let start = memory.as_ptr().align_offset(PAGE);
+        let memory = vec![0; len + skew + PAGE];
+        let start = memory.as_ptr().align_offset(PAGE) + skew;
         Self { memory, start, len }
     }
 

@@ -16,6 +16,7 @@
 
 pub mod command;
 pub mod content;
+pub mod data_path;
 pub mod device;
 pub mod disk;
 pub mod engine;

@@ -3,6 +3,7 @@
 //! Cheap and telling ones come first: when the device does not work at all, that shows in seconds.
 
 use crate::{
+    data_path,
     device::{Binary, DeviceDisk},
     disk::{Disk, Op, Server},
     fio::Verified,
@@ -124,6 +125,9 @@ impl Cases {
     fn servers(&mut self) {
         self.add("server/guarded", 60, |it, dir| server::guarded(&it.binary, dir));
         self.add("server/partitions", 60, |it, dir| server::partitions(&it.binary, dir));
+        self.add("server/data-paths", 240, |it, dir| {
+            data_path::both(&it.binary, dir, it.seed).with_context(|| format!("seed {}", it.seed))
+        });
         self.add("server/let-go", 60, |it, dir| server::file_system_let_go(&it.binary, dir));
         let queues: &[u16] = if self.setting.scale == Scale::Full { &[1, 2] } else { &[2] };
         for &queues in queues {
