@@ -168,13 +168,13 @@ drive() {
         --group_reporting --output-format=json --output="${FACTS%.facts}.json" "$@" >"$SCRATCH/said" 2>&1
 }
 
-# speed ROUND ENGINE ROW IMAGE [FIO OPTION]…
+# speed ROUND ENGINE ROW IMAGE WARM [FIO OPTION]…: of so many requests, before the ones that count, nothing is kept
 speed() {
-    local engine=$2 image=$4
+    local engine=$2 image=$4 warm=$5
     begin "$1" "$2" "$3" || return 0
-    shift 4
+    shift 5
     attached "$engine" "$image" || return 0
-    if drive "$@"; then
+    if { [ "$warm" = 0 ] || drive "$@" --number_ios="$warm"; } && drive "$@"; then
         resident
         printf '\n'
     else

@@ -71,9 +71,7 @@ fn targets(document: &Document) -> String {
             Verdict::NotReached(spread) => (span(&spread), "**not reached**".to_owned()),
             Verdict::NotMeasured(why) => ("–".to_owned(), why),
         };
-        let note =
-            target.note().filter(|_| measured != "–").map_or_else(String::new, |note| format!(" ({note})"));
-        let _ = writeln!(text, "| {} | {} | {measured} | {verdict}{note} |", target.work(), target.wanted());
+        let _ = writeln!(text, "| {} | {} | {measured} | {verdict} |", target.work(), target.wanted());
     }
     text + "\n"
 }
