@@ -1,6 +1,6 @@
 #!/bin/sh
 # First process of the throw-away machine. Prepares it, runs /payload/run with its output on the virtio console,
-# reports the exit status on the second serial port, and powers off. Disks are known by their serial names.
+# says on the second serial port that it begins, and the exit status, and powers off. Disks are known by their serial names.
 export PATH=/payload/bin:/usr/sbin:/usr/bin HOME=/root TERM="${TERM:-linux}" LANG=C.UTF-8
 export SCRATCH=/scratch RESULTS=/results PAYLOAD=/payload IN_MACHINE=1
 
@@ -57,6 +57,7 @@ if [ -e /dev/disk/scratch ]; then
 fi
 [ -c /dev/ublk-control ] || broken "no /dev/ublk-control"
 [ -c /dev/hvc0 ] || broken "no virtio console"
+echo begun >/dev/ttyS1
 
 cd /scratch || broken "no /scratch"
 if [ -e /payload/interactive ]; then

@@ -2,8 +2,8 @@
 //!
 //! The guest's side is guest/init.sh. The contract between the two: disks carry serial names (`payload`, `scratch`,
 //! `results`, and the caller's); the payload disk is a cpio archive that holds /payload/run; that script's output
-//! comes through the virtio console, kernel messages through the first serial port, and the line `exit N` through
-//! the second. A machine never outlives xtask: QEMU is told to die with its parent.
+//! comes through the virtio console, kernel messages through the first serial port, and the lines `begun` and `exit N`
+//! through the second. A machine never outlives xtask: QEMU is told to die with its parent.
 
 use super::{accel::Accel, initramfs, tree::Tree};
 use crate::{
@@ -24,11 +24,16 @@ use std::{
 
 /// The status by which guest/init.sh says that the machine itself is broken and nothing has run.
 const STATUS_BROKEN: i32 = 125;
+/// What guest/init.sh says when the script begins.
+const BEGUN: &str = "begun";
 /// Room for what a run brings back. The file is sparse.
 const RESULTS_BYTES: u64 = 4 << 30;
 /// Its memory holds the whole mapping of 8 GiB in clusters of 4 KiB, so that none of it is written for want of room.
 const VOLATILE: &str = "qcow2,l2-cache-size=16M";
 const POLL: Duration = Duration::from_millis(20);
+/// How long a machine may take until its script begins. A boot takes seconds; now and then an emulated one, on a busy
+/// host, hangs in the kernel before anything of ours has run.
+const BOOT_LIMIT: Duration = Duration::from_secs(240);
 
 /// A disk beyond the ones that every machine has.
 #[derive(Debug, Clone)]
@@ -106,11 +111,23 @@ impl Machine<'_> {
         self.start(payload)?.finish()
     }
 
-    /// Switches the machine on.
+    /// Switches the machine on, and returns when the script begins, or when the machine has ended.
     ///
     /// # Errors
-    /// Fails when it does not start.
+    /// Fails when it does not start, or hangs before the script.
     pub(crate) fn start(&self, payload: &Tree) -> Result<Running<'_>> {
+        let mut running = self.switch_on(payload)?;
+        // Whoever gives a machine less time wants to know whether it boots at all.
+        if self.time_limit <= BOOT_LIMIT || running.has_begun()? {
+            return Ok(running);
+        }
+        let hung = running.give_up();
+        eprintln!("xtask: the machine has hung before its script began; booting it once more\n{hung:#}");
+        let mut running = self.switch_on(payload)?;
+        if running.has_begun()? { Ok(running) } else { Err(running.give_up().context("two boots hung")) }
+    }
+
+    fn switch_on(&self, payload: &Tree) -> Result<Running<'_>> {
         let initramfs = initramfs::ensure(self.kernel)?;
         let dir = RunDir::create()?;
         payload
@@ -184,7 +201,7 @@ impl Machine<'_> {
         if let Ended::OutOfTime = ended {
             let so_far = String::from_utf8_lossy(output);
             bail!(
-                "the machine was stopped after {} s; last output:\n{}\nkernel messages{}",
+                "the machine was stopped, whose limit is {} s; last output:\n{}\nkernel messages{}",
                 self.time_limit.as_secs(),
                 tail(&so_far, 10),
                 shown()
@@ -221,6 +238,22 @@ impl Running<'_> {
                 .arg("--no-same-owner"))?;
         }
         Ok(Finished { status, output })
+    }
+
+    /// Waits for the beginning of the script, or the machine's end. False if neither comes.
+    fn has_begun(&mut self) -> Result<bool> {
+        let deadline = Instant::now() + BOOT_LIMIT;
+        let status = self.dir.file("status");
+        loop {
+            let begun = fs::read_to_string(&status).is_ok_and(|said| said.contains(BEGUN));
+            if begun || !self.is_on()? {
+                return Ok(true);
+            }
+            if Instant::now() >= deadline {
+                return Ok(false);
+            }
+            thread::sleep(POLL);
+        }
     }
 
     /// Whether it is still on.
