@@ -9,7 +9,7 @@ use crate::{
     epoch::Slots,
     error::{Error, Result},
     image::Image,
-    io::Io,
+    io::{Io, Pool},
 };
 use std::{
     cell::RefCell,
@@ -29,6 +29,8 @@ struct Inner<I> {
     depth: usize,
     slots: Arc<Slots>,
     free: RefCell<FreeSlots>,
+    /// What metadata is read into.
+    pages: Pool,
 }
 
 struct FreeSlots {
@@ -65,6 +67,7 @@ impl<I: Io> Lane<I> {
             number,
             depth,
             free: RefCell::new(free),
+            pages: Pool::default(),
         }))
     }
 
@@ -78,6 +81,11 @@ impl<I: Io> Lane<I> {
     #[must_use]
     pub fn io(&self) -> &I {
         &self.0.io
+    }
+
+    /// Buffers for metadata that is read.
+    pub(crate) fn pages(&self) -> &Pool {
+        &self.0.pages
     }
 
     /// Whether no request of this lane is in flight.

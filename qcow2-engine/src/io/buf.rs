@@ -2,7 +2,7 @@
 
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
-    cell::Cell,
+    cell::{Cell, RefCell},
     fmt,
     ops::Range,
     ptr::NonNull,
@@ -25,6 +25,16 @@ pub struct Buf {
     start: usize,
     len: usize,
 }
+
+/// Buffers that are used again, so that what is read for a moment costs neither an allocation nor clearing.
+/// Of one thread, as they are.
+#[derive(Default)]
+pub(crate) struct Pool(RefCell<Vec<Buf>>);
+
+/// Length of a pool's buffers in bytes.
+pub(crate) const POOLED: usize = ALIGNMENT;
+/// Buffers that a pool keeps.
+const MAX_KEPT: usize = 32;
 
 struct Allocation {
     ptr: NonNull<u8>,
@@ -166,6 +176,22 @@ impl Buf {
     }
 }
 
+impl Pool {
+    /// A buffer of `len` bytes, [`POOLED`] at most; what is in it is of no meaning.
+    pub(crate) fn take(&self, len: usize) -> Buf {
+        let whole = self.0.borrow_mut().pop();
+        whole.unwrap_or_else(|| Buf::zeroed(POOLED)).slice(0..len)
+    }
+
+    /// Takes a buffer back, unless somebody else has it as well: the kernel, perhaps.
+    pub(crate) fn give_back(&self, buf: Buf) {
+        let mut kept = self.0.borrow_mut();
+        if Rc::strong_count(&buf.owner) == 1 && kept.len() < MAX_KEPT {
+            kept.push(Buf { start: 0, len: POOLED, owner: buf.owner });
+        }
+    }
+}
+
 impl fmt::Debug for Buf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Buf({} bytes)", self.len)
@@ -203,6 +229,17 @@ mod tests {
             assert!(buf.to_vec().iter().all(|&b| b == 0));
             buf.fill(1);
         }
+    }
+
+    #[test]
+    fn a_pool_takes_back_what_nobody_else_has() {
+        let pool = Pool::default();
+        let (first, second) = (pool.take(512), pool.take(POOLED));
+        let (address, kept) = (first.address(), second.clone());
+        pool.give_back(second);
+        pool.give_back(first);
+        assert_eq!((pool.take(POOLED).address(), pool.0.borrow().len()), (address, 0));
+        assert_eq!(kept.len(), POOLED);
     }
 
     #[test]

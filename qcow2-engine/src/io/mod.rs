@@ -16,6 +16,7 @@ pub mod mem;
 pub mod uring;
 
 pub use buf::{ALIGNMENT, Buf};
+pub(crate) use buf::{POOLED, Pool};
 pub use files::Files;
 
 use crate::order::rules::RuleName;
