@@ -37,6 +37,15 @@ impl<'a> TablePage<'a> {
         (0..self.sectors()).all(is_run).then_some(run)
     }
 
+    /// Whether all entries are 0.
+    pub(crate) fn is_zero(&self) -> bool {
+        let mut words = [[0; 8]; WORDS];
+        (0..self.sectors()).all(|sector| {
+            self.copy_sector(sector, &mut words);
+            difference(&words, 0, 0) == 0
+        })
+    }
+
     /// Decodes the entries into a slot's, of which there may be more.
     pub(crate) fn store(&self, entries: &[AtomicU64]) {
         let mut words = [[0; 8]; WORDS];

@@ -21,11 +21,7 @@ use crate::{
     leaks::Pace,
 };
 use qcow2_format::{HostOffset, L1Entry, geometry::TABLE_ENTRY_BYTES};
-use std::{
-    cell::Cell,
-    ops::Range,
-    sync::{Arc, atomic::Ordering},
-};
+use std::{cell::Cell, ops::Range, sync::Arc};
 
 /// Entries of a refcount table that are copied while the metadata lock is held.
 const LOCKED_ENTRIES: u64 = 8 << 10;
@@ -151,7 +147,7 @@ impl<'a, I: Io> ImageFile<'a, I> {
 
 impl Live<'_> {
     fn l1_entry(&self, index: u64) -> u64 {
-        self.image.top().l1.get(index as usize).map_or(0, |entry| entry.load(Ordering::Acquire))
+        self.image.top().l1.get(index)
     }
 }
 

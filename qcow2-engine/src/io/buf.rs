@@ -99,6 +99,12 @@ impl Buf {
         Self { owner: Rc::clone(&self.owner), start: self.start + range.start, len: range.end - range.start }
     }
 
+    /// Whether this window is the only one on its memory, and so no operation in flight has one.
+    #[must_use]
+    pub fn is_sole(&self) -> bool {
+        Rc::strong_count(&self.owner) == 1
+    }
+
     /// Copies bytes from `at` on into `out`.
     ///
     /// # Panics
@@ -186,7 +192,7 @@ impl Pool {
     /// Takes a buffer back, unless somebody else has it as well: the kernel, perhaps.
     pub(crate) fn give_back(&self, buf: Buf) {
         let mut kept = self.0.borrow_mut();
-        if Rc::strong_count(&buf.owner) == 1 && kept.len() < MAX_KEPT {
+        if buf.is_sole() && kept.len() < MAX_KEPT {
             kept.push(Buf { start: 0, len: POOLED, owner: buf.owner });
         }
     }
