@@ -178,7 +178,7 @@ enum Part {
     Damaged,
 }
 
-/// The number of a slice in `Image::loads`.
+/// The number of a slice in `Image::loads`; that of the top layer's is its own.
 fn load_number(key: SliceKey) -> Range<u64> {
     let number = u64::from(key.layer) << 48 | key.slice;
     number..number + 1

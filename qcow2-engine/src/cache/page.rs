@@ -16,13 +16,24 @@ const SECTOR: usize = WORDS * size_of::<u64>();
 type Words = [[u8; size_of::<u64>()]; WORDS];
 
 /// Big-endian entries, whole sectors of them.
-pub(crate) struct TablePage<'a>(&'a Buf);
+pub(crate) struct TablePage<'a>(Bytes<'a>);
+
+enum Bytes<'a> {
+    InBuf(&'a Buf),
+    Plain(&'a [u8]),
+}
 
 impl<'a> TablePage<'a> {
     /// The entries in a buffer. It is whole sectors long.
     pub(crate) fn in_buf(buf: &'a Buf) -> Self {
         debug_assert!(!buf.is_empty() && buf.len().is_multiple_of(SECTOR), "{buf:?}");
-        Self(buf)
+        Self(Bytes::InBuf(buf))
+    }
+
+    /// The entries in some bytes, which are whole sectors.
+    pub(crate) fn of(bytes: &'a [u8]) -> Self {
+        debug_assert!(!bytes.is_empty() && bytes.len().is_multiple_of(SECTOR), "{} bytes", bytes.len());
+        Self(Bytes::Plain(bytes))
     }
 
     /// The run that the entries are, if they are one.
@@ -69,16 +80,26 @@ impl<'a> TablePage<'a> {
 
     fn entry(&self, index: usize) -> u64 {
         let mut word = [0; 8];
-        self.0.copy_to(index * word.len(), &mut word);
+        self.copy_to(index * word.len(), &mut word);
         u64::from_be_bytes(word)
     }
 
     fn sectors(&self) -> usize {
-        self.0.len() / SECTOR
+        match self.0 {
+            Bytes::InBuf(buf) => buf.len() / SECTOR,
+            Bytes::Plain(bytes) => bytes.len() / SECTOR,
+        }
     }
 
     fn copy_sector(&self, sector: usize, words: &mut Words) {
-        self.0.copy_to(sector * SECTOR, words.as_flattened_mut());
+        self.copy_to(sector * SECTOR, words.as_flattened_mut());
+    }
+
+    fn copy_to(&self, at: usize, out: &mut [u8]) {
+        match self.0 {
+            Bytes::InBuf(buf) => buf.copy_to(at, out),
+            Bytes::Plain(bytes) => out.copy_from_slice(&bytes[at..at + out.len()]),
+        }
     }
 }
 
@@ -161,7 +182,7 @@ mod tests {
 
     #[test]
     fn entries_are_decoded_into_a_slot() {
-        let entries: Vec<u64> = (0..128_u64).map(|index| index * index << 9).collect();
+        let entries: Vec<u64> = (0..128_u64).map(|index| (index * index) << 9).collect();
         let slot: Vec<_> = (0..512).map(|_| AtomicU64::new(0)).collect();
         TablePage::in_buf(&buf(&entries)).store(&slot);
         assert!(slot.iter().zip(&entries).all(|(slot, entry)| slot.load(Ordering::Relaxed) == *entry));

@@ -116,6 +116,20 @@ impl SliceCache {
         matches!(self.place(key), Place::Run(_)) || self.slot_of(key).is_some()
     }
 
+    /// The bytes of a slice of `len` that is a run, as they are on disk.
+    pub(crate) fn run_bytes(&self, key: SliceKey, len: usize) -> Option<impl Iterator<Item = u8>> {
+        let Place::Run(run) = self.place(key) else { return None };
+        Some((0..len / size_of::<u64>()).flat_map(move |index| run.entry(index).to_be_bytes()))
+    }
+
+    /// Takes a slice in if it is a run. It is not in memory.
+    pub(crate) fn learn(&self, key: SliceKey, page: &TablePage<'_>) {
+        debug_assert!(!self.contains(key), "one loader per slice");
+        if let Some(run) = self.run_in(key, page) {
+            self.directory(key).set(key.slice, Place::Run(run));
+        }
+    }
+
     /// Gives a slice in memory a slot, so that its entries can be changed. Returns false when every slot
     /// is pinned.
     pub(crate) fn unfold(&self, key: SliceKey) -> bool {
