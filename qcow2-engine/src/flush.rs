@@ -24,7 +24,7 @@ use parking_lot::Mutex;
 use std::{
     collections::BTreeMap,
     future::poll_fn,
-    sync::{Arc, atomic::Ordering},
+    sync::Arc,
     task::{Poll, Waker},
 };
 
@@ -250,10 +250,8 @@ impl Image {
                 self.cache.bytes(SliceKey { layer: 0, slice }, layer.slice_bytes() as usize),
             ),
             Page::L1(page) => {
-                let per_page = (layer.slice_bytes() / 8) as usize;
-                let entries = &layer.l1[page as usize * per_page..][..per_page];
-                let bytes =
-                    entries.iter().flat_map(|entry| entry.load(Ordering::Acquire).to_be_bytes()).collect();
+                let per_page = layer.slice_bytes() / 8;
+                let bytes = layer.l1.bytes(page * per_page, per_page);
                 Copy { at: layer.l1_at + page * layer.slice_bytes(), bytes }
             }
             Page::Header => Copy { at: 0, bytes: meta.header.0.clone() },

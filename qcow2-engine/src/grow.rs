@@ -15,7 +15,7 @@ use crate::{
     order::rules::{Page, Rule},
 };
 use qcow2_format::{Geometry, Version, geometry::MAX_L1_BYTES, header};
-use std::{path::Path, sync::Arc, sync::atomic::Ordering};
+use std::{path::Path, sync::Arc};
 
 /// Grows the virtual disk of an image to `size` bytes, rounded up to a sector. The new part reads as
 /// zeros. Durable on return.
@@ -66,8 +66,8 @@ impl<I: Io> Lane<I> {
         let clusters = geometry.clusters_for(bytes);
         let mut reservation = self.reserve_row(clusters).await?;
         let table = Buf::zeroed(bytes as usize);
-        for (index, entry) in layer.l1.iter().enumerate().take(entries as usize) {
-            table.copy_from(index * 8, &entry.load(Ordering::Acquire).to_be_bytes());
+        for (index, entry) in layer.l1.used().take_while(|(index, _)| *index < entries) {
+            table.copy_from(index as usize * 8, &entry.to_be_bytes());
         }
         let at = reservation.clusters().start << geometry.cluster_bits;
         reservation.begin_writing();

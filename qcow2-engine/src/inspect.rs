@@ -148,6 +148,11 @@ impl<'a, I: Io> ImageFile<'a, I> {
     /// Reads `len` bytes; what lies beyond the end of the file reads as zeros.
     pub(crate) async fn read(&self, at: u64, len: u64) -> Result<Vec<u8>> {
         self.rest().await?;
+        self.read_now(at, len).await
+    }
+
+    /// [`Self::read`] without a rest before it.
+    pub(crate) async fn read_now(&self, at: u64, len: u64) -> Result<Vec<u8>> {
         let mut bytes = vec![0; len as usize];
         read_at(self.io, self.file, &self.name, at, &mut bytes).await?;
         Ok(bytes)

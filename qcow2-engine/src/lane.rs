@@ -9,7 +9,7 @@ use crate::{
     epoch::Slots,
     error::{Error, Result},
     image::Image,
-    io::Io,
+    io::{Io, Pool},
 };
 use std::{
     cell::RefCell,
@@ -18,6 +18,11 @@ use std::{
     sync::Arc,
     task::{Poll, Waker},
 };
+
+/// The longest part of a table that is read at once, in bytes.
+pub(crate) const MAX_PAGE: usize = 4096;
+/// Buffers for such parts that a lane keeps.
+const KEPT_PAGES: usize = 32;
 
 /// One thread's handle of an image. Clones share the handle.
 pub struct Lane<I>(Rc<Inner<I>>);
@@ -29,6 +34,8 @@ struct Inner<I> {
     depth: usize,
     slots: Arc<Slots>,
     free: RefCell<FreeSlots>,
+    /// What metadata is read into.
+    pages: Pool,
 }
 
 struct FreeSlots {
@@ -65,6 +72,7 @@ impl<I: Io> Lane<I> {
             number,
             depth,
             free: RefCell::new(free),
+            pages: Pool::new(MAX_PAGE, KEPT_PAGES),
         }))
     }
 
@@ -78,6 +86,11 @@ impl<I: Io> Lane<I> {
     #[must_use]
     pub fn io(&self) -> &I {
         &self.0.io
+    }
+
+    /// Buffers for metadata that is read.
+    pub(crate) fn pages(&self) -> &Pool {
+        &self.0.pages
     }
 
     /// Whether no request of this lane is in flight.

@@ -11,12 +11,10 @@ use crate::{
     },
     error::{Error, Result},
     io::FileId,
+    l1::L1Table,
 };
 use qcow2_format::{Compression, Geometry, L1Entry, Mapping};
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
-};
+use std::sync::Arc;
 
 /// A file of the chain.
 pub(crate) enum Layer {
@@ -39,8 +37,8 @@ pub(crate) struct Qcow2Layer {
     pub(crate) name: Arc<str>,
     pub(crate) geometry: Geometry,
     pub(crate) compression: Compression,
-    /// The L1 table's entries, padded to whole pages.
-    pub(crate) l1: Box<[AtomicU64]>,
+    /// The L1 table, padded to whole pages.
+    pub(crate) l1: L1Table,
     /// Byte offset of the L1 table in the file.
     pub(crate) l1_at: u64,
 }
@@ -61,6 +59,13 @@ impl Layer {
         match self {
             Self::Qcow2(layer) => layer.file,
             Self::Raw(layer) => layer.file,
+        }
+    }
+
+    pub(crate) fn as_qcow2(&self) -> Option<&Qcow2Layer> {
+        match self {
+            Self::Qcow2(layer) => Some(layer),
+            Self::Raw(_) => None,
         }
     }
 
@@ -123,8 +128,7 @@ impl Qcow2Layer {
 
     /// The L1 entry for a guest offset.
     pub(crate) fn l1_entry(&self, guest: u64) -> Result<L1Entry> {
-        let index = self.geometry.l1_index(guest) as usize;
-        let raw = self.l1.get(index).map_or(0, |entry| entry.load(Ordering::Acquire));
+        let raw = self.l1.get(self.geometry.l1_index(guest));
         L1Entry::decode(raw, &self.geometry).map_err(|source| self.corrupt("L1", guest, source))
     }
 

@@ -28,6 +28,7 @@ mod grow;
 mod image;
 pub mod inspect;
 pub mod io;
+mod l1;
 mod lane;
 mod layer;
 mod leaks;

@@ -5,14 +5,13 @@
 //! in memory and what is dirty stays there.
 
 use crate::{
-    cache::slices::SliceKey,
+    cache::{page::TablePage, slices::SliceKey},
     error::Result,
     flat::{Flat, Window},
     image::Image,
     io::{Buf, FileId, Io, exact},
-    lane::Lane,
+    lane::{Lane, MAX_PAGE},
     layer::{Layer, Qcow2Layer},
-    open::table_entries,
     order::rules::Page,
     resolve::{Extents, Stop},
 };
@@ -56,15 +55,18 @@ impl<I: Io> Lane<I> {
             if image.has_in_memory(key) {
                 return Ok(());
             }
-            let entries = self.read_entries(layer.file, at, layer.slice_bytes()).await?;
+            let buf = self.read_page(layer.file, at, layer.slice_bytes()).await?;
+            let page = TablePage::in_buf(&buf);
+            let run = image.cache.run_in(key, &page);
             let inserted = {
                 let _meta = image.meta.lock();
                 // The table may have been copied to another place while it was read.
                 if layer.slice_location(key.slice)? != Some(at) {
                     continue;
                 }
-                image.cache.insert(key, &entries)
+                image.cache.insert_page(key, run, &page)
             };
+            self.pages().give_back(buf);
             if inserted {
                 return Ok(());
             }
@@ -140,7 +142,9 @@ impl<I: Io> Lane<I> {
                 _ => return Ok(()),
             }
         };
-        let bytes = self.read_page(image.top().file, at, len).await?.to_vec();
+        let buf = self.read_page(image.top().file, at, len).await?;
+        let bytes = buf.to_vec();
+        self.pages().give_back(buf);
         let mut meta = image.meta.lock();
         let meta = &mut *meta;
         meta.refcounts.insert(page, bytes.into(), |page| meta.graph.holds(Page::Refcount(page)));
@@ -150,17 +154,15 @@ impl<I: Io> Lane<I> {
     /// The entries of a part of a table.
     async fn read_entries(&self, file: FileId, at: u64, len: u64) -> Result<Vec<u64>> {
         let buf = self.read_page(file, at, len).await?;
-        let mut entries = Vec::with_capacity(buf.len() / 8);
-        let mut sector = [0; 512];
-        for at in (0..buf.len()).step_by(sector.len()) {
-            buf.copy_to(at, &mut sector);
-            entries.extend(table_entries(&sector));
-        }
+        let entries = TablePage::in_buf(&buf).entries();
+        self.pages().give_back(buf);
         Ok(entries)
     }
 
+    /// Reads a page of a table, into a buffer that should be given back.
     async fn read_page(&self, file: FileId, at: u64, len: u64) -> Result<Buf> {
-        let buf = Buf::zeroed(len as usize);
+        debug_assert!(len <= MAX_PAGE as u64);
+        let buf = self.pages().take(len as usize);
         exact::read_zero_extended(self.io(), file, at, &buf)
             .await
             .map_err(|source| self.image().io_error("metadata read", file, at, source))?;
@@ -176,7 +178,7 @@ enum Part {
     Damaged,
 }
 
-/// The number of a slice in `Image::loads`.
+/// The number of a slice in `Image::loads`; that of the top layer's is its own.
 fn load_number(key: SliceKey) -> Range<u64> {
     let number = u64::from(key.layer) << 48 | key.slice;
     number..number + 1

@@ -16,6 +16,7 @@ use crate::{
     image::Image,
     inspect::ImageFile,
     io::{Access, Buf, FileId, Io, Storage, exact},
+    l1::{self, L1Table},
     lane::Lane,
     layer::{Layer, Qcow2Layer, RawLayer},
     leaks::watch::Watch,
@@ -100,7 +101,7 @@ impl Image {
         options: &OpenOptions,
     ) -> Result<Arc<Self>> {
         let (top, header, first_page) = open_top(io, storage, path, options.read_only).await?;
-        let mut layers = vec![Layer::Qcow2(load_layer(io, &top, &header, 0).await?)];
+        let mut layers = vec![Layer::Qcow2(new_layer(&top, &header, 0))];
         let mut next = backing::of(&header, path, options.backing_format)?;
         let mut l1_bytes = u64::from(header.l1_entries) * 8;
         while let Some(backing) = next.take() {
@@ -127,14 +128,15 @@ impl Image {
                         return Err(Error::Backing { file: opened.name, reason });
                     }
                     next = backing::of(&header, &opened.path, options.backing_format)?;
-                    Layer::Qcow2(load_layer(io, &opened, &header, layers.len() as u16).await?)
+                    Layer::Qcow2(new_layer(&opened, &header, layers.len() as u16))
                 }
             });
         }
+        l1::load_all(io, &layers).await?;
         let parts = if options.read_only {
             Changeable { refcount_table: Vec::new(), territory: Territory::none(), damage: None }
         } else {
-            Changeable::read(io, storage, &top, &header, &layers[0]).await?
+            Changeable::read(io, storage, &top, &header, &layers).await?
         };
         Ok(Arc::new(Self::assemble(layers, &top, &header, first_page, parts, options)))
     }
@@ -176,10 +178,7 @@ impl Image {
             epochs: Arc::clone(&epochs),
             redo: None,
         };
-        let l1_entries = layers.first().map_or(0, |layer| match layer {
-            Layer::Qcow2(layer) => layer.l1.len(),
-            Layer::Raw(_) => 0,
-        });
+        let l1_entries = layers.first().and_then(Layer::as_qcow2).map_or(0, |layer| layer.l1.len());
         Self {
             layers,
             cache,
@@ -313,22 +312,16 @@ impl Changeable {
         storage: &(impl Storage + ?Sized),
         top: &Opened,
         header: &Header,
-        layer: &Layer,
+        layers: &[Layer],
     ) -> Result<Self> {
         let refcount_table = read_refcount_table(io, top, header).await?;
         let snapshots = snapshot_places(io, storage, top, header).await?;
-        let l1: Vec<u64> = match layer {
-            Layer::Qcow2(layer) => {
-                let entries = layer.l1.iter().take(header.l1_entries as usize);
-                entries.map(|entry| entry.load(Ordering::Relaxed)).collect()
-            }
-            Layer::Raw(_) => Vec::new(),
-        };
+        let no_table = L1Table::empty(0);
         let (territory, damage) = Territory::of(&Sources {
             file: &top.name,
             file_len: top.len,
             header,
-            l1: &l1,
+            l1: layers.first().and_then(Layer::as_qcow2).map_or(&no_table, |layer| &layer.l1),
             refcount_table: &refcount_table,
             snapshots: &snapshots,
         });
@@ -382,20 +375,20 @@ async fn read_header(io: &impl Io, opened: &Opened, access: Access) -> Result<(H
     Ok((header, bytes))
 }
 
-async fn load_layer(io: &impl Io, opened: &Opened, header: &Header, index: u16) -> Result<Qcow2Layer> {
+/// A layer, whose L1 table is still to be read.
+fn new_layer(opened: &Opened, header: &Header, index: u16) -> Qcow2Layer {
     let geometry = header.geometry();
     let page = geometry.cluster_size().min(SLICE_BYTES);
-    let len = (u64::from(header.l1_entries) * 8).next_multiple_of(page) as usize;
-    let bytes = opened.read(io, "L1 table read", header.l1_table.0, len).await?;
-    Ok(Qcow2Layer {
+    let l1_bytes = (u64::from(header.l1_entries) * 8).next_multiple_of(page);
+    Qcow2Layer {
         index,
         file: opened.file,
         name: Arc::clone(&opened.name),
         geometry,
         compression: header.compression,
-        l1: table_entries(&bytes).map(AtomicU64::new).collect(),
+        l1: L1Table::empty(l1_bytes as usize / 8),
         l1_at: header.l1_table.0,
-    })
+    }
 }
 
 async fn read_refcount_table(io: &impl Io, opened: &Opened, header: &Header) -> Result<Vec<u64>> {

@@ -150,7 +150,7 @@ impl Image {
         meta.log(Record::Table { index, cluster });
         let entry =
             L1Entry::Table { offset: HostOffset(cluster << self.geometry().cluster_bits), copied: true };
-        self.top().l1[index as usize].store(entry.encode(), Ordering::Release);
+        self.top().l1.set(index, entry.encode());
         meta.territory.add_l2_table(cluster);
         let page = self.l1_page(index);
         meta.graph.require(Rule::table_content_before_l1(page));

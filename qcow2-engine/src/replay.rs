@@ -23,7 +23,6 @@ use qcow2_format::{HostOffset, L1Entry, Mapping};
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
-    sync::atomic::Ordering,
 };
 
 /// A log's last word on everything that it mentions.
@@ -136,10 +135,10 @@ impl Image {
         let layer = self.top();
         let bits = layer.geometry.cluster_bits;
         for (&index, &cluster) in &outcome.tables {
-            let raw = usize::try_from(index).ok().and_then(|index| layer.l1.get(index));
-            let Some(raw) = raw.map(|entry| entry.load(Ordering::Acquire)) else {
+            if index >= layer.l1.len() as u64 {
                 return Err(self.bad_log(format!("the L1 table has no entry {index}")));
-            };
+            }
+            let raw = layer.l1.get(index);
             let guest = (index * layer.geometry.l2_entries()) << bits;
             match L1Entry::decode(raw, &layer.geometry)
                 .map_err(|source| layer.corrupt("L1", guest, source))?

@@ -12,6 +12,7 @@
 use crate::{
     check::Owner,
     error::{Error, Result},
+    l1::L1Table,
 };
 use qcow2_format::{Geometry, Header, HostOffset, L1Entry, RefcountTableEntry};
 use std::{
@@ -110,8 +111,8 @@ pub(crate) struct Sources<'a> {
     pub(crate) file: &'a Arc<str>,
     pub(crate) file_len: u64,
     pub(crate) header: &'a Header,
-    /// Raw entries of the active L1 table.
-    pub(crate) l1: &'a [u64],
+    /// The active L1 table.
+    pub(crate) l1: &'a L1Table,
     /// Raw entries of the refcount table.
     pub(crate) refcount_table: &'a [u64],
     pub(crate) snapshots: &'a SnapshotPlaces,
@@ -129,7 +130,8 @@ impl Territory {
     /// and what is known of it is not to be relied on.
     pub(crate) fn of(sources: &Sources<'_>) -> (Self, Option<Error>) {
         let geometry = sources.header.geometry();
-        let tables = sources.l1.len() + sources.refcount_table.len().min(2 * sources.l1.len());
+        let tables = sources.header.l1_entries as usize;
+        let tables = tables + sources.refcount_table.len().min(2 * tables);
         let sieve = Sieve::new(tables as u64, geometry.clusters_for(sources.file_len));
         let mut territory = Self {
             sieve: Arc::new(sieve),
@@ -273,7 +275,8 @@ impl Territory {
 
     fn add_l2_tables(&mut self, sources: &Sources<'_>, geometry: &Geometry) -> Result<()> {
         let mut outcome = Ok(());
-        for (index, &raw) in (0..).zip(sources.l1) {
+        let entries = u64::from(sources.header.l1_entries);
+        for (index, raw) in sources.l1.used().take_while(|(index, _)| *index < entries) {
             let at = index * geometry.l2_coverage_bytes();
             match L1Entry::decode(raw, geometry) {
                 Ok(L1Entry::Unallocated) => {}

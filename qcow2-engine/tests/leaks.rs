@@ -187,3 +187,30 @@ fn a_read_only_image_is_left_alone() {
     assert_eq!(done.freed, 0);
     assert!(files.get(IMAGE) == before);
 }
+
+/// What it has read of the mapping, and is a run, requests find in memory.
+#[test]
+fn a_search_leaves_behind_what_it_has_learnt_of_the_mapping() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path().join(IMAGE);
+    let name = path.to_str().expect("UTF-8");
+    // 8 slices, each a run; then one entry in the last of them is another.
+    tool(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k,preallocation=metadata", name, "16M"],
+    );
+    tool("qemu-io", &["-f", "qcow2", "-c", "discard 15M 4k", name]);
+    let files = MemFiles::default();
+    files.put(IMAGE, std::fs::read(&path).expect("image"));
+    let image = open(&files);
+    let lane = Lane::new(&image, files.clone(), 4);
+    let is_known = |at: u64| lane.direct_read(at, 512).map(|direct| lane.end_direct(direct)).is_some();
+    assert!(!is_known(0));
+    let done = run(lane.reclaim_leaks(&Idle)).expect("search");
+    assert_eq!((done.verdict, done.freed), (Verdict::Complete, 0));
+    let known: Vec<_> = (0..8).map(|slice| is_known(slice << 21)).collect();
+    assert_eq!(known, [true, true, true, true, true, true, true, false]);
+    // What changes then is what counts.
+    run(lane.write_zeroes(0, 4096, ZeroMode::Unmap)).expect("zeroes");
+    assert!(!is_known(0) && is_known(4096));
+}

@@ -63,20 +63,24 @@ pub(crate) struct Directory {
 impl Run {
     /// The run that `len` entries are, if they are one.
     fn of(len: usize, entry: impl Fn(usize) -> u64, step: u64) -> Option<Self> {
-        let (first, last) = (entry(0), len - 1);
-        if first & KIND != 0 {
-            return None;
-        }
-        let run = [0, step]
-            .map(|step| Self { first, step })
-            .into_iter()
-            .find(|run| run.entry(last) == entry(last))?;
+        let run = Self::through(entry(0), entry(len - 1), len, step)?;
         // A block at a time without a branch: most slices that get here are what they seem to be.
         let difference = |index| entry(index) ^ run.entry(index);
         let blocks = (0..len).step_by(BLOCK);
         let is_run =
             |start: usize| (start..len.min(start + BLOCK)).fold(0, |all, index| all | difference(index)) == 0;
         blocks.into_iter().all(is_run).then_some(run)
+    }
+
+    /// The run that `len` entries may be, by the first and the last of them.
+    pub(super) fn through(first: u64, last: u64, len: usize, step: u64) -> Option<Self> {
+        let goes_through = |run: &Self| first & KIND == 0 && run.entry(len - 1) == last;
+        [0, step].map(|step| Self { first, step }).into_iter().find(goes_through)
+    }
+
+    /// From each entry to the next.
+    pub(super) fn step(&self) -> u64 {
+        self.step
     }
 
     /// Entry `index`.
@@ -96,6 +100,11 @@ impl Directory {
     /// Entries of each slice.
     pub(crate) fn slice_entries(&self) -> usize {
         self.shape.entries
+    }
+
+    /// From an entry to the next, in a run that rises.
+    pub(super) fn step(&self) -> u64 {
+        self.shape.step
     }
 
     /// The run that a slice's entries are, if they are one.

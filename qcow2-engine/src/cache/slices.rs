@@ -13,7 +13,10 @@
 //! not check that, it only promises that readers never see a mixture. Which slices are dirty is
 //! known to the order graph; the cache is told, so that it never evicts them.
 
-use super::directory::{Directory, Place, Shape};
+use super::{
+    directory::{Directory, Place, Run, Shape},
+    page::TablePage,
+};
 use std::sync::{
     OnceLock,
     atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
@@ -113,13 +116,30 @@ impl SliceCache {
         matches!(self.place(key), Place::Run(_)) || self.slot_of(key).is_some()
     }
 
+    /// The bytes of a slice of `len` that is a run, as they are on disk.
+    pub(crate) fn run_bytes(&self, key: SliceKey, len: usize) -> Option<impl Iterator<Item = u8>> {
+        let Place::Run(run) = self.place(key) else { return None };
+        Some((0..len / size_of::<u64>()).flat_map(move |index| run.entry(index).to_be_bytes()))
+    }
+
+    /// Takes a slice in if it is a run. It is not in memory.
+    pub(crate) fn learn(&self, key: SliceKey, page: &TablePage<'_>) {
+        debug_assert!(!self.contains(key), "one loader per slice");
+        if let Some(run) = self.run_in(key, page) {
+            self.directory(key).set(key.slice, Place::Run(run));
+        }
+    }
+
     /// Gives a slice in memory a slot, so that its entries can be changed. Returns false when every slot
     /// is pinned.
     pub(crate) fn unfold(&self, key: SliceKey) -> bool {
         let Place::Run(run) = self.place(key) else { return true };
         let entries = self.directory(key).slice_entries();
         // A reader that still has the word has what the entries were before the change to come.
-        self.put_in_slot(key, (0..entries).map(|index| run.entry(index)))
+        self.put_in_slot(key, |slot| {
+            let entries = (0..entries).map(|index| run.entry(index));
+            slot.iter().zip(entries).for_each(|(slot, entry)| slot.store(entry, Ordering::Release));
+        })
     }
 
     /// Changes one entry of a resident slice; readers see the old value or the new one.
@@ -140,23 +160,37 @@ impl SliceCache {
 
     /// Brings a slice in, evicting another one if need be. Returns false when every slot is pinned.
     pub(crate) fn insert(&self, key: SliceKey, entries: &[u64]) -> bool {
-        debug_assert!(!self.contains(key), "one loader per slice");
-        let directory = self.directory(key);
-        if let Some(run) = directory.run_of(|index| entries[index]) {
-            directory.set(key.slice, Place::Run(run));
-            return true;
-        }
-        self.put_in_slot(key, entries.iter().copied())
+        let run = self.directory(key).run_of(|index| entries[index]);
+        self.insert_as(key, run, |slot| {
+            slot.iter().zip(entries).for_each(|(slot, &entry)| slot.store(entry, Ordering::Release));
+        })
     }
 
-    fn put_in_slot(&self, key: SliceKey, entries: impl Iterator<Item = u64>) -> bool {
+    /// The run that a slice is, if it is one.
+    pub(crate) fn run_in(&self, key: SliceKey, page: &TablePage<'_>) -> Option<Run> {
+        page.run(self.directory(key).step())
+    }
+
+    /// [`Self::insert`], with what [`Self::run_in`] has said.
+    pub(crate) fn insert_page(&self, key: SliceKey, run: Option<Run>, page: &TablePage<'_>) -> bool {
+        self.insert_as(key, run, |slot| page.store(slot))
+    }
+
+    fn insert_as(&self, key: SliceKey, run: Option<Run>, fill: impl FnOnce(&[AtomicU64])) -> bool {
+        debug_assert!(!self.contains(key), "one loader per slice");
+        let Some(run) = run else { return self.put_in_slot(key, fill) };
+        self.directory(key).set(key.slice, Place::Run(run));
+        true
+    }
+
+    fn put_in_slot(&self, key: SliceKey, fill: impl FnOnce(&[AtomicU64])) -> bool {
         let Some(number) = self.victim() else { return false };
         let slot = &self.slots[number];
         let old = slot.holds.load(Ordering::Relaxed);
         if old != EMPTY {
             self.fold(SliceKey::unpack(old), slot);
         }
-        slot.refill(key, entries);
+        slot.refill(key, fill);
         self.directory(key).set(key.slice, Place::Slot(number));
         true
     }
@@ -223,12 +257,12 @@ impl Slot {
         self.entries.get_or_init(|| (0..ENTRIES).map(|_| AtomicU64::new(0)).collect())
     }
 
-    fn refill(&self, key: SliceKey, entries: impl Iterator<Item = u64>) {
+    fn refill(&self, key: SliceKey, fill: impl FnOnce(&[AtomicU64])) {
         // A reader that sees any of the new entries then also sees that the version has moved.
         self.version.fetch_add(1, Ordering::Relaxed);
         fence(Ordering::Release);
         self.holds.store(key.pack(), Ordering::Relaxed);
-        self.entries().iter().zip(entries).for_each(|(slot, entry)| slot.store(entry, Ordering::Release));
+        fill(self.entries());
         self.used.store(true, Ordering::Relaxed);
         self.version.fetch_add(1, Ordering::Release);
     }

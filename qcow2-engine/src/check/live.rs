@@ -3,7 +3,8 @@
 //!
 //! What may have another place by the time that it is read is taken from memory, where it is always
 //! true: the refcount table and the active L1 table. A part of an L2 table counts only if its L1
-//! entry is the same after the read. All else that is read does not move while an image is served:
+//! entry is the same after the read. In return it teaches the cache which slices are runs, which requests and the
+//! next survey then need not read. All else that is read does not move while an image is served:
 //! snapshots and what only they refer to, bitmaps, refcount blocks. Which entries may be behind
 //! what is in memory, and why that does no harm, is told in `leaks/mod.rs`.
 
@@ -14,6 +15,7 @@ use super::{
     window::Window,
 };
 use crate::{
+    cache::{page::TablePage, slices::SliceKey},
     error::{Error, Result},
     image::Image,
     inspect::ImageFile,
@@ -21,11 +23,7 @@ use crate::{
     leaks::Pace,
 };
 use qcow2_format::{HostOffset, L1Entry, geometry::TABLE_ENTRY_BYTES};
-use std::{
-    cell::Cell,
-    ops::Range,
-    sync::{Arc, atomic::Ordering},
-};
+use std::{cell::Cell, ops::Range, sync::Arc};
 
 /// Entries of a refcount table that are copied while the metadata lock is held.
 const LOCKED_ENTRIES: u64 = 8 << 10;
@@ -102,7 +100,7 @@ impl<'a, I: Io> ImageFile<'a, I> {
     pub(super) async fn l1_entries(&self, l1: &L1Table, range: Range<u64>) -> Result<Vec<u64>> {
         if let (Some(live), Owner::ActiveL1) = (&self.live, l1.owner) {
             self.rest().await?;
-            return Ok(range.map(|index| live.l1_entry(index)).collect());
+            return Ok(range.map(|index| live.image.top().l1.get(index)).collect());
         }
         self.read_entries(l1.at + range.start * TABLE_ENTRY_BYTES, range.end - range.start).await
     }
@@ -130,7 +128,8 @@ impl<'a, I: Io> ImageFile<'a, I> {
             return self.read_part(walk.table + walk.skip, walk.len).await;
         };
         loop {
-            let entry = live.l1_entry(walk.l1_index);
+            self.rest().await?;
+            let entry = live.image.top().l1.get(walk.l1_index);
             let damaged = |source| Error::Corrupt {
                 file: Arc::clone(self.name()),
                 table: "L1",
@@ -141,8 +140,16 @@ impl<'a, I: Io> ImageFile<'a, I> {
             else {
                 return Ok(None);
             };
-            let part = self.read(offset.0 + walk.skip, walk.len).await?;
-            if live.l1_entry(walk.l1_index) == entry {
+            let slices = live.slices(walk);
+            if let Some(part) = live.known_part(&slices) {
+                return Ok(Some(part));
+            }
+            // Whoever wants one of these slices now waits for this read, and mostly needs none of his own.
+            let _loads = live.image.loads.acquire(slices.clone()).await;
+            let absent = live.absent(slices);
+            let part = self.read_now(offset.0 + walk.skip, walk.len).await?;
+            if live.image.top().l1.get(walk.l1_index) == entry {
+                live.learn(&absent, offset.0 + walk.skip, &part);
                 return Ok(Some(part));
             }
         }
@@ -150,8 +157,41 @@ impl<'a, I: Io> ImageFile<'a, I> {
 }
 
 impl Live<'_> {
-    fn l1_entry(&self, index: u64) -> u64 {
-        self.image.top().l1.get(index as usize).map_or(0, |entry| entry.load(Ordering::Acquire))
+    /// The slices of the active mapping that a walk reads.
+    fn slices(&self, walk: &Walk) -> Range<u64> {
+        let top = self.image.top();
+        let first = walk.l1_index * top.slices_per_table() + walk.skip / top.slice_bytes();
+        first..first + walk.len.div_ceil(top.slice_bytes())
+    }
+
+    /// The bytes of slices all of which are runs: a run in memory is as on disk.
+    fn known_part(&self, slices: &Range<u64>) -> Option<Vec<u8>> {
+        let len = self.image.top().slice_bytes() as usize;
+        let mut part = Vec::with_capacity(len * (slices.end - slices.start) as usize);
+        for slice in slices.clone() {
+            part.extend(self.image.cache.run_bytes(SliceKey { layer: 0, slice }, len)?);
+        }
+        Some(part)
+    }
+
+    /// Those that are not in memory. As long as nobody loads them they stay out of it, and cannot change.
+    fn absent(&self, slices: Range<u64>) -> Vec<SliceKey> {
+        let _meta = self.image.meta.lock();
+        let keys = slices.map(|slice| SliceKey { layer: 0, slice });
+        keys.filter(|&key| !self.image.cache.contains(key)).collect()
+    }
+
+    /// Remembers those of a part's slices that are runs: requests then need not read them.
+    fn learn(&self, absent: &[SliceKey], at: u64, part: &[u8]) {
+        let (top, _meta) = (self.image.top(), self.image.meta.lock());
+        for &key in absent {
+            // The table may be at another place by now.
+            let place = top.slice_location(key.slice).ok().flatten().and_then(|slice| slice.checked_sub(at));
+            let bytes = place.and_then(|start| part.get(start as usize..)?.get(..top.slice_bytes() as usize));
+            if let Some(bytes) = bytes {
+                self.image.cache.learn(key, &TablePage::of(bytes));
+            }
+        }
     }
 }
 

@@ -4,19 +4,20 @@
 use super::{findings::Owner, survey::Claim};
 use std::ops::Range;
 
-/// Clusters that are counted at a time, at the most: 8 MiB of counters, for 256 GiB of a file at
-/// 64 KiB clusters. A larger file is surveyed several times.
-pub(crate) const MAX_WINDOW: u64 = 4 << 20;
+/// Clusters that are counted at a time, at the most: 16 MiB of counters, and 2 MiB for what is touched
+/// meanwhile, for 1 TiB of a file at 64 KiB clusters. A larger file is surveyed several times.
+pub(crate) const MAX_WINDOW: u64 = 16 << 20;
 /// The counters' upper bit: the active mapping has an entry for the cluster that should say whether
 /// it is shared.
-const IS_ACTIVE: u16 = 1 << 15;
-/// A counter that has reached this counts no further.
-const MANY: u16 = IS_ACTIVE - 1;
+const IS_ACTIVE: u8 = 1 << 7;
+/// A counter that has reached this counts no further, and its cluster is not judged. Enough for all compressed
+/// clusters that usually lie in one.
+const MANY: u8 = IS_ACTIVE - 1;
 
 /// References to a window of clusters.
 pub(crate) struct Window {
     clusters: Range<u64>,
-    counters: Vec<u16>,
+    counters: Vec<u8>,
     /// One more than the highest cluster that anything refers to, inside the window or not.
     pub(crate) referred_end: u64,
     /// Bytes of the tables that can be referred to once only. In a sound image they lie side by side.
@@ -50,7 +51,7 @@ impl Window {
             self.sole_bytes = self.sole_bytes.saturating_add(claim.len);
         }
         self.referred_end = self.referred_end.max(clusters.end);
-        let references = u16::try_from(references).unwrap_or(MANY);
+        let references = u8::try_from(references).unwrap_or(MANY);
         for cluster in clusters.start.max(self.clusters.start)..clusters.end.min(self.clusters.end) {
             let counter = &mut self.counters[(cluster - self.clusters.start) as usize];
             let sum = (*counter & MANY).saturating_add(references).min(MANY);
@@ -64,7 +65,7 @@ impl Window {
         }
     }
 
-    fn counter(&self, cluster: u64) -> u16 {
+    fn counter(&self, cluster: u64) -> u8 {
         // Beyond the window nothing is known.
         let index = cluster.checked_sub(self.clusters.start).unwrap_or(u64::MAX);
         self.counters.get(index as usize).copied().unwrap_or(MANY)

@@ -2,7 +2,7 @@
 
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
-    cell::Cell,
+    cell::{Cell, RefCell},
     fmt,
     ops::Range,
     ptr::NonNull,
@@ -33,6 +33,16 @@ pub struct Buf {
     owner: Rc<Allocation>,
     start: usize,
     len: usize,
+}
+
+/// Buffers that are used again, so that what is in memory for a moment costs neither an allocation nor clearing. The one
+/// that was used last is the next. Of one thread, as they are.
+pub struct Pool {
+    /// Length of the buffers.
+    bytes: usize,
+    /// How many are kept.
+    most: usize,
+    kept: RefCell<Vec<Buf>>,
 }
 
 struct Allocation {
@@ -193,6 +203,32 @@ impl Buf {
     }
 }
 
+impl Pool {
+    /// An empty pool for buffers of `bytes`, of which it keeps `most`.
+    #[must_use]
+    pub fn new(bytes: usize, most: usize) -> Self {
+        Self { bytes, most, kept: RefCell::default() }
+    }
+
+    /// A buffer of `len` bytes, at most as many as the pool's have; what is in it is of no meaning.
+    ///
+    /// # Panics
+    /// When it is longer.
+    #[must_use]
+    pub fn take(&self, len: usize) -> Buf {
+        let whole = self.kept.borrow_mut().pop();
+        whole.unwrap_or_else(|| Buf::zeroed(self.bytes)).slice(0..len)
+    }
+
+    /// Takes back what [`Self::take`] gave, unless somebody else has it as well: the kernel, perhaps.
+    pub fn give_back(&self, buf: Buf) {
+        let mut kept = self.kept.borrow_mut();
+        if buf.is_sole() && kept.len() < self.most {
+            kept.push(Buf { len: self.bytes, ..buf });
+        }
+    }
+}
+
 impl fmt::Debug for Buf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Buf({} bytes)", self.len)
@@ -231,6 +267,21 @@ mod tests {
             assert_eq!((buf.len(), buf.address() % ALIGNMENT as u64), (len, 0));
             assert!(buf.to_vec().iter().all(|&b| b == 0));
             buf.fill(1);
+        }
+    }
+
+    #[test]
+    fn a_pool_takes_back_what_nobody_else_has() {
+        for bytes in [4096, LAZY] {
+            let pool = Pool::new(bytes, 1);
+            let (first, second, third) = (pool.take(512), pool.take(bytes), pool.take(bytes));
+            let (address, kept) = (first.address(), second.clone());
+            pool.give_back(second);
+            pool.give_back(first);
+            pool.give_back(third);
+            assert_eq!(pool.kept.borrow().len(), 1, "no more than it may");
+            assert_eq!((pool.take(bytes).address(), pool.kept.borrow().len()), (address, 0));
+            assert_eq!(kept.len(), bytes);
         }
     }
 

@@ -15,7 +15,7 @@ pub mod files;
 pub mod mem;
 pub mod uring;
 
-pub use buf::{ALIGNMENT, Buf, Pages};
+pub use buf::{ALIGNMENT, Buf, Pages, Pool};
 pub use files::Files;
 
 use crate::order::rules::RuleName;

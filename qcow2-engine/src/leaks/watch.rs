@@ -22,8 +22,8 @@ pub(crate) struct Watch {
 impl Watch {
     /// Takes a window up; none of its clusters has been touched yet.
     pub(crate) fn begin(&mut self, window: Range<u64>) {
-        self.touched.clear();
-        self.touched.resize((window.end - window.start).div_ceil(64) as usize, 0);
+        // Takes memory where it is touched.
+        self.touched = vec![0; (window.end - window.start).div_ceil(64) as usize];
         self.window = window;
     }
 

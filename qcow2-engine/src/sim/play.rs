@@ -7,10 +7,11 @@ use super::{
     workload::Request,
 };
 use crate::{
-    Error, Lane, Pace, Verdict, ZeroMode,
+    Direct, Error, Lane, Pace, Run, Verdict, ZeroMode,
     io::{Buf, FileId, Io},
 };
-use std::{cell::RefCell, future::Future, ops::Range, pin::Pin, rc::Rc};
+use futures_util::future::join_all;
+use std::{cell::RefCell, future::Future, io, ops::Range, pin::Pin, rc::Rc};
 
 /// What carries requests out and tells the model.
 pub(super) struct Player {
@@ -19,6 +20,21 @@ pub(super) struct Player {
     pub(super) cluster_sectors: usize,
     /// Whether the search for leaks has to find all.
     pub(super) must_find_all: bool,
+}
+
+/// Moves the runs of a request, all at once, and counts the bytes of those that did not fail.
+async fn transfer<F: Future<Output = io::Result<usize>>>(
+    direct: &Direct,
+    buf: &Buf,
+    start: impl Fn(&Run, Buf) -> F,
+) -> usize {
+    let mut placed = 0;
+    let moved = direct.runs().iter().map(|run| {
+        let part = buf.slice(placed..placed + run.len as usize);
+        placed += part.len();
+        start(run, part)
+    });
+    join_all(moved).await.into_iter().flatten().sum()
 }
 
 /// Why a request did not end as it should have.
@@ -97,9 +113,9 @@ impl Player {
         let data: Vec<u8> = sectors.flat_map(|sector| value(sector).bytes()).collect();
         let buf = Buf::from_bytes(&data);
         if let Some(direct) = lane.direct_write(at, buf.len() as u64) {
-            let written = lane.io().write(direct.file, direct.at, buf.clone()).await;
+            let written = transfer(&direct, &buf, |run, part| lane.io().write(run.file, run.at, part)).await;
             lane.end_direct(direct);
-            if written.is_ok_and(|count| count == buf.len()) {
+            if written == buf.len() {
                 return Ok(());
             }
         }
@@ -127,9 +143,9 @@ impl Player {
     async fn read_into(&self, at: u64, buf: &Buf) -> Result<(), Error> {
         let lane = &self.lane;
         if let Some(direct) = lane.direct_read(at, buf.len() as u64) {
-            let read = lane.io().read(direct.file, direct.at, buf.clone()).await;
+            let read = transfer(&direct, buf, |run, part| lane.io().read(run.file, run.at, part)).await;
             lane.end_direct(direct);
-            if read.is_ok_and(|count| count == buf.len()) {
+            if read == buf.len() {
                 return Ok(());
             }
         }

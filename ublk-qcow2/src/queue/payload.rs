@@ -16,11 +16,11 @@ use libublk::sys;
 use qcow2_engine::{
     Run, entry_for,
     io::{
-        Buf,
+        Buf, Pool,
         uring::{KernelBuf, Target, Uring},
     },
 };
-use std::{cell::RefCell, io};
+use std::io;
 
 /// The data of a queue's requests.
 pub(super) struct Payloads {
@@ -33,8 +33,8 @@ pub(super) struct Payloads {
 enum Place {
     /// A buffer per tag.
     Tags(TagBuffers),
-    /// The requests' pages, and buffers that are not in use.
-    Pages { spare: RefCell<Vec<Buf>>, bytes: usize },
+    /// The requests' pages, and buffers for what cannot stay there.
+    Pages(Pool),
 }
 
 /// What a command tells the driver about its tag's data.
@@ -62,7 +62,7 @@ impl Payloads {
             DataPath::Copied => Place::Tags(TagBuffers::new(queue, ring)),
             DataPath::ZeroCopy => {
                 ring.reserve_buffers(queue.depth.into())?;
-                Place::Pages { spare: RefCell::default(), bytes }
+                Place::Pages(Pool::new(bytes, queue.depth.into()))
             }
         };
         Ok(Self { ring: ring.clone(), target, queue: queue.index, place })
@@ -74,7 +74,7 @@ impl Payloads {
                 let buf = buffers.of(tag);
                 Announced { buffer: buf.address(), registration: None, memory: Some(buf) }
             }
-            Place::Pages { .. } => {
+            Place::Pages(_) => {
                 // A request whose pages the driver could not register is to come all the same, and say so.
                 let flags = sys::UBLK_AUTO_BUF_REG_FALLBACK as u8;
                 let form = sys::ublk_auto_buf_reg { index: tag, flags, ..Default::default() };
@@ -118,7 +118,7 @@ impl Payloads {
                     start(&self.ring, run.file, run.at, part, token);
                 }
             }
-            Place::Pages { .. } => {
+            Place::Pages(_) => {
                 let start = match way {
                     Way::FromFile => Uring::read_into_reporting,
                     Way::ToFile => Uring::write_from_reporting,
@@ -132,21 +132,18 @@ impl Payloads {
         }
     }
 
-    /// A buffer for a request's data, to be given back with [`Self::put_back`].
-    pub(super) fn take(&self, tag: u16) -> Buf {
+    /// A buffer for a request's data, to be given back with [`Self::give_back`].
+    pub(super) fn take(&self, tag: u16, len: u64) -> Buf {
         match &self.place {
-            Place::Tags(buffers) => buffers.of(tag),
-            // The one that was used last is the likeliest to be in the processor's cache.
-            Place::Pages { spare, bytes } => spare.borrow_mut().pop().unwrap_or_else(|| Buf::zeroed(*bytes)),
+            Place::Tags(buffers) => buffers.of(tag).slice(0..len as usize),
+            Place::Pages(pool) => pool.take(len as usize),
         }
     }
 
-    /// Takes a buffer back, whose use is over. One that an operation in flight still has is left to that.
-    pub(super) fn put_back(&self, buf: Buf) {
-        if let Place::Pages { spare, .. } = &self.place
-            && buf.is_sole()
-        {
-            spare.borrow_mut().push(buf);
+    /// Takes a buffer back, whose use is over.
+    pub(super) fn give_back(&self, buf: Buf) {
+        if let Place::Pages(pool) = &self.place {
+            pool.give_back(buf);
         }
     }
 

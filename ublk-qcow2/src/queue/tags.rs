@@ -17,7 +17,7 @@
 use super::{ABORTED, Context, Notice, payload::Way};
 use crate::request::{Range, Request};
 use libublk::sys;
-use qcow2_engine::{Direct, Error, ZeroMode, io::Buf};
+use qcow2_engine::{Direct, Error, ZeroMode};
 use std::{
     cell::{Cell, RefCell},
     future::poll_fn,
@@ -232,36 +232,26 @@ impl Context {
     }
 
     async fn read(&self, number: u16, range: Range) -> Result<(), Failure> {
-        let buf = self.payloads.take(number);
-        let data = part(&buf, range);
-        let read = self.lane.read(range.at, data.clone()).await;
-        let delivered = match read {
-            Ok(()) => self.payloads.deliver(number, &data).await.map_err(Failure::Copy),
+        let buf = self.payloads.take(number, range.len);
+        let delivered = match self.lane.read(range.at, buf.clone()).await {
+            Ok(()) => self.payloads.deliver(number, &buf).await.map_err(Failure::Copy),
             Err(error) => Err(error.into()),
         };
-        drop(data);
-        self.payloads.put_back(buf);
+        self.payloads.give_back(buf);
         delivered
     }
 
     async fn write(&self, number: u16, range: Range) -> Result<(), Failure> {
-        let buf = self.payloads.take(number);
-        let data = part(&buf, range);
-        let collected = self.payloads.collect(number, &data).await.map_err(Failure::Copy);
-        let written = match collected {
-            Ok(()) => self.lane.write(range.at, data).await.map_err(Failure::Image),
-            Err(failure) => Err(failure),
+        let buf = self.payloads.take(number, range.len);
+        let written = match self.payloads.collect(number, &buf).await {
+            Ok(()) => self.lane.write(range.at, buf.clone()).await.map_err(Failure::Image),
+            Err(error) => Err(Failure::Copy(error)),
         };
-        self.payloads.put_back(buf);
+        self.payloads.give_back(buf);
         written
     }
 
     async fn flush_if(&self, fua: bool) -> Result<(), Error> {
         if fua { self.lane.flush().await } else { Ok(()) }
     }
-}
-
-/// The part of a request's buffer that holds the range's data; decoding has made sure that it has room.
-fn part(buf: &Buf, range: Range) -> Buf {
-    buf.slice(0..range.len as usize)
 }
