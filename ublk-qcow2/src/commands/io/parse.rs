@@ -25,6 +25,8 @@ pub(super) enum Command {
 /// A command that moves or changes data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Transfer {
+    /// The command's name, as qemu-io gives it where the command fails.
+    pub(super) name: &'static str,
     pub(super) at: u64,
     pub(super) len: u64,
     pub(super) action: Action,
@@ -117,8 +119,9 @@ impl Kind {
     /// The flags, and those of them that take a value.
     fn flags(self) -> (&'static str, &'static str) {
         match self {
-            Self::Read => ("CqvrPsl", "Psl"),
-            Self::Write => ("CqfnzucPs", "Ps"),
+            // -p has no meaning any more, in qemu-io neither; old scripts give it.
+            Self::Read => ("CpqrvPsl", "Psl"),
+            Self::Write => ("CfnpqzucPs", "Ps"),
             Self::Discard => ("Cq", ""),
         }
     }
@@ -174,6 +177,7 @@ fn transfer(name: &str, words: &[&str], kind: Kind, is_async: bool) -> Result<Co
         Kind::Discard => Action::Discard,
     };
     Ok(Command::Transfer(Transfer {
+        name: name_of_failure(name, kind),
         at: number(at)?,
         len,
         action,
@@ -181,6 +185,17 @@ fn transfer(name: &str, words: &[&str], kind: Kind, is_async: bool) -> Result<Co
         is_quiet: flags.has('q'),
         is_terse: flags.has('C'),
     }))
+}
+
+fn name_of_failure(name: &str, kind: Kind) -> &'static str {
+    match (name, kind) {
+        ("readv" | "aio_read", _) => "readv",
+        ("writev", _) => "writev",
+        ("aio_write", _) => "aio_write",
+        (_, Kind::Read) => "read",
+        (_, Kind::Write) => "write",
+        (_, Kind::Discard) => "discard",
+    }
 }
 
 /// The flags at the start, as getopt reads them, and what follows.
@@ -283,6 +298,7 @@ mod tests {
         let read = parsed("read -P255 -s 512 -l 10 0x200 1k");
         let verify = Some(Verify { pattern: 255, skip: 512, len: 10 });
         assert_eq!((read.at, read.action), (512, Action::Read { verify, dumps: false }));
+        assert_eq!(parsed("read -pP 255 0 1k").action, parsed("read -P 255 0 1k").action);
         let aio = parsed("aio_write -P 7 0 512 512");
         assert_eq!((aio.len, aio.is_async), (1024, true));
     }
