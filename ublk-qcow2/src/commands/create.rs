@@ -26,7 +26,7 @@ pub(crate) struct CreateArgs {
     #[arg(short = 'o', value_name = "OPTIONS", value_parser = parse_options)]
     options: Vec<Options>,
     /// The image that the new one overlays; a relative name is relative to the new image.
-    #[arg(short = 'b', long, value_name = "BACKING", requires = "backing_format")]
+    #[arg(short = 'b', long, value_name = "BACKING")]
     backing_file: Option<PathBuf>,
     /// Format of the backing file: it is never guessed.
     #[arg(short = 'F', long, value_name = "FORMAT", value_parser = ["qcow2", "raw"])]
@@ -322,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn a_size_is_given_once() {
+    fn options_of_both_kinds_come_together() {
         #[derive(clap::Parser)]
         struct Line {
             #[command(flatten)]
@@ -332,5 +332,8 @@ mod tests {
         assert_eq!(merged(&["", "-o", "size=10M", "image"]).unwrap().size, Some(10 << 20));
         assert_eq!(merged(&["", "image", "20M"]).unwrap().size, Some(20 << 20));
         assert!(merged(&["", "-o", "size=10M", "image", "20M"]).is_err());
+        let backing =
+            merged(&["", "-o", "backing_fmt=raw", "-b", "base", "image"]).unwrap().backing().unwrap();
+        assert_eq!(backing.unwrap().format, "raw");
     }
 }

@@ -99,7 +99,7 @@ pub(super) fn command(line: &str) -> Result<Option<Command>, String> {
         "help" | "?" => Ok(Command::Help),
         "quit" | "q" => alone(Command::Quit),
         "sleep" => match words[..] {
-            [text] => number(text).map(|milliseconds| Command::Sleep { milliseconds }),
+            [text] => parse_size(text).map(|milliseconds| Command::Sleep { milliseconds }),
             _ => Err(bad_count(name)),
         },
         "open" | "close" | "reopen" => Err(format!("{name}: the image is open, and is closed at the end")),
@@ -144,7 +144,7 @@ impl Flags<'_> {
     }
 
     fn number(&self, flag: char) -> Result<Option<u64>, String> {
-        self.value(flag).map(number).transpose()
+        self.value(flag).map(parse_size).transpose()
     }
 
     fn pattern(&self) -> Result<Option<u8>, String> {
@@ -167,7 +167,7 @@ fn transfer(name: &str, words: &[&str], kind: Kind, is_async: bool) -> Result<Co
     let mut len = 0_u64;
     for text in lens {
         len = len
-            .checked_add(number(text)?)
+            .checked_add(parse_size(text)?)
             .filter(|len| *len <= MAX_LEN || kind == Kind::Discard)
             .ok_or_else(|| format!("length cannot exceed {MAX_LEN}, given {text}"))?;
     }
@@ -178,7 +178,7 @@ fn transfer(name: &str, words: &[&str], kind: Kind, is_async: bool) -> Result<Co
     };
     Ok(Command::Transfer(Transfer {
         name: name_of_failure(name, kind),
-        at: number(at)?,
+        at: parse_size(at)?,
         len,
         action,
         is_async,
@@ -263,13 +263,6 @@ fn write(flags: &Flags<'_>) -> Result<Action, String> {
         (false, pattern, None) => {
             Ok(Action::Write { source: Source::Pattern(pattern.unwrap_or(DEFAULT_PATTERN)), durable })
         }
-    }
-}
-
-fn number(text: &str) -> Result<u64, String> {
-    match text.strip_prefix("0x").or(text.strip_prefix("0X")) {
-        Some(digits) => u64::from_str_radix(digits, 16).map_err(|_| format!("{text:?} is not a number")),
-        None => parse_size(text),
     }
 }
 
