@@ -55,17 +55,15 @@ impl<I: Io> Lane<I> {
     /// Gives back what may be given back by now.
     pub(crate) async fn reclaim(&self) -> Result<()> {
         let image = self.image();
-        if image.damage.is_condemned() {
-            return Ok(());
-        }
         let _reclaiming = image.reclaiming.acquire(0..1).await;
-        loop {
+        while !image.damage.is_condemned() {
             let batch = Batch { image, references: image.take_ready_frees(STEP) };
             if batch.references.is_empty() {
                 return Ok(());
             }
             self.give_back(&batch).await?;
         }
+        Ok(())
     }
 
     async fn give_back(&self, batch: &Batch<'_>) -> Result<()> {

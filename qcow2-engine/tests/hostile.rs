@@ -10,8 +10,8 @@ use qcow2_engine::{
     exec::block_on,
     io::{Buf, Files, files::Caching, mem::MemFiles, uring::Uring},
 };
-use qcow2_format::{Backing, CreateOptions, Version, header};
-use std::{fs, os::unix::fs::symlink, path::Path, sync::Arc};
+use qcow2_format::{Backing, Compression, CreateOptions, Version, header};
+use std::{fs, os::unix::fs::symlink, path::Path, process::Command, sync::Arc};
 
 const SIZE: u64 = 1 << 20;
 
@@ -174,4 +174,65 @@ fn compressed_data_that_is_none_fails_alone() {
             assert_eq!(buf.to_vec(), [0x11; 4096]);
         }
     }
+}
+
+/// What QEMU reads of a cluster of an image: its bytes, or that it cannot be read.
+fn read_by_qemu(image: &[u8], at: u64) -> Option<Vec<u8>> {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let (image_path, raw_path) = (directory.path().join("image"), directory.path().join("raw"));
+    fs::write(&image_path, image).expect("written");
+    let mut convert = Command::new("qemu-img");
+    let convert = convert.args(["convert", "-f", "qcow2", "-O", "raw"]).arg(&image_path).arg(&raw_path);
+    let finished = convert.output().expect("qemu-utils are installed: cargo xtask setup");
+    let raw = finished.status.success().then(|| fs::read(&raw_path).expect("converted"))?;
+    Some(raw[at as usize..][..4096].to_vec())
+}
+
+/// Streams that give more or less than a cluster, and frames in a row: ours and QEMU read the same, or both refuse.
+#[test]
+fn compressed_data_of_another_length_is_as_qemu_has_it() {
+    let bytes: Vec<u8> = (0..8192_u32).map(|at| (at / 9) as u8).collect();
+    let zlib = |bytes: &[u8]| {
+        let mut stream = flate2::Compress::new(flate2::Compression::default(), false);
+        let mut out = Vec::with_capacity(8192);
+        stream.compress_vec(bytes, &mut out, flate2::FlushCompress::Finish).expect("compressed");
+        out
+    };
+    let zstd = |bytes: &[u8]| zstd::bulk::compress(bytes, 3).expect("compressed");
+    let mut verdicts = Vec::new();
+    for (compression, pack) in
+        [(Compression::Zlib, &zlib as &dyn Fn(&[u8]) -> Vec<u8>), (Compression::Zstd, &zstd)]
+    {
+        let files = MemFiles::default();
+        create(&files, IMAGE, &CreateOptions { compression, ..options(None) });
+        let lane = Lane::new(&open(&files, false).expect("opens"), files.clone(), 1);
+        run(lane.write(0, Buf::from_bytes(&[0x11; 3 * 4096]))).expect("writes");
+        run(lane.close()).expect("closes");
+        let mut image = files.get(IMAGE).expect("kept");
+        let word = |at: u64| u64::from_be_bytes(image[at as usize..][..8].try_into().expect("eight bytes"));
+        let l2 = word(word(header::L1_TABLE_OFFSET)) & 0x00ff_ffff_ffff_fe00;
+        let place = (word(l2 + 8) & 0x00ff_ffff_ffff_fe00) as usize;
+        image[l2 as usize + 8..][..8].copy_from_slice(&(1 << 62 | 7 << 58 | place as u64).to_be_bytes());
+        for stream in [
+            pack(&bytes[..4096]),
+            pack(&bytes),
+            pack(&bytes[..4097]),
+            pack(&bytes[..4095]),
+            [pack(&bytes[..1024]), pack(&bytes[1024..4096])].concat(),
+            [pack(&bytes[..1024]), pack(&bytes[1024..])].concat(),
+            pack(&bytes[..4096])[..100].to_vec(),
+        ] {
+            image[place..][..4096].fill(0xAA);
+            image[place..][..stream.len()].copy_from_slice(&stream);
+            files.put(IMAGE, image.clone());
+            let lane = Lane::new(&open(&files, true).expect("opens"), files.clone(), 1);
+            let buf = Buf::zeroed(4096);
+            let ours = run(lane.read(4096, buf.clone())).ok().map(|()| buf.to_vec());
+            assert!(ours == read_by_qemu(&image, 4096), "{compression:?} {ours:?}");
+            verdicts.push(ours.is_some());
+        }
+    }
+    let (zlib, zstd) = verdicts.split_at(verdicts.len() / 2);
+    assert_eq!(zlib, [true, true, true, false, false, false, false]);
+    assert_eq!(zstd, [true, false, false, false, true, false, false]);
 }

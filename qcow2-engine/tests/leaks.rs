@@ -177,6 +177,62 @@ fn whatever_makes_no_sense_ends_the_search_and_nothing_is_given_back() {
     }
 }
 
+/// At a certain step, a write that meets damage; `after` is the file as it is then.
+struct Unlucky {
+    lane: Lane<MemFiles>,
+    files: MemFiles,
+    at: u64,
+    damaged_at: usize,
+    steps: Cell<usize>,
+    after: RefCell<Option<Vec<u8>>>,
+}
+
+impl Pace for Unlucky {
+    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
+        Box::pin(async {
+            if self.steps.replace(self.steps.get() + 1) == self.damaged_at {
+                self.lane.write(self.at, Buf::from_bytes(&[1; 512])).await.expect_err("a damaged table");
+                *self.after.borrow_mut() = self.files.get(IMAGE);
+            }
+            true
+        })
+    }
+}
+
+/// The count of an L2 table is two, which the search by itself would leave alone; a write condemns the image for it.
+#[test]
+fn damage_that_a_request_meets_ends_the_search() {
+    const UNMAPPED: u64 = 2 << 20;
+    let (files, _) = leaky("cluster_size=512", false);
+    let mut image = files.get(IMAGE).expect("kept");
+    let word = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().expect("8 bytes"));
+    let l2 = word(word(40) as usize + (UNMAPPED >> 15) as usize * 8) & 0x00ff_ffff_ffff_fe00;
+    let cluster = (l2 >> 9) as usize;
+    let block = word(word(48) as usize + cluster / 256 * 8) as usize;
+    image[block + cluster % 256 * 2 + 1] = 2;
+    for damaged_at in 0.. {
+        files.put(IMAGE, image.clone());
+        let opened = open(&files);
+        let lane = || Lane::new(&opened, files.clone(), 4);
+        let after = RefCell::default();
+        let pace = Unlucky {
+            lane: lane(),
+            files: files.clone(),
+            at: UNMAPPED,
+            damaged_at,
+            steps: Cell::new(0),
+            after,
+        };
+        let done = run(lane().reclaim_leaks(&pace)).expect("search");
+        let Some(after) = pace.after.take() else {
+            assert!(damaged_at > 100 && done.freed > 1000, "{damaged_at} {done:?}");
+            break;
+        };
+        assert!(matches!(done.verdict, Verdict::Doubt(_)), "damage at step {damaged_at}: {done:?}");
+        assert!(files.get(IMAGE) == Some(after), "damage at step {damaged_at}: the file was changed");
+    }
+}
+
 #[test]
 fn a_read_only_image_is_left_alone() {
     let (files, _) = leaky("cluster_size=64k", false);

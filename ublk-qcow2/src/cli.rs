@@ -181,8 +181,15 @@ const MAX_QUEUES: i64 = 64;
 /// Device numbers end here: the kernel's minor numbers have 20 bits.
 const MAX_ID: i64 = 1 << 20;
 
-/// Reads a size as qemu-img does: a number, whole or with a fraction, and a binary suffix.
+/// Reads a size as qemu-img does: a number, whole or with a fraction, and a binary suffix; or a hexadecimal number.
 pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
+    if let Some(digits) = text.strip_prefix("0x").or(text.strip_prefix("0X")) {
+        // A sign is not a digit here.
+        return match u64::from_str_radix(digits, 16) {
+            Ok(size) if !digits.starts_with('+') => Ok(size),
+            _ => Err(format!("{text:?} is not a hexadecimal number of at most 64 bits")),
+        };
+    }
     let (number, unit) = match text.char_indices().last() {
         Some((at, suffix)) if suffix.is_ascii_alphabetic() => (&text[..at], suffix),
         _ => (text, 'b'),
@@ -248,6 +255,7 @@ mod tests {
             ("2T", 2 << 40),
             ("100b", 100),
             ("15E", 15 << 60),
+            ("0x10000", 65536),
         ] {
             assert_eq!(parse_size(text), Ok(size), "{text}");
         }
@@ -262,6 +270,10 @@ mod tests {
             "99999999999999999999999999999999999999999",
             "1 M",
             "ä",
+            "0x",
+            "0x+1",
+            "0x10K",
+            "0x10000000000000000",
         ] {
             assert!(parse_size(text).is_err(), "{text}");
         }

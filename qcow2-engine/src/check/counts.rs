@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 /// Clusters of a chunk. A refcount block counts a whole number of chunks, because the smallest
 /// counts 64 clusters. Small, so that scattered references cost little more than their entries.
-pub(super) const CHUNK: u64 = 64;
+pub(crate) const CHUNK: u64 = 64;
 /// A count in a chunk that stands for one in `large`.
 const IN_LARGE: u8 = u8::MAX;
 

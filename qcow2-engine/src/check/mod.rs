@@ -7,7 +7,7 @@
 //! see to.
 
 mod compare;
-mod counts;
+pub(crate) mod counts;
 pub(crate) mod dirty;
 mod entry;
 mod findings;

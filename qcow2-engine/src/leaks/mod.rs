@@ -49,7 +49,8 @@
 //! Whatever makes no sense ends the search for good: what cannot be decoded, a reference beyond the
 //! file, a count below the references, header extensions that are not known. A copied flag would be
 //! wrong where a count becomes 1 and the active mapping has the one reference; our own crashes do not
-//! leave that, and it is left to `check --repair`.
+//! leave that, and it is left to `check --repair`. Damage that a request has met ends it as well: nothing is freed in a
+//! condemned image.
 //!
 //! # Bounds
 //!
@@ -175,6 +176,7 @@ impl<I: Io> Lane<I> {
         if let Some(reason) = image.may_hide_references() {
             return Err(doubt(reason));
         }
+        image.undamaged()?;
         let _searching = image.searching.acquire(0..1).await;
         let end = image.counted_end();
         let mut first = 0;
@@ -246,9 +248,11 @@ impl<I: Io> Lane<I> {
         let unused: Vec<_> =
             excess.iter().filter(|(_, references)| *references == 0).map(|(cluster, _)| *cluster).collect();
         for row in in_rows(&unused) {
+            self.image().undamaged()?;
             self.punch(row).await?;
         }
         for (cluster, references) in excess {
+            self.image().undamaged()?;
             match self.lower_to(cluster, references).await? {
                 false => {}
                 true if references == 0 => reclaimed.freed += 1,
@@ -364,6 +368,11 @@ impl Image {
 
     fn is_disabled(&self, rule: RuleName) -> bool {
         self.meta.lock().graph.is_disabled(rule)
+    }
+
+    /// A request may meet damage while the search is under way.
+    fn undamaged(&self) -> Result<(), Stop> {
+        self.damage.check(&self.top().name).map_err(|damage| doubt(&damage.to_string()))
     }
 
     /// Why clusters may be in use though nothing that is known here refers to them.

@@ -3,6 +3,7 @@
 //! Not the fuzzer's: here it is known what the image held, and all of it can be repaired.
 
 use super::rng::Rng;
+use crate::check::counts::CHUNK;
 use qcow2_format::{Geometry, Header, L1Entry, Mapping, RefcountTableEntry, header, l2, refcount};
 
 /// What is damaged.
@@ -133,10 +134,13 @@ impl Wreck<'_> {
 
     fn name_what_is_behind(&mut self, rng: &mut Rng) -> Result<(), String> {
         let behind = self.geometry.clusters_for(self.image.len() as u64);
-        let cluster = behind + rng.below(4);
+        let loses_block = rng.below(2) == 0;
+        // A rebuilt refcount structure begins where a chunk of counts does.
+        let first = if loses_block { behind.next_multiple_of(CHUNK) } else { behind };
+        let cluster = first + rng.below(4);
         let entry = cluster << self.geometry.cluster_bits | l2::COPIED;
         self.spoil_entries(rng, |_| entry);
-        if rng.below(2) == 0 {
+        if loses_block {
             self.lose_block(rng);
             return Ok(());
         }

@@ -1,15 +1,16 @@
 //! One compressed cluster to its bytes, with every bound checked.
 //!
 //! zlib clusters are raw deflate streams, zstd clusters are frames; both may be followed by slack up
-//! to the next sector. The output must be one cluster exactly.
+//! to the next sector. What gives too little is refused. What would give more is as QEMU has it: a deflate stream is
+//! not looked at beyond the cluster, a zstd frame must end with it; one frame may follow another until then.
 
 use flate2::{Decompress, FlushDecompress, Status};
 use qcow2_format::Compression;
-use std::{
-    cell::RefCell,
-    io::{self, Read},
+use std::{cell::RefCell, io};
+use zstd::{
+    bulk::Decompressor,
+    zstd_safe::{self, DCtx, DParameter, InBuffer, OutBuffer},
 };
-use zstd::{bulk::Decompressor, zstd_safe};
 
 /// The largest zstd window that is accepted, as a power of two: larger than any cluster, and small
 /// enough that a hostile frame cannot ask for memory.
@@ -50,7 +51,7 @@ fn inflate(input: &[u8], len: usize) -> io::Result<Vec<u8>> {
 fn unzstd(input: &[u8], len: usize) -> io::Result<Vec<u8>> {
     match unzstd_whole(input, len) {
         Some(output) => Ok(output),
-        None => unzstd_start(input, len),
+        None => unzstd_frames(input, len),
     }
 }
 
@@ -67,15 +68,26 @@ fn unzstd_whole(input: &[u8], len: usize) -> Option<Vec<u8>> {
     })
 }
 
-/// The first `len` bytes of a frame that may have more, or the reason why there are fewer.
-fn unzstd_start(input: &[u8], len: usize) -> io::Result<Vec<u8>> {
-    let mut decoder = zstd::stream::read::Decoder::with_buffer(input)?.single_frame();
-    decoder.window_log_max(ZSTD_WINDOW_LOG_MAX)?;
-    let mut output = vec![0; len];
-    decoder
-        .read_exact(&mut output)
-        .map_err(|error| invalid(format!("the frame is damaged or too short: {error}")))?;
-    Ok(output)
+/// Frame after frame until there are `len` bytes, with which the last frame must end. Or the reason why not.
+fn unzstd_frames(input: &[u8], len: usize) -> io::Result<Vec<u8>> {
+    let named = |code| invalid(zstd_safe::get_error_name(code).to_owned());
+    let mut context = DCtx::try_create().ok_or(io::ErrorKind::OutOfMemory)?;
+    context.set_parameter(DParameter::WindowLogMax(ZSTD_WINDOW_LOG_MAX)).map_err(named)?;
+    let mut bytes = vec![0; len];
+    let mut output = OutBuffer::around(&mut bytes[..]);
+    let mut input = InBuffer::around(input);
+    let mut left_of_frame = 0;
+    while output.pos() < len {
+        let before = (input.pos(), output.pos());
+        left_of_frame = context.decompress_stream(&mut output, &mut input).map_err(named)?;
+        if before == (input.pos(), output.pos()) {
+            return Err(invalid(format!("the frames give {} bytes of {len}", output.pos())));
+        }
+    }
+    if left_of_frame > 0 {
+        return Err(invalid(format!("the frame gives more than {len} bytes")));
+    }
+    Ok(bytes)
 }
 
 fn invalid(reason: String) -> io::Error {
@@ -115,16 +127,30 @@ mod tests {
         assert!(error.contains("too much memory"), "{error}");
     }
 
-    /// More than a cluster is what QEMU takes as well: the rest of the stream is not looked at.
     #[test]
-    fn overlong_output_is_cut_off_at_the_cluster() {
+    fn what_gives_more_than_a_cluster_is_as_qemu_has_it() {
         let bytes: Vec<u8> = (0..16384_u32).map(|at| (at / 9) as u8).collect();
-        for (kind, input) in [
-            (Compression::Zlib, deflated(&bytes)),
-            (Compression::Zstd, zstd::bulk::compress(&bytes, 3).unwrap()),
-        ] {
-            assert_eq!(cluster(kind, &input, 4096).unwrap(), bytes[..4096], "{kind:?}");
+        assert_eq!(cluster(Compression::Zlib, &deflated(&bytes), 4096).unwrap(), bytes[..4096]);
+        let error = cluster(Compression::Zstd, &zstd::bulk::compress(&bytes, 3).unwrap(), 4096).unwrap_err();
+        assert!(error.to_string().contains("more than 4096 bytes"), "{error}");
+    }
+
+    #[test]
+    fn zstd_frames_may_follow_each_other() {
+        let bytes: Vec<u8> = (0..4096_u32).map(|at| (at / 9) as u8).collect();
+        let mut frames = Vec::new();
+        for part in bytes.chunks(1000) {
+            let with_checksum = zstd::bulk::Compressor::new(3).and_then(|mut compressor| {
+                compressor.include_checksum(true)?;
+                compressor.compress(part)
+            });
+            frames.extend(with_checksum.unwrap());
         }
+        let end = frames.len();
+        frames.extend([0xAA; 300]);
+        assert_eq!(cluster(Compression::Zstd, &frames, 4096).unwrap(), bytes);
+        let error = cluster(Compression::Zstd, &frames[..end], 8192).unwrap_err();
+        assert!(error.to_string().contains("4096 bytes of 8192"), "{error}");
     }
 
     #[test]

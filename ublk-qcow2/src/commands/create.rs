@@ -26,7 +26,7 @@ pub(crate) struct CreateArgs {
     #[arg(short = 'o', value_name = "OPTIONS", value_parser = parse_options)]
     options: Vec<Options>,
     /// The image that the new one overlays; a relative name is relative to the new image.
-    #[arg(short = 'b', long, value_name = "BACKING", requires = "backing_format")]
+    #[arg(short = 'b', long, value_name = "BACKING")]
     backing_file: Option<PathBuf>,
     /// Format of the backing file: it is never guessed.
     #[arg(short = 'F', long, value_name = "FORMAT", value_parser = ["qcow2", "raw"])]
@@ -70,7 +70,7 @@ enum Mode {
 
 /// Makes the image.
 pub(crate) fn run(args: &CreateArgs) -> Result<(), CommandError> {
-    let options = Options::merged(args);
+    let options = Options::merged(args)?;
     let tool = Tool::new(Caching::Buffered, Locking::AsQemu)?;
     let backing = options.backing()?;
     let size = options.size(args, &tool, backing.as_ref())?;
@@ -139,7 +139,7 @@ fn refuse_own_backing_file(args: &CreateArgs, options: &CreateOptions) -> Result
 
 impl Options {
     /// All `-o`, later ones winning, and what has an option of its own.
-    fn merged(args: &CreateArgs) -> Self {
+    fn merged(args: &CreateArgs) -> Result<Self, CommandError> {
         let mut all = Self::default();
         for options in &args.options {
             let options = options.clone();
@@ -158,8 +158,11 @@ impl Options {
         let name = args.backing_file.as_ref().map(|name| name.to_string_lossy().into_owned());
         all.backing_file = name.or(all.backing_file);
         all.backing_format = args.backing_format.clone().or(all.backing_format);
+        if all.size.is_some() && args.size.is_some() {
+            return Err(CommandError::Usage("the size of the image is given twice".into()));
+        }
         all.size = args.size.or(all.size);
-        all
+        Ok(all)
     }
 
     fn backing(&self) -> Result<Option<Backing>, CommandError> {
@@ -254,6 +257,11 @@ impl Options {
             }
             "backing_file" => self.backing_file = Some(value.to_owned()),
             "backing_fmt" => self.backing_format = Some(value.to_owned()),
+            "encryption" | "extended_l2" | "data_file_raw" => {
+                if !matches!(value, "off" | "no" | "false") {
+                    return Err(format!("{key}={value}: images with {key} are not served"));
+                }
+            }
             _ => return Err(format!("the option {key:?} is not known; see --help")),
         }
         Ok(())
@@ -290,6 +298,7 @@ fn summary(path: &Path, options: &CreateOptions, size: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use clap::Parser;
 
     #[test]
     fn options_are_read_as_qemu_img_reads_them() {
@@ -298,8 +307,33 @@ mod tests {
         assert_eq!(options.version, Some(Version::V2));
         assert_eq!(options.lazy_refcounts, Some(true));
         assert_eq!(options.backing_file.as_deref(), Some("a,b"));
-        for bad in ["cluster_size=x", "compat=2", "nonsense=1", "preallocation=full", "refcount_bits=-1"] {
+        assert_eq!(parse_options("encryption=off,extended_l2=off").unwrap(), Options::default());
+        for bad in [
+            "cluster_size=x",
+            "compat=2",
+            "nonsense=1",
+            "preallocation=full",
+            "refcount_bits=-1",
+            "extended_l2=on",
+            "encryption",
+        ] {
             assert!(parse_options(bad).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn options_of_both_kinds_come_together() {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            create: CreateArgs,
+        }
+        let merged = |line: &[&str]| Options::merged(&Line::try_parse_from(line).unwrap().create);
+        assert_eq!(merged(&["", "-o", "size=10M", "image"]).unwrap().size, Some(10 << 20));
+        assert_eq!(merged(&["", "image", "20M"]).unwrap().size, Some(20 << 20));
+        assert!(merged(&["", "-o", "size=10M", "image", "20M"]).is_err());
+        let backing =
+            merged(&["", "-o", "backing_fmt=raw", "-b", "base", "image"]).unwrap().backing().unwrap();
+        assert_eq!(backing.unwrap().format, "raw");
     }
 }

@@ -25,6 +25,8 @@ pub(super) enum Command {
 /// A command that moves or changes data.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Transfer {
+    /// The command's name, as qemu-io gives it where the command fails.
+    pub(super) name: &'static str,
     pub(super) at: u64,
     pub(super) len: u64,
     pub(super) action: Action,
@@ -97,7 +99,7 @@ pub(super) fn command(line: &str) -> Result<Option<Command>, String> {
         "help" | "?" => Ok(Command::Help),
         "quit" | "q" => alone(Command::Quit),
         "sleep" => match words[..] {
-            [text] => number(text).map(|milliseconds| Command::Sleep { milliseconds }),
+            [text] => parse_size(text).map(|milliseconds| Command::Sleep { milliseconds }),
             _ => Err(bad_count(name)),
         },
         "open" | "close" | "reopen" => Err(format!("{name}: the image is open, and is closed at the end")),
@@ -117,8 +119,9 @@ impl Kind {
     /// The flags, and those of them that take a value.
     fn flags(self) -> (&'static str, &'static str) {
         match self {
-            Self::Read => ("CqvrPsl", "Psl"),
-            Self::Write => ("CqfnzucPs", "Ps"),
+            // -p has no meaning any more, in qemu-io neither; old scripts give it.
+            Self::Read => ("CpqrvPsl", "Psl"),
+            Self::Write => ("CfnpqzucPs", "Ps"),
             Self::Discard => ("Cq", ""),
         }
     }
@@ -141,7 +144,7 @@ impl Flags<'_> {
     }
 
     fn number(&self, flag: char) -> Result<Option<u64>, String> {
-        self.value(flag).map(number).transpose()
+        self.value(flag).map(parse_size).transpose()
     }
 
     fn pattern(&self) -> Result<Option<u8>, String> {
@@ -164,7 +167,7 @@ fn transfer(name: &str, words: &[&str], kind: Kind, is_async: bool) -> Result<Co
     let mut len = 0_u64;
     for text in lens {
         len = len
-            .checked_add(number(text)?)
+            .checked_add(parse_size(text)?)
             .filter(|len| *len <= MAX_LEN || kind == Kind::Discard)
             .ok_or_else(|| format!("length cannot exceed {MAX_LEN}, given {text}"))?;
     }
@@ -174,13 +177,25 @@ fn transfer(name: &str, words: &[&str], kind: Kind, is_async: bool) -> Result<Co
         Kind::Discard => Action::Discard,
     };
     Ok(Command::Transfer(Transfer {
-        at: number(at)?,
+        name: name_of_failure(name, kind),
+        at: parse_size(at)?,
         len,
         action,
         is_async,
         is_quiet: flags.has('q'),
         is_terse: flags.has('C'),
     }))
+}
+
+fn name_of_failure(name: &str, kind: Kind) -> &'static str {
+    match (name, kind) {
+        ("readv" | "aio_read", _) => "readv",
+        ("writev", _) => "writev",
+        ("aio_write", _) => "aio_write",
+        (_, Kind::Read) => "read",
+        (_, Kind::Write) => "write",
+        (_, Kind::Discard) => "discard",
+    }
 }
 
 /// The flags at the start, as getopt reads them, and what follows.
@@ -251,13 +266,6 @@ fn write(flags: &Flags<'_>) -> Result<Action, String> {
     }
 }
 
-fn number(text: &str) -> Result<u64, String> {
-    match text.strip_prefix("0x").or(text.strip_prefix("0X")) {
-        Some(digits) => u64::from_str_radix(digits, 16).map_err(|_| format!("{text:?} is not a number")),
-        None => parse_size(text),
-    }
-}
-
 fn bad_count(name: &str) -> String {
     format!("{name}: wrong number of arguments; see help")
 }
@@ -283,6 +291,7 @@ mod tests {
         let read = parsed("read -P255 -s 512 -l 10 0x200 1k");
         let verify = Some(Verify { pattern: 255, skip: 512, len: 10 });
         assert_eq!((read.at, read.action), (512, Action::Read { verify, dumps: false }));
+        assert_eq!(parsed("read -pP 255 0 1k").action, parsed("read -P 255 0 1k").action);
         let aio = parsed("aio_write -P 7 0 512 512");
         assert_eq!((aio.len, aio.is_async), (1024, true));
     }

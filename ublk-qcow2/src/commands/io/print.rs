@@ -17,7 +17,7 @@ pub(super) fn outcome(verb: &str, at: u64, len: u64, took: Duration, is_terse: b
     )
 }
 
-/// A size with its unit: whole, or with three digits after the point.
+/// A size with its unit and three digits after the point, unless they are zeros.
 pub(super) fn size(bytes: f64) -> String {
     const UNITS: [&str; 7] = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"];
     let mut value = bytes;
@@ -26,11 +26,8 @@ pub(super) fn size(bytes: f64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if value.fract() == 0.0 {
-        format!("{value:.0} {}", UNITS[unit])
-    } else {
-        format!("{value:.3} {}", UNITS[unit])
-    }
+    let text = format!("{value:.3}");
+    format!("{} {}", text.strip_suffix(".000").unwrap_or(&text), UNITS[unit])
 }
 
 /// A hexadecimal dump, 16 bytes a line.
@@ -60,6 +57,7 @@ mod tests {
         );
         assert_eq!(size(1000.0), "1000 bytes");
         assert_eq!(size(1_023_488.0), "999.500 KiB");
+        assert_eq!(size(67_109_376.0), "64 MiB");
         assert_eq!(dump(0x64, &[3, b'a', 0]), "00000064:  03 61 00  .a.\n");
     }
 }

@@ -137,23 +137,21 @@ impl Session {
     }
 
     async fn carry_out(&self, transfer: &Transfer) {
-        let &Transfer { at, len, is_quiet, is_terse, .. } = transfer;
+        let &Transfer { name, at, len, is_quiet, is_terse, .. } = transfer;
         let start = Instant::now();
-        let (name, verb, result) = match &transfer.action {
+        let (verb, result) = match &transfer.action {
             Action::Read { verify, dumps } => {
                 let read = self.read(at, len).await;
                 let read = read.map(|bytes| self.show(at, &bytes, *verify, *dumps && !is_quiet));
-                ("read", "read", read)
+                ("read", read)
             }
-            Action::Write { source, durable } => {
-                ("write", "wrote", self.write_from(at, len, source, *durable).await)
-            }
+            Action::Write { source, durable } => ("wrote", self.write_from(at, len, source, *durable).await),
             Action::Zero { unmap, durable } => {
                 let mode = if *unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
-                ("write", "wrote", self.zero(at, len, mode, *durable).await)
+                ("wrote", self.zero(at, len, mode, *durable).await)
             }
             Action::Discard => {
-                ("discard", "discard", self.0.lane.discard(at, len).await.map_err(|error| error.to_string()))
+                ("discard", self.0.lane.discard(at, len).await.map_err(|error| error.to_string()))
             }
         };
         match result {
