@@ -242,13 +242,13 @@ impl Context {
     /// A fetch, or a commit with `result` that fetches again; its end is reported under the tag's
     /// number.
     fn command(&self, code: u32, tag: u16, result: i32) {
-        let Announced { buffer, registration, memory } = self.payloads.announce(tag);
+        let Announced { buffer, registration } = self.payloads.announce(tag);
         let area = command_area(self.index, tag, result, buffer);
         let entry = entry_for!(self.target, |fd| {
             opcode::UringCmd16::new(fd, code).cmd(area).addr(registration).build()
         });
-        // SAFETY: the only memory that the entry names is that buffer, whose owner is handed over.
-        unsafe { self.ring.submit_reporting(entry, memory, u32::from(tag)) }
+        // SAFETY: the only memory that the entry names is that buffer, which the ring keeps.
+        unsafe { self.ring.submit_reporting(entry, u32::from(tag)) }
     }
 
     /// What the kernel is told of a request that could not be carried out.

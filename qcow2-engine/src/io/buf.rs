@@ -49,6 +49,8 @@ struct Allocation {
     ptr: NonNull<u8>,
     layout: Layout,
     registered: Cell<Option<Registration>>,
+    /// The ring that keeps it as long as it exists; 0 if none does.
+    keeper: Cell<usize>,
 }
 
 /// A part of an allocation whose pages a ring holds, so that operations on it need not look them up.
@@ -75,7 +77,8 @@ impl Buf {
         let ptr = unsafe { alloc_zeroed(layout) };
         let Some(ptr) = NonNull::new(ptr) else { handle_alloc_error(layout) };
         let start = ptr.as_ptr().align_offset(ALIGNMENT);
-        Self { owner: Rc::new(Allocation { ptr, layout, registered: Cell::new(None) }), start, len }
+        let (registered, keeper) = (Cell::new(None), Cell::new(0));
+        Self { owner: Rc::new(Allocation { ptr, layout, registered, keeper }), start, len }
     }
 
     /// Allocates a copy of `bytes`.
@@ -169,6 +172,17 @@ impl Buf {
         let mut bytes = vec![0; self.len];
         self.copy_to(0, &mut bytes);
         bytes
+    }
+
+    /// Notes that `ring` keeps the allocation as long as it exists; 0: that it does no longer.
+    pub(super) fn set_keeper(&self, ring: usize) {
+        self.owner.keeper.set(ring);
+    }
+
+    /// Whether `ring` keeps the allocation.
+    #[inline]
+    pub(super) fn is_kept_by(&self, ring: usize) -> bool {
+        self.owner.keeper.get() == ring
     }
 
     /// Notes that `ring` holds the window's pages as its buffer `index`.

@@ -57,6 +57,8 @@ const TEARDOWN: Duration = Duration::from_secs(5);
 const KICK: u64 = u64::MAX;
 /// `user_data` of a cancellation, whose own result is of no interest.
 const CANCEL: u64 = u64::MAX - 1;
+/// With this bit: `user_data` of an operation without a slot; its token is below.
+const REPORT: u64 = 1 << 62;
 
 /// A handle to this thread's ring.
 #[derive(Clone)]
@@ -71,8 +73,10 @@ struct Inner {
     /// What is known of each file, in the order of their ids; filled when first used.
     known: RefCell<Vec<Option<Known>>>,
     guest_slots: RefCell<Vec<u32>>,
-    /// The buffers whose pages the ring holds; see [`Uring::register_buffers`].
-    buffers: RefCell<Vec<Buf>>,
+    /// Memory that stays as long as the ring; see [`Uring::keep`].
+    kept: RefCell<Vec<Buf>>,
+    /// Operations in flight that have no slot: see `report`.
+    reporting: Cell<usize>,
     has_file_table: bool,
     has_ftruncate: bool,
     kick: Arc<Kick>,
@@ -165,7 +169,8 @@ impl Uring {
             files,
             known: RefCell::default(),
             guest_slots: RefCell::new((FIRST_GUEST_SLOT..FILE_SLOTS).collect()),
-            buffers: RefCell::default(),
+            kept: RefCell::default(),
+            reporting: Cell::new(0),
             has_file_table,
             has_ftruncate,
             kick: Arc::new(Kick { event, asleep: AtomicBool::new(false) }),
@@ -239,7 +244,7 @@ impl Uring {
     /// Operations in flight.
     #[must_use]
     pub fn in_flight(&self) -> usize {
-        self.0.slots.borrow().in_flight()
+        self.0.slots.borrow().in_flight() + self.0.reporting.get()
     }
 
     /// Tells this ring from the others that exist at the same time.
@@ -249,7 +254,7 @@ impl Uring {
 
     fn start(&self, prepared: Prepared, keep: Keep, on_drop: OnDrop) -> Op {
         let key = self.0.slots.borrow_mut().take(keep);
-        if let Err(error) = self.hand_over(prepared, key) {
+        if let Err(error) = self.hand_over(prepared, u64::from(key)) {
             self.0.slots.borrow_mut().complete(key, -error.raw_os_error().unwrap_or(libc::EIO));
         }
         Op { ring: self.clone(), key, on_drop }
@@ -278,6 +283,10 @@ impl Uring {
         match entry.user_data() {
             CANCEL => {}
             KICK => self.0.kick_armed.set(false),
+            report if report & REPORT != 0 => {
+                self.0.reporting.set(self.0.reporting.get() - 1);
+                self.0.reports.add(Report { token: report as u32, result: entry.result() });
+            }
             key => {
                 let whom = self.0.slots.borrow_mut().complete(key as Key, entry.result());
                 match whom {
@@ -448,10 +457,13 @@ impl Inner {
 
 impl Drop for Inner {
     fn drop(&mut self) {
-        self.buffers.get_mut().iter().for_each(Buf::clear_registered);
+        for buf in self.kept.get_mut() {
+            buf.clear_registered();
+            buf.set_keeper(0);
+        }
         // The kernel would close them some time after the ring, and keep the image's file system busy until
         // then. With operations in flight it would wait for them.
-        if self.has_file_table && self.slots.get_mut().in_flight() == 0 {
+        if self.has_file_table && self.slots.get_mut().in_flight() + self.reporting.get() == 0 {
             let _ = self.ring.get_mut().submitter().unregister_files();
         }
     }
@@ -479,6 +491,7 @@ impl Uring {
             if left.is_zero() || self.enter(Wait::For(left.min(Duration::from_millis(100)))).is_err() {
                 tracing::error!(in_flight = self.in_flight(), "leaking the memory of I/O that does not end");
                 self.0.slots.borrow_mut().leak();
+                std::mem::forget(self.0.kept.borrow().clone());
                 std::mem::forget(self.0.kick_buf.clone());
                 // What may still be written must not lose its image locks.
                 std::mem::forget(Arc::clone(&self.0.files));

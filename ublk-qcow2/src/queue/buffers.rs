@@ -37,6 +37,10 @@ impl TagBuffers {
     pub(super) fn new(queue: &Queue, ring: &Uring) -> Self {
         let bytes = queue.bounds.buffer_bytes as usize;
         let this = Self::sized(queue.depth.into(), bytes);
+        // All of them belong to one region.
+        ring.keep(
+            this.chunks.borrow().spare.first().cloned().into_iter().chain(this.own.iter().cloned()).collect(),
+        );
         let held = this.own.iter().map(|buf| buf.slice(0..bytes.min(HELD_BYTES))).collect();
         if let Err(error) = ring.register_buffers(held) {
             tracing::info!(queue = queue.index, "no registered buffers, small requests cost more: {error}");

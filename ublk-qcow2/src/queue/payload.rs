@@ -39,12 +39,10 @@ enum Place {
 
 /// What a command tells the driver about its tag's data.
 pub(super) struct Announced {
-    /// The address of the tag's buffer; 0 where it has none.
+    /// The address of the tag's buffer, which the ring keeps; 0 where it has none.
     pub(super) buffer: u64,
     /// Where in the ring's table the request's pages are to be.
     pub(super) registration: Option<u64>,
-    /// Memory of ours that the driver will touch.
-    pub(super) memory: Option<Buf>,
 }
 
 /// Which way a transfer goes.
@@ -70,16 +68,13 @@ impl Payloads {
 
     pub(super) fn announce(&self, tag: u16) -> Announced {
         match &self.place {
-            Place::Tags(buffers) => {
-                let buf = buffers.of(tag);
-                Announced { buffer: buf.address(), registration: None, memory: Some(buf) }
-            }
+            Place::Tags(buffers) => Announced { buffer: buffers.of(tag).address(), registration: None },
             Place::Pages(_) => {
                 // A request whose pages the driver could not register is to come all the same, and say so.
                 let flags = sys::UBLK_AUTO_BUF_REG_FALLBACK as u8;
                 let form = sys::ublk_auto_buf_reg { index: tag, flags, ..Default::default() };
                 let registration = Some(sys::ublk_auto_buf_reg_to_sqe_addr(&form));
-                Announced { buffer: 0, registration, memory: None }
+                Announced { buffer: 0, registration }
             }
         }
     }
@@ -115,7 +110,7 @@ impl Payloads {
                 };
                 for (begin, run) in placed(runs) {
                     let part = whole.slice(begin as usize..(begin + run.len) as usize);
-                    start(&self.ring, run.file, run.at, part, token);
+                    start(&self.ring, run.file, run.at, &part, token);
                 }
             }
             Place::Pages(_) => {

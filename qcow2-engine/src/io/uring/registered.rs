@@ -71,8 +71,14 @@ impl Uring {
         unsafe { self.0.ring.borrow().submitter().register_buffers(&vectors)? };
         // The kernel takes fewer than 2^14.
         windows.iter().zip(0..).for_each(|(window, index)| window.set_registered(self.id(), index));
-        self.0.buffers.replace(windows);
+        self.keep(windows);
         Ok(())
+    }
+
+    /// Keeps memory as long as the ring exists, so that operations on it need not hold it each for itself.
+    pub fn keep(&self, memory: Vec<Buf>) {
+        memory.iter().for_each(|buf| buf.set_keeper(self.id()));
+        self.0.kept.borrow_mut().extend(memory);
     }
 
     /// Makes room in the ring's table for `count` buffers of the kernel's own.

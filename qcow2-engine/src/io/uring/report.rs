@@ -4,7 +4,7 @@
 //! operation would cost more than the rest of its work. It gives each operation a token and finds
 //! that in the report. The memory is owned as that of any other operation is (`slots`).
 
-use super::{Keep, KernelBuf, Uring, submit::Prepared};
+use super::{Keep, KernelBuf, REPORT, Uring, submit::Prepared};
 use crate::io::{Buf, FileId};
 use io_uring::squeue;
 use std::{
@@ -43,24 +43,25 @@ impl Uring {
     /// Submits a prepared operation whose end is told by [`Uring::reports`].
     ///
     /// # Safety
-    /// As [`Uring::submit`].
-    pub unsafe fn submit_reporting(&self, entry: squeue::Entry, keep: Option<Buf>, token: u32) {
-        self.start_reporting(Prepared::Other(entry), keep.map_or(Keep::Nothing, Keep::Buf), token);
+    /// Memory that `entry` names stays valid until the ring is gone, as what it keeps does. The `user_data` of `entry` is
+    /// replaced. `entry` completes exactly once.
+    pub unsafe fn submit_reporting(&self, entry: squeue::Entry, token: u32) {
+        self.start_reporting(Prepared::Other(entry), None, token);
     }
 
     /// Starts a read into `buf`, as [`crate::io::Io::read`] but without repetition where the kernel
     /// asks for it (EAGAIN, EINTR).
-    pub fn read_reporting(&self, file: FileId, at: u64, buf: Buf, token: u32) {
-        match self.read_entry(file, at, &buf) {
-            Ok(entry) => self.start_reporting(entry, Keep::Buf(buf), token),
+    pub fn read_reporting(&self, file: FileId, at: u64, buf: &Buf, token: u32) {
+        match self.read_entry(file, at, buf) {
+            Ok(entry) => self.start_reporting(entry, Some(buf), token),
             Err(error) => self.report_failure(&error, token),
         }
     }
 
     /// Starts a write of `buf`; see [`Uring::read_reporting`].
-    pub fn write_reporting(&self, file: FileId, at: u64, buf: Buf, token: u32) {
-        match self.write_entry(file, at, &buf) {
-            Ok(entry) => self.start_reporting(entry, Keep::Buf(buf), token),
+    pub fn write_reporting(&self, file: FileId, at: u64, buf: &Buf, token: u32) {
+        match self.write_entry(file, at, buf) {
+            Ok(entry) => self.start_reporting(entry, Some(buf), token),
             Err(error) => self.report_failure(&error, token),
         }
     }
@@ -68,7 +69,7 @@ impl Uring {
     /// Starts a read into memory of the kernel's; otherwise as [`Uring::read_reporting`].
     pub fn read_into_reporting(&self, file: FileId, at: u64, buf: KernelBuf, token: u32) {
         match self.read_into_entry(file, at, buf) {
-            Ok(entry) => self.start_reporting(entry, Keep::Nothing, token),
+            Ok(entry) => self.start_reporting(entry, None, token),
             Err(error) => self.report_failure(&error, token),
         }
     }
@@ -76,7 +77,7 @@ impl Uring {
     /// Starts a write from memory of the kernel's; otherwise as [`Uring::read_reporting`].
     pub fn write_from_reporting(&self, file: FileId, at: u64, buf: KernelBuf, token: u32) {
         match self.write_from_entry(file, at, buf) {
-            Ok(entry) => self.start_reporting(entry, Keep::Nothing, token),
+            Ok(entry) => self.start_reporting(entry, None, token),
             Err(error) => self.report_failure(&error, token),
         }
     }
@@ -96,10 +97,22 @@ impl Uring {
         .await;
     }
 
-    fn start_reporting(&self, prepared: Prepared, keep: Keep, token: u32) {
-        let key = self.0.slots.borrow_mut().take_reporting(keep, token);
-        if let Err(error) = self.hand_over(prepared, key) {
-            self.0.slots.borrow_mut().complete(key, 0);
+    /// `memory` is that of ours which the entry names and the ring may not keep.
+    fn start_reporting(&self, prepared: Prepared, memory: Option<&Buf>, token: u32) {
+        let handed_over = match memory.filter(|buf| !buf.is_kept_by(self.id())) {
+            None => {
+                self.0.reporting.set(self.0.reporting.get() + 1);
+                self.hand_over(prepared, REPORT | u64::from(token))
+                    .inspect_err(|_| self.0.reporting.set(self.0.reporting.get() - 1))
+            }
+            Some(buf) => {
+                let key = self.0.slots.borrow_mut().take_reporting(Keep::Buf(buf.clone()), token);
+                self.hand_over(prepared, u64::from(key)).inspect_err(|_| {
+                    self.0.slots.borrow_mut().complete(key, 0);
+                })
+            }
+        };
+        if let Err(error) = handed_over {
             self.report_failure(&error, token);
         }
     }

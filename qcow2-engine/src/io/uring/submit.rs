@@ -7,7 +7,7 @@
 //! back for each. So where writes are seen to complete in the call that submits them they are
 //! submitted by twos ([`Pace`]); storage that interrupts gets them all at once, with a trial now and then.
 
-use super::{Inner, MAX_RETRIES, Uring, Wait, slots::Key};
+use super::{Inner, MAX_RETRIES, Uring, Wait};
 use io_uring::{squeue, types};
 use std::{
     cell::{Cell, RefCell},
@@ -96,9 +96,8 @@ impl Pace {
 }
 
 impl Uring {
-    /// Takes an operation over for the kernel. Its memory belongs to the slot `key`.
-    pub(super) fn hand_over(&self, prepared: Prepared, key: Key) -> io::Result<()> {
-        let user_data = u64::from(key);
+    /// Takes an operation over for the kernel. Its memory belongs to the slot that `user_data` names, or is kept by the ring.
+    pub(super) fn hand_over(&self, prepared: Prepared, user_data: u64) -> io::Result<()> {
         match prepared {
             Prepared::DirectWrite(entry) if self.0.writes.go_by_twos() => {
                 self.0.writes.held.borrow_mut().push(entry.user_data(user_data));

@@ -256,9 +256,13 @@ fn operations_without_a_future_are_reported_once_each() {
         for index in 0..COUNT {
             let data = Buf::zeroed(512);
             data.fill(index as u8);
-            it.ring.write_reporting(it.file, u64::from(index) * 512, data, index);
+            // Memory of the ring's and memory that only the operation has.
+            if index % 2 == 0 {
+                it.ring.keep(vec![data.clone()]);
+            }
+            it.ring.write_reporting(it.file, u64::from(index) * 512, &data, index);
         }
-        it.ring.read_reporting(FileId(77), 0, Buf::zeroed(512), COUNT);
+        it.ring.read_reporting(FileId(77), 0, &Buf::zeroed(512), COUNT);
         let mut reports = Vec::new();
         while seen.contains(&0) {
             it.ring.reports(&mut reports).await;
@@ -277,13 +281,20 @@ fn operations_without_a_future_are_reported_once_each() {
 /// A write that waits for the end of the turn belongs to the kernel all the same.
 #[test]
 fn dropping_the_ring_does_not_lose_a_write() {
-    let it = Fixture::new(Caching::Auto, 4096);
-    let data = Buf::zeroed(512);
-    data.fill(3);
-    it.ring.write_reporting(it.file, 512, data, 0);
-    let Fixture { dir, ring, .. } = it;
-    drop(ring);
-    assert_eq!(std::fs::read(dir.path().join("file")).unwrap()[512..1024], [3; 512]);
+    for is_kept in [false, true] {
+        let it = Fixture::new(Caching::Auto, 4096);
+        let data = Buf::zeroed(512);
+        data.fill(3);
+        if is_kept {
+            it.ring.keep(vec![data.clone()]);
+        }
+        it.ring.write_reporting(it.file, 512, &data, 0);
+        assert_eq!(it.ring.in_flight(), 1);
+        drop(data);
+        let Fixture { dir, ring, .. } = it;
+        drop(ring);
+        assert_eq!(std::fs::read(dir.path().join("file")).unwrap()[512..1024], [3; 512], "{is_kept}");
+    }
 }
 
 /// The kernel takes a ring apart some time after its descriptor is closed. Until then what was registered was open: a file
