@@ -7,14 +7,14 @@
 //!
 //! The difference of two counts, divided by the difference of TIMES, is what the work costs in user
 //! space, exactly. WORK is `map`, `direct`, `read`, `write` (of 4 KiB at places drawn from a fixed seed)
-//! or `open`.
+//! `open`, or `search` (for leaks, without a rest).
 
 use qcow2_engine::{
-    Image, Lane, OpenOptions,
+    Image, Lane, OpenOptions, Pace,
     exec::{Executor, block_on},
     io::{Buf, Files, files::Caching, uring::Uring},
 };
-use std::{error::Error, hint::black_box, path::Path, process::ExitCode, sync::Arc};
+use std::{error::Error, hint::black_box, path::Path, pin::Pin, process::ExitCode, sync::Arc};
 
 /// Requests in flight.
 const DEPTH: u64 = 64;
@@ -37,8 +37,11 @@ fn run() -> Result<(), Box<dyn Error>> {
     if work == "open" {
         return (0..times).try_for_each(|_| open(path, false).map(drop));
     }
-    let (image, ring) = open(path, work != "write")?;
+    let (image, ring) = open(path, !["write", "search"].contains(&&**work))?;
     let lane = Lane::new(&image, ring.clone(), DEPTH as usize);
+    if work == "search" {
+        return Ok(block_on(&ring, lane.reclaim_leaks(&Restless))?.map(|done| println!("{done:?}"))?);
+    }
     let blocks = image.virtual_size() / BLOCK;
     let mut places = fastrand::Rng::with_seed(1);
     if work == "direct" {
@@ -69,6 +72,14 @@ fn run() -> Result<(), Box<dyn Error>> {
         });
     }
     Ok(executor.run()?)
+}
+
+struct Restless;
+
+impl Pace for Restless {
+    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
+        Box::pin(std::future::ready(true))
+    }
 }
 
 /// Opens an image on a new ring.

@@ -24,7 +24,16 @@ pub(crate) struct Epochs {
 pub(crate) struct Epoch(u64);
 
 /// One slot per request that a lane can have in flight; each holds the epoch in which it began.
-pub(crate) struct Slots(Box<[AtomicU64]>);
+pub(crate) struct Slots(Box<[Line]>);
+
+/// Slots that share no memory with those of another lane, which another thread writes for each of its requests.
+/// Processors fetch cache lines in pairs.
+#[repr(align(128))]
+struct Line([AtomicU64; Self::SLOTS]);
+
+impl Line {
+    const SLOTS: usize = 16;
+}
 
 impl Epochs {
     pub(crate) fn new() -> Self {
@@ -33,7 +42,7 @@ impl Epochs {
 
     /// Makes the slots of a new lane.
     pub(crate) fn register(&self, depth: usize) -> Arc<Slots> {
-        let slots = Arc::new(Slots((0..depth).map(|_| AtomicU64::new(IDLE)).collect()));
+        let slots = Arc::new(Slots::idle(depth));
         self.lanes.lock().push(Arc::clone(&slots));
         slots
     }
@@ -56,17 +65,30 @@ impl Epochs {
     /// Marks slot `index` as a request that begins now. The store is sequentially consistent, so
     /// that the look-ups which follow it cannot be ordered before it.
     pub(crate) fn enter(&self, slots: &Slots, index: usize) {
-        slots.0[index].store(self.now.load(SeqCst), SeqCst);
+        slots.at(index).store(self.now.load(SeqCst), SeqCst);
     }
 }
 
 impl Slots {
+    fn idle(count: usize) -> Self {
+        let line = |_| Line([const { AtomicU64::new(IDLE) }; Line::SLOTS]);
+        Self((0..count.div_ceil(Line::SLOTS)).map(line).collect())
+    }
+
+    fn at(&self, index: usize) -> &AtomicU64 {
+        &self.0[index / Line::SLOTS].0[index % Line::SLOTS]
+    }
+
     pub(crate) fn leave(&self, index: usize) {
-        self.0[index].store(IDLE, std::sync::atomic::Ordering::Release);
+        self.at(index).store(IDLE, std::sync::atomic::Ordering::Release);
     }
 
     fn all_after(&self, epoch: Epoch) -> bool {
-        self.0.iter().map(|slot| slot.load(SeqCst)).all(|began| began == IDLE || began > epoch.0)
+        self.0
+            .iter()
+            .flat_map(|line| &line.0)
+            .map(|slot| slot.load(SeqCst))
+            .all(|began| began == IDLE || began > epoch.0)
     }
 }
 

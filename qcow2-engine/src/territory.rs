@@ -67,8 +67,14 @@ impl Sieve {
     /// Whether a cluster may hold metadata, or lie beyond the end of the file.
     #[inline]
     pub(crate) fn suspects(&self, cluster: u64) -> bool {
+        cluster >= self.end.load(Ordering::Relaxed) || self.may_hold(cluster)
+    }
+
+    /// Whether a cluster may hold metadata.
+    #[inline]
+    fn may_hold(&self, cluster: u64) -> bool {
         let (word, bits) = self.place(cluster);
-        cluster >= self.end.load(Ordering::Relaxed) || self.words[word].load(Ordering::Relaxed) & bits == bits
+        self.words[word].load(Ordering::Relaxed) & bits == bits
     }
 
     /// The file ends with cluster `end` now, exclusive.
@@ -163,7 +169,7 @@ impl Territory {
 
     /// What live metadata a cluster holds.
     pub(crate) fn owner(&self, cluster: u64) -> Option<Owner> {
-        if !self.sieve.suspects(cluster) {
+        if !self.sieve.may_hold(cluster) {
             return None;
         }
         let area = self.areas.iter().find(|area| area.clusters.contains(&cluster)).map(|area| area.owner);

@@ -66,8 +66,8 @@ impl<I: Io> Lane<I> {
     /// [`Self::write`], from inside a request.
     pub(crate) async fn write_entered(&self, at: u64, buf: Buf) -> Result<()> {
         let pieces = self.split(at, buf.len() as u64).await?;
-        if let [Piece { kind: Kind::InPlace { host }, .. }] = pieces[..] {
-            return self.write_in_place(host, &buf).await;
+        if let [piece] = pieces[..] {
+            return self.write_piece(piece, buf).await;
         }
         let parts = pieces.into_iter().map(|piece| {
             let start = (piece.at - at) as usize;
@@ -184,11 +184,15 @@ impl<I: Io> Lane<I> {
         let start = guest.start << bits;
         let edges = self.edges(start..guest.end << bits, at..at + payload.len() as u64, fresh).await?;
         placement.begin_writing();
-        let writes = edges
-            .into_iter()
-            .chain([(at, payload)])
-            .map(|(at, bytes)| async move { self.write_in_place(host + (at - start), &bytes).await });
-        let written: Result<()> = join_all(writes).await.into_iter().collect();
+        let written = if edges.is_empty() {
+            self.write_in_place(host + (at - start), &payload).await
+        } else {
+            let writes = edges
+                .into_iter()
+                .chain([(at, payload)])
+                .map(|(at, bytes)| async move { self.write_in_place(host + (at - start), &bytes).await });
+            join_all(writes).await.into_iter().collect()
+        };
         placement.end_writing();
         written?;
         self.publish_data(guest, placement).await

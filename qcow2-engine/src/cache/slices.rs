@@ -116,10 +116,9 @@ impl SliceCache {
         matches!(self.place(key), Place::Run(_)) || self.slot_of(key).is_some()
     }
 
-    /// The bytes of a slice of `len` that is a run, as they are on disk.
-    pub(crate) fn run_bytes(&self, key: SliceKey, len: usize) -> Option<impl Iterator<Item = u8>> {
-        let Place::Run(run) = self.place(key) else { return None };
-        Some((0..len / size_of::<u64>()).flat_map(move |index| run.entry(index).to_be_bytes()))
+    /// The run that a slice in memory is, if it has no slot: as it is on disk.
+    pub(crate) fn run(&self, key: SliceKey) -> Option<Run> {
+        if let Place::Run(run) = self.place(key) { Some(run) } else { None }
     }
 
     /// Takes a slice in if it is a run. It is not in memory.

@@ -22,7 +22,7 @@ use crate::{
     io::Io,
     leaks::Pace,
 };
-use qcow2_format::{HostOffset, L1Entry, geometry::TABLE_ENTRY_BYTES};
+use qcow2_format::{HostOffset, L1Entry, Mapping, geometry::TABLE_ENTRY_BYTES};
 use std::{cell::Cell, ops::Range, sync::Arc};
 
 /// Entries of a refcount table that are copied while the metadata lock is held.
@@ -120,6 +120,13 @@ impl<'a, I: Io> ImageFile<'a, I> {
         Ok(entries)
     }
 
+    /// Whether a part of an L2 table is known to refer to nothing in a window. Then it is taken note of.
+    pub(super) fn passes_by(&self, walk: &Walk, window: &mut Window) -> bool {
+        let Some(live) = self.live.as_ref().filter(|_| walk.is_active) else { return false };
+        live.slices(walk)
+            .all(|slice| live.data_in_row(slice).is_some_and(|clusters| window.pass_by(&clusters)))
+    }
+
     /// A part of an L2 table; `None` where the file has a hole. The table of the active mapping may be
     /// replaced by a copy, and its old place be used for something else, while it is read: then the
     /// copy is read, whose entries are the same or newer.
@@ -166,12 +173,29 @@ impl Live<'_> {
 
     /// The bytes of slices all of which are runs: a run in memory is as on disk.
     fn known_part(&self, slices: &Range<u64>) -> Option<Vec<u8>> {
-        let len = self.image.top().slice_bytes() as usize;
-        let mut part = Vec::with_capacity(len * (slices.end - slices.start) as usize);
+        let len = self.image.top().slice_entries() as usize;
+        let mut part = Vec::with_capacity(len * 8 * (slices.end - slices.start) as usize);
         for slice in slices.clone() {
-            part.extend(self.image.cache.run_bytes(SliceKey { layer: 0, slice }, len)?);
+            let run = self.image.cache.run(SliceKey { layer: 0, slice })?;
+            part.extend((0..len).flat_map(|index| run.entry(index).to_be_bytes()));
         }
         Some(part)
+    }
+
+    /// The host clusters to which the entries of a slice refer, where the slice is known to be nothing but data
+    /// in a row, or nothing at all.
+    fn data_in_row(&self, slice: u64) -> Option<Range<u64>> {
+        let geometry = self.image.geometry();
+        let run = self.image.cache.run(SliceKey { layer: 0, slice })?;
+        let last = run.entry(self.image.top().slice_entries() as usize - 1);
+        // What is between two entries of a run differs from them in its offset only.
+        match [run.entry(0), last].map(|raw| Mapping::decode(raw, geometry)) {
+            [Ok(Mapping::Unallocated), Ok(Mapping::Unallocated)] => Some(0..0),
+            [Ok(Mapping::Data { host: first, .. }), Ok(Mapping::Data { host: last, .. })] => {
+                Some(first.0 >> geometry.cluster_bits..(last.0 >> geometry.cluster_bits) + 1)
+            }
+            _ => None,
+        }
     }
 
     /// Those that are not in memory. As long as nobody loads them they stay out of it, and cannot change.

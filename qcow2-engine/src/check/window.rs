@@ -59,6 +59,15 @@ impl Window {
         }
     }
 
+    /// Takes note of references to data, if all of it is outside the window; then nothing is to be counted.
+    pub(super) fn pass_by(&mut self, clusters: &Range<u64>) -> bool {
+        let is_outside = clusters.end <= self.clusters.start || self.clusters.end <= clusters.start;
+        if is_outside {
+            self.referred_end = self.referred_end.max(clusters.end);
+        }
+        is_outside
+    }
+
     pub(super) fn mark_active(&mut self, cluster: u64) {
         if self.clusters.contains(&cluster) {
             self.counters[(cluster - self.clusters.start) as usize] |= IS_ACTIVE;
@@ -90,6 +99,15 @@ mod tests {
         window.claim(&claim, 12..13, 1);
         window.mark_active(12);
         assert_eq!((window.references(12), window.referred_end), (Some(1), 13));
+    }
+
+    #[test]
+    fn what_is_outside_is_passed_by() {
+        let mut window = Window::new(10..20);
+        assert!(window.pass_by(&(0..10)) && window.pass_by(&(20..500)) && window.pass_by(&(0..0)));
+        assert_eq!(window.referred_end, 500);
+        assert!(!window.pass_by(&(5..11)) && !window.pass_by(&(19..900)) && !window.pass_by(&(5..900)));
+        assert_eq!(window.referred_end, 500);
     }
 
     #[test]
