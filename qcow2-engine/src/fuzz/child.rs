@@ -38,6 +38,8 @@ pub const READ_BEFORE: &str = "before.raw";
 /// See [`READ_BEFORE`].
 pub const READ_AFTER: &str = "after.raw";
 const REQUESTS: u64 = 48;
+/// Most requests are for the first clusters, of which there are so many.
+pub const REACH: u64 = 40;
 
 /// Works on the image in the present directory.
 ///
@@ -135,9 +137,11 @@ fn change(rng: &mut Rng) -> bool {
     let cluster = image.geometry().cluster_size();
     let lane = Lane::new(&image, files, 4);
     for _ in 0..REQUESTS {
-        let outcome = request(rng, &lane, size, cluster);
-        if let Err(error) = outcome {
-            tell(&error);
+        let was_condemned = image.damage.is_condemned();
+        match request(rng, &lane, size, cluster) {
+            Ok(Kind::Write) if was_condemned => println!("taken after damage"),
+            Ok(_) => {}
+            Err(error) => tell(&error),
         }
     }
     if let Err(error) = run(lane.close()) {
@@ -158,12 +162,18 @@ fn tell(error: &Error) {
     println!("{what}: {error}");
 }
 
-fn request(rng: &mut Rng, lane: &Lane<HostFiles>, size: u64, cluster: u64) -> Result<(), Error> {
+/// What was asked for. Only of a write it is clear that it changes the image.
+enum Kind {
+    Write,
+    Other,
+}
+
+fn request(rng: &mut Rng, lane: &Lane<HostFiles>, size: u64, cluster: u64) -> Result<Kind, Error> {
     if size == 0 {
-        return Ok(());
+        return Ok(Kind::Other);
     }
     // Mostly where the sample has something.
-    let reach = if rng.below(8) == 0 { size } else { size.min(READ_BYTES).min(40 * cluster) };
+    let reach = if rng.below(8) == 0 { size } else { size.min(READ_BYTES).min(REACH * cluster) };
     let at = rng.below(reach) & !511;
     let len = match rng.below(3) {
         0 => 512,
@@ -178,14 +188,15 @@ fn request(rng: &mut Rng, lane: &Lane<HostFiles>, size: u64, cluster: u64) -> Re
     match kind {
         0..=3 => {
             let byte = 0x80 | rng.below(64) as u8;
-            run(lane.write(at, Buf::from_bytes(&vec![byte; len as usize])))
+            return run(lane.write(at, Buf::from_bytes(&vec![byte; len as usize]))).map(|()| Kind::Write);
         }
         4..=5 => run(lane.discard(at, len)),
         6 => run(lane.write_zeroes(at, len, ZeroMode::Unmap)),
         7 => run(lane.write_zeroes(at, len, ZeroMode::Keep)),
         8 => run(lane.flush()),
         _ => run(lane.maintain()),
-    }
+    }?;
+    Ok(Kind::Other)
 }
 
 fn verdict(image: &str, repair: Repair, label: &str) {

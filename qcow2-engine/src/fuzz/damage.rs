@@ -1,6 +1,6 @@
 //! Damage: fields of an image set to values that mean something else there.
 
-use super::corpus::Sample;
+use super::{child::REACH, corpus::Sample};
 use crate::sim::rng::Rng;
 use qcow2_format::{Header, snapshot};
 use std::fmt;
@@ -81,6 +81,8 @@ const FLAGS: [u64; 7] = [1 << 63, 1 << 63, 1 << 63, 0, 1 << 62, 1, 1 << 63 | 1];
 /// What is known of a sample: its fields by kind, and places worth pointing at.
 pub struct Anatomy {
     kinds: Vec<Vec<Spot>>,
+    /// L2 entries of clusters that most requests are for.
+    busy: Vec<Spot>,
     places: Vec<u64>,
     cluster: u64,
     len: u64,
@@ -124,6 +126,7 @@ impl Anatomy {
         };
         let l2: Vec<Spot> =
             l2_tables.iter().flat_map(|&at| used(words("L2 entry", at, cluster / 8))).collect();
+        let busy = words("L2 entry", l2_tables.first().copied().unwrap_or(len), (cluster / 8).min(REACH));
         let counts = blocks.iter().flat_map(|&at| used(words("refcounts", at, cluster / 8))).collect();
         let mut snapshots = Vec::new();
         let mut places = vec![0, header.l1_table.0, header.refcount_table.0];
@@ -162,13 +165,25 @@ impl Anatomy {
             bitmaps,
         ];
         let kinds = kinds.into_iter().filter(|kind: &Vec<Spot>| !kind.is_empty()).collect();
-        Ok(Self { kinds, places, cluster, len })
+        Ok(Self { kinds, busy, places, cluster, len })
     }
 
     /// One to four changes.
     pub fn choose(&self, rng: &mut Rng, image: &[u8]) -> Vec<Damage> {
+        if rng.below(4) == 0 && !self.busy.is_empty() {
+            return vec![self.name_a_table(rng)];
+        }
         let count = [1, 1, 1, 2, 2, 3, 4][rng.below(7) as usize];
         (0..count).map(|_| self.choose_one(rng, image)).collect()
+    }
+
+    /// An entry that is soon replaced names a table, which must not be freed for that.
+    fn name_a_table(&self, rng: &mut Rng) -> Damage {
+        let spot = &self.busy[rng.below(self.busy.len() as u64) as usize];
+        let place = self.places[rng.below(self.places.len() as u64) as usize];
+        // With the flag it would be written to in place.
+        let flag = if rng.below(4) == 0 { 1 << 63 } else { 0 };
+        Damage::Bytes { field: spot.field.into(), at: spot.at, bytes: (place | flag).to_be_bytes().to_vec() }
     }
 
     fn choose_one(&self, rng: &mut Rng, image: &[u8]) -> Damage {

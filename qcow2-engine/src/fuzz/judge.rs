@@ -31,6 +31,8 @@ struct Account {
     repaired: Option<[u64; 3]>,
     /// The first message that condemned the image.
     corrupt: Option<String>,
+    /// A write succeeded after the image had been condemned.
+    taken_after_damage: bool,
     closed: bool,
 }
 
@@ -53,6 +55,7 @@ impl Account {
                     account.repaired = Some([corruptions, leaks, errors]);
                 }
                 ("corrupt:", _) => drop(account.corrupt.get_or_insert_with(|| rest.to_owned())),
+                ("taken", _) => account.taken_after_damage = true,
                 ("closed", _) => account.closed = true,
                 _ => {}
             }
@@ -92,6 +95,9 @@ pub fn violation(directory: &Path, finished: &Finished) -> io::Result<Option<Str
         }
     }
     let account = Account::of(&finished.output);
+    if account.taken_after_damage {
+        return Ok(Some("a write was taken after another request had condemned the image".into()));
+    }
     let before = fs::read(directory.join(IMAGE))?;
     let sound = qemu_check(directory, IMAGE)?;
     if let Some(found) = wrong_bytes(directory, &account)? {
