@@ -209,7 +209,8 @@ impl ImageFile {
 /// The raw file beside `image`: written where that is, with holes where that has none or only metadata.
 fn raw(image: Image, mib: u32) -> ImageFile {
     let sparse = |name: &str, size: &str| {
-        ImageFile::new(name, vec![format!("rm -f {name}; truncate -s {size} {name}")])
+        // A guest's truncate may know no terabytes.
+        ImageFile::new(name, vec![format!("rm -f {name}; qemu-img create -q -f raw {name} {size}")])
     };
     match image {
         Image::Empty => sparse("empty.raw", &format!("{mib}M")),
