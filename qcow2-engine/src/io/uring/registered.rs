@@ -47,7 +47,7 @@ impl Drop for Registered<'_> {
 }
 
 impl Uring {
-    /// Registers a descriptor that is not in [`Files`], for cheap use in submissions. It counts as
+    /// Registers a descriptor that is not in [`Files`](crate::io::Files), for cheap use in submissions. It counts as
     /// open until the guard is dropped *and* its operations have completed.
     #[must_use]
     pub fn register_fd<'fd>(&self, fd: BorrowedFd<'fd>) -> Registered<'fd> {
