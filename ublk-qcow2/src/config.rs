@@ -1,10 +1,7 @@
 //! What to serve, and how: the options of `add`, in a form that a run file keeps for the server that
 //! may have to take over.
 
-use crate::{
-    cli::{AddArgs, IoMode, ZeroCopy},
-    device::Wish,
-};
+use crate::cli::{AddArgs, IoMode, ZeroCopy};
 use qcow2_engine::{
     BackingPolicy, Format, OpenOptions,
     io::{
@@ -67,15 +64,6 @@ impl Config {
             IoMode::Buffered => Caching::Buffered,
         };
         Files::with_locking(caching, locking(self.force_share))
-    }
-
-    /// What to ask the driver for.
-    pub(crate) fn zero_copy(&self) -> Wish {
-        match self.zero_copy {
-            ZeroCopy::Auto => Wish::IfPossible,
-            ZeroCopy::On => Wish::Needed,
-            ZeroCopy::Off => Wish::No,
-        }
     }
 
     /// How the engine opens the image.

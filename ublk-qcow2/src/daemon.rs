@@ -135,9 +135,8 @@ fn make(id: Option<u32>, config: &Config) -> Result<Ready, ServeError> {
     let files = Arc::new(config.files());
     let image = open_image(config, &files)?;
     let shape = shape_of(&image, config)?;
-    let &Config { queues, depth, recovery, part_scan, .. } = config;
+    let &Config { queues, depth, recovery, part_scan, zero_copy, .. } = config;
     let cookie = random().map_err(ServeError::SetUp)?;
-    let zero_copy = config.zero_copy();
     let request = device::Request { id, queues, depth, recovery, part_scan, zero_copy, cookie };
     let mut device = Device::add(control, &request)?;
     device.describe(&shape)?;

@@ -9,6 +9,7 @@
 //! steps after it are the same. Should they fail, the device goes on waiting.
 
 use crate::{
+    cli::ZeroCopy,
     control::{ANY_ID, Control, ControlError},
     handover,
     runfile::Phase,
@@ -76,19 +77,9 @@ pub(crate) struct Request {
     /// Whether the kernel looks for a partition table when the device starts.
     pub(crate) part_scan: bool,
     /// Whether the server is to do without copies of the data.
-    pub(crate) zero_copy: Wish,
+    pub(crate) zero_copy: ZeroCopy,
     /// What the driver keeps for us, to know the device by.
     pub(crate) cookie: u64,
-}
-
-/// How much a feature is wanted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wish {
-    No,
-    /// If the driver has it.
-    IfPossible,
-    /// Rather no device than one without.
-    Needed,
 }
 
 /// What the device looks like to its users.
@@ -146,12 +137,10 @@ enum State {
 impl Device {
     /// Adds a device.
     pub(crate) fn add(mut control: Control, request: &Request) -> Result<Self, DeviceError> {
-        let zero_copy = match request.zero_copy {
-            Wish::No => false,
-            // Asked for what it does not know, the driver may refuse to make a device.
-            _ => control.features().is_ok_and(|bits| bits & ZERO_COPY == ZERO_COPY),
-        };
-        if request.zero_copy == Wish::Needed && !zero_copy {
+        // Asked for what it does not know, the driver may refuse to make a device.
+        let zero_copy = request.zero_copy != ZeroCopy::Off
+            && control.features().is_ok_and(|bits| bits & ZERO_COPY == ZERO_COPY);
+        if request.zero_copy == ZeroCopy::On && !zero_copy {
             return Err(DeviceError::ZeroCopy);
         }
         let info = control.add(sys::ublksrv_ctrl_dev_info {

@@ -228,9 +228,9 @@ impl Context {
         &self.tags[usize::from(number)]
     }
 
-    /// The request that a tag has fetched, or what the kernel is to be told instead of a result.
-    fn request_of(&self, tag: u16) -> Result<Request, i32> {
-        Request::decode(&self.descriptors.get(tag), self.bounds).map_err(|error| {
+    /// The request that a descriptor stands for, or what the kernel is to be told instead of a result.
+    fn request_of(&self, descriptor: &sys::ublksrv_io_desc) -> Result<Request, i32> {
+        Request::decode(descriptor, self.bounds).map_err(|error| {
             self.report(&error);
             match error {
                 DecodeError::Operation(_) => -libc::EOPNOTSUPP,

@@ -24,7 +24,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 pub use registered::{KernelBuf, Registered};
 pub use report::Report;
 use report::Reports;
-use slots::{Keep, Key, Slots, Whom};
+use slots::{Keep, Key, Slots};
 use std::{
     cell::{Cell, RefCell},
     future::Future,
@@ -37,7 +37,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    task::{Context, Poll},
+    task::{Context, Poll, Waker},
     time::{Duration, Instant},
 };
 use submit::{Prepared, Writes};
@@ -288,12 +288,9 @@ impl Uring {
                 self.0.reports.add(Report { token: report as u32, result: entry.result() });
             }
             key => {
-                let whom = self.0.slots.borrow_mut().complete(key as Key, entry.result());
-                match whom {
-                    Whom::Nobody => {}
-                    Whom::Task(waker) => waker.wake(),
-                    Whom::Token(token) => self.0.reports.add(Report { token, result: entry.result() }),
-                }
+                // The slots are not borrowed while the waker runs.
+                let waker = self.0.slots.borrow_mut().complete(key as Key, entry.result());
+                waker.into_iter().for_each(Waker::wake);
             }
         }
     }

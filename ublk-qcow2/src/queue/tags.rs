@@ -165,8 +165,9 @@ impl Context {
     /// The kernel has answered a command: with a request, or with the end.
     fn fetched(&self, number: u16, result: i32) {
         if result >= 0 {
-            match self.request_of(number) {
-                Ok(request) => self.begin(number, request),
+            let descriptor = self.descriptors.get(number);
+            match self.request_of(&descriptor) {
+                Ok(request) => self.begin(number, request, descriptor.op_flags),
                 Err(refusal) => self.commit(number, refusal),
             }
             return;
@@ -181,9 +182,9 @@ impl Context {
     }
 
     /// Starts the transfers that answer a request, or leaves it to the tag's task.
-    fn begin(&self, number: u16, request: Request) {
+    fn begin(&self, number: u16, request: Request, op_flags: u32) {
         self.payloads.begin(number, &request);
-        if !self.payloads.is_movable(self.descriptors.get(number).op_flags) {
+        if !self.payloads.is_movable(op_flags) {
             return self.hand_over(number, request);
         }
         let (direct, way) = match request {

@@ -2,9 +2,10 @@
 //!
 //! For a caller that keeps its own account of what is in flight, and for whom a future and a waker per
 //! operation would cost more than the rest of its work. It gives each operation a token and finds
-//! that in the report. The memory is owned as that of any other operation is (`slots`).
+//! that in the report, and the ring keeps the memory from the first such operation on it as long as it exists
+//! ([`Uring::keep`]). So the token is all that has to be known of an operation.
 
-use super::{Keep, KernelBuf, REPORT, Uring, submit::Prepared};
+use super::{KernelBuf, REPORT, Uring, submit::Prepared};
 use crate::io::{Buf, FileId};
 use io_uring::squeue;
 use std::{
@@ -46,22 +47,24 @@ impl Uring {
     /// Memory that `entry` names stays valid until the ring is gone, as what it keeps does. The `user_data` of `entry` is
     /// replaced. `entry` completes exactly once.
     pub unsafe fn submit_reporting(&self, entry: squeue::Entry, token: u32) {
-        self.start_reporting(Prepared::Other(entry), None, token);
+        self.start_reporting(Prepared::Other(entry), token);
     }
 
     /// Starts a read into `buf`, as [`crate::io::Io::read`] but without repetition where the kernel
     /// asks for it (EAGAIN, EINTR).
     pub fn read_reporting(&self, file: FileId, at: u64, buf: &Buf, token: u32) {
+        self.keep_once(buf);
         match self.read_entry(file, at, buf) {
-            Ok(entry) => self.start_reporting(entry, Some(buf), token),
+            Ok(entry) => self.start_reporting(entry, token),
             Err(error) => self.report_failure(&error, token),
         }
     }
 
     /// Starts a write of `buf`; see [`Uring::read_reporting`].
     pub fn write_reporting(&self, file: FileId, at: u64, buf: &Buf, token: u32) {
+        self.keep_once(buf);
         match self.write_entry(file, at, buf) {
-            Ok(entry) => self.start_reporting(entry, Some(buf), token),
+            Ok(entry) => self.start_reporting(entry, token),
             Err(error) => self.report_failure(&error, token),
         }
     }
@@ -69,7 +72,7 @@ impl Uring {
     /// Starts a read into memory of the kernel's; otherwise as [`Uring::read_reporting`].
     pub fn read_into_reporting(&self, file: FileId, at: u64, buf: KernelBuf, token: u32) {
         match self.read_into_entry(file, at, buf) {
-            Ok(entry) => self.start_reporting(entry, None, token),
+            Ok(entry) => self.start_reporting(entry, token),
             Err(error) => self.report_failure(&error, token),
         }
     }
@@ -77,7 +80,7 @@ impl Uring {
     /// Starts a write from memory of the kernel's; otherwise as [`Uring::read_reporting`].
     pub fn write_from_reporting(&self, file: FileId, at: u64, buf: KernelBuf, token: u32) {
         match self.write_from_entry(file, at, buf) {
-            Ok(entry) => self.start_reporting(entry, None, token),
+            Ok(entry) => self.start_reporting(entry, token),
             Err(error) => self.report_failure(&error, token),
         }
     }
@@ -97,22 +100,17 @@ impl Uring {
         .await;
     }
 
-    /// `memory` is that of ours which the entry names and the ring may not keep.
-    fn start_reporting(&self, prepared: Prepared, memory: Option<&Buf>, token: u32) {
-        let handed_over = match memory.filter(|buf| !buf.is_kept_by(self.id())) {
-            None => {
-                self.0.reporting.set(self.0.reporting.get() + 1);
-                self.hand_over(prepared, REPORT | u64::from(token))
-                    .inspect_err(|_| self.0.reporting.set(self.0.reporting.get() - 1))
-            }
-            Some(buf) => {
-                let key = self.0.slots.borrow_mut().take_reporting(Keep::Buf(buf.clone()), token);
-                self.hand_over(prepared, u64::from(key)).inspect_err(|_| {
-                    self.0.slots.borrow_mut().complete(key, 0);
-                })
-            }
-        };
-        if let Err(error) = handed_over {
+    fn keep_once(&self, buf: &Buf) {
+        if !buf.is_kept_by(self.id()) {
+            self.keep(vec![buf.clone()]);
+        }
+    }
+
+    /// Memory of ours that the entry names is kept by the ring.
+    fn start_reporting(&self, prepared: Prepared, token: u32) {
+        self.0.reporting.set(self.0.reporting.get() + 1);
+        if let Err(error) = self.hand_over(prepared, REPORT | u64::from(token)) {
+            self.0.reporting.set(self.0.reporting.get() - 1);
             self.report_failure(&error, token);
         }
     }

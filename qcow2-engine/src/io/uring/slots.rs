@@ -1,8 +1,7 @@
 //! The operations in flight on one ring: who waits for each, and what the kernel may still touch.
 //!
 //! A slot is taken when an operation is submitted and given back when two things have happened, in
-//! either order: its completion has arrived, and its future is gone or has taken the result. An operation
-//! without a future, whose completion is reported, gives it back on completion. Until
+//! either order: its completion has arrived, and its future is gone or has taken the result. Until
 //! the completion arrives the slot owns the operation's memory, so dropping a future is always sound.
 //! Taking and giving back do not allocate once the table has reached its working size.
 
@@ -39,20 +38,10 @@ enum State {
     Free,
     /// Submitted; the waker is there once the future has been polled.
     InFlight(Option<Waker>),
-    /// Submitted without a future: the completion is reported under this token.
-    Reporting(u32),
     /// Submitted, and the future is gone.
     Abandoned,
     /// Completed with this result, which the future has not taken yet.
     Done(i32),
-}
-
-/// Whom a completion is for.
-pub(super) enum Whom {
-    Nobody,
-    Task(Waker),
-    /// The one who takes reports.
-    Token(u32),
 }
 
 impl Slots {
@@ -65,17 +54,9 @@ impl Slots {
         self.in_flight
     }
 
-    /// Takes a slot for an operation that is about to be submitted and has a future.
+    /// Takes a slot for an operation that is about to be submitted.
     pub(super) fn take(&mut self, keep: Keep) -> Key {
-        self.fill(Slot { state: State::InFlight(None), keep })
-    }
-
-    /// Takes a slot for an operation that is about to be submitted and whose completion is reported.
-    pub(super) fn take_reporting(&mut self, keep: Keep, token: u32) -> Key {
-        self.fill(Slot { state: State::Reporting(token), keep })
-    }
-
-    fn fill(&mut self, slot: Slot) -> Key {
+        let slot = Slot { state: State::InFlight(None), keep };
         self.in_flight += 1;
         if let Some(key) = self.free.pop() {
             self.slots[key as usize] = slot;
@@ -86,29 +67,24 @@ impl Slots {
         (self.slots.len() - 1) as Key
     }
 
-    /// Records a completion and releases the operation's memory. Returns whom to tell.
-    pub(super) fn complete(&mut self, key: Key, result: i32) -> Whom {
-        let Some(slot) = self.slots.get_mut(key as usize) else { return Whom::Nobody };
+    /// Records a completion and releases the operation's memory. Returns whom to wake.
+    pub(super) fn complete(&mut self, key: Key, result: i32) -> Option<Waker> {
+        let slot = self.slots.get_mut(key as usize)?;
         slot.keep = Keep::Nothing;
         match std::mem::replace(&mut slot.state, State::Done(result)) {
             State::InFlight(waker) => {
                 self.in_flight -= 1;
-                waker.map_or(Whom::Nobody, Whom::Task)
-            }
-            State::Reporting(token) => {
-                self.in_flight -= 1;
-                self.release(key);
-                Whom::Token(token)
+                waker
             }
             State::Abandoned => {
                 self.in_flight -= 1;
                 self.release(key);
-                Whom::Nobody
+                None
             }
             unexpected @ (State::Free | State::Done(_)) => {
                 debug_assert!(false, "a completion for slot {key}, which has nothing in flight");
                 slot.state = unexpected;
-                Whom::Nobody
+                None
             }
         }
     }
