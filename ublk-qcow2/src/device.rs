@@ -11,7 +11,7 @@
 use crate::{
     cli::ZeroCopy,
     control::{ANY_ID, Control, ControlError},
-    handover,
+    handover, partitions,
     runfile::Phase,
 };
 use libublk::sys;
@@ -120,6 +120,8 @@ pub(crate) struct Device {
     control: Control,
     info: sys::ublksrv_ctrl_dev_info,
     state: State,
+    /// Whether its partitions are looked for on our word, and not by the driver.
+    scans: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,8 +140,8 @@ impl Device {
     /// Adds a device.
     pub(crate) fn add(mut control: Control, request: &Request) -> Result<Self, DeviceError> {
         // Asked for what it does not know, the driver may refuse to make a device.
-        let zero_copy = request.zero_copy != ZeroCopy::Off
-            && control.features().is_ok_and(|bits| bits & ZERO_COPY == ZERO_COPY);
+        let offered = control.features().unwrap_or(0);
+        let zero_copy = request.zero_copy != ZeroCopy::Off && offered & ZERO_COPY == ZERO_COPY;
         if request.zero_copy == ZeroCopy::On && !zero_copy {
             return Err(DeviceError::ZeroCopy);
         }
@@ -149,11 +151,12 @@ impl Device {
             max_io_buf_bytes: if zero_copy { MAX_ZERO_COPY_BYTES } else { MAX_IO_BYTES },
             dev_id: request.id.unwrap_or(ANY_ID),
             ublksrv_pid: -1,
-            flags: flags(request) | if zero_copy { ZERO_COPY } else { 0 },
+            flags: flags(request, offered) | if zero_copy { ZERO_COPY } else { 0 },
             ublksrv_flags: request.cookie,
             ..Default::default()
         })?;
-        let device = Self { control, info, state: State::Added };
+        let scans = request.part_scan && info.flags & NO_PART_SCAN != 0;
+        let device = Self { control, info, state: State::Added, scans };
         if !request.part_scan && info.flags & NO_PART_SCAN == 0 {
             // Dropped, it is gone again.
             return Err(DeviceError::PartScan);
@@ -192,7 +195,7 @@ impl Device {
             Err(error) if error.errno() == Some(libc::EINVAL) && reached == Phase::Preparing => {}
             outcome => outcome?,
         }
-        Ok(Self { control, info, state: State::Orphaned })
+        Ok(Self { control, info, state: State::Orphaned, scans: false })
     }
 
     /// Whether it has no server: it was to be taken over, and has not been.
@@ -245,7 +248,7 @@ impl Device {
         open_char(self.id())
     }
 
-    /// Starts the device; the block device exists when this returns. See [`Control::start`].
+    /// Starts the device; the block device and its partitions exist when this returns. See [`Control::start`].
     pub(crate) fn start(&mut self, give_up: &mut dyn FnMut() -> bool) -> Result<(), DeviceError> {
         let pid = std::process::id();
         if self.state == State::Orphaned {
@@ -256,7 +259,11 @@ impl Device {
             self.control.start(self.id(), pid, give_up)?;
         }
         // udev or devtmpfs makes the node; who reads its name from us will open it at once.
-        wait_for_node(block_path(self.id()), |path| std::fs::metadata(path)).map(drop)
+        wait_for_node(block_path(self.id()), |path| std::fs::metadata(path))?;
+        if self.scans {
+            partitions::scan(block_path(self.id()), give_up);
+        }
+        Ok(())
     }
 
     /// Has the kernel write back what it has in memory for the block device. A device for recovery fails
@@ -384,10 +391,12 @@ fn wait_for_node<T>(
     }
 }
 
-/// The features to ask the driver for.
-fn flags(request: &Request) -> u64 {
+/// The features to ask a driver for that offers `offered`.
+fn flags(request: &Request, offered: u64) -> u64 {
     let recovery = if request.recovery { RECOVERY } else { 0 };
-    let part_scan = if request.part_scan { 0 } else { NO_PART_SCAN };
+    // Left to itself such a driver scans when the start is over, at a moment that nothing tells, and would hold the lock
+    // that a successor needs should the server die meanwhile.
+    let part_scan = if request.part_scan { offered & NO_PART_SCAN } else { NO_PART_SCAN };
     u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE) | recovery | part_scan
 }
 

@@ -16,6 +16,7 @@ mod device;
 mod errno;
 mod handover;
 mod namespace;
+mod partitions;
 mod queue;
 mod redofile;
 mod request;
