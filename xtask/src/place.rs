@@ -69,6 +69,14 @@ impl Place {
         }
     }
 
+    /// As [`Self::choose`], but where it comes to the machine, that with each kernel: their data paths are not the same.
+    pub(crate) fn choose_all(asked: Option<Kernel>) -> Vec<Self> {
+        match (asked, Self::choose(asked)) {
+            (None, Self::Machine(_)) => Kernel::ALL.map(Self::Machine).to_vec(),
+            (_, place) => vec![place],
+        }
+    }
+
     /// Sees to it that everything for this place is installed and fetched.
     ///
     /// # Errors

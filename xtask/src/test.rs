@@ -30,7 +30,7 @@ const QUICK_LIMIT: Duration = Duration::from_secs(1200);
 /// Options of `cargo xtask test`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// Run the device tests in the virtual machine with this kernel, even where the host could
+    /// Run the device tests in the virtual machine with this kernel alone, even where the host could
     #[arg(long, value_enum)]
     kernel: Option<Kernel>,
 }
@@ -40,8 +40,8 @@ pub(crate) struct Options {
 /// # Errors
 /// Fails only when setup does; what the lanes find is in the exit code.
 pub(crate) fn command(options: &Options) -> Result<ExitCode> {
-    let place = Place::choose(options.kernel);
-    place.prepare()?;
+    let places = Place::choose_all(options.kernel);
+    places.iter().try_for_each(|place| place.prepare())?;
     component("fmt", "rustfmt")?;
     component("clippy", "clippy")?;
 
@@ -71,7 +71,9 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
         count_of_cargo_test(&output).confirmed_by(succeeded)
     });
     campaign::quick(&mut report);
-    report.lane(&format!("device tests on {place}"), || device_lane(place, Matrix::Quick));
+    for place in places {
+        report.lane(&format!("device tests on {place}"), || device_lane(place, Matrix::Quick));
+    }
     Ok(report.finish())
 }
 
