@@ -29,11 +29,27 @@ pub(crate) fn cluster(compression: Compression, input: &[u8], len: usize) -> io:
 
 thread_local! {
     /// What a thread needs for each stream, made once.
+    static INFLATE_WHOLE: RefCell<libdeflater::Decompressor> = RefCell::new(libdeflater::Decompressor::new());
     static INFLATE: RefCell<Decompress> = RefCell::new(Decompress::new(false));
     static UNZSTD: RefCell<Option<Decompressor<'static>>> = const { RefCell::new(None) };
 }
 
 fn inflate(input: &[u8], len: usize) -> io::Result<Vec<u8>> {
+    match inflate_whole(input, len) {
+        Some(output) => Ok(output),
+        None => inflate_begin(input, len),
+    }
+}
+
+/// A stream of exactly `len` bytes, as everybody writes them, in one go.
+fn inflate_whole(input: &[u8], len: usize) -> Option<Vec<u8>> {
+    let mut output = vec![0; len];
+    let written = INFLATE_WHOLE.with_borrow_mut(|stream| stream.deflate_decompress(input, &mut output));
+    (written.ok()? == len).then_some(output)
+}
+
+/// The first `len` bytes of a stream, whatever it goes on with. Or the reason why there are not so many.
+fn inflate_begin(input: &[u8], len: usize) -> io::Result<Vec<u8>> {
     let mut output = Vec::with_capacity(len);
     let status = INFLATE.with_borrow_mut(|stream| {
         stream.reset(false);
@@ -114,6 +130,9 @@ mod tests {
         ] {
             input.extend([0xAA; 300]);
             assert_eq!(cluster(kind, &input, bytes.len()).unwrap(), bytes);
+            if kind == Compression::Zlib {
+                assert!(inflate_whole(&input, bytes.len()).is_some(), "the short way is the usual one");
+            }
         }
     }
 
@@ -130,6 +149,7 @@ mod tests {
     #[test]
     fn what_gives_more_than_a_cluster_is_as_qemu_has_it() {
         let bytes: Vec<u8> = (0..16384_u32).map(|at| (at / 9) as u8).collect();
+        assert!(inflate_whole(&deflated(&bytes), 4096).is_none());
         assert_eq!(cluster(Compression::Zlib, &deflated(&bytes), 4096).unwrap(), bytes[..4096]);
         let error = cluster(Compression::Zstd, &zstd::bulk::compress(&bytes, 3).unwrap(), 4096).unwrap_err();
         assert!(error.to_string().contains("more than 4096 bytes"), "{error}");
