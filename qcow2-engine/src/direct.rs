@@ -15,7 +15,7 @@ use crate::{
     io::{FileId, Io},
     lane::{Flight, Lane},
     resolve::{Extent, Extents},
-    write::{Kind, split},
+    write::{Kind, Piece, piece, split},
 };
 use smallvec::SmallVec;
 
@@ -96,34 +96,45 @@ impl<I: Io> Lane<I> {
 impl Image {
     /// Where a range can be read, if it is all data.
     fn runs_to_read(&self, at: u64, len: u64) -> Option<Runs> {
-        let mut extents = Extents::new();
-        self.resolve(at, len, &mut extents).ok()?;
-        few(&extents, |extent| match *extent {
+        let run_of = |extent: &Extent| match *extent {
             Extent::Data { file, at, len } => Some(Run { file, at, len }),
             _ => None,
-        })
+        };
+        let first = self.as_chain().step(at, len).ok()?;
+        if first.len() == len {
+            return run_of(&first).map(one);
+        }
+        let mut extents = Extents::from_slice(&[first]);
+        self.resolve(at, len, &mut extents).ok()?;
+        few(&extents, run_of)
     }
 
     /// Where a range can be overwritten, if all of it can.
     fn runs_to_write(&self, at: u64, len: u64) -> Option<Runs> {
-        let mut pieces = SmallVec::new();
-        split(self, at, len, &mut pieces).ok()?;
         let file = self.top().file;
-        few(&pieces, |piece| match piece.kind {
+        let run_of = |piece: &Piece| match piece.kind {
             Kind::InPlace { host } => Some(Run { file, at: host, len: piece.len }),
             Kind::Allocate => None,
-        })
+        };
+        let first = piece(self, at, len).ok()?;
+        if first.len == len {
+            return run_of(&first).map(one);
+        }
+        let mut pieces = SmallVec::from_slice(&[first]);
+        split(self, at, len, &mut pieces).ok()?;
+        few(&pieces, run_of)
     }
 }
 
-/// The runs of all parts, if each is one.
+/// What most requests are: within one cluster.
 #[inline]
+fn one(run: Run) -> Runs {
+    Runs::from_buf([run])
+}
+
+/// The runs of all parts, if each is one.
 fn few<P>(parts: &[P], run_of: impl Fn(&P) -> Option<Run>) -> Option<Runs> {
-    match parts {
-        [part] => run_of(part).map(|run| Runs::from_buf([run])),
-        _ if parts.len() <= MAX_RUNS => parts.iter().map(run_of).collect(),
-        _ => None,
-    }
+    if parts.len() <= MAX_RUNS { parts.iter().map(run_of).collect() } else { None }
 }
 
 #[cfg(test)]

@@ -134,7 +134,8 @@ impl Chain<'_> {
     }
 
     /// Resolves the longest prefix of the range that one look-up answers.
-    fn step(&self, at: u64, len: u64) -> Result<Extent, Stop> {
+    #[inline]
+    pub(crate) fn step(&self, at: u64, len: u64) -> Result<Extent, Stop> {
         let Some(flat) = self.flat else { return self.walk(0, at, len) };
         let len = match self.ask(0, at, len)? {
             Said::Extent(extent) => return Ok(extent),

@@ -289,29 +289,34 @@ impl Placement<'_> {
 /// alike are one. What has been found before a miss stays, as in [`crate::resolve`].
 pub(crate) fn split(image: &Image, at: u64, len: u64, pieces: &mut SmallVec<[Piece; 2]>) -> Result<(), Stop> {
     let layer = image.top();
-    let cluster = layer.geometry.cluster_size();
     let mut done: u64 = pieces.iter().map(|piece| piece.len).sum();
     while done < len {
-        let here = at + done;
-        let part = to_boundary(here, cluster).min(len - done);
-        let kind = match layer.look_up(&image.cache, here)? {
-            Lookup::Miss(key) => return Err(Stop::Miss(key)),
-            Lookup::Entry(Mapping::Data { host, copied: true }) => {
-                image.check_target(host, here)?;
-                Kind::InPlace { host: host.0 + layer.geometry.in_cluster(here) }
-            }
-            Lookup::NoTable | Lookup::Entry(_) => Kind::Allocate,
-        };
-        let goes_on = pieces.last().is_some_and(|last| match (last.kind, kind) {
+        let next = piece(image, at + done, len - done)?;
+        let goes_on = pieces.last().is_some_and(|last| match (last.kind, next.kind) {
             (Kind::InPlace { host }, Kind::InPlace { host: next }) => host + last.len == next,
-            (Kind::Allocate, Kind::Allocate) => layer.slice_at(last.at).0 == layer.slice_at(here).0,
+            (Kind::Allocate, Kind::Allocate) => layer.slice_at(last.at).0 == layer.slice_at(next.at).0,
             _ => false,
         });
         match pieces.last_mut() {
-            Some(last) if goes_on => last.len += part,
-            _ => pieces.push(Piece { at: here, len: part, kind }),
+            Some(last) if goes_on => last.len += next.len,
+            _ => pieces.push(next),
         }
-        done += part;
+        done += next.len;
     }
     Ok(())
+}
+
+/// What has to be done with the part of a write that lies in its first cluster.
+#[inline]
+pub(crate) fn piece(image: &Image, at: u64, len: u64) -> Result<Piece, Stop> {
+    let layer = image.top();
+    let kind = match layer.look_up(&image.cache, at)? {
+        Lookup::Miss(key) => return Err(Stop::Miss(key)),
+        Lookup::Entry(Mapping::Data { host, copied: true }) => {
+            image.check_target(host, at)?;
+            Kind::InPlace { host: host.0 + layer.geometry.in_cluster(at) }
+        }
+        Lookup::NoTable | Lookup::Entry(_) => Kind::Allocate,
+    };
+    Ok(Piece { at, len: len.min(to_boundary(at, layer.geometry.cluster_size())), kind })
 }

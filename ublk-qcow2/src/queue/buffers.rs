@@ -11,7 +11,7 @@
 
 use super::Queue;
 use qcow2_engine::io::{Buf, Pages, uring::Uring};
-use std::cell::RefCell;
+use std::{cell::RefCell, ops::Range};
 
 /// The part of each tag's own buffer whose pages are held for good, in bytes: 2 MiB per queue of 128 tags.
 /// A longer request is large.
@@ -59,10 +59,19 @@ impl TagBuffers {
         Self { own, chunks: RefCell::new(Chunks { taken: vec![None; depth].into(), spare }) }
     }
 
-    /// The buffer that a tag has.
-    pub(super) fn of(&self, tag: u16) -> Buf {
+    /// Part of the buffer that a tag has.
+    pub(super) fn part(&self, tag: u16, range: Range<usize>) -> Buf {
+        self.with(tag, |buf| buf.slice(range))
+    }
+
+    /// Where the buffer is that a tag has.
+    pub(super) fn address(&self, tag: u16) -> u64 {
+        self.with(tag, Buf::address)
+    }
+
+    fn with<T>(&self, tag: u16, ask: impl FnOnce(&Buf) -> T) -> T {
         let tag = usize::from(tag);
-        self.chunks.borrow().taken[tag].as_ref().unwrap_or(&self.own[tag]).clone()
+        ask(self.chunks.borrow().taken[tag].as_ref().unwrap_or(&self.own[tag]))
     }
 
     /// Gives a tag the buffer for requests of `len` bytes: for a read before it is carried out, for a write when that is
@@ -86,20 +95,20 @@ mod tests {
     #[test]
     fn large_requests_share_the_chunks_that_were_used_last() {
         let buffers = TagBuffers::sized(2, 1 << 19);
-        let own = [buffers.of(0).address(), buffers.of(1).address()];
+        let own = [buffers.address(0), buffers.address(1)];
         buffers.suit(0, 4096);
-        assert_eq!(buffers.of(0).address(), own[0]);
+        assert_eq!(buffers.address(0), own[0]);
         buffers.suit(0, 1 << 19);
-        let chunk = buffers.of(0);
-        assert_eq!((chunk.address() % HUGE_PAGE as u64, chunk.len()), (0, 1 << 19));
+        let chunk = buffers.part(0, 0..1 << 19);
+        assert_eq!(chunk.address() % HUGE_PAGE as u64, 0);
         buffers.suit(0, 1 << 18);
-        assert_eq!(buffers.of(0).address(), chunk.address(), "kept while requests are large");
+        assert_eq!(buffers.address(0), chunk.address(), "kept while requests are large");
         buffers.suit(1, 1 << 19);
-        assert_eq!(buffers.of(1).address(), chunk.address() + (1 << 19));
+        assert_eq!(buffers.address(1), chunk.address() + (1 << 19));
         buffers.suit(0, 512);
         buffers.suit(1, 512);
-        assert_eq!([buffers.of(0).address(), buffers.of(1).address()], own);
+        assert_eq!([buffers.address(0), buffers.address(1)], own);
         buffers.suit(0, 1 << 19);
-        assert_eq!(buffers.of(0).address(), chunk.address() + (1 << 19), "the warm one first");
+        assert_eq!(buffers.address(0), chunk.address() + (1 << 19), "the warm one first");
     }
 }

@@ -68,7 +68,7 @@ impl Payloads {
 
     pub(super) fn announce(&self, tag: u16) -> Announced {
         match &self.place {
-            Place::Tags(buffers) => Announced { buffer: buffers.of(tag).address(), registration: None },
+            Place::Tags(buffers) => Announced { buffer: buffers.address(tag), registration: None },
             Place::Pages(_) => {
                 // A request whose pages the driver could not register is to come all the same, and say so.
                 let flags = sys::UBLK_AUTO_BUF_REG_FALLBACK as u8;
@@ -103,13 +103,12 @@ impl Payloads {
         let token = u32::from(tag);
         match &self.place {
             Place::Tags(buffers) => {
-                let whole = buffers.of(tag);
                 let start = match way {
                     Way::FromFile => Uring::read_reporting,
                     Way::ToFile => Uring::write_reporting,
                 };
                 for (begin, run) in placed(runs) {
-                    let part = whole.slice(begin as usize..(begin + run.len) as usize);
+                    let part = buffers.part(tag, begin as usize..(begin + run.len) as usize);
                     start(&self.ring, run.file, run.at, &part, token);
                 }
             }
@@ -130,7 +129,7 @@ impl Payloads {
     /// A buffer for a request's data, to be given back with [`Self::give_back`].
     pub(super) fn take(&self, tag: u16, len: u64) -> Buf {
         match &self.place {
-            Place::Tags(buffers) => buffers.of(tag).slice(0..len as usize),
+            Place::Tags(buffers) => buffers.part(tag, 0..len as usize),
             Place::Pages(pool) => pool.take(len as usize),
         }
     }
