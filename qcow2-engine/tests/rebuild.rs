@@ -169,6 +169,31 @@ fn refcounts_give_way_to_what_an_entry_names() {
     }
 }
 
+/// The other way round: the L1 table or one of its entries is said to be where refcounts are. Read as a mapping, counts
+/// name what no file has. Clearing such entries would wipe the refcounts, and freeing what nobody names any more the
+/// disk, which a right offset would bring back.
+#[test]
+fn refcounts_that_are_called_a_mapping_are_left_alone() {
+    for shape in ["compat=1.1,cluster_size=64k", "compat=0.10,cluster_size=4k"] {
+        let sound = Parts::with_snapshot(shape);
+        let mut l1 = sound.clone();
+        put(&mut l1, header::L1_TABLE_OFFSET, sound.header.refcount_table.0, 8);
+        let mut entry = sound.clone();
+        entry.set(sound.l1_entry(0), sound.refcount_block() | COPIED);
+        for (name, damaged) in [("the L1 table", l1), ("an L1 entry", entry)] {
+            for repair in [Repair::Leaks, Repair::All] {
+                let (report, after) = repaired(&damaged.bytes, repair);
+                assert!(report.remaining.corruptions > 0, "{shape}: {name}");
+                for place in [sound.refcount_block(), sound.header.refcount_table.0, sound.l2_table(0)] {
+                    let place = place as usize..place as usize + sound.cluster() as usize;
+                    assert!(after[place.clone()] == damaged.bytes[place], "{shape}: {name}: {repair:?}");
+                }
+                assert!(after.len() == damaged.bytes.len(), "{shape}: {name}: it has grown");
+            }
+        }
+    }
+}
+
 /// For reading nobody needs refcounts: QEMU reads a file whose refcount table was cut off, as the end of a copy
 /// that was interrupted may be. Ours refused it.
 #[test]

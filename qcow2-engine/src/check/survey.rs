@@ -98,6 +98,10 @@ pub(super) struct Survey {
     pub(super) has_refcount_table: bool,
     /// Refcount blocks that are also a guest's data.
     over_data: HashSet<u64>,
+    /// L2 tables that something also calls a part of the refcount structure: it may be right.
+    contested: HashSet<u64>,
+    /// All of them may be, because the header calls one table by two names.
+    all_contested: bool,
     /// The refcount structure cannot hold the counts as it is.
     pub(super) needs_rebuild: bool,
     /// What the snapshot table should be, where it is something else.
@@ -146,6 +150,8 @@ impl Survey {
             replaceable: Vec::new(),
             has_refcount_table: false,
             over_data: HashSet::new(),
+            contested: HashSet::new(),
+            all_contested: false,
             needs_rebuild: false,
             new_snapshots: None,
             hides_references: false,
@@ -223,8 +229,10 @@ impl Survey {
         let remedy = if owner.is_of_refcounts() || other.is_of_refcounts() {
             self.needs_rebuild = true;
             self.has_refcount_table &= other != Owner::RefcountTable;
-            if other == Owner::RefcountBlock {
-                self.over_data.insert(host);
+            match other {
+                Owner::RefcountBlock => drop(self.over_data.insert(host)),
+                Owner::L2 => drop(self.contested.insert(host)),
+                _ => {}
             }
             REBUILD
         } else {
@@ -234,6 +242,11 @@ impl Survey {
             Remedy::None("the content of one of the two is lost; only the refcount is raised")
         };
         self.findings.corruption(holder, at, Problem::Overlap { host, owner, other }, remedy);
+    }
+
+    /// Whether an L2 table may be a part of the refcount structure in truth.
+    pub(super) fn is_contested(&self, table: u64) -> bool {
+        self.all_contested || self.contested.contains(&table)
     }
 
     /// Counts the reference to a table or a block of the refcount structure, or none of it where a cluster is
@@ -415,6 +428,7 @@ impl Survey {
         let (owner, host) = (Owner::RefcountTable, file.header().refcount_table.0);
         if let Some(defect) = &file.defects.refcount_table {
             self.needs_rebuild = true;
+            self.all_contested = matches!(defect, FormatError::TablesOverlap { .. });
             let problem = Problem::Structure(file.damaged(defect.clone()));
             return self.findings.corruption(owner, header::REFCOUNT_TABLE_OFFSET, problem, REBUILD);
         }

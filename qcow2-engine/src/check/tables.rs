@@ -269,6 +269,12 @@ impl Survey {
         };
         if self.rules.is_beyond_file(host, len) {
             let remedy = match self.rules.without_cluster(slot) {
+                // Then what refers to the true table is lost, and what that refers to is out of sight.
+                _ if self.is_contested(walk.table) => {
+                    self.doubtful.insert(walk.table);
+                    self.hides_references = true;
+                    Remedy::None("the table may be a part of the refcounts")
+                }
                 Some(_) => Remedy::WithAll("make it read as zeros"),
                 None => Remedy::None("version 2 has no zero clusters, and the backing file would show"),
             };

@@ -206,8 +206,6 @@ fn verdict(image: &str, repair: Repair, label: &str) {
         Ok(report) => {
             let left = &report.remaining;
             println!("{label}: {} {} {}", left.corruptions, left.leaks, left.check_errors);
-            left.list.iter().take(3).for_each(|finding| println!("{label}-finding: {finding}"));
-            report.refused.iter().for_each(|reason| println!("{label}-refused: {reason}"));
         }
         Err(error) => println!("{label}-error: {error}"),
     }

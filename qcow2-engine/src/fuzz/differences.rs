@@ -7,9 +7,11 @@
 use super::{
     child::{CHUNK, READ_BYTES, REPAIRED},
     corpus::IMAGE,
+    host_files::HostFiles,
     judge::{qemu, salvaged},
     process::{Ending, Finished},
 };
+use crate::{CheckOptions, Repair, check, exec::run_at_once as run};
 use qcow2_format::Header;
 use std::{collections::BTreeMap, fs, io, path::Path};
 
@@ -37,25 +39,30 @@ impl std::fmt::Display for Tally {
     }
 }
 
-/// What our process told of a check, as an exit code.
-fn our_code(output: &str, label: &str) -> i32 {
-    let line = output.lines().find_map(|line| line.strip_prefix(&format!("{label}: ")));
-    let numbers: Vec<u64> =
-        line.unwrap_or_default().split(' ').map_while(|number| number.parse().ok()).collect();
-    match numbers[..] {
-        [0, 0, 0] => 0,
-        [0, _, 0] => 3,
-        [_, _, 0] => 2,
-        _ => 1,
+/// What our check makes of an image, as an exit code, and the first of what it says.
+fn ours(directory: &Path, image: &str, repair: Repair) -> (i32, String) {
+    let files = HostFiles::default();
+    let options = CheckOptions { repair, ..CheckOptions::default() };
+    match run(check(&files, &files, &directory.join(image), options)) {
+        Ok(report) => {
+            let left = &report.remaining;
+            let code = match (left.corruptions, left.leaks, left.check_errors) {
+                (0, 0, 0) => 0,
+                (0, _, 0) => 3,
+                (_, _, 0) => 2,
+                _ => 1,
+            };
+            let finding = left.list.first().map(ToString::to_string).unwrap_or_default();
+            (code, in_words(&format!("{} {finding}", report.refused.first().unwrap_or(&""))))
+        }
+        Err(error) => (1, in_words(&error.to_string())),
     }
 }
 
-/// The first line with a label, without its numbers and the file's name.
-fn said(output: &str, label: &str) -> String {
-    let line = output.lines().find_map(|line| line.strip_prefix(label)).unwrap_or("nothing");
-    let words = line.split(' ').filter(|word| !word.contains(IMAGE) && !word.contains(REPAIRED));
-    let is_number = |word: &&str| !word.contains(|c: char| c.is_ascii_digit());
-    words.filter(is_number).collect::<Vec<_>>().join(" ")
+/// A message without its numbers and the file's name, so that those of a kind are alike.
+fn in_words(message: &str) -> String {
+    let is_word = |word: &&str| !word.contains(|c: char| c.is_ascii_digit() || c == '/');
+    message.split(' ').filter(is_word).collect::<Vec<_>>().join(" ")
 }
 
 fn code(finished: &Finished) -> i32 {
@@ -65,41 +72,36 @@ fn code(finished: &Finished) -> i32 {
     }
 }
 
-/// The differences that a case shows, in the directory in which it was carried out.
+/// The differences that an image in a directory shows.
 ///
 /// # Errors
 /// A file cannot be read or a tool not be started.
-pub fn of(directory: &Path, finished: &Finished) -> io::Result<Vec<String>> {
+pub fn of(directory: &Path) -> io::Result<Vec<String>> {
     let mut classes = Vec::new();
-    let output = &finished.output;
-    let check = |image| qemu(directory, &["check", "-f", "qcow2", image]).map(|finished| code(&finished));
-    let (ours, theirs) = (our_code(output, "check"), check(IMAGE)?);
-    if ours != theirs {
-        let first = said(output, if ours == 1 { "check-error: " } else { "check-finding: " });
-        classes.push(format!("check: ours {ours}, QEMU's {theirs}: {first}"));
+    let theirs = |image, more: &[&str]| -> io::Result<i32> {
+        Ok(code(&qemu(directory, &[&["check", "-f", "qcow2"], more, &[image]].concat())?))
+    };
+    let ((our_code, first), their_code) = (ours(directory, IMAGE, Repair::None), theirs(IMAGE, &[])?);
+    if our_code != their_code {
+        classes.push(format!("check: ours {our_code}, QEMU's {their_code}: {first}"));
     }
     fs::copy(directory.join(IMAGE), directory.join(THEIRS))?;
-    let repair = code(&qemu(directory, &["check", "-f", "qcow2", "-r", "all", THEIRS])?);
-    let (by_us, by_them) = (check(REPAIRED)?, check(THEIRS)?);
-    let left = our_code(output, "repair-again");
-    if by_them == 0 && by_us != 0 {
-        let why = said(output, "repair-refused: ");
-        let first = said(output, if left == 1 { "repair-again-error: " } else { "repair-again-finding: " });
-        classes.push(format!("repair: QEMU's leaves {by_them} ({repair}), ours {by_us}: {why}; {first}"));
-    }
-    if by_us == 0 && left != 0 {
-        let first = said(output, if left == 1 { "repair-again-error: " } else { "repair-again-finding: " });
-        classes.push(format!("repair: QEMU finds it sound after ours, we do not: {first}"));
-    }
-    if by_us == 0 && by_them != 0 {
-        classes.push(format!("repair: only ours succeeds ({by_them} after QEMU's)"));
+    fs::copy(directory.join(IMAGE), directory.join(REPAIRED))?;
+    let (left, why) = ours(directory, REPAIRED, Repair::All);
+    let ending = theirs(THEIRS, &["-r", "all"])?;
+    let (by_us, by_them) = (theirs(REPAIRED, &[])?, theirs(THEIRS, &[])?);
+    match (by_us, by_them) {
+        (0, 0) if left != 0 => classes.push(format!("repair: sound for QEMU, not for us: {why}")),
+        (0, 0) => {}
+        (_, 0) => classes.push(format!("repair: QEMU's leaves 0 ({ending}), ours {by_us}: {why}")),
+        (0, _) => classes.push(format!("repair: only ours succeeds ({by_them} after QEMU's)")),
+        _ => {}
     }
     for snapshot in [None, Some("one"), Some("two")] {
         let (name, changed) = (snapshot.unwrap_or("disk"), changed(directory, snapshot)?);
         if let Some([ours, theirs]) = changed
             && ours != 0
         {
-            let first = said(output, "check-finding: ");
             let theirs = if theirs == 0 { "none" } else { "some" };
             classes.push(format!("bytes of {name} changed by our repair, {theirs} by QEMU's: {first}"));
         }
