@@ -165,7 +165,6 @@ fn what_is_not_understood_is_refused_by_name_and_left_as_it_is() {
     for (at, word, words) in [
         (header::INCOMPATIBLE_OFFSET, 1 << 40, "(bit 40)"),
         (header::INCOMPATIBLE_OFFSET, header::EXTERNAL_DATA, "data file"),
-        (header::INCOMPATIBLE_OFFSET, header::EXTENDED_L2, "extended L2"),
         // crypt_method and the L1 table's size share a word.
         (32, 1 << 32 | 1, "AES"),
     ] {
@@ -212,6 +211,7 @@ fn unknown_bits_are_cleared_or_kept_as_the_format_asks() {
             (header::COMPATIBLE_OFFSET, 1 << 50),
             (header::AUTOCLEAR_OFFSET, 1 << 40 | 4),
             (112, 0x7777_7777 << 32),
+            (120, 0),
         ],
     );
     let host = Hooked::new(&files, Watcher(files.clone()));
