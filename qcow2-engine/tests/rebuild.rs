@@ -8,7 +8,7 @@ mod common;
 mod damaged;
 
 use common::{
-    IMAGE,
+    IMAGE, create,
     hooked::{Hook, Hooked, Operation},
     run,
 };
@@ -19,7 +19,7 @@ use qcow2_engine::{
     inspect::ImageFile,
     io::{Access, Buf, mem::MemFiles},
 };
-use qcow2_format::{HostOffset, Snapshot, Version, header, snapshot};
+use qcow2_format::{CreateOptions, HostOffset, Snapshot, Version, header, snapshot};
 use std::{cell::Cell, fs, io, path::Path, process::Command};
 
 const SHAPES: [&str; 2] = ["compat=1.1,cluster_size=4k,refcount_bits=64", "compat=0.10,cluster_size=4k"];
@@ -169,13 +169,26 @@ fn refcounts_give_way_to_what_an_entry_names() {
     }
 }
 
+/// An image of which every cluster is counted once, so that a row of counts has no bit that an entry cannot have.
+fn without_snapshot() -> Parts {
+    let files = MemFiles::default();
+    create(&files, IMAGE, &CreateOptions { virtual_size: 1 << 24, ..CreateOptions::default() });
+    let (lane, files) = open(&files.get(IMAGE).expect("made"), false).expect("opens");
+    run(lane.write(0, Buf::from_bytes(&[1; 512]))).expect("writes");
+    run(lane.close()).expect("closes");
+    Parts::of(files.get(IMAGE).expect("kept"))
+}
+
 /// The other way round: the L1 table or one of its entries is said to be where refcounts are. Read as a mapping, counts
 /// name what no file has. Clearing such entries would wipe the refcounts, and freeing what nobody names any more the
 /// disk, which a right offset would bring back.
 #[test]
 fn refcounts_that_are_called_a_mapping_are_left_alone() {
-    for shape in ["compat=1.1,cluster_size=64k", "compat=0.10,cluster_size=4k"] {
-        let sound = Parts::with_snapshot(shape);
+    for (shape, sound) in [
+        ("without a snapshot", without_snapshot()),
+        ("compat=1.1,cluster_size=64k", Parts::with_snapshot("compat=1.1,cluster_size=64k")),
+        ("compat=0.10,cluster_size=4k", Parts::with_snapshot("compat=0.10,cluster_size=4k")),
+    ] {
         let mut l1 = sound.clone();
         put(&mut l1, header::L1_TABLE_OFFSET, sound.header.refcount_table.0, 8);
         let mut entry = sound.clone();
@@ -387,6 +400,27 @@ fn snapshots_beyond_the_limits_are_dropped_and_their_clusters_freed() {
         // The active mapping shares nothing any more: its table can be written to in place.
         assert_ne!(parts.word(parts.l1_entry(0)) & COPIED, 0, "{name}");
     }
+}
+
+/// What is dropped with the snapshot table goes when that is replaced, and not where it cannot be: an entry that names
+/// an L2 table keeps the repair from making anything new.
+#[test]
+fn snapshots_that_stay_in_the_table_keep_their_clusters() {
+    let sound = Parts::with_snapshot("compat=1.1,cluster_size=64k");
+    let one = snapshots(&sound).remove(0);
+    let known = [0u64.to_be_bytes(), (1u64 << 30).to_be_bytes()].concat();
+    let long = entry(&empty(10), &known, (64 << 20) - 64);
+    let mut damaged = with_table(&sound, &[long, entry(&one, &known, 16)].concat(), 2);
+    let end = damaged.bytes.len() + (64 << 20);
+    damaged.bytes.resize(end, 0);
+    damaged.set(damaged.l2_entry(9 * sound.cluster()), sound.l2_table(sound.geometry.l2_coverage_bytes()));
+    let (report, after) = repaired(&damaged.bytes, Repair::All);
+    assert!(!report.refused.is_empty() && report.remaining.corruptions > 0);
+    let count = |bytes: &[u8]| {
+        let block = &bytes[sound.refcount_block() as usize..][..sound.cluster() as usize];
+        qcow2_format::refcount::get(block, 4, (sound.snapshot_l1() / sound.cluster()) as usize)
+    };
+    assert_eq!((count(&damaged.bytes), count(&after)), (1, 1), "the snapshot's L1 table");
 }
 
 /// A number of snapshots that is nonsense takes what follows the table for entries. They make no sense, so
