@@ -40,7 +40,11 @@ const PAGE: usize = 4096;
 
 /// The program under test.
 #[derive(Clone, Debug)]
-pub struct Binary(PathBuf);
+pub struct Binary {
+    path: PathBuf,
+    /// Where it keeps its records, if not where it does by itself.
+    run_dir: Option<PathBuf>,
+}
 
 /// An attached image.
 #[derive(Debug)]
@@ -63,7 +67,13 @@ impl Binary {
     /// The program at `path`.
     #[must_use]
     pub fn new(path: PathBuf) -> Self {
-        Self(path)
+        Self { path, run_dir: None }
+    }
+
+    /// The same program with its records in another directory: the devices of one are not the other's.
+    #[must_use]
+    pub fn in_run_dir(&self, dir: &Path) -> Self {
+        Self { run_dir: Some(dir.to_owned()), ..self.clone() }
     }
 
     /// Runs it with these arguments.
@@ -71,7 +81,23 @@ impl Binary {
     /// # Errors
     /// It cannot be started or does not end in time; how it ends is for the caller to judge.
     pub fn run<S: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<Finished> {
-        run(Command::new(&self.0).args(args), COMMAND_LIMIT)
+        run(self.command().args(args), COMMAND_LIMIT)
+    }
+
+    /// It, without arguments yet.
+    #[must_use]
+    pub fn command(&self) -> Command {
+        let mut command = Command::new(&self.path);
+        command.envs(self.run_dir.iter().map(|dir| ("UBLK_QCOW2_RUN_DIR", dir)));
+        command
+    }
+
+    /// A shell's script in which it is called `$BINARY`.
+    #[must_use]
+    pub fn script(&self, text: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", text]).env("BINARY", &self.path);
+        command
     }
 
     /// Attaches an image; `options` go between `add` and the image.
@@ -177,6 +203,24 @@ impl Device {
             thread::sleep(Duration::from_millis(5));
         }
         Ok(())
+    }
+}
+
+impl Device {
+    /// It has been detached in another way than by [`Self::detach`].
+    ///
+    /// # Errors
+    /// It is still there.
+    pub(crate) fn has_gone(self) -> Result<()> {
+        let path = self.path();
+        self.forget();
+        ensure!(!path.exists(), "{} is still there", path.display());
+        Ok(())
+    }
+
+    /// Nothing of it is to be tidied up: its number may be another device's.
+    pub(crate) fn forget(mut self) {
+        self.is_attached = false;
     }
 }
 

@@ -26,6 +26,7 @@ pub mod fs;
 pub mod journey;
 pub mod kill;
 pub mod leaks;
+pub mod lifecycle;
 pub mod matrix;
 pub mod mirror;
 pub mod power;

@@ -94,9 +94,21 @@ fn kill_while(device: &Device, kills: u32, seed: u64, work: impl Fn() -> Result<
 }
 
 /// Kills the server, and perhaps the first successor before it serves, and waits for one that does.
-fn kill_once(device: &Device, mut successor_too: bool) -> Result<()> {
-    let mut dead = device.listed()?.pid;
+fn kill_once(device: &Device, successor_too: bool) -> Result<()> {
+    let dead = device.listed()?.pid;
     device.kill_server()?;
+    wait_for_successor(device, dead, successor_too)
+}
+
+/// Waits until another process serves a device whose server has died.
+///
+/// # Errors
+/// There is none in time.
+pub(crate) fn wait_until_replaced(device: &Device, dead: i32) -> Result<()> {
+    wait_for_successor(device, dead, false)
+}
+
+fn wait_for_successor(device: &Device, mut dead: i32, mut successor_too: bool) -> Result<()> {
     let deadline = Instant::now() + RECOVERY_LIMIT;
     loop {
         let listed = device.listed()?;
@@ -116,7 +128,11 @@ fn kill_once(device: &Device, mut successor_too: bool) -> Result<()> {
     }
 }
 
-fn only_leaks(image: &Path) -> Result<()> {
+/// Demands that `qemu-img check` finds nothing worse than leaks in an image, and nothing when these are repaired.
+///
+/// # Errors
+/// What it finds.
+pub(crate) fn only_leaks(image: &Path) -> Result<()> {
     if let Verdict::Damaged(text) = qemu_img::check(image)? {
         bail!("qemu-img check finds more than leaks: {text}");
     }

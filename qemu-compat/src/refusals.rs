@@ -11,7 +11,7 @@ use crate::{
 use anyhow::{Context, Result, ensure};
 use std::{
     fs::{self, File},
-    os::unix::fs::FileExt,
+    os::unix::{fs::FileExt, process::CommandExt},
     path::{Path, PathBuf},
     process::Command,
 };
@@ -20,6 +20,9 @@ use std::{
 const INCOMPATIBLE_LOW_BYTE: u64 = 79;
 /// Offset of `incompatible_features`' first byte, whose bits are all unknown.
 const INCOMPATIBLE_HIGH_BYTE: u64 = 72;
+
+/// A user without privileges.
+const NOBODY: u32 = 65534;
 
 /// An image that must be refused.
 pub struct Refusal {
@@ -97,8 +100,13 @@ impl Refusal {
 /// # Errors
 /// It does not.
 pub fn refuse(binary: &Binary, args: &[&std::ffi::OsStr], words: &[&str]) -> Result<()> {
+    must_refuse(binary.command().args(args), words).map(drop)
+}
+
+/// The same for a command that was prepared in another way. Returns what it said.
+fn must_refuse(command: &mut Command, words: &[&str]) -> Result<String> {
     let before = existing();
-    let finished = binary.run(args)?;
+    let finished = run(command, TOOL_LIMIT)?;
     let message = finished.stderr.to_lowercase();
     ensure!(!finished.status.success(), "`{}` succeeded: {}", finished.line, finished.text());
     ensure!(
@@ -116,7 +124,29 @@ pub fn refuse(binary: &Binary, args: &[&std::ffi::OsStr], words: &[&str]) -> Res
     );
     let after = existing();
     ensure!(after == before, "devices before: {before:?}, after: {after:?}");
-    Ok(())
+    Ok(finished.stderr)
+}
+
+/// What a caller brings along: a standard output that takes nothing, so that nobody learns of the device; no privileges,
+/// of which one line is to tell; a limit on the size of files, which killed the server.
+///
+/// # Errors
+/// What does not hold.
+pub fn surroundings(binary: &Binary, dir: &Path) -> Result<()> {
+    let image = created(dir, "cluster_size=64k")?;
+    let mut command = binary.script("exec \"$BINARY\" add \"$IMAGE\" >/dev/full");
+    must_refuse(command.env("IMAGE", &image), &["nobody was told"])?;
+
+    let said = must_refuse(binary.command().arg("add").arg(&image).uid(NOBODY).gid(NOBODY), &["root"])?;
+    ensure!(said.lines().count() == 1, "more than one line: {said}");
+
+    let mut command = binary.script("ulimit -f 8; exec \"$BINARY\" add \"$IMAGE\"");
+    let finished = run(command.env("IMAGE", &image), TOOL_LIMIT)?.success()?;
+    let id = finished.stdout.trim().strip_prefix("/dev/ublkb").context("no device")?.to_owned();
+    let written = fs::write(format!("/dev/ublkb{id}"), vec![1; 1 << 20]);
+    binary.run(["del", "-n", &id])?.success()?;
+    written.context("beyond the caller's limit")?;
+    qemu_img::check_clean(&image)
 }
 
 /// Command lines that are wrong in themselves.

@@ -10,7 +10,7 @@ use crate::{
     fixture::{Backing, Compat, Preallocation, Recipe},
     fs,
     journey::{Effort, journey},
-    kill, leaks, matrix,
+    kill, leaks, lifecycle, matrix,
     mirror::Mirror,
     power::{self, Outage},
     qemu_img, recovery, refusals,
@@ -63,6 +63,7 @@ pub fn cases(setting: Setting) -> Vec<Case> {
     cases.refusals();
     cases.shapes();
     cases.servers();
+    cases.lifecycles();
     cases.matrix();
     cases.file_systems();
     cases.fio();
@@ -93,6 +94,7 @@ impl Cases {
             self.add(format!("refusal/{}", refusal.name), 60, |it, dir| refusal.hold(&it.binary, dir));
         }
         self.add("refusal/command-lines", 60, |it, dir| refusals::command_lines(&it.binary, dir));
+        self.add("refusal/surroundings", 60, |it, dir| refusals::surroundings(&it.binary, dir));
         self.add("refusal/number-in-use", 60, |it, dir| refusals::number_in_use(&it.binary, dir));
     }
 
@@ -136,6 +138,23 @@ impl Cases {
                     .with_context(|| format!("seed {}", it.seed))
             });
         }
+    }
+
+    /// Devices that change hands.
+    fn lifecycles(&mut self) {
+        let times = if self.setting.scale == Scale::Full { 10 } else { 1 };
+        self.add("lifecycle/removed-after-a-kill", 300, move |it, dir| {
+            lifecycle::removed_after_a_kill(&it.binary, dir, 3 * times)
+        });
+        self.add("lifecycle/watched", 120, move |it, dir| lifecycle::watched(&it.binary, dir, 2 * times));
+        self.add("lifecycle/numbers", 240, move |it, dir| lifecycle::numbers(&it.binary, dir, 3, 4 * times));
+        self.add("lifecycle/mounts-let-go", 300, |it, dir| lifecycle::mounts_let_go(&it.binary, dir));
+        self.add("lifecycle/mounted", 300, |it, dir| lifecycle::mounted_devices_stay(&it.binary, dir));
+        self.add("lifecycle/records", 120, |it, dir| lifecycle::records_outlive_devices(&it.binary, dir));
+        self.add("lifecycle/images", 120, |it, dir| lifecycle::images_stay(&it.binary, dir));
+        self.add("lifecycle/failed-recovery", 120, |it, dir| {
+            lifecycle::removed_after_a_failed_recovery(&it.binary, dir)
+        });
     }
 
     fn matrix(&mut self) {

@@ -106,6 +106,16 @@ pub(crate) struct RecoverArgs {
 pub(crate) struct DelArgs {
     #[command(flatten)]
     pub(crate) which: Which,
+    /// Even if it is mounted or in use otherwise: its users' writes fail, what they have not flushed is lost.
+    #[arg(short, long)]
+    pub(crate) force: bool,
+}
+
+impl DelArgs {
+    /// One device.
+    pub(crate) fn of(id: u32) -> Self {
+        Self { which: Which { id: Some(id), all: false }, force: false }
+    }
 }
 
 /// Which devices to detach.

@@ -105,10 +105,14 @@ pub(crate) struct Control {
 impl Control {
     /// Opens the control device.
     pub(crate) fn open() -> Result<Self, ControlError> {
-        let file =
-            OpenOptions::new().read(true).write(true).open(CONTROL_PATH).map_err(ControlError::Open)?;
+        let file = open_device()?;
         let ring = IoUring::builder().build(4).map_err(ControlError::Ring)?;
         Ok(Self { ring, file, next_id: 0 })
+    }
+
+    /// Whether there is a driver, and we may use it: for those who have more to say if not, or to undo.
+    pub(crate) fn probe() -> Result<(), ControlError> {
+        open_device().map(drop)
     }
 
     /// The driver's feature bits, `UBLK_F_*` (Linux 6.5).
@@ -274,6 +278,10 @@ impl Control {
         let pushed = unsafe { self.ring.submission().push(entry) };
         pushed.map_err(|error| Unended { error: ControlError::Ring(io::Error::other(error)) })
     }
+}
+
+fn open_device() -> Result<File, ControlError> {
+    OpenOptions::new().read(true).write(true).open(CONTROL_PATH).map_err(ControlError::Open)
 }
 
 /// How a command ended.

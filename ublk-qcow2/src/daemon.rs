@@ -11,7 +11,7 @@ use crate::{
     control::{Control, ControlError},
     crew::{Crew, Service},
     device::{self, Device, DeviceError, Shape},
-    namespace,
+    namespace::Namespace,
     queue::QueueError,
     redofile::{RedoFile, RedoFileError, Witness},
     request::device_sectors,
@@ -97,14 +97,14 @@ pub(crate) enum ServeError {
 /// failure stops the device again.
 pub(crate) fn run(
     start: &Start,
+    namespace: Namespace,
     announce: impl FnOnce(&Path, u32) -> io::Result<()>,
 ) -> Result<(), ServeError> {
-    namespace::leave();
     safety::prepare();
     let crew = Crew::new().map_err(ServeError::SetUp)?;
     let ready = apart(|| match start {
-        Start::New { id, config } => make(*id, config),
-        Start::Recover { id } => take_over(*id),
+        Start::New { id, config } => make(*id, config, namespace),
+        Start::Recover { id } => take_over(*id, namespace),
     })?;
     safety::keep_control();
     serve(ready, crew, announce)
@@ -130,7 +130,7 @@ struct Ready {
 }
 
 /// Opens the image and makes a device for it.
-fn make(id: Option<u32>, config: &Config) -> Result<Ready, ServeError> {
+fn make(id: Option<u32>, config: &Config, namespace: Namespace) -> Result<Ready, ServeError> {
     let control = Control::open()?;
     let files = Arc::new(config.files());
     let image = open_image(config, &files)?;
@@ -159,26 +159,30 @@ fn make(id: Option<u32>, config: &Config) -> Result<Ready, ServeError> {
     };
     let witness = keep_log(&image, redo, config)?;
     let service = service(image, files, device.open_char()?, config);
+    keep_ways(namespace, &service);
     Ok(Ready { service, device, run_file, witness })
 }
 
 /// Takes a device over whose server has died. Whatever fails, the device goes on waiting.
-fn take_over(id: u32) -> Result<Ready, ServeError> {
+fn take_over(id: u32, namespace: Namespace) -> Result<Ready, ServeError> {
     let mut run_file = RunFile::take_over(id)?;
-    match take_over_as(&mut run_file) {
+    match take_over_as(&mut run_file, namespace) {
         Ok((service, device, witness)) => Ok(Ready { service, device, run_file, witness }),
         Err(error) => {
-            run_file.fail(format!("recovery failed: {error}"));
+            run_file.leave();
             Err(error)
         }
     }
 }
 
-fn take_over_as(run_file: &mut RunFile) -> Result<(Service, Device, Option<Witness>), ServeError> {
+fn take_over_as(
+    run_file: &mut RunFile,
+    namespace: Namespace,
+) -> Result<(Service, Device, Option<Witness>), ServeError> {
     let record = run_file.record().clone();
     let (id, config) = (record.id, &record.config);
     // Our copies of its mounts would keep its file system mounted when everybody else has unmounted it.
-    namespace::let_go_of(&format!("ublkb{id}"));
+    namespace.let_go_of(&format!("ublkb{id}"));
     let device = Device::recover(Control::open()?, id, record.cookie, record.phase)?;
     run_file.enter(Phase::Preparing)?;
     // When this succeeds the old server's I/O has ended.
@@ -186,7 +190,16 @@ fn take_over_as(run_file: &mut RunFile) -> Result<(Service, Device, Option<Witne
     let files = Arc::new(config.files());
     let (image, redo) = open_as_left(&record, &files)?;
     let witness = keep_log(&image, redo, config)?;
-    Ok((service(image, files, char_device, config), device, witness))
+    let service = service(image, files, char_device, config);
+    keep_ways(namespace, &service);
+    Ok((service, device, witness))
+}
+
+/// From now on no other file system is kept busy than those that this server and its successors need.
+fn keep_ways(namespace: Namespace, service: &Service) {
+    let mut needed = service.files.paths();
+    needed.push(runfile::directory());
+    namespace.keep_ways_to(&needed);
 }
 
 fn service(image: Arc<Image>, files: Arc<Files>, char_device: File, config: &Config) -> Service {
@@ -209,6 +222,9 @@ pub(crate) fn settle(record: &Record) -> Result<(), ServeError> {
 fn open_as_left(record: &Record, files: &Arc<Files>) -> Result<(Arc<Image>, Option<RedoFile>), ServeError> {
     let config = &record.config;
     let redo = RedoFile::open(record.id)?;
+    if let Some(redo) = &redo {
+        redo.check_same(&config.image)?;
+    }
     let deadline = Instant::now() + DEAD_LOCK_WAIT;
     let image = loop {
         match open_image(config, files) {
@@ -253,9 +269,8 @@ fn serve(
     let served = started.and_then(|()| crew.wait_for_end(|| witness.iter().for_each(Witness::note)));
     if device.is_waiting() {
         // Its users go on waiting as well, for another attempt.
-        let error = served.err().unwrap_or(ServeError::QueueFailed);
-        run_file.fail(format!("recovery failed: {error}"));
-        return Err(error);
+        run_file.leave();
+        return Err(served.err().unwrap_or(ServeError::QueueFailed));
     }
     let written = match &served {
         Ok(()) if device.is_recoverable() => device.write_back().map_err(ServeError::from),

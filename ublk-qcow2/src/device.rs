@@ -291,13 +291,8 @@ impl Device {
     /// the stopped block device open, deletion is under way when this returns, and ends with that.
     pub(crate) fn delete(mut self) -> Result<(), DeviceError> {
         self.state = State::Deleted;
-        match self.control.delete(self.id()) {
-            Err(error @ ControlError::TimedOut { .. }) => {
-                tracing::warn!(id = self.id(), %error, "somebody still has the device open");
-                Ok(())
-            }
-            result => Ok(result?),
-        }
+        let id = self.id();
+        Ok(delete_patiently(&mut self.control, id)?)
     }
 }
 
@@ -349,15 +344,36 @@ fn patiently<T, E>(
     }
 }
 
-/// Stops and deletes a device that has no server of ours any more. One that is gone is no error.
+/// Stops and deletes what a dead server has left, unless the number belongs to another device by now.
+pub(crate) fn delete_left(control: &mut Control, id: u32, cookie: u64) -> Result<(), ControlError> {
+    match control.info(id) {
+        Ok(info) if info.ublksrv_flags == cookie => delete_orphan(control, id),
+        Err(error) if error.errno() != Some(libc::ENODEV) => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Stops and deletes a device that has no server of ours any more. One that is gone is no error; one that
+/// somebody still has open is gone for everybody else, as in [`Device::delete`].
 pub(crate) fn delete_orphan(control: &mut Control, id: u32) -> Result<(), ControlError> {
-    for result in [control.stop(id), control.delete(id)] {
+    for result in [control.stop(id), delete_patiently(control, id)] {
         match result {
             Err(error) if error.errno() != Some(libc::ENODEV) => return Err(error),
             _ => {}
         }
     }
     Ok(())
+}
+
+/// Deletes a stopped device. While somebody has it open the deletion is under way when this returns.
+fn delete_patiently(control: &mut Control, id: u32) -> Result<(), ControlError> {
+    match control.delete(id) {
+        Err(error @ ControlError::TimedOut { .. }) => {
+            tracing::warn!(id, %error, "somebody still has the device open");
+            Ok(())
+        }
+        result => result,
+    }
 }
 
 /// The node through which the device is used.

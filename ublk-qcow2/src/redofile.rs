@@ -6,8 +6,9 @@
 //! store can then not fail for lack of it.
 //!
 //! A log must not be replayed on an image that somebody else has changed since. While the server lives
-//! its locks see to that; it also notes, every second, when the image file was last modified
-//! ([`Witness`]). Whoever replays the log much later compares ([`RedoFile::check_unchanged`]).
+//! its locks see to that; it also notes, every second, which file the image is and when it was last modified
+//! ([`Witness`]). Whoever takes the log over compares: before the image is opened, because its path may lead to another file by then, which a
+//! living server does not notice ([`RedoFile::check_same`]), and before the log is replayed ([`RedoFile::check_unchanged`]).
 
 use crate::runfile;
 use memmap2::{MmapOptions, MmapRaw};
@@ -16,16 +17,21 @@ use qcow2_engine::{REDO_BYTES, RedoMemory};
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::UNIX_EPOCH,
 };
 
 /// Bytes of the file: the log, and a page with the witness.
 const FILE_BYTES: usize = REDO_BYTES + 4096;
+/// The witness' words.
+const MODIFIED: usize = REDO_BYTES / 8;
+const INODE: usize = MODIFIED + 1;
+const BORN: usize = MODIFIED + 2;
 /// Seconds by which the image may have changed after its dead server last looked: a server that is kept
 /// from running for longer than that hardly writes.
 const TOLERANCE_SECONDS: u64 = 10;
@@ -41,6 +47,11 @@ pub(crate) enum RedoFileError {
         .image.display(), .log.display()
     )]
     Changed { image: PathBuf, log: PathBuf },
+    #[error(
+        "{} is not the file that the dead server had open: put that one back, or remove {} to give it up",
+        .image.display(), .log.display()
+    )]
+    Replaced { image: PathBuf, log: PathBuf },
 }
 
 /// A redo log's memory, and the witness beside it.
@@ -90,18 +101,54 @@ impl RedoFile {
         Ok(Witness { map: Arc::clone(&self.map), image: open_to_look(image)? })
     }
 
+    /// Makes sure that the image is still the file that the dead server had open.
+    pub(crate) fn check_same(&self, image: &Path) -> Result<(), RedoFileError> {
+        let (seen, now) = (self.map.witness(), look_at(image)?);
+        // One that was killed before it could look has noted nothing.
+        if seen.inode == 0 || (now.inode, now.born) == (seen.inode, seen.born) {
+            return Ok(());
+        }
+        Err(RedoFileError::Replaced { image: image.to_owned(), log: self.path.clone() })
+    }
+
     /// Makes sure that nobody but the dead server has changed the image.
     pub(crate) fn check_unchanged(&self, image: &Path) -> Result<(), RedoFileError> {
-        let seen = self.map.witness().load(Ordering::Relaxed);
-        let now = modified(&open_to_look(image)?).map_err(|source| cannot_look_at(image, source))?;
-        if now > seen.saturating_add(TOLERANCE_SECONDS) {
+        let (seen, now) = (self.map.witness(), look_at(image)?);
+        if now.modified > seen.modified.saturating_add(TOLERANCE_SECONDS) {
             return Err(RedoFileError::Changed { image: image.to_owned(), log: self.path.clone() });
         }
         Ok(())
     }
 }
 
-/// Notes beside the log when its image was last modified.
+/// What is noted of an image file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Seen {
+    /// When it was last modified, in seconds.
+    modified: u64,
+    inode: u64,
+    /// When it was made, in nanoseconds, or 0 where that is not known: the number of an inode is given out again.
+    born: u64,
+}
+
+impl Seen {
+    fn of(image: &File) -> io::Result<Self> {
+        let it = image.metadata()?;
+        if it.file_type().is_block_device() {
+            // Its node may be made anew.
+            return Ok(Self { modified: u64::try_from(it.mtime()).unwrap_or(0), inode: it.rdev(), born: 0 });
+        }
+        let born = it.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
+        Ok(Self {
+            // A file from before 1970 counts as old.
+            modified: u64::try_from(it.mtime()).unwrap_or(0),
+            inode: it.ino(),
+            born: born.map_or(0, |time| time.as_nanos() as u64),
+        })
+    }
+}
+
+/// Notes beside the log which file its image is and when it was last modified.
 pub(crate) struct Witness {
     map: Arc<Mapped>,
     /// Open, because a server may not be able to find it again when it has given up its privileges.
@@ -112,8 +159,8 @@ impl Witness {
     /// Notes it now.
     pub(crate) fn note(&self) {
         // An image that cannot be looked at just now was noted a second ago.
-        if let Ok(seconds) = modified(&self.image) {
-            self.map.witness().store(seconds, Ordering::Relaxed);
+        if let Ok(seen) = Seen::of(&self.image) {
+            self.map.note(seen);
         }
     }
 }
@@ -123,9 +170,8 @@ fn open_to_look(image: &Path) -> Result<File, RedoFileError> {
     opened.map_err(|source| cannot_look_at(image, source))
 }
 
-fn modified(image: &File) -> io::Result<u64> {
-    // A file from before 1970 counts as old.
-    Ok(u64::try_from(image.metadata()?.mtime()).unwrap_or(0))
+fn look_at(image: &Path) -> Result<Seen, RedoFileError> {
+    Seen::of(&open_to_look(image)?).map_err(|source| cannot_look_at(image, source))
 }
 
 fn cannot_look_at(image: &Path, source: io::Error) -> RedoFileError {
@@ -164,8 +210,16 @@ impl AsRef<[AtomicU64]> for Mapped {
 }
 
 impl Mapped {
-    fn witness(&self) -> &AtomicU64 {
-        &self.words()[REDO_BYTES / 8]
+    fn witness(&self) -> Seen {
+        let [modified, inode, born] =
+            [MODIFIED, INODE, BORN].map(|word| self.words()[word].load(Ordering::Relaxed));
+        Seen { modified, inode, born }
+    }
+
+    fn note(&self, seen: Seen) {
+        for (word, value) in [(MODIFIED, seen.modified), (INODE, seen.inode), (BORN, seen.born)] {
+            self.words()[word].store(value, Ordering::Relaxed);
+        }
     }
 
     fn words(&self) -> &[AtomicU64] {
@@ -213,5 +267,25 @@ mod tests {
         assert!(matches!(log.check_unchanged(&image), Err(RedoFileError::Changed { .. })));
         witness.note();
         assert!(log.check_unchanged(&image).is_ok());
+    }
+
+    /// A backup was moved over an image while a server had it open; that was killed, and its successor
+    /// replayed the log on the backup and served it under a mounted file system.
+    #[test]
+    fn another_file_under_the_image_s_name_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        File::create(&image).unwrap();
+        let log = file_at(dir.path().join("0.redo"));
+        assert!(log.check_same(&image).is_ok(), "nothing was noted");
+        let witness = log.witness(&image).unwrap();
+        witness.note();
+        assert!(log.check_same(&image).is_ok());
+        let other = dir.path().join("other");
+        File::create(&other).unwrap();
+        fs::rename(&other, &image).unwrap();
+        // It has its own open.
+        witness.note();
+        assert!(matches!(log.check_same(&image), Err(RedoFileError::Replaced { .. })));
     }
 }

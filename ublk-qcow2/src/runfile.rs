@@ -3,11 +3,15 @@
 //! A server writes `N.json` when it has made device N, keeps it locked while it lives, and removes
 //! it after a clean end. The lock, not the process id, tells whether the server lives: the kernel
 //! gives it back however the process ends. A file without a lock is that of a server that died, or
-//! of one that could not close its image and says so in `error`. Whoever recovers the device takes the
-//! file over: locked first, then rewritten with the new process in it.
+//! of one that could not close its image and says so in `error`. Whoever recovers the device, or takes it
+//! away, takes the file over: locked first, then rewritten with the new process in it. So of a successor and `del`
+//! one comes first, and a new device of the same number waits until nobody works with the old one's files.
 
 use crate::config::Config;
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    errno::Errno,
+    fcntl::{Flock, FlockArg},
+};
 use serde::{Deserialize, Serialize};
 use std::{
     env,
@@ -15,12 +19,21 @@ use std::{
     io::{self, Write},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
+    thread::sleep,
+    time::{Duration, Instant},
 };
 
 /// Where the files are, unless the environment variable [`DIRECTORY_VARIABLE`] names another place.
 const DIRECTORY: &str = "/run/ublk-qcow2";
 /// Names another run directory: for tests, and for several instances that must not meet.
 const DIRECTORY_VARIABLE: &str = "UBLK_QCOW2_RUN_DIR";
+/// How long a file may be locked by somebody who only looks whether somebody else has it locked.
+const GLANCE: Duration = Duration::from_secs(1);
+/// How long the one before may still be busy with its files, when its device is gone already: what it had
+/// acknowledged may have to be written to its image.
+const PREDECESSOR_WAIT: Duration = Duration::from_secs(60);
+/// Between two attempts to lock a file.
+const LOCK_PAUSE: Duration = Duration::from_millis(5);
 
 /// How far a server has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,6 +47,8 @@ pub(crate) enum Phase {
     Fetched,
     /// The device serves I/O.
     Serving,
+    /// `del` is taking it away; its server is dead.
+    Removing,
 }
 
 /// The contents of a run file.
@@ -83,10 +98,11 @@ pub(crate) enum TakeOverError {
     OtherBoot(u32),
 }
 
-/// A server's own run file, locked. Dropping it removes it.
+/// A server's own run file, locked. Dropping it removes it, unless it was to be left.
 pub(crate) struct RunFile {
     path: PathBuf,
     record: Record,
+    is_left: bool,
     /// Let go of after `drop` has removed the file, so that nobody takes it for a dead server's.
     lock: Flock<File>,
 }
@@ -100,7 +116,7 @@ pub(crate) struct Entry {
 }
 
 impl RunFile {
-    /// Writes and locks the run file of this process's device.
+    /// Writes and locks the run file of this process's device. Whoever had the number before may have to finish first.
     pub(crate) fn create(record: Record) -> Result<Self, RunFileError> {
         let path = path_of(record.id);
         let fail = |what| {
@@ -108,29 +124,33 @@ impl RunFile {
             move |source| RunFileError { what, path, source }
         };
         fs::create_dir_all(directory()).map_err(fail("cannot make the directory for"))?;
+        let before = lock_dead(&path, PREDECESSOR_WAIT).map_err(fail("cannot take over"))?;
+        if matches!(before, Dead::Alive) {
+            return Err(fail("cannot take over")(io::Error::other("the device's predecessor still uses it")));
+        }
         let lock = write_locked(&path, &record).map_err(fail("cannot write"))?;
-        Ok(Self { path, record, lock })
+        Ok(Self { path, record, is_left: false, lock })
     }
 
     /// Takes over the file of a dead server, for this process. How far that server had come stays there.
     pub(crate) fn take_over(id: u32) -> Result<Self, TakeOverError> {
         let path = path_of(id);
         let fail = |source| RunFileError { what: "cannot take over", path: path.clone(), source };
-        let dead = lock_dead(&path).map_err(fail)?;
-        let (mut record, dead) = match dead {
+        let dead = match lock_dead(&path, GLANCE).map_err(fail)? {
             Dead::Missing => return Err(TakeOverError::Missing(id)),
             Dead::Alive => return Err(TakeOverError::Alive(id)),
-            Dead::Locked(record, lock) => (record, lock),
+            Dead::Locked(lock) => lock,
         };
+        let mut record: Record = serde_json::from_reader(&*dead).map_err(|error| fail(error.into()))?;
         if record.boot != boot().map_err(fail)? {
-            remove_stale(id);
+            remove_files(id);
             return Err(TakeOverError::OtherBoot(id));
         }
         record.pid = std::process::id().cast_signed();
         record.error = None;
         let lock = write_locked(&path, &record).map_err(fail)?;
         drop(dead);
-        Ok(Self { path, record, lock })
+        Ok(Self { path, record, is_left: false, lock })
     }
 
     /// Says how far the server has come.
@@ -146,19 +166,24 @@ impl RunFile {
         &self.record
     }
 
-    /// Leaves the file behind, with the reason why the server's end was not clean: for `del` to tell,
-    /// or for another attempt at recovery.
+    /// Leaves the file behind, with the reason why the server's end was not clean, for `del` to tell.
     pub(crate) fn fail(mut self, error: String) {
         self.record.error = Some(error);
         // If it cannot be written `del` will still find a dead server.
         let _ = write_locked(&self.path, &self.record);
+        self.leave();
+    }
+
+    /// Leaves the file behind, for another attempt at recovery or at taking the device away.
+    pub(crate) fn leave(mut self) {
+        self.is_left = true;
     }
 }
 
 impl Drop for RunFile {
     fn drop(&mut self) {
-        if self.record.error.is_none() {
-            remove_stale(self.record.id);
+        if !self.is_left {
+            remove_files(self.record.id);
         }
     }
 }
@@ -203,8 +228,8 @@ pub(crate) fn load_all() -> Result<Vec<Entry>, RunFileError> {
     Ok(entries)
 }
 
-/// Removes what a server has in the run directory.
-pub(crate) fn remove_stale(id: u32) {
+/// Removes what a server has in the run directory. The run file must be locked, or a new device of the same number loses its.
+fn remove_files(id: u32) {
     // The log first: it is of no use without the run file, but not the other way round.
     for path in [redo_path(id), log_path(id), path_of(id)] {
         let _ = fs::remove_file(path);
@@ -225,25 +250,51 @@ pub(crate) fn redo_path(id: u32) -> PathBuf {
 enum Dead {
     Missing,
     Alive,
-    Locked(Record, Flock<File>),
+    Locked(Flock<File>),
 }
 
-/// Locks the run file of a server that has died.
-fn lock_dead(path: &Path) -> io::Result<Dead> {
+/// Locks the run file of a server that has died. Waits so long for whoever has it locked.
+fn lock_dead(path: &Path, patience: Duration) -> io::Result<Dead> {
+    let deadline = Instant::now() + patience;
     loop {
-        let file = match File::open(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Dead::Missing),
-            file => file?,
-        };
-        let Ok(file) = Flock::lock(file, FlockArg::LockExclusiveNonblock) else { return Ok(Dead::Alive) };
-        // Somebody else may have taken it over between the opening and the lock.
-        match fs::metadata(path) {
-            Ok(named) if (named.dev(), named.ino()) == (file.metadata()?.dev(), file.metadata()?.ino()) => {
-                return Ok(Dead::Locked(serde_json::from_reader(&*file)?, file));
-            }
-            _ => {}
+        match lock_named(path, FlockArg::LockExclusiveNonblock)? {
+            Named::Missing => return Ok(Dead::Missing),
+            Named::Locked(file) => return Ok(Dead::Locked(file)),
+            Named::Held(_) if Instant::now() >= deadline => return Ok(Dead::Alive),
+            Named::Held(_) => sleep(LOCK_PAUSE),
         }
     }
+}
+
+/// A run file, and whether the lock could be had.
+enum Named {
+    Missing,
+    Held(File),
+    Locked(Flock<File>),
+}
+
+/// Opens a run file and tries to lock it. A file that has lost its name by then tells nothing: its owner
+/// has put another one there, and is alive.
+fn lock_named(path: &Path, how: FlockArg) -> io::Result<Named> {
+    loop {
+        let file = match File::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Named::Missing),
+            file => file?,
+        };
+        let lock = match Flock::lock(file, how) {
+            Err((file, Errno::EWOULDBLOCK)) => return Ok(Named::Held(file)),
+            lock => lock.map_err(|(_, errno)| errno)?,
+        };
+        if has_name(&lock, path)? {
+            return Ok(Named::Locked(lock));
+        }
+    }
+}
+
+/// Whether a file is the one that `path` names.
+fn has_name(file: &File, path: &Path) -> io::Result<bool> {
+    let file = file.metadata()?;
+    Ok(fs::metadata(path).is_ok_and(|named| (named.dev(), named.ino()) == (file.dev(), file.ino())))
 }
 
 /// Where a server in the background writes what it has to say.
@@ -252,21 +303,22 @@ pub(crate) fn log_path(id: u32) -> PathBuf {
 }
 
 fn load_path(path: &Path) -> Result<Option<Entry>, RunFileError> {
-    let fail = |source| RunFileError { what: "cannot read", path: path.to_owned(), source };
-    let file = match File::open(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        file => file.map_err(fail)?,
+    let read = || {
+        Ok(match lock_named(path, FlockArg::LockSharedNonblock)? {
+            Named::Missing => None,
+            Named::Held(file) => Some(Entry { record: serde_json::from_reader(file)?, is_alive: true }),
+            Named::Locked(file) => Some(Entry { record: serde_json::from_reader(&*file)?, is_alive: false }),
+        })
     };
-    let record = serde_json::from_reader(&file).map_err(|error| fail(error.into()))?;
-    let is_alive = Flock::lock(file, FlockArg::LockSharedNonblock).is_err();
-    Ok(Some(Entry { record, is_alive }))
+    read().map_err(|source| RunFileError { what: "cannot read", path: path.to_owned(), source })
 }
 
 fn path_of(id: u32) -> PathBuf {
     directory().join(format!("{id}.json"))
 }
 
-fn directory() -> PathBuf {
+/// The run directory.
+pub(crate) fn directory() -> PathBuf {
     env::var_os(DIRECTORY_VARIABLE).map_or_else(|| PathBuf::from(DIRECTORY), PathBuf::from)
 }
 
@@ -293,13 +345,42 @@ mod tests {
         };
         let lock = write_locked(&path, &record).unwrap();
         assert_eq!(load_path(&path).unwrap(), Some(Entry { record: record.clone(), is_alive: true }));
-        assert!(matches!(lock_dead(&path).unwrap(), Dead::Alive));
+        assert!(matches!(lock_dead(&path, Duration::ZERO).unwrap(), Dead::Alive));
         drop(lock);
         assert_eq!(load_path(&path).unwrap(), Some(Entry { record: record.clone(), is_alive: false }));
-        let Dead::Locked(found, _lock) = lock_dead(&path).unwrap() else { panic!("it is dead") };
-        assert_eq!(found, record);
-        assert!(matches!(lock_dead(&path).unwrap(), Dead::Alive), "one of two takes it over");
+        let Dead::Locked(_lock) = lock_dead(&path, Duration::ZERO).unwrap() else { panic!("it is dead") };
+        assert!(matches!(lock_dead(&path, Duration::ZERO).unwrap(), Dead::Alive), "one of two takes it over");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
         assert_eq!(load_path(&dir.path().join("8.json")).unwrap(), None);
+    }
+
+    /// A server was killed while somebody ran `list`: its successor took that for a living server, and gave up.
+    /// And who looked at a file that a server was replacing took that server for dead.
+    #[test]
+    fn a_glance_is_no_owner_and_a_file_without_a_name_tells_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("7.json");
+        let named = |how| lock_named(&path, how).unwrap();
+        fs::write(&path, "{}").unwrap();
+        let Named::Locked(glance) = named(FlockArg::LockSharedNonblock) else { panic!("nobody has it") };
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                sleep(Duration::from_millis(100));
+                drop(glance);
+            });
+            assert!(matches!(lock_dead(&path, GLANCE).unwrap(), Dead::Locked(_)));
+        });
+
+        let before = File::open(&path).unwrap();
+        fs::write(dir.path().join("new"), "{}").unwrap();
+        let new = File::open(dir.path().join("new")).unwrap();
+        let _lock = Flock::lock(new, FlockArg::LockExclusiveNonblock).unwrap();
+        fs::rename(dir.path().join("new"), &path).unwrap();
+        let before = Flock::lock(before, FlockArg::LockSharedNonblock).unwrap();
+        assert!(
+            !has_name(&before, &path).unwrap(),
+            "it could be locked, and says nothing of the one that is there"
+        );
+        assert!(matches!(named(FlockArg::LockSharedNonblock), Named::Held(_)));
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! A process that serves a block device can be in its own way: memory that it asks for may only be had
 //! by writing dirty pages of that very device, a page of its own may have been swapped out to it, and the
-//! OOM killer may look for memory in the one process that is needed to free some. [`prepare`] sees to
-//! these, for the supervisor too. And it reads what strangers wrote: [`keep_control`] and
+//! OOM killer may look for memory in the one process that is needed to free some. A limit on the size of files, meant for
+//! somebody's shell, would have the kernel kill it for a request. [`prepare`] sees to these, for the supervisor too. And it reads what strangers wrote: [`keep_control`] and
 //! [`keep_nothing`] give up the privileges that serving does not need.
 //!
 //! Each of these is a precaution: where the system refuses it the log says what may follow, and the
@@ -30,6 +30,9 @@ pub(crate) fn prepare() {
     }
     if let Err(error) = lock_memory() {
         tracing::warn!("memory is not locked: {error}; with swap space on the device it may deadlock");
+    }
+    if let Err(error) = setrlimit(Resource::RLIMIT_FSIZE, RLIM_INFINITY, RLIM_INFINITY) {
+        tracing::warn!("the limit on the size of files stays: {error}; a write beyond it kills the server");
     }
     if let Err(error) = leave_out_of_oom() {
         tracing::warn!("{OOM_SCORE}: {error}; the OOM killer may take the server");

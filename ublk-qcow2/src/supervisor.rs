@@ -14,7 +14,10 @@ use crate::{
     control::Control,
     daemon::{self, Start},
     detach::{self, Reporter, Side},
-    device, namespace, runfile, safety,
+    device,
+    namespace::{self, Namespace},
+    runfile::{self, Entry, Record, RunFile},
+    safety,
 };
 use nix::{
     sys::{
@@ -41,15 +44,15 @@ const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// first one began.
 pub(crate) fn run(start: &Start, reporter: Reporter) -> io::Result<()> {
     // Before the device can be mounted, and for all servers to come.
-    namespace::leave();
+    let namespace = namespace::leave();
     safety::prepare();
     let mut reporter = Some(reporter);
-    let (server, outcome) = start_server(start, &mut reporter)?;
+    let (server, outcome) = start_server(start, namespace, &mut reporter)?;
     let Some(reporter) = reporter else { return Ok(()) };
     match outcome {
         Ok(id) => {
             reporter.serving(id, &runfile::log_path(id))?;
-            watch(id, server);
+            watch(id, server, namespace);
         }
         Err(error) => {
             remove_half_made(server);
@@ -60,7 +63,7 @@ pub(crate) fn run(start: &Start, reporter: Reporter) -> io::Result<()> {
 }
 
 /// Watches a server, and its successors, to the end.
-fn watch(id: u32, mut server: Pid) {
+fn watch(id: u32, mut server: Pid, namespace: Namespace) {
     let mut early_deaths = 0;
     loop {
         let begun = Instant::now();
@@ -78,7 +81,7 @@ fn watch(id: u32, mut server: Pid) {
         if early_deaths > 0 {
             sleep(FIRST_PAUSE * (1 << (early_deaths - 1)));
         }
-        server = match start_server(&Start::Recover { id }, &mut None) {
+        server = match start_server(&Start::Recover { id }, namespace, &mut None) {
             Ok((server, Ok(_))) => server,
             // The next wait finds how it ended: by itself, and then trying again is for somebody who has
             // read why, or by a signal once more.
@@ -96,20 +99,24 @@ fn watch(id: u32, mut server: Pid) {
 
 /// Starts a server. Returns when it serves, has failed, or has died. The server does not keep `ours`:
 /// whoever listens there waits until nobody can speak any more.
-fn start_server(start: &Start, ours: &mut Option<Reporter>) -> io::Result<(Pid, Result<u32, String>)> {
+fn start_server(
+    start: &Start,
+    namespace: Namespace,
+    ours: &mut Option<Reporter>,
+) -> io::Result<(Pid, Result<u32, String>)> {
     match detach::into_background()? {
         Side::Parent { child, outcome } => Ok((child, outcome)),
         Side::Child(reporter) => {
             *ours = None;
-            process::exit(serve(start, reporter))
+            process::exit(serve(start, namespace, reporter))
         }
     }
 }
 
 /// The server's whole life; returns its exit code.
-pub(crate) fn serve(start: &Start, reporter: Reporter) -> i32 {
+pub(crate) fn serve(start: &Start, namespace: Namespace, reporter: Reporter) -> i32 {
     let mut reporter = Some(reporter);
-    let result = daemon::run(start, |_, id| match reporter.take() {
+    let result = daemon::run(start, namespace, |_, id| match reporter.take() {
         Some(reporter) => reporter.serving(id, &runfile::log_path(id)),
         None => Ok(()),
     });
@@ -144,14 +151,16 @@ fn remove_half_made(server: Pid) {
         // It has ended by itself, and tidied up.
         return;
     }
-    for entry in runfile::load_all().unwrap_or_default() {
-        if entry.record.pid == server.as_raw() && !entry.is_alive {
-            let removed =
-                Control::open().and_then(|mut control| device::delete_orphan(&mut control, entry.record.id));
-            match removed {
-                Ok(()) => runfile::remove_stale(entry.record.id),
-                Err(error) => tracing::error!("device {} is left behind: {error}", entry.record.id),
-            }
+    for Entry { record: Record { id, pid, cookie, .. }, .. } in runfile::load_all().unwrap_or_default() {
+        if pid != server.as_raw() {
+            continue;
+        }
+        // A server that lives has another process of this number.
+        let Ok(run_file) = RunFile::take_over(id) else { continue };
+        let removed = Control::open().and_then(|mut control| device::delete_left(&mut control, id, cookie));
+        if let Err(error) = removed {
+            tracing::error!("device {id} is left behind: {error}");
+            run_file.leave();
         }
     }
 }

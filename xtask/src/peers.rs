@@ -1,6 +1,7 @@
-//! The peer that benchmarks run beside us and that no package manager of the system has: rublk.
+//! Programs from the Rust package registry that no package manager of the system has: the peer that benchmarks run beside us,
+//! rublk, and a file-system exerciser, fsx.
 //!
-//! Built by cargo from the package registry into the cache, at a fixed version, once.
+//! Built by cargo into the cache, at fixed versions, once.
 
 use crate::{
     process::run,
@@ -12,34 +13,39 @@ use std::{fs, path::PathBuf};
 
 /// The version that our figures are held against.
 const RUBLK_VERSION: &str = "0.2.15";
+const FSX_VERSION: &str = "0.3.2";
 
 /// rublk, built when it is not in the cache yet.
 ///
 /// # Errors
 /// Fails when it does not build.
 pub(crate) fn rublk() -> Result<PathBuf> {
-    let root = workspace::cache()?.join("peers").join(format!("rublk-{RUBLK_VERSION}"));
-    let binary = root.join("bin/rublk");
+    installed("rublk", RUBLK_VERSION, &["--no-default-features"])
+}
+
+/// fsx, built when it is not in the cache yet.
+///
+/// # Errors
+/// Fails when it does not build.
+pub(crate) fn fsx() -> Result<PathBuf> {
+    installed("fsx", FSX_VERSION, &["--locked"])
+}
+
+fn installed(name: &str, version: &str, options: &[&str]) -> Result<PathBuf> {
+    let root = workspace::cache()?.join("peers").join(format!("{name}-{version}"));
+    let binary = root.join("bin").join(name);
     if binary.exists() {
         return Ok(binary);
     }
-    setup::ensure(Kernels::HostOnly)?; // its bindings need libclang
+    setup::ensure(Kernels::HostOnly)?; // rublk's bindings need libclang
     let _lock = workspace::lock("peers")?;
     if binary.exists() {
         return Ok(binary);
     }
-    println!("building rublk {RUBLK_VERSION} for comparison");
+    println!("building {name} {version}");
     let build = tempfile::Builder::new().prefix("build-").tempdir_in(workspace::cache()?)?;
     let mut install = cargo();
-    install.args([
-        "install",
-        "rublk",
-        "--version",
-        RUBLK_VERSION,
-        "--no-default-features",
-        "--quiet",
-        "--root",
-    ]);
+    install.args(["install", name, "--version", version, "--quiet"]).args(options).arg("--root");
     install.arg(&root).env("CARGO_TARGET_DIR", build.path());
     run(&mut install).or_else(|error| {
         // Half an installation must not pass for a whole one.

@@ -107,6 +107,12 @@ impl Files {
         self.with(file, |open| Ok(open.path.clone()))
     }
 
+    /// The paths under which files were opened.
+    #[must_use]
+    pub fn paths(&self) -> Vec<PathBuf> {
+        self.read_table().iter().map(|open| open.path.clone()).collect()
+    }
+
     /// Sets the file's length by a plain, blocking call: for kernels whose rings cannot.
     ///
     /// # Errors

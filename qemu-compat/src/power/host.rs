@@ -37,7 +37,7 @@ pub(crate) fn make_disk(kind: Kind, path: &Path) -> Result<()> {
 ///
 /// # Errors
 /// mkfs fails.
-pub(super) fn make_file_system(kind: Kind, path: &Path) -> Result<()> {
+pub(crate) fn make_file_system(kind: Kind, path: &Path) -> Result<()> {
     let mut make = kind.make();
     if kind == Kind::Ext4 {
         // Nothing is to be written behind our back, and the journal need not be large.

@@ -1,12 +1,13 @@
 //! `add` and `recover`: serve an image, or go on serving it after its server has died.
 
-use super::CommandError;
+use super::{CommandError, del, image};
 use crate::{
-    cli::{AddArgs, RecoverArgs},
+    cli::{AddArgs, DelArgs, RecoverArgs},
     config::Config,
-    daemon::{self, Start},
+    control::Control,
+    daemon::{self, ServeError, Start},
     detach::{self, Side},
-    device, supervisor,
+    device, namespace, supervisor,
 };
 use std::{
     io::{self, Write},
@@ -29,6 +30,7 @@ enum Care {
 pub(crate) fn run(args: &AddArgs) -> Result<(), CommandError> {
     let config = Config::from_args(args)
         .map_err(|source| CommandError::Path { path: args.image.display().to_string(), source })?;
+    image::refuse_awaited(&config.image)?;
     let care = care(args.foreground, args.no_supervisor || args.no_recovery);
     begin(&Start::New { id: args.id, config }, care)
 }
@@ -47,13 +49,21 @@ fn care(foreground: bool, alone: bool) -> Care {
 }
 
 fn begin(start: &Start, care: Care) -> Result<(), CommandError> {
+    // Who is not root need not read of all that a server cannot do then.
+    Control::probe()?;
     if care == Care::Foreground {
-        return Ok(daemon::run(start, |_, id| print_device(id))?);
+        return Ok(daemon::run(start, namespace::leave(), |_, id| print_device(id))?);
     }
     match detach::into_background().map_err(CommandError::Background)? {
-        Side::Parent { outcome: Ok(id), .. } => Ok(print_device(id)?),
+        Side::Parent { outcome: Ok(id), .. } => print_device(id).or_else(|source| {
+            // Nobody knows of it.
+            del::run(&DelArgs::of(id))?;
+            Err(ServeError::Unannounced(source).into())
+        }),
         Side::Parent { outcome: Err(error), .. } => Err(CommandError::Server(error)),
-        Side::Child(reporter) if care == Care::Alone => process::exit(supervisor::serve(start, reporter)),
+        Side::Child(reporter) if care == Care::Alone => {
+            process::exit(supervisor::serve(start, namespace::leave(), reporter))
+        }
         // What it has to say it says in its log, and to its parent.
         Side::Child(reporter) => process::exit(supervisor::run(start, reporter).map_or(1, |()| 0)),
     }

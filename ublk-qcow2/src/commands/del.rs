@@ -2,24 +2,30 @@
 //!
 //! A device whose server lives is detached by that server: it is asked to stop, and this command
 //! waits until the image is closed and the device is gone. A device whose server has died is stopped
-//! and deleted from here, and what that server had acknowledged is written to the image. Nothing else's devices
+//! and deleted from here, and what that server had acknowledged is written to the image. Who has the lock of the run file
+//! does it: a supervisor may be about to replace the server, or another `del` be at work. Nothing else's devices
 //! are touched, unless named by `-n`. A device that is mounted, or claimed in another way, is not
-//! taken from under its user.
+//! taken from under its user without `--force`.
 
 use super::CommandError;
 use crate::{
     cli::DelArgs,
     control::Control,
-    daemon, device,
-    runfile::{self, Entry, Record},
+    daemon::{self, ServeError},
+    device,
+    runfile::{self, Entry, Phase, Record, RunFile, TakeOverError},
 };
 use nix::{
+    errno::Errno,
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use std::{
     fs::OpenOptions,
+    io,
     os::unix::fs::OpenOptionsExt,
+    sync::mpsc,
+    thread,
     time::{Duration, Instant},
 };
 
@@ -30,19 +36,30 @@ const LOOK: Duration = Duration::from_millis(10);
 /// How long a device may be claimed by somebody who only has a look at it, as udev does.
 const CLAIM_WAIT: Duration = Duration::from_secs(2);
 
+/// Whether a device is taken from under its users.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Users {
+    Spared,
+    Ignored,
+}
+
 /// Detaches the devices asked for.
 pub(crate) fn run(args: &DelArgs) -> Result<(), CommandError> {
+    let users = if args.force { Users::Ignored } else { Users::Spared };
     match args.which.id {
-        Some(id) => detach(id),
-        None => detach_all(),
+        Some(id) => match runfile::load(id)? {
+            Some(entry) => detach(entry, users),
+            None => delete_foreign(id, users),
+        },
+        None => detach_all(users),
     }
 }
 
 /// Goes on after a failure; returns it if it is the only one.
-fn detach_all() -> Result<(), CommandError> {
+fn detach_all(users: Users) -> Result<(), CommandError> {
     let mut failures = Vec::new();
     for entry in runfile::load_all()? {
-        if let Err(error) = detach(entry.record.id) {
+        if let Err(error) = detach(entry, users) {
             failures.push(error);
         }
     }
@@ -55,71 +72,132 @@ fn detach_all() -> Result<(), CommandError> {
     Err(CommandError::Several(failures.len()))
 }
 
-fn detach(id: u32) -> Result<(), CommandError> {
-    match runfile::load(id)? {
-        Some(Entry { record, is_alive: true }) => stop_server(&record),
-        Some(Entry { record, is_alive: false }) => clean_up(&record),
-        None => delete_foreign(id),
+/// Detaches a device, whoever serves it in the meantime.
+fn detach(first: Entry, users: Users) -> Result<(), CommandError> {
+    let Record { id, cookie, .. } = first.record;
+    let deadline = Instant::now() + STOP_WAIT;
+    let mut asked = None;
+    let mut entry = first;
+    loop {
+        let pid = entry.record.pid;
+        match (entry.is_alive, entry.record.phase) {
+            (false, _) => {
+                if let Cleaned::Whole = clean_up(&entry.record, users)? {
+                    return Ok(());
+                }
+            }
+            // Another `del` is at it.
+            (true, Phase::Removing) => {}
+            (true, _) if asked == Some(pid) => {}
+            (true, _) => {
+                check_unclaimed(id, users, "unmount it first")?;
+                if ask_to_stop(id, pid)? {
+                    asked = Some(pid);
+                }
+            }
+        }
+        if Instant::now() >= deadline {
+            return Err(CommandError::StillRunning { id, pid, seconds: STOP_WAIT.as_secs() });
+        }
+        thread::sleep(LOOK);
+        entry = match runfile::load(id)? {
+            // Its successor, if its server was killed before it could stop.
+            Some(entry) if entry.record.cookie == cookie => entry,
+            // Another device has the number already.
+            _ => return Ok(()),
+        };
     }
 }
 
-fn stop_server(record: &Record) -> Result<(), CommandError> {
-    let &Record { id, pid, .. } = record;
-    check_unclaimed(id, pid)?;
+/// Whether there was somebody to ask.
+fn ask_to_stop(id: u32, pid: i32) -> Result<bool, CommandError> {
     // The lock says that the server lives, so the process id is still its own.
-    kill(Pid::from_raw(pid), Signal::SIGTERM).map_err(|errno| CommandError::Signal {
-        id,
-        pid,
-        source: errno.into(),
-    })?;
-    let deadline = Instant::now() + STOP_WAIT;
-    while Instant::now() < deadline {
-        match runfile::load(id)? {
-            None => return Ok(()),
-            // Another server has the number already.
-            Some(entry) if entry.record.pid != pid => return Ok(()),
-            Some(entry) if !entry.is_alive => return clean_up(&entry.record),
-            Some(_) => std::thread::sleep(LOOK),
-        }
+    match kill(Pid::from_raw(pid), Signal::SIGTERM) {
+        // But for a moment it may be that of its successor, which has not put itself into the file.
+        Err(Errno::ESRCH) => Ok(false),
+        Err(errno) => Err(CommandError::Signal { id, pid, source: errno.into() }),
+        Ok(()) => Ok(true),
     }
-    Err(CommandError::StillRunning { id, pid, seconds: STOP_WAIT.as_secs() })
 }
 
 /// Makes sure that nobody has mounted the device or claimed it otherwise.
-fn check_unclaimed(id: u32, pid: i32) -> Result<(), CommandError> {
+fn check_unclaimed(id: u32, users: Users, first: &'static str) -> Result<(), CommandError> {
     let deadline = Instant::now() + CLAIM_WAIT;
-    loop {
+    while users == Users::Spared && is_claimed(id) {
+        if Instant::now() >= deadline {
+            return Err(CommandError::Claimed { id, first });
+        }
+        thread::sleep(LOOK);
+    }
+    Ok(())
+}
+
+fn is_claimed(id: u32) -> bool {
+    // A device without a server may keep whoever opens it waiting, but only if it is not claimed.
+    let (to_us, outcome) = mpsc::channel();
+    thread::spawn(move || {
         // For a block device O_EXCL means: fail if it is claimed.
         let claim = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(device::block_path(id));
-        match claim {
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {}
-            _ => return Ok(()),
-        }
-        if Instant::now() >= deadline {
-            return Err(CommandError::Claimed { id, pid });
-        }
-        std::thread::sleep(LOOK);
-    }
+        let _ = to_us.send(claim.map(drop));
+    });
+    let outcome: Option<io::Result<()>> = outcome.recv_timeout(CLAIM_WAIT).ok();
+    matches!(outcome, Some(Err(error)) if error.raw_os_error() == Some(libc::EBUSY))
+}
+
+/// How far [`clean_up`] has come.
+enum Cleaned {
+    /// Nothing is left.
+    Whole,
+    /// Somebody else has taken the device over.
+    Not,
 }
 
 /// Removes what a server has left behind that died, or failed on its way out.
-fn clean_up(record: &Record) -> Result<(), CommandError> {
-    device::delete_orphan(&mut Control::open()?, record.id)?;
-    if record.config.recovery && record.boot == runfile::boot()? {
-        daemon::settle(record)?;
+fn clean_up(record: &Record, users: Users) -> Result<Cleaned, CommandError> {
+    let id = record.id;
+    if record.config.recovery {
+        // Its users wait, and lose nothing if it is recovered. They have lost all already if it cannot be.
+        check_unclaimed(id, users, "`ublk-qcow2 recover` and unmount it first")?;
     }
-    runfile::remove_stale(record.id);
-    match &record.error {
-        Some(error) => Err(CommandError::Unclean { id: record.id, error: error.clone() }),
-        None => Ok(()),
+    let mut run_file = match RunFile::take_over(id) {
+        Err(TakeOverError::Alive(_) | TakeOverError::Missing(_)) => return Ok(Cleaned::Not),
+        Err(TakeOverError::OtherBoot(_)) => return Ok(Cleaned::Whole),
+        taken => taken.map_err(ServeError::from)?,
+    };
+    if run_file.record().cookie != record.cookie {
+        run_file.leave();
+        return Ok(Cleaned::Not);
+    }
+    let removed = run_file.enter(Phase::Removing).map_err(CommandError::from).and_then(|()| remove(record));
+    match (removed, &record.error) {
+        (Ok(()), None) => Ok(Cleaned::Whole),
+        (Ok(()), Some(error)) => Err(CommandError::Unclean { id, error: error.clone() }),
+        (Err(error), before) => {
+            // For another attempt.
+            match before {
+                Some(before) => run_file.fail(before.clone()),
+                None => run_file.leave(),
+            }
+            Err(error)
+        }
     }
 }
 
-fn delete_foreign(id: u32) -> Result<(), CommandError> {
+/// Removes the device, and writes to the image what its server has not.
+fn remove(record: &Record) -> Result<(), CommandError> {
+    device::delete_left(&mut Control::open()?, record.id, record.cookie)?;
+    if record.config.recovery {
+        daemon::settle(record)?;
+    }
+    Ok(())
+}
+
+fn delete_foreign(id: u32, users: Users) -> Result<(), CommandError> {
     let mut control = Control::open()?;
     match control.info(id) {
         Err(error) if error.errno() == Some(libc::ENODEV) => return Err(CommandError::NoDevice(id)),
         info => info.map(drop)?,
     }
+    check_unclaimed(id, users, "unmount it first")?;
     Ok(device::delete_orphan(&mut control, id)?)
 }

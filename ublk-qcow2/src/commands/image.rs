@@ -1,7 +1,10 @@
 //! What the commands that work on an image without a device share: a ring, and how sizes are shown.
 
 use super::CommandError;
-use crate::{device, runfile};
+use crate::{
+    device,
+    runfile::{self, Entry, Record},
+};
 use qcow2_engine::{
     exec::block_on,
     io::{
@@ -42,20 +45,43 @@ impl Tool {
 ///
 /// The image's locks would refuse as well, and see other programs too; this knows the way out.
 pub(super) fn refuse_served(path: &Path) -> Result<(), CommandError> {
-    let Ok(wanted) = fs::metadata(path) else { return Ok(()) };
-    // Where the records cannot be read there is no server that this user could have started.
-    for entry in runfile::load_all().unwrap_or_default().iter().filter(|entry| entry.is_alive) {
-        let is_same = fs::metadata(&entry.record.config.image)
-            .is_ok_and(|served| (served.dev(), served.ino()) == (wanted.dev(), wanted.ino()));
-        if is_same {
-            let (path, id) = (path.display(), entry.record.id);
-            return Err(CommandError::Usage(format!(
-                "{path} is served as {}; detach it first: ublk-qcow2 del -n {id}",
-                device::block_path(id).display()
-            )));
-        }
+    if let Some(Entry { record: Record { id, .. }, .. }) = users_of(path).find(|entry| entry.is_alive) {
+        let (path, device) = (path.display(), device::block_path(id));
+        return Err(CommandError::Usage(format!(
+            "{path} is served as {}; detach it first: ublk-qcow2 del -n {id}",
+            device.display()
+        )));
     }
-    Ok(())
+    refuse_awaited(path)
+}
+
+/// Refuses to work on an image whose server has died and is to be replaced: what that had acknowledged is not in it, and
+/// its successor would write it over whatever is there by then. A dead server has no locks.
+pub(super) fn refuse_awaited(path: &Path) -> Result<(), CommandError> {
+    let boot = runfile::boot().unwrap_or_default();
+    let awaits = |entry: &Entry| {
+        !entry.is_alive
+            && entry.record.config.recovery
+            && !entry.record.config.read_only
+            && entry.record.boot == boot
+    };
+    match users_of(path).find(awaits) {
+        None => Ok(()),
+        Some(Entry { record: Record { id, .. }, .. }) => Err(CommandError::Usage(format!(
+            "{} was served as {}, whose server has died; first `ublk-qcow2 recover -n {id}`, or `ublk-qcow2 del -n {id}`",
+            path.display(),
+            device::block_path(id).display()
+        ))),
+    }
+}
+
+/// The servers of this program that have, or had, this image.
+fn users_of(path: &Path) -> impl Iterator<Item = Entry> {
+    let identity = |path: &Path| fs::metadata(path).map(|it| (it.dev(), it.ino())).ok();
+    let wanted = identity(path);
+    // Where the records cannot be read there is no server that this user could have started.
+    let all = runfile::load_all().unwrap_or_default().into_iter();
+    all.filter(move |entry| wanted.is_some() && identity(&entry.record.config.image) == wanted)
 }
 
 /// A size as QEMU shows it: three significant digits and a binary unit.

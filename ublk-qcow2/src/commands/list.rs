@@ -35,6 +35,8 @@ enum State {
     Serving,
     /// The server has died; `recover` replaces it.
     Waiting,
+    /// The server has died; `del` is removing the rest.
+    Removing,
     /// The server has died; `del` removes the rest.
     Dead,
 }
@@ -58,7 +60,9 @@ fn line(entry: &Entry) -> Line<'_> {
         device: device::block_path(record.id),
         state: match (entry.is_alive, record.phase) {
             (true, Phase::Serving) => State::Serving,
+            (true, Phase::Removing) => State::Removing,
             (true, _) => State::Starting,
+            (false, Phase::Removing) => State::Dead,
             (false, _) if record.config.recovery => State::Waiting,
             (false, _) => State::Dead,
         },
@@ -82,6 +86,7 @@ fn table(lines: &[Line<'_>]) -> String {
             State::Serving => "serving",
             State::Starting => "starting",
             State::Waiting => "waiting",
+            State::Removing => "removing",
             State::Dead => "dead",
         };
         // Writing to a string does not fail.

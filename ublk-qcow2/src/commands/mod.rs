@@ -32,9 +32,9 @@ pub(crate) enum CommandError {
     #[error("there is no device {0}")]
     NoDevice(u32),
     #[error(
-        "/dev/ublkb{id} is mounted or claimed otherwise; unmount it first (or `kill {pid}` to detach it all the same)"
+        "/dev/ublkb{id} is mounted or claimed otherwise; {first} (or `ublk-qcow2 del --force -n {id}` to detach it all the same)"
     )]
-    Claimed { id: u32, pid: i32 },
+    Claimed { id: u32, first: &'static str },
     #[error("cannot signal the server of device {id} (process {pid}): {source}")]
     Signal { id: u32, pid: i32, source: std::io::Error },
     #[error(

@@ -1,11 +1,12 @@
 //! `cargo xtask soak`: what people do with disks, for as long as one likes.
 //!
 //! Lanes, each a story under guest/: source trees and fio, round after round (`rounds`); a database on a machine that
-//! is killed (`postgres`); a guest that lives on the device (`guest`).
+//! is killed (`postgres`); a guest that lives on the device (`guest`); file systems on devices on the device (`stack`).
 
 mod guest;
 mod postgres;
 mod rounds;
+mod stack;
 
 use crate::{kernel::Kernel, place::Place, test::Report};
 use anyhow::Result;
@@ -28,6 +29,8 @@ enum Lane {
     Postgres,
     /// A guest that boots from the device, and then from the image with QEMU's own driver
     Guest,
+    /// fsx on file systems on other block devices on the device, while servers are killed
+    Stack,
 }
 
 /// Options of `cargo xtask soak`.
@@ -39,12 +42,14 @@ pub(crate) struct Options {
     /// Only these lanes
     #[arg(long, value_enum, value_delimiter = ',', default_values_t = Lane::value_variants().to_vec())]
     only: Vec<Lane>,
-    /// Seed of fio's generator, and of the moments at which PostgreSQL's machine is killed
+    /// Seed of fio's and fsx' generators, and of the moments at which PostgreSQL's machine is killed
     #[arg(long, default_value_t = 1)]
     seed: u64,
     /// How often PostgreSQL's machine is killed
     #[arg(long, default_value_t = 20)]
     kills: u64,
+    #[command(flatten)]
+    stacks: stack::Stacks,
     #[command(flatten)]
     rounds: rounds::Scope,
 }
@@ -67,6 +72,13 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
         machine.prepare()?;
         report.lane(&format!("PostgreSQL on {machine}, killed {} times", options.kills), || {
             postgres::lane(kernel, options.kills, options.seed)
+        });
+    }
+    if wanted(Lane::Stack) {
+        let place = Place::choose(options.kernel);
+        place.prepare()?;
+        report.lane(&format!("stacks of devices on {place}"), || {
+            stack::lane(place, &options.stacks, options.rounds.time(), options.seed)
         });
     }
     let (tree, fio) = (wanted(Lane::Tree), wanted(Lane::Fio));

@@ -59,7 +59,7 @@ pub(super) struct Work {
 /// What did not hold.
 pub(super) fn lane(place: Place, scope: &Scope, seed: u64, work: Work) -> Result<Count> {
     let product = build_release("ublk-qcow2", "ublk-qcow2")?;
-    let time = Duration::from_secs(scope.time * 60);
+    let time = scope.time();
     let script = format!("{LIB}{IN_TOOLS}{STORY}");
     let yes = |wanted| if wanted { "1" } else { "" };
     let mut job = Job::new(&script, time + GRACE)
@@ -78,13 +78,26 @@ pub(super) fn lane(place: Place, scope: &Scope, seed: u64, work: Work) -> Result
     job.scratch_gib = SCRATCH_GIB;
     let finished = job.run(place)?;
     ensure!(finished.status == 0, "the story ended with status {}", finished.status);
-    let output = String::from_utf8_lossy(&finished.output);
+    whole_rounds(&finished.output)
+}
+
+/// The rounds that a story says it has come through.
+///
+/// # Errors
+/// There is none.
+pub(super) fn whole_rounds(output: &[u8]) -> Result<Count> {
+    let output = String::from_utf8_lossy(output);
     let rounds = output.lines().filter(|line| line.starts_with("[ ok ] round ")).count() as u64;
     ensure!(rounds > 0, "not one round was whole");
     Ok(Count { passed: rounds, failed: 0 })
 }
 
 impl Scope {
+    /// After this no round is begun.
+    pub(super) fn time(&self) -> Duration {
+        Duration::from_secs(self.time * 60)
+    }
+
     /// What was asked for, or what can be done in minutes.
     fn to_build(&self, place: Place) -> Result<&str> {
         if let Some(targets) = &self.build {

@@ -43,7 +43,7 @@ const FIO_ENGINES: [&str; 2] = ["/usr/lib/x86_64-linux-gnu/fio", "/usr/lib/fio"]
 /// Loaded on demand by C++ and thread cancellation, so ldd does not show it.
 const ON_DEMAND_LIBRARIES: [&str; 1] = ["/usr/lib/x86_64-linux-gnu/libgcc_s.so.1"];
 /// Kernel modules; one that is built in has no file and is passed over.
-const MODULES: [&str; 20] = [
+const MODULES: [&str; 26] = [
     "ublk_drv",
     "nbd",
     "virtio_pci",
@@ -61,6 +61,12 @@ const MODULES: [&str; 20] = [
     "dm-flakey",
     "dm-log-writes",
     "dm-snapshot",
+    "dm-thin-pool",
+    "dm-crypt",
+    "xts",
+    "mq-deadline",
+    "kyber-iosched",
+    "bfq",
     "vfat",
     "overlay",
     "btrfs",

@@ -1,0 +1,45 @@
+//! File systems on other block devices on ours (partitions, the device mapper, a loop device, a device of our own), and fsx,
+//! which verifies all it has written, on these while the servers are killed. guest/stack.sh is the story.
+
+use super::{LIB, rounds::whole_rounds};
+use crate::{
+    peers,
+    place::{Job, Place},
+    test::Count,
+    workspace::build_release,
+};
+use anyhow::{Result, ensure};
+use std::time::Duration;
+
+const STORY: &str = include_str!("../../guest/stack.sh");
+/// What a round that has begun may still take.
+const GRACE: Duration = Duration::from_secs(3600);
+
+/// Options of `cargo xtask soak`.
+#[derive(Debug, clap::Args)]
+pub(super) struct Stacks {
+    /// Operations of each fsx on each stack of devices
+    #[arg(long, default_value_t = 1000)]
+    operations: u64,
+    /// Only these stacks, of plain, partition, thin, crypt, snapshot, loop and nested
+    #[arg(long, default_value = "")]
+    stacks: String,
+}
+
+/// Rounds until the time is up. Each is a test that passed.
+///
+/// # Errors
+/// What did not hold.
+pub(super) fn lane(place: Place, stacks: &Stacks, time: Duration, seed: u64) -> Result<Count> {
+    let script = format!("{LIB}{STORY}");
+    let job = Job::new(&script, time + GRACE)
+        .program(&build_release("ublk-qcow2", "ublk-qcow2")?)
+        .program(&peers::fsx()?)
+        .variable("SOAK_SECONDS", &time.as_secs().to_string())
+        .variable("SEED", &seed.to_string())
+        .variable("OPERATIONS", &stacks.operations.to_string())
+        .variable("KINDS", &stacks.stacks);
+    let finished = job.run(place)?;
+    ensure!(finished.status == 0, "the story ended with status {}", finished.status);
+    whole_rounds(&finished.output)
+}
