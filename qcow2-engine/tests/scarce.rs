@@ -121,3 +121,28 @@ fn a_refcount_block_where_the_file_could_not_be_extended_survives_closing() {
     assert_eq!(findings(&host.files), Vec::<String>::new());
     assert!(image_len(&host.files) > PER_BLOCK * CLUSTER, "the block is there");
 }
+
+/// A refcount block of several pages is made where the file has old bytes, as what a crash has left behind the
+/// last count: all of its pages are written, not only the one that counts something.
+#[test]
+fn a_new_refcount_block_over_old_content_is_written_whole() {
+    const CLUSTER: u64 = 8192;
+    /// Clusters that a block counts, with 64 bits each, in two pages.
+    const PER_BLOCK: u64 = 1024;
+    let host = Hooked::new(&MemFiles::default(), Host { allocation: Allocation::Possible, truncates: true });
+    let size = (PER_BLOCK + 8) * CLUSTER;
+    let options =
+        CreateOptions { virtual_size: size, cluster_bits: 13, refcount_order: 6, ..CreateOptions::default() };
+    create(&host.files, IMAGE, &options);
+    let mut bytes = host.files.get(IMAGE).expect("kept");
+    bytes.resize((PER_BLOCK + 100) as usize * CLUSTER as usize, 0xee);
+    host.files.put(IMAGE, bytes);
+    let image = host.open(64 * CLUSTER);
+    let lane = host.lane(&image);
+    for at in (0..size).step_by(1 << 20) {
+        let len = (size - at).min(1 << 20);
+        run(lane.write(at, Buf::from_bytes(&vec![1; len as usize]))).expect("writes");
+    }
+    run(lane.close()).expect("closes");
+    assert_eq!(findings(&host.files), Vec::<String>::new());
+}
