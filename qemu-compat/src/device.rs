@@ -384,21 +384,21 @@ mod ioctl {
 }
 
 /// Memory that begins at a certain byte of a page.
-struct Aligned {
+pub(crate) struct Aligned {
     memory: Vec<u8>,
     start: usize,
     len: usize,
 }
 
 impl Aligned {
-    fn new(len: usize, skew: usize) -> Self {
+    pub(crate) fn new(len: usize, skew: usize) -> Self {
         debug_assert!((len as u64).is_multiple_of(SECTOR));
         let memory = vec![0; len + skew + PAGE];
         let start = memory.as_ptr().align_offset(PAGE) + skew;
         Self { memory, start, len }
     }
 
-    fn bytes(&mut self) -> &mut [u8] {
+    pub(crate) fn bytes(&mut self) -> &mut [u8] {
         &mut self.memory[self.start..self.start + self.len]
     }
 }

@@ -19,6 +19,7 @@ pub mod content;
 pub mod data_path;
 pub mod device;
 pub mod disk;
+pub mod durability;
 pub mod engine;
 pub mod fio;
 pub mod fixture;

@@ -6,6 +6,7 @@ use crate::{
     data_path,
     device::{Binary, DeviceDisk},
     disk::{Disk, Op, Server},
+    durability,
     fio::Verified,
     fixture::{Backing, Compat, Preallocation, Recipe},
     fs,
@@ -130,6 +131,7 @@ impl Cases {
         self.add("server/data-paths", 240, |it, dir| {
             data_path::both(&it.binary, dir, it.seed).with_context(|| format!("seed {}", it.seed))
         });
+        self.add("server/durable", 120, |it, dir| durability::each_is_passed_on(&it.binary, dir));
         self.add("server/let-go", 60, |it, dir| server::file_system_let_go(&it.binary, dir));
         let queues: &[u16] = if self.setting.scale == Scale::Full { &[1, 2] } else { &[2] };
         for &queues in queues {

@@ -81,7 +81,7 @@ impl Drop for Loop {
 /// A file system on a loop device.
 pub(crate) struct Plain {
     mounted: Mounted,
-    _disk: Loop,
+    disk: Loop,
 }
 
 impl Plain {
@@ -92,7 +92,12 @@ impl Plain {
     pub(crate) fn mount(kind: Kind, file: &Path, at: &Path) -> Result<Self> {
         let disk = Loop::attach(file)?;
         let mounted = Mounted::new(kind, disk.path(), at, OPTIONS)?;
-        Ok(Self { mounted, _disk: disk })
+        Ok(Self { mounted, disk })
+    }
+
+    /// The disk that it is on.
+    pub(crate) fn disk(&self) -> &Path {
+        self.disk.path()
     }
 
     /// Unmounts it.
