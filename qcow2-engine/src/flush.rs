@@ -97,6 +97,10 @@ impl Flusher {
                 // A later cut includes whatever an earlier one failed to write.
                 return Poll::Ready(Turn::Done(state.outcome.clone().map_or(Ok(()), Err)));
             }
+            if let Some(error) = &state.poisoned {
+                // It has failed while this one waited, and the kernel tells of what it lost only once.
+                return Poll::Ready(Turn::Done(Err(error.clone())));
+            }
             if state.leading {
                 state.waiting.push(context.waker().clone());
                 return Poll::Pending;
@@ -215,7 +219,9 @@ impl<I: Io> Lane<I> {
                 cause: error.to_string().into(),
             });
             error
-        })
+        })?;
+        // Of several at a time only one may have been told what all of them lost.
+        image.flusher.check()
     }
 }
 

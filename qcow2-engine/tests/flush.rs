@@ -8,7 +8,7 @@ use common::{
     hooked::{Hook, Hooked, Operation},
 };
 use qcow2_engine::{
-    Lane, OpenOptions,
+    ErrorKind, Lane, OpenOptions, ZeroMode,
     io::{Buf, mem::MemFiles},
 };
 use qcow2_format::CreateOptions;
@@ -21,11 +21,12 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-/// Barriers complete only when they are let through, one by one.
+/// Barriers complete only when they are let through, one by one; the one with the number `failing` fails.
 #[derive(Default)]
 struct Gate {
     issued: Cell<u32>,
     allowed: Cell<u32>,
+    failing: Cell<u32>,
 }
 
 impl Hook for Gate {
@@ -34,6 +35,9 @@ impl Hook for Gate {
             let number = self.issued.get() + 1;
             self.issued.set(number);
             poll_fn(|_| if self.allowed.get() >= number { Poll::Ready(()) } else { Poll::Pending }).await;
+            if self.failing.get() == number {
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
         }
         Ok(())
     }
@@ -71,6 +75,37 @@ fn r6_a_flush_is_covered_by_a_cut_that_began_after_it() {
     let barriers = gate.issued.get();
     assert!(third.as_mut().poll(&mut context).is_ready());
     assert_eq!(gate.issued.get(), barriers, "the third shares the second one's cut");
+}
+
+/// A flush that waited while another one's fdatasync failed carried out the next cut, whose fdatasync succeeded, because a
+/// kernel tells of a failed write-back only once: it was reported as a success, and what it covers was lost.
+#[test]
+fn after_a_failed_fdatasync_no_flush_succeeds_and_nothing_is_accepted() {
+    let (gate, lane) = gated();
+    let page = || Buf::from_bytes(&[7; 4096]);
+    common::run(lane.write(0, page())).unwrap();
+    gate.failing.set(1);
+    let mut context = Context::from_waker(Waker::noop());
+    let (mut first, mut second) = (pin!(lane.flush()), pin!(lane.flush()));
+    assert!(first.as_mut().poll(&mut context).is_pending());
+    assert!(second.as_mut().poll(&mut context).is_pending(), "one cut at a time");
+    gate.allowed.set(u32::MAX);
+    let Poll::Ready(Err(error)) = first.as_mut().poll(&mut context) else { panic!("its fdatasync fails") };
+    assert_eq!(error.kind(), ErrorKind::Io(Some(libc::EIO)));
+    let poisoned = |outcome: qcow2_engine::Result<()>| {
+        assert_eq!(outcome.map_err(|error| error.kind()), Err(ErrorKind::Poisoned));
+    };
+    match second.as_mut().poll(&mut context) {
+        Poll::Ready(outcome) => poisoned(outcome),
+        Poll::Pending => panic!("nothing to wait for"),
+    }
+    poisoned(common::run(lane.flush()));
+    poisoned(common::run(lane.write(0, page())));
+    poisoned(common::run(lane.write_zeroes(0, 4096, ZeroMode::Keep)));
+    poisoned(common::run(lane.discard(0, 65536)));
+    poisoned(common::run(lane.close()));
+    assert!(lane.direct_write(0, 4096).is_none(), "the short cut accepts nothing either");
+    assert_eq!(gate.issued.get(), 1, "no barrier is tried again");
 }
 
 #[test]
