@@ -58,6 +58,10 @@ impl Life<'_> {
         if self.processes == MAX_PROCESSES || self.rng.below(KILL_CHANCE) != 0 {
             return Ok(());
         }
+        if self.disk.has_lost() {
+            // The next one would build on what it reads, and cannot know that it is not on disk.
+            return Ok(());
+        }
         self.totals.kills += 1;
         let keeps = self.rng.below(3);
         let disk = {

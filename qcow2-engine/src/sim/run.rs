@@ -328,6 +328,9 @@ impl<'a> Life<'a> {
             async move { lane.close().await }
         };
         let is_closed = self.carry_out("close", close, is_faulty)?;
+        if is_closed && self.disk.has_lost() {
+            return Err("close succeeds, and an earlier fdatasync has failed".to_owned());
+        }
         let (findings, is_durable) = self.judge_file()?;
         let leaks = if may_leak { 0 } else { findings.leaks };
         if is_closed && (leaks > 0 || !is_durable) {
