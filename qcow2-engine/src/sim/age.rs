@@ -39,8 +39,7 @@ pub(super) fn age(fixture: &Fixture) -> Result<Fixture, String> {
     let mut totals = Totals::default();
     let mut life = Life::new(fixture, 1, &mut totals);
     let lane = Lane::new(&life.open()?, life.disk.clone(), 4);
-    let requests =
-        AGEING.into_iter().filter(|request| fixture.can_discard || !matches!(request, Request::Discard(..)));
+    let requests = AGEING.into_iter().filter(|request| fixture.takes(request));
     life.live_on(&lane, requests.collect(), EARLIER)?;
     life.end_in_a_crash(&lane, "after a crash", Past::Crashed)
 }

@@ -171,10 +171,7 @@ fn serve(
     let tasks = requests.iter().zip(&lanes).map(|(requests, lane)| {
         let first = next;
         next += requests.len() as u32;
-        let requests = requests
-            .iter()
-            .copied()
-            .filter(|request| fixture.can_discard || !matches!(request, Request::Discard(..)));
+        let requests = requests.iter().copied().filter(|request| fixture.takes(request));
         let has_faults = case.fault.is_some();
         let player = Player {
             lane: lane.clone(),
@@ -314,7 +311,7 @@ impl<'a> Life<'a> {
 
     /// Nothing crashed: what is read must be what was written, and a close that succeeds leaves no leak,
     /// whatever has failed before it.
-    fn end(&mut self, lane: &Lane<Disk>, is_faulty: bool, may_leak: bool) -> Result<(), String> {
+    pub(super) fn end(&mut self, lane: &Lane<Disk>, is_faulty: bool, may_leak: bool) -> Result<(), String> {
         let buf = Buf::zeroed(self.fixture.content.len() * 512);
         let read = {
             let (lane, buf) = (lane.clone(), buf.clone());
@@ -341,7 +338,7 @@ impl<'a> Life<'a> {
 
     /// Carries one thing out, alone, and says whether it succeeded. That it does not is a violation, unless
     /// the disk has failed; a crash at any moment of it is judged either way.
-    fn carry_out(
+    pub(super) fn carry_out(
         &mut self,
         what: &'static str,
         step: impl Future<Output = crate::Result<()>> + 'static,
