@@ -146,6 +146,14 @@ pub struct Fixture {
     pub can_discard: bool,
 }
 
+impl Fixture {
+    /// Whether a request can be carried out on it.
+    #[must_use]
+    pub fn takes(&self, request: &Request) -> bool {
+        self.can_discard || !matches!(request, Request::Discard(..))
+    }
+}
+
 /// A request of a workload. Sectors are of the virtual disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
