@@ -30,7 +30,8 @@ const CUT_SHORT_CHANCE: u64 = 6;
 /// Processes that die one after the other, and the last one, which lives.
 const MAX_PROCESSES: u32 = 3;
 
-/// One successor of the first process in this many goes on to serve.
+/// One successor of the first process in this many goes on to serve, until one has: it is judged at every moment,
+/// which takes as long as all that was before.
 const SERVING_CHANCE: u64 = 16;
 /// Requests that it serves, at the most, before it searches for leaks.
 const MAX_REQUESTS: u64 = 3;
@@ -79,6 +80,8 @@ impl Life<'_> {
             return Ok(());
         }
         self.totals.kills += 1;
+        let serves = !self.has_heir && self.rng.below(SERVING_CHANCE) == 0;
+        self.has_heir |= serves;
         let keeps = self.rng.below(3);
         let disk = {
             let rng = &mut self.rng;
@@ -95,13 +98,14 @@ impl Life<'_> {
             held_back: HeldBack::Nothing,
             redo: self.redo.copy(),
             processes: self.processes + 1,
+            has_heir: true,
         };
-        next.recover().map_err(|error| format!("process {} was killed: {error}", self.processes))
+        next.recover(serves).map_err(|error| format!("process {} was killed: {error}", self.processes))
     }
 
     /// Replays the log and compares what is read then with all that was acknowledged, and what the file
     /// holds with what it may hold.
-    fn recover(&mut self) -> Result<(), String> {
+    fn recover(&mut self, serves: bool) -> Result<(), String> {
         let image = self.open().map_err(|error| format!("it does not open: {error}"))?;
         let log = self.redo.open().map_err(|error| error.to_string())?;
         let lane = Lane::new(&image, self.disk.clone(), 1);
@@ -120,7 +124,6 @@ impl Life<'_> {
         self.check_live(&buf)?;
         // Nothing of the mapping, of the counts or of a snapshot has come to harm either.
         self.judge_file()?;
-        let serves = self.processes == 2 && self.rng.below(SERVING_CHANCE) == 0;
         if serves { self.serve_on(&image, &lane, &buf) } else { Ok(()) }
     }
 
@@ -139,7 +142,9 @@ impl Life<'_> {
         let mut requests: Vec<_> =
             (0..self.rng.below(MAX_REQUESTS + 1)).map(|_| Request::random(&mut self.rng)).collect();
         requests.retain(|request| self.fixture.takes(request));
-        requests.push(Request::Reclaim(1 << 20));
+        // To search a large image has a plan of its own.
+        let searches = !self.fixture.past.is_large();
+        requests.extend(searches.then_some(Request::Reclaim(1 << 20)));
         let player = Player {
             lane: lane.clone(),
             model: Rc::clone(&self.model),
@@ -147,6 +152,6 @@ impl Life<'_> {
             must_find_all: true,
         };
         self.drive(vec![play(player, requests, SUCCESSOR, false)], true)?;
-        self.end(lane, false, false).map_err(|error| format!("the next one went on: {error}"))
+        self.end(lane, false, !searches).map_err(|error| format!("the next one went on: {error}"))
     }
 }

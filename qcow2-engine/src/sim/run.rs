@@ -128,6 +128,8 @@ pub(super) struct Life<'a> {
     pub(super) redo: Memory,
     /// How many processes have served the image so far, with this one.
     pub(super) processes: u32,
+    /// A successor has gone on to serve.
+    pub(super) has_heir: bool,
 }
 
 /// Simulates a case.
@@ -202,6 +204,7 @@ impl<'a> Life<'a> {
             held_back: HeldBack::Nothing,
             redo: Memory::new(),
             processes: 1,
+            has_heir: false,
         }
     }
 

@@ -121,6 +121,12 @@ impl Past {
     pub fn leaks(self) -> bool {
         matches!(self, Self::Crashed | Self::CrashedFull)
     }
+
+    /// Whether the image is so large that to search it takes long.
+    #[must_use]
+    pub fn is_large(self) -> bool {
+        matches!(self, Self::MadeFull | Self::CrashedFull)
+    }
 }
 
 /// An image and what its sectors hold.
