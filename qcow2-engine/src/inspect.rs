@@ -13,10 +13,10 @@ use crate::{
     order::rules::RuleName,
 };
 use qcow2_format::{
-    FormatError, Geometry, Header, Snapshot,
+    Defects, FormatError, Geometry, Header, Snapshot,
     bitmap::{self, Bitmap},
     header::HEADER_READ_BYTES,
-    snapshot::{self, TableExtent},
+    snapshot::{self, Salvage, TableExtent},
 };
 use std::{io, path::Path, sync::Arc};
 
@@ -32,6 +32,8 @@ pub struct ImageFile<'a, I> {
     pub(crate) file: FileId,
     pub(crate) name: Arc<str>,
     pub(crate) header: Header,
+    /// What a check can repair of the header.
+    pub(crate) defects: Defects,
     /// Length of the file in bytes; a repair may extend it.
     pub(crate) file_len: u64,
     /// The image is being served: its newest tables are in memory.
@@ -39,7 +41,8 @@ pub struct ImageFile<'a, I> {
 }
 
 impl<'a, I: Io> ImageFile<'a, I> {
-    /// Opens a file and decodes its header.
+    /// Opens a file and decodes its header. That it has no refcount table, or too many snapshots, is for those to
+    /// say who need them.
     ///
     /// # Errors
     /// The file cannot be opened or read, or its header is not that of a QCOW2 image.
@@ -61,11 +64,11 @@ impl<'a, I: Io> ImageFile<'a, I> {
             bytes.resize(needed, 0);
             read_at(io, file, &name, 0, &mut bytes).await?;
         }
-        let header = Header::decode(&bytes, file_len).map_err(damaged)?;
-        Ok(Self::around(io, storage, file, name, header, file_len))
+        let (header, defects) = Header::decode_repairable(&bytes, file_len).map_err(damaged)?;
+        Ok(Self { defects, ..Self::around(io, storage, file, name, header, file_len) })
     }
 
-    /// A file that is open already, with its decoded header.
+    /// A file that is open already, with its decoded header, which has no defects.
     pub(crate) fn around(
         io: &'a I,
         storage: &'a (impl Storage + ?Sized),
@@ -75,7 +78,7 @@ impl<'a, I: Io> ImageFile<'a, I> {
         file_len: u64,
     ) -> Self {
         let is_hole = Box::new(move |at, len| storage.is_hole(file, at, len));
-        Self { io, is_hole, file, name, header, file_len, live: None }
+        Self { io, is_hole, file, name, header, defects: Defects::default(), file_len, live: None }
     }
 
     /// The header.
@@ -100,25 +103,42 @@ impl<'a, I: Io> ImageFile<'a, I> {
 
     /// The snapshots, and the length of their table in bytes.
     pub(crate) async fn snapshot_table(&self) -> Result<(Vec<Snapshot>, u64)> {
-        let (at, count) = (self.header.snapshot_table.0, self.header.snapshot_count);
-        if count == 0 {
-            return Ok((Vec::new(), 0));
+        if let Some(defect) = &self.defects.snapshot_count {
+            return Err(self.damaged(defect.clone()));
         }
+        let count = self.header.snapshot_count;
+        let decoded = |bytes: &[u8]| match snapshot::table_extent(bytes, count)? {
+            TableExtent::Complete(len) => Ok(Ok((snapshot::decode_table(bytes, count)?, len))),
+            TableExtent::NeedsAtLeast(needed) => Ok(Err(needed)),
+        };
+        self.read_snapshots(decoded).await
+    }
+
+    /// What can be kept of the snapshot table.
+    pub(crate) async fn salvage_snapshots(&self) -> Result<Salvage> {
+        let (count, geometry) = (self.header.snapshot_count, self.geometry());
+        self.read_snapshots(|bytes| Ok(snapshot::salvage(bytes, count, &geometry))).await
+    }
+
+    /// Decodes the snapshot table, which does not say how long it is: from ever more bytes, as many as
+    /// `decoded` says that it needs.
+    async fn read_snapshots<T>(
+        &self,
+        decoded: impl Fn(&[u8]) -> std::result::Result<std::result::Result<T, u64>, FormatError>,
+    ) -> Result<T> {
+        let at = self.header.snapshot_table.0;
         let available = self.file_len.saturating_sub(at);
-        let mut wanted = SNAPSHOT_READ_BYTES;
+        // Without snapshots the table may be anywhere.
+        let mut wanted = if self.header.snapshot_count == 0 { 0 } else { SNAPSHOT_READ_BYTES };
         loop {
             let bytes = self.read(at, wanted.min(available)).await?;
-            match snapshot::table_extent(&bytes, count).map_err(|source| self.damaged(source))? {
-                TableExtent::Complete(len) => {
-                    let snapshots =
-                        snapshot::decode_table(&bytes, count).map_err(|source| self.damaged(source))?;
-                    return Ok((snapshots, len));
-                }
-                TableExtent::NeedsAtLeast(needed) if needed > available => {
+            match decoded(&bytes).map_err(|source| self.damaged(source))? {
+                Ok(table) => return Ok(table),
+                Err(needed) if needed > available => {
                     let what = "the snapshot table";
                     return Err(self.damaged(FormatError::Truncated { what, needed, available }));
                 }
-                TableExtent::NeedsAtLeast(needed) => wanted = needed.max(2 * wanted),
+                Err(needed) => wanted = needed.max(2 * wanted),
             }
         }
     }
@@ -154,7 +174,9 @@ impl<'a, I: Io> ImageFile<'a, I> {
     /// [`Self::read`] without a rest before it.
     pub(crate) async fn read_now(&self, at: u64, len: u64) -> Result<Vec<u8>> {
         let mut bytes = vec![0; len as usize];
-        read_at(self.io, self.file, &self.name, at, &mut bytes).await?;
+        if len > 0 {
+            read_at(self.io, self.file, &self.name, at, &mut bytes).await?;
+        }
         Ok(bytes)
     }
 
@@ -219,7 +241,7 @@ impl<'a, I: Io> ImageFile<'a, I> {
         Error::Io { operation, file: Arc::clone(&self.name), at, source: Arc::new(source) }
     }
 
-    fn damaged(&self, source: FormatError) -> Error {
+    pub(crate) fn damaged(&self, source: FormatError) -> Error {
         Error::Format { file: Arc::clone(&self.name), source: Arc::new(source) }
     }
 }

@@ -366,7 +366,19 @@ async fn read_header(io: &impl Io, opened: &Opened, access: Access) -> Result<(H
     if needed > bytes.len() {
         bytes = opened.read(io, "header read", 0, needed).await?;
     }
-    let header = Header::decode(&bytes, opened.len).map_err(damaged)?;
+    let (header, defects) = Header::decode_repairable(&bytes, opened.len).map_err(damaged)?;
+    if access == Access::ReadOnly
+        && let Some(defect) = &defects.refcount_table
+    {
+        tracing::warn!(
+            "{}: {defect}: the image can be read until check --repair all has rebuilt it",
+            opened.name
+        );
+    }
+    let unusable = defects.refcount_table.filter(|_| access == Access::ReadWrite).or(defects.snapshot_count);
+    if let Some(source) = unusable {
+        return Err(damaged(source));
+    }
     if access == Access::ReadWrite {
         header.check_writable().map_err(|source| opened.unsupported(source))?;
     }

@@ -4,9 +4,13 @@
 #[allow(dead_code, reason = "shared by several test programs")]
 mod common;
 
-use common::{IMAGE, create, run};
+use common::{
+    IMAGE, create,
+    hooked::{Hook, Hooked, Operation},
+    run,
+};
 use qcow2_engine::{
-    BackingPolicy, ErrorKind, Image, Lane, OpenOptions,
+    BackingPolicy, CheckOptions, ErrorKind, Image, Lane, OpenOptions, Repair, check,
     exec::block_on,
     io::{Buf, Files, files::Caching, mem::MemFiles, uring::Uring},
 };
@@ -144,6 +148,86 @@ fn version_2_has_no_bits_at_byte_72() {
     run(lane.write(0, Buf::zeroed(4096))).expect("writes");
     run(lane.close()).expect("closes");
     assert_eq!(files.get(IMAGE).expect("kept")[72..80], [0, 0, 0, 2, 0, 0, 0, 0]);
+}
+
+/// A header of version 3 with words at some offsets, of an image that is empty otherwise.
+fn with_words(files: &MemFiles, words: &[(u64, u64)]) -> Vec<u8> {
+    create(files, IMAGE, &options(None));
+    let mut bytes = files.get(IMAGE).expect("made");
+    words.iter().for_each(|(at, word)| bytes[*at as usize..][..8].copy_from_slice(&word.to_be_bytes()));
+    files.put(IMAGE, bytes.clone());
+    bytes
+}
+
+/// What nobody here understands is not served, not even to a reader, and not repaired.
+#[test]
+fn what_is_not_understood_is_refused_by_name_and_left_as_it_is() {
+    for (at, word, words) in [
+        (header::INCOMPATIBLE_OFFSET, 1 << 40, "(bit 40)"),
+        (header::INCOMPATIBLE_OFFSET, header::EXTERNAL_DATA, "data file"),
+        // crypt_method and the L1 table's size share a word.
+        (32, 1 << 32 | 1, "AES"),
+    ] {
+        let files = MemFiles::default();
+        let bytes = with_words(&files, &[(at, word)]);
+        assert_refused(&files, words);
+        let checked = [Repair::None, Repair::Leaks, Repair::All].map(|repair| {
+            let options = CheckOptions { repair, ..CheckOptions::default() };
+            run(check(&files, &files, Path::new(IMAGE), options)).is_ok()
+        });
+        // The metadata of the others can be checked.
+        assert_eq!(checked, [word != 1 << 40; 3], "{words}");
+        assert!(files.get(IMAGE).expect("kept") == bytes, "{words}: it was written to");
+    }
+}
+
+/// Notes where the autoclear bits were still set when something else was written.
+struct Watcher(MemFiles);
+
+impl Hook for Watcher {
+    async fn before(&self, operation: Operation<'_>) -> std::io::Result<()> {
+        let is_change = match operation {
+            Operation::Write { at, .. } => at > 0,
+            Operation::PunchHole | Operation::Allocate { .. } | Operation::SetLen => true,
+            Operation::Read | Operation::Sync(_) => false,
+        };
+        let autoclear = self.0.get(IMAGE).expect("kept")[header::AUTOCLEAR_OFFSET as usize..][..8].to_vec();
+        assert!(
+            !is_change || autoclear == [0; 8],
+            "the image is changed, and its autoclear bits still vouch for it"
+        );
+        Ok(())
+    }
+}
+
+/// Autoclear bits vouch for what this program does not keep true: they go before the first change, and only for
+/// one. Compatible bits and extensions that are not known stay.
+#[test]
+fn unknown_bits_are_cleared_or_kept_as_the_format_asks() {
+    let files = MemFiles::default();
+    let before = with_words(
+        &files,
+        &[
+            (header::COMPATIBLE_OFFSET, 1 << 50),
+            (header::AUTOCLEAR_OFFSET, 1 << 40 | 4),
+            (112, 0x7777_7777 << 32),
+            (120, 0),
+        ],
+    );
+    let host = Hooked::new(&files, Watcher(files.clone()));
+    let lane = host.lane(&host.open(64 << 10));
+    run(lane.read(0, Buf::zeroed(4096))).expect("reads");
+    run(lane.close()).expect("closes");
+    assert!(files.get(IMAGE).expect("kept") == before, "nothing was asked for");
+
+    let lane = host.lane(&host.open(64 << 10));
+    run(lane.write(0, Buf::from_bytes(&[1; 4096]))).expect("writes");
+    run(lane.close()).expect("closes");
+    let after = files.get(IMAGE).expect("kept");
+    let autoclear = header::AUTOCLEAR_OFFSET as usize..header::AUTOCLEAR_OFFSET as usize + 8;
+    assert_eq!(after[autoclear.clone()], [0; 8]);
+    assert_eq!(after[72..autoclear.start], before[72..autoclear.start], "incompatible and compatible bits");
+    assert_eq!(after[autoclear.end..4096], before[autoclear.end..4096], "the rest of the header's cluster");
 }
 
 /// A descriptor beyond the end of the file, or of data that is none: the cluster fails, its

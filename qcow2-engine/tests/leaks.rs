@@ -3,9 +3,13 @@
 #[allow(dead_code, reason = "shared by several test programs")]
 mod common;
 
-use common::{IMAGE, Mirror, run};
+use common::{
+    IMAGE, Mirror,
+    hooked::{Hook, Hooked, Operation},
+    run,
+};
 use qcow2_engine::{
-    CheckOptions, Image, Lane, OpenOptions, Pace, Verdict, ZeroMode, check,
+    CheckOptions, Image, Lane, OpenOptions, Pace, Reclaimed, Verdict, ZeroMode, check,
     io::{Buf, mem::MemFiles},
 };
 use std::{
@@ -269,4 +273,109 @@ fn a_search_leaves_behind_what_it_has_learnt_of_the_mapping() {
     // What changes then is what counts.
     run(lane.write_zeroes(0, 4096, ZeroMode::Unmap)).expect("zeroes");
     assert!(!is_known(0) && is_known(4096));
+}
+
+/// Compressed clusters that share one host cluster, which a crash has left with more counts than references, and a
+/// cluster that nobody refers to. With the guest's offsets.
+fn shared() -> (MemFiles, Vec<u64>) {
+    const CLUSTER: u64 = 4096;
+    const SHARERS: u64 = 20;
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let (raw, path) = (directory.path().join("raw"), directory.path().join(IMAGE));
+    let content: Vec<u8> = (0..SHARERS * CLUSTER).map(|at| (at / 64 % 251) as u8).collect();
+    std::fs::write(&raw, content).expect("raw file");
+    let [raw, name] = [&raw, &path].map(|path| path.to_str().expect("UTF-8"));
+    tool(
+        "qemu-img",
+        &["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4k,refcount_bits=64", raw, name],
+    );
+    let mut image = std::fs::read(&path).expect("image");
+    let word =
+        |image: &[u8], at: u64| u64::from_be_bytes(image[at as usize..][..8].try_into().expect("8 bytes"));
+    let l2 = word(&image, word(&image, 40)) & 0x00ff_ffff_ffff_fe00;
+    let place = (word(&image, l2) & ((1 << 58) - 1)) / CLUSTER;
+    let block = word(&image, word(&image, 48));
+    assert_eq!(word(&image, block + place * 8), SHARERS);
+    let unused = (image.len() as u64).div_ceil(CLUSTER);
+    image.resize(((unused + 1) * CLUSTER) as usize, 1);
+    for (cluster, leaked) in [(place, 3), (unused, 1)] {
+        let count = word(&image, block + cluster * 8) + leaked;
+        image[(block + cluster * 8) as usize..][..8].copy_from_slice(&count.to_be_bytes());
+    }
+    let files = MemFiles::default();
+    files.put(IMAGE, image);
+    assert_eq!(leaks(&files), 2);
+    (files, (0..SHARERS).map(|guest| guest * CLUSTER).collect())
+}
+
+/// Lets go of guest clusters, at a certain step or at the first hole that is punched.
+struct LetsGo {
+    lane: Lane<MemFiles>,
+    clusters: Vec<u64>,
+    at: usize,
+    steps: Cell<usize>,
+}
+
+impl LetsGo {
+    async fn step(&self) {
+        if self.steps.replace(self.steps.get() + 1) == self.at {
+            for &at in &self.clusters {
+                self.lane.discard(at, 4096).await.expect("discard");
+            }
+        }
+    }
+}
+
+impl Pace for LetsGo {
+    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
+        Box::pin(async {
+            self.step().await;
+            true
+        })
+    }
+}
+
+impl Hook for LetsGo {
+    async fn before(&self, operation: Operation<'_>) -> std::io::Result<()> {
+        if let Operation::PunchHole = operation {
+            self.step().await;
+        }
+        Ok(())
+    }
+}
+
+/// A shared cluster lost a reference between being judged and being lowered. It was not lowered then, rightly, but
+/// was not looked at again either, and kept what had leaked.
+#[test]
+fn a_cluster_that_changes_after_it_was_judged_is_looked_at_again() {
+    let (files, sharers) = shared();
+    let image = open(&files);
+    let lane = Lane::new(&image, files.clone(), 4);
+    let hook = LetsGo { lane, clusters: sharers[1..2].to_vec(), at: 0, steps: Cell::new(0) };
+    let files = Hooked::new(&files, hook);
+    let lane = files.lane(&image);
+    let done = run(lane.reclaim_leaks(&Idle)).expect("search");
+    let expected = Reclaimed { freed: 1, lowered: 1, left: 0, verdict: Verdict::Complete };
+    assert_eq!(done, expected);
+    run(lane.close()).expect("close");
+    assert_eq!(leaks(&files.files), 0);
+}
+
+/// It loses all of them: what is left of its count has leaked, though nothing refers to it any more.
+#[test]
+fn a_shared_cluster_whose_references_all_go_is_given_back_whenever_they_go() {
+    for at in 0.. {
+        let (files, clusters) = shared();
+        let image = open(&files);
+        let lane = Lane::new(&image, files.clone(), 4);
+        let pace = LetsGo { lane: lane.clone(), clusters, at, steps: Cell::new(0) };
+        let done = run(lane.reclaim_leaks(&pace)).expect("search");
+        assert_eq!((done.verdict, done.left), (Verdict::Complete, 0), "step {at}");
+        run(lane.close()).expect("close");
+        assert_eq!(leaks(&files), 0, "let go of at step {at}");
+        if pace.steps.get() <= at {
+            assert!(at > 5, "{at} steps");
+            break;
+        }
+    }
 }

@@ -127,7 +127,7 @@ pub struct Header {
     pub l1_table: HostOffset,
     /// Where the refcount table starts.
     pub refcount_table: HostOffset,
-    /// Size of the refcount table in clusters; at least 1.
+    /// Size of the refcount table in clusters; at least 1, or 0 where [`Defects`] say why.
     pub refcount_table_clusters: u32,
     /// Number of internal snapshots.
     pub snapshot_count: u32,
@@ -164,6 +164,16 @@ pub struct Header {
     pub unknown_extensions: Vec<UnknownExtension>,
 }
 
+/// What is wrong with a header that can be put right from the rest of the image.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Defects {
+    /// Why the refcount table cannot be used: it is missing, too large, not where a table can be, or over
+    /// another table. The header then says that there is none: no clusters, at offset 0.
+    pub refcount_table: Option<FormatError>,
+    /// That there are more snapshots than the limit; the header says how many.
+    pub snapshot_count: Option<FormatError>,
+}
+
 impl Header {
     /// How many bytes from the start of the file [`Header::decode`] needs: the first cluster, at
     /// most 2 MiB, or the file if that is shorter. `bytes` are at least the first 24, or the file.
@@ -184,6 +194,15 @@ impl Header {
     /// See [`FormatError`]; every field is checked, whether it will be used or not. Features that
     /// are not served are no error here: see [`Header::check_supported`].
     pub fn decode(bytes: &[u8], file_len: u64) -> Result<Self, FormatError> {
+        let (header, Defects { refcount_table, snapshot_count }) = Self::decode_repairable(bytes, file_len)?;
+        refcount_table.or(snapshot_count).map_or(Ok(header), Err)
+    }
+
+    /// [`Header::decode`] for those who can do without what [`Defects`] are about, or repair it.
+    ///
+    /// # Errors
+    /// As [`Header::decode`], for everything else.
+    pub fn decode_repairable(bytes: &[u8], file_len: u64) -> Result<(Self, Defects), FormatError> {
         crate::validate::decode(bytes, file_len)
     }
 

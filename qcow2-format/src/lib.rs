@@ -15,7 +15,7 @@
 //! | L2 entry, 16 bytes | [`ExtendedEntry::decode`] | [`ExtendedEntry`] |
 //! | refcount table entry | [`RefcountTableEntry::decode`] | the block's offset, if there is one |
 //! | refcount block | [`refcount::get`], [`refcount::set`] | a count of 1 to 64 bits |
-//! | snapshot table | [`snapshot::decode_table`] | [`Snapshot`]s |
+//! | snapshot table | [`snapshot::decode_table`], [`snapshot::salvage`] | [`Snapshot`]s |
 //! | bitmap directory | [`bitmap::decode_directory`] | [`bitmap::Bitmap`]s |
 //!
 //! [`Blueprint`] goes the other way for a whole image: the bytes of a new, empty one.
@@ -46,7 +46,7 @@ pub use blueprint::{Backing, Blueprint, CreateOptions};
 pub use compressed::CompressedRange;
 pub use error::{Corruption, Field, FormatError, Unsupported};
 pub use geometry::{Geometry, Version};
-pub use header::{Compression, CryptMethod, Header};
+pub use header::{Compression, CryptMethod, Defects, Header};
 pub use l1::L1Entry;
 pub use l2::Mapping;
 pub use refcount::RefcountTableEntry;

@@ -6,7 +6,7 @@
 
 use crate::{
     Field, FormatError, Geometry, HostOffset, Version,
-    geometry::{MAX_L1_ENTRIES, TABLE_ENTRY_BYTES},
+    geometry::{MAX_L1_ENTRIES, MAX_SNAPSHOTS, TABLE_ENTRY_BYTES},
     raw::{self, RawSnapshot},
     validate::check_table,
 };
@@ -72,11 +72,11 @@ pub fn table_extent(bytes: &[u8], count: u32) -> Result<TableExtent, FormatError
     let mut end = 0u64;
     for index in 0..count {
         let start = end.next_multiple_of(ENTRY_ALIGN);
-        let fixed_end = start + MIN_ENTRY_BYTES;
         let Some(fixed) = bytes.get(start as usize..).and_then(raw::read::<RawSnapshot>) else {
-            return Ok(TableExtent::NeedsAtLeast(fixed_end));
+            return Ok(TableExtent::NeedsAtLeast(start + MIN_ENTRY_BYTES));
         };
-        end = fixed_end + variable_bytes(&fixed, index)?;
+        extra_data(&fixed, index)?;
+        end = start + entry_bytes(&fixed);
         if end > MAX_TABLE_BYTES {
             return Err(FormatError::SnapshotTableTooLong { index, len: end, max: MAX_TABLE_BYTES });
         }
@@ -111,6 +111,48 @@ pub fn decode_table(bytes: &[u8], count: u32) -> Result<Vec<Snapshot>, FormatErr
     Ok(snapshots)
 }
 
+/// What can be kept of a table that goes beyond the limits, or lacks what version 3 demands.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Salvage {
+    /// The snapshots that are within the limits, made complete.
+    pub snapshots: Vec<Snapshot>,
+    /// Length of their entries in bytes, as they are, without padding after the last one.
+    pub len: u64,
+    /// What is wrong: each is gone from `snapshots`.
+    pub defects: Vec<FormatError>,
+}
+
+/// What can be kept of a table that says of itself that it has `count` snapshots. `bytes` may go on after
+/// its end.
+///
+/// Gone are snapshots above the largest number, those that end beyond the longest table, and unknown extra
+/// data of an entry that has too much of it. The disk's size, where an entry of version 3 lacks it, is the
+/// present one.
+///
+/// # Errors
+/// How many bytes from the table's start are needed at least.
+pub fn salvage(bytes: &[u8], count: u32, geometry: &Geometry) -> Result<Salvage, u64> {
+    let mut table = Salvage::default();
+    if count > MAX_SNAPSHOTS {
+        table.defects.push(FormatError::SnapshotCount { count, max: MAX_SNAPSHOTS });
+    }
+    for index in 0..count.min(MAX_SNAPSHOTS) {
+        let start = table.len.next_multiple_of(ENTRY_ALIGN);
+        let entry = bytes.get(start as usize..).unwrap_or_default();
+        let fixed: RawSnapshot = raw::read(entry).ok_or(start + MIN_ENTRY_BYTES)?;
+        let len = start + entry_bytes(&fixed);
+        if len > MAX_TABLE_BYTES {
+            table.defects.push(FormatError::SnapshotTableTooLong { index, len, max: MAX_TABLE_BYTES });
+            break;
+        }
+        let (mut snapshot, _) = Snapshot::decode(entry).ok_or(len)?;
+        table.defects.extend(snapshot.complete(&fixed, index, geometry).err());
+        table.snapshots.push(snapshot);
+        table.len = len;
+    }
+    Ok(table)
+}
+
 /// The bytes of a table, padded to a multiple of 8.
 ///
 /// # Errors
@@ -127,13 +169,16 @@ pub fn encode_table(snapshots: &[Snapshot]) -> Result<Vec<u8>, FormatError> {
     Ok(bytes)
 }
 
-/// Bytes after the fixed part, without padding.
-fn variable_bytes(fixed: &RawSnapshot, index: u32) -> Result<u64, FormatError> {
+/// Length of an entry, without padding.
+fn entry_bytes(fixed: &RawSnapshot) -> u64 {
+    let variable = [fixed.extra_data_size.get(), fixed.id_len.get().into(), fixed.name_len.get().into()];
+    MIN_ENTRY_BYTES + variable.into_iter().map(u64::from).sum::<u64>()
+}
+
+/// Refuses an entry with too much extra data.
+fn extra_data(fixed: &RawSnapshot, index: u32) -> Result<(), FormatError> {
     let (len, max) = (fixed.extra_data_size.get(), MAX_EXTRA_BYTES);
-    if len > max {
-        return Err(FormatError::SnapshotExtraData { index, len, min: 0, max });
-    }
-    Ok(u64::from(len) + u64::from(fixed.id_len.get()) + u64::from(fixed.name_len.get()))
+    if len > max { Err(FormatError::SnapshotExtraData { index, len, min: 0, max }) } else { Ok(()) }
 }
 
 impl Snapshot {
@@ -163,6 +208,28 @@ impl Snapshot {
             unknown_extra: extra.get(EXTRA_ICOUNT..).unwrap_or_default().to_vec(),
         };
         Some((snapshot, bytes.len() - rest.len()))
+    }
+
+    /// Brings an entry within the limits; says what was wrong.
+    fn complete(&mut self, fixed: &RawSnapshot, index: u32, geometry: &Geometry) -> Result<(), FormatError> {
+        let too_long = extra_data(fixed, index);
+        if too_long.is_err() {
+            self.unknown_extra.clear();
+        }
+        let too_short = self.lacks_disk_size(fixed.extra_data_size.get(), index, geometry);
+        if too_short.is_err() {
+            self.disk_size = Some(geometry.virtual_size);
+        }
+        too_long.and(too_short)
+    }
+
+    /// Specification: version 3 entries have at least 16 bytes of extra data, up to the disk size.
+    fn lacks_disk_size(&self, len: u32, index: u32, geometry: &Geometry) -> Result<(), FormatError> {
+        if geometry.version == Version::V3 && self.disk_size.is_none() {
+            let (min, max) = (EXTRA_DISK_SIZE as u32, MAX_EXTRA_BYTES);
+            return Err(FormatError::SnapshotExtraData { index, len, min, max });
+        }
+        Ok(())
     }
 
     /// Appends the entry with its padding. Extra data is written as far as there is something to
@@ -225,11 +292,7 @@ impl Snapshot {
         let field = Field::new("the snapshot table's l1_table_offset", table.0);
         let len = entries * TABLE_ENTRY_BYTES;
         check_table(field, self.l1_table, len, geometry.cluster_size(), file_len).map_err(wrong)?;
-        if geometry.version == Version::V3 && self.disk_size.is_none() {
-            let (min, max) = (EXTRA_DISK_SIZE as u32, MAX_EXTRA_BYTES);
-            return Err(FormatError::SnapshotExtraData { index, len: 0, min, max });
-        }
-        Ok(())
+        self.lacks_disk_size(0, index, geometry)
     }
 }
 

@@ -5,7 +5,7 @@
 //! and as an allocation size without another thought.
 
 use crate::{
-    Field, FormatError, HostOffset, Version,
+    Defects, Field, FormatError, HostOffset, Version,
     extension::{self, Extensions, Places},
     geometry::*,
     header::*,
@@ -33,8 +33,8 @@ pub(crate) fn prefix_bytes(bytes: &[u8], file_len: u64) -> Result<usize, FormatE
     Ok(file_len.min(1 << cluster_bits) as usize)
 }
 
-/// See [`Header::decode`].
-pub(crate) fn decode(bytes: &[u8], file_len: u64) -> Result<Header, FormatError> {
+/// See [`Header::decode_repairable`].
+pub(crate) fn decode(bytes: &[u8], file_len: u64) -> Result<(Header, Defects), FormatError> {
     let needed = prefix_bytes(bytes, file_len)?;
     let truncated = || FormatError::Truncated {
         what: "the header",
@@ -59,7 +59,7 @@ pub(crate) fn decode(bytes: &[u8], file_len: u64) -> Result<Header, FormatError>
     let extensions = extension::decode(area, u64::from(features.header_length), bitmaps_flag)?;
     let Extensions { backing_format, data_file, feature_names, unknown, places, .. } = extensions;
 
-    let header = Header {
+    let mut header = Header {
         version,
         cluster_bits,
         virtual_size: fixed.size.get(),
@@ -85,9 +85,12 @@ pub(crate) fn decode(bytes: &[u8], file_len: u64) -> Result<Header, FormatError>
         crypto_header: extensions.crypto_header,
         unknown_extensions: unknown,
     };
-    check_tables(&header, file_len)?;
+    let defects = check_tables(&header, file_len)?;
     check_pointers(&header, places, file_len)?;
-    Ok(header)
+    if defects.refcount_table.is_some() {
+        (header.refcount_table, header.refcount_table_clusters) = (HostOffset(0), 0);
+    }
+    Ok((header, defects))
 }
 
 /// Magic, version and cluster size.
@@ -232,12 +235,13 @@ fn backing_name(
     Ok(Some((value as usize, name.to_vec())))
 }
 
-/// Sizes and places of the tables.
+/// Sizes and places of the tables. What is wrong with the refcount table is a defect: it can be made anew
+/// from all that the others say. So is a number of snapshots beyond the limit.
 ///
 /// Specification: tables start at cluster boundaries; the L1 table covers the virtual size. The
 /// upper limits are QEMU's. That tables lie inside the file, outside the first cluster and apart
 /// from each other follows from what they are.
-fn check_tables(header: &Header, file_len: u64) -> Result<(), FormatError> {
+fn check_tables(header: &Header, file_len: u64) -> Result<Defects, FormatError> {
     if header.virtual_size > MAX_VIRTUAL_SIZE {
         return Err(FormatError::VirtualSize { value: header.virtual_size, max: MAX_VIRTUAL_SIZE });
     }
@@ -250,6 +254,21 @@ fn check_tables(header: &Header, file_len: u64) -> Result<(), FormatError> {
     if u64::from(entries) < needed {
         return Err(FormatError::L1TooSmall { entries, needed });
     }
+    let (count, max) = (header.snapshot_count, MAX_SNAPSHOTS);
+    let snapshot_count = (count > max).then_some(FormatError::SnapshotCount { count, max });
+
+    let l1 = Place { field: L1_TABLE, start: header.l1_table, len: u64::from(entries) * TABLE_ENTRY_BYTES };
+    let len = u64::from(count.min(max)) * MIN_ENTRY_BYTES;
+    let snapshots = Place { field: SNAPSHOT_TABLE, start: header.snapshot_table, len };
+    check_table(l1.field, l1.start, l1.len, cluster_size, file_len)?;
+    check_table(snapshots.field, snapshots.start, snapshots.len, cluster_size, file_len)?;
+    snapshots.is_apart_from(&l1)?;
+    let refcount_table = check_refcount_table(header, file_len, &[l1, snapshots]).err();
+    Ok(Defects { refcount_table, snapshot_count })
+}
+
+fn check_refcount_table(header: &Header, file_len: u64, others: &[Place]) -> Result<(), FormatError> {
+    let cluster_size = 1u64 << header.cluster_bits;
     let clusters = u64::from(header.refcount_table_clusters);
     let max = MAX_REFTABLE_BYTES / cluster_size;
     if clusters == 0 {
@@ -258,25 +277,27 @@ fn check_tables(header: &Header, file_len: u64) -> Result<(), FormatError> {
     if clusters > max {
         return Err(FormatError::RefcountTableTooLarge { clusters, max });
     }
-    if header.snapshot_count > MAX_SNAPSHOTS {
-        return Err(FormatError::SnapshotCount { count: header.snapshot_count, max: MAX_SNAPSHOTS });
-    }
+    let table = Place { field: REFCOUNT_TABLE, start: header.refcount_table, len: clusters * cluster_size };
+    check_table(table.field, table.start, table.len, cluster_size, file_len)?;
+    others.iter().try_for_each(|other| table.is_apart_from(other))
+}
 
-    let tables = [
-        (L1_TABLE, header.l1_table, u64::from(entries) * TABLE_ENTRY_BYTES),
-        (REFCOUNT_TABLE, header.refcount_table, clusters * cluster_size),
-        (SNAPSHOT_TABLE, header.snapshot_table, u64::from(header.snapshot_count) * MIN_ENTRY_BYTES),
-    ];
-    for (index, &(field, start, len)) in tables.iter().enumerate() {
-        check_table(field, start, len, cluster_size, file_len)?;
-        for &(other, other_start, other_len) in &tables[..index] {
-            let apart = start.0 + len <= other_start.0 || other_start.0 + other_len <= start.0;
-            if len > 0 && other_len > 0 && !apart {
-                return Err(FormatError::TablesOverlap { first: other, second: field });
-            }
+/// Where the header says that a table is. It was seen to end within the file.
+struct Place {
+    field: Field,
+    start: HostOffset,
+    len: u64,
+}
+
+impl Place {
+    fn is_apart_from(&self, other: &Self) -> Result<(), FormatError> {
+        let overlap = self.start.0 < other.start.0.saturating_add(other.len)
+            && other.start.0 < self.start.0.saturating_add(self.len);
+        if overlap && self.len > 0 && other.len > 0 {
+            return Err(FormatError::TablesOverlap { first: other.field, second: self.field });
         }
+        Ok(())
     }
-    Ok(())
 }
 
 /// One table of `len_bytes`: at a cluster boundary, after the header, inside the file. A table

@@ -139,6 +139,7 @@ impl Meta {
 
     /// Sets the counts of clusters whose pages are resident to one.
     fn count_once(&mut self, clusters: Range<u64>) {
+        self.watch.allocated(clusters.clone());
         for cluster in clusters {
             self.set_count(cluster, 1);
         }

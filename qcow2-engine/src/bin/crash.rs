@@ -79,7 +79,10 @@ fn search(fixtures: &[Fixture], args: &Args) -> bool {
         Err((totals, failure)) => (totals, Some(failure)),
     };
     report(&totals, args.seed, begun.elapsed());
-    if let Some(failure) = failure {
+    if let Some(mut failure) = failure {
+        println!("VIOLATION on {}: {}", fixtures[failure.fixture].name, failure.message);
+        println!("replay with --seed {} --case {}; it is being shrunk", failure.seed, failure.number);
+        failure.shrink(fixtures);
         describe(&failure);
         return false;
     }
@@ -163,8 +166,7 @@ fn report(totals: &Totals, seed: u64, time: Duration) {
 }
 
 fn describe(failure: &Failure) {
-    println!("VIOLATION on {}: {}", failure.fixture, failure.message);
-    println!("replay with --seed {} --case {}; shrunk to:", failure.seed, failure.number);
+    println!("shrunk, with {}:", failure.message);
     match &failure.case.work {
         Work::Tool(tool) => println!("  {tool:?}"),
         Work::Lanes(lanes) => {

@@ -4,6 +4,7 @@ use clap::Parser;
 use qcow2_engine::fuzz::{
     campaign::{Corpus, Failure},
     child, corpus,
+    differences::{self, Tally},
 };
 use std::{
     io,
@@ -27,6 +28,9 @@ struct Args {
     /// Fail if fewer cases than this were tried.
     #[arg(long, default_value_t = 0)]
     at_least: u64,
+    /// Show where our check and repair differ from qemu-img's, instead of looking for what is wrong.
+    #[arg(long)]
+    differences: bool,
     /// Go on after a case that fails.
     #[arg(long)]
     keep_going: bool,
@@ -62,6 +66,7 @@ fn in_scratch(args: &Args) -> io::Result<bool> {
     scratch.disable_cleanup(args.case.is_some());
     let corpus = Corpus::new(corpus::make(scratch.path())?).map_err(io::Error::other)?;
     match args.case {
+        _ if args.differences => compare(&corpus, args, scratch.path()),
         Some(number) => replay(&corpus, args.seed, number, scratch.path()),
         None => search(&corpus, args, scratch.path()),
     }
@@ -96,6 +101,19 @@ fn search(corpus: &Corpus, args: &Args, scratch: &Path) -> io::Result<bool> {
         println!("too few images: {cases} of {}", args.at_least);
     }
     Ok(failures == 0 && cases >= args.at_least)
+}
+
+fn compare(corpus: &Corpus, args: &Args, scratch: &Path) -> io::Result<bool> {
+    let (begun, time) = (Instant::now(), Duration::from_secs(args.time));
+    let (mut tally, mut cases) = (Tally::default(), 0);
+    let numbers = args.case.map_or(0..u64::MAX, |case| case..case + 1);
+    for number in numbers.take_while(|_| begun.elapsed() < time) {
+        corpus.lay_out(&corpus.case(args.seed, number), scratch)?;
+        tally.add(number, differences::of(scratch)?);
+        cases += 1;
+    }
+    println!("{cases} images, seed {}\n{tally}", args.seed);
+    Ok(true)
 }
 
 fn describe(corpus: &Corpus, seed: u64, failure: &Failure) {

@@ -87,6 +87,9 @@ impl Survey {
         }
         if cluster < geometry.clusters_for(self.rules.file_len) {
             *last = (*last).max(Some(cluster));
+        } else if references == 0 {
+            self.findings.counted_beyond_end += 1;
+            return;
         }
         if count == references {
             return;

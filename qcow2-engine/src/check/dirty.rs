@@ -66,7 +66,7 @@ impl Finding {
     /// put right.
     pub(super) fn is_of_counts(&self) -> bool {
         match (&self.problem, self.remedy) {
-            (_, Remedy::None(_)) => false,
+            (_, Remedy::None(_)) | (Problem::Overlap { .. }, _) => false,
             (Problem::Refcount { .. } | Problem::CopiedFlag { .. }, _) => true,
             _ => self.table == Owner::RefcountTable,
         }

@@ -54,6 +54,11 @@ impl Owner {
         Self::BitmapData,
     ];
 
+    /// Whether it is a part of the refcount structure, which can be made anew from everything else.
+    pub(super) fn is_of_refcounts(self) -> bool {
+        matches!(self, Self::RefcountTable | Self::RefcountBlock)
+    }
+
     /// The metadata that `number` stands for: the reverse of `as u8`.
     pub(super) fn metadata(number: u8) -> Option<Self> {
         Self::METADATA.get(usize::from(number).checked_sub(1)?).copied()
@@ -171,6 +176,9 @@ pub struct Findings {
     pub corruptions: u64,
     /// What could not be looked at.
     pub check_errors: u64,
+    /// Clusters beyond the end of the file that are counted, and to which nothing refers. They are no findings,
+    /// as for QEMU: no space is lost where the file has nothing, and a writer passes them by.
+    pub counted_beyond_end: u64,
     /// The first of the findings, as many as were asked for.
     pub list: Vec<Finding>,
     max: usize,

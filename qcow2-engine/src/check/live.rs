@@ -22,7 +22,7 @@ use crate::{
     io::Io,
     leaks::Pace,
 };
-use qcow2_format::{HostOffset, L1Entry, Mapping, geometry::TABLE_ENTRY_BYTES};
+use qcow2_format::{Defects, HostOffset, L1Entry, Mapping, geometry::TABLE_ENTRY_BYTES};
 use std::{cell::Cell, ops::Range, sync::Arc};
 
 /// Entries of a refcount table that are copied while the metadata lock is held.
@@ -81,6 +81,7 @@ impl<'a, I: Io> ImageFile<'a, I> {
             file: top.file,
             name: Arc::clone(&top.name),
             header,
+            defects: Defects::default(),
             file_len,
             live: Some(live),
         }

@@ -102,7 +102,8 @@ pub async fn check<I: Io>(
     let found = survey.findings.clone();
     let statistics = survey.statistics;
     let is_marked = file.header().incompatible & MARKS != 0;
-    if options.repair == Repair::None || (found.is_clean() && !is_marked) {
+    let is_true = found.is_clean() && found.counted_beyond_end == 0 && !is_marked;
+    if options.repair == Repair::None || is_true {
         return Ok(report(file.header(), found.clone(), found, Vec::new(), statistics));
     }
     let refused = repair::run(&mut file, survey, options.repair).await?;
@@ -130,11 +131,18 @@ fn report(
 
 /// Clears some of the bits that say that something may be wrong, durably.
 async fn clear_marks(file: &mut ImageFile<'_, impl Io>, marks: u64) -> Result<()> {
-    let mut sector = file.read(0, SECTOR).await?;
     let features = file.header.incompatible & !marks;
-    sector[header::INCOMPATIBLE_OFFSET as usize..][..8].copy_from_slice(&features.to_be_bytes());
-    file.write(0, &sector).await?;
+    change_header(file, &[(header::INCOMPATIBLE_OFFSET, &features.to_be_bytes())]).await?;
     file.sync().await?;
     file.header.incompatible = features;
     Ok(())
+}
+
+/// Writes fields of the header, all of them at once: a disk writes a sector whole or not at all.
+async fn change_header(file: &ImageFile<'_, impl Io>, fields: &[(u64, &[u8])]) -> Result<()> {
+    let mut sector = file.read(0, SECTOR).await?;
+    for (at, bytes) in fields {
+        sector[*at as usize..][..bytes.len()].copy_from_slice(bytes);
+    }
+    file.write(0, &sector).await
 }

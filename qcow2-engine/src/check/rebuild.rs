@@ -1,10 +1,10 @@
-//! A new refcount structure behind the end of the file.
+//! A new refcount structure behind the end of the file, and a new snapshot table with it where one is needed.
 //!
 //! Nothing that exists is overwritten until one write of the header's first sector switches from
 //! the old structure to the new one, whose content is durable by then. The old one's clusters have
-//! no count in the new one: they are free.
+//! no count in the new one: they are free. So are those of snapshots that the new table leaves out.
 
-use super::{counts::CHUNK, refcounts::Refcounts, survey::Survey};
+use super::{change_header, counts::CHUNK, refcounts::Refcounts, survey::Survey};
 use crate::{
     error::Result,
     inspect::{ImageFile, SECTOR},
@@ -12,18 +12,30 @@ use crate::{
     order::rules::RuleName,
 };
 use qcow2_format::{
-    HostOffset, RefcountTableEntry,
+    Defects, FormatError, HostOffset, RefcountTableEntry, Snapshot,
     geometry::{MAX_REFTABLE_BYTES, TABLE_ENTRY_BYTES},
-    header::{REFCOUNT_TABLE_CLUSTERS_OFFSET, REFCOUNT_TABLE_OFFSET},
+    header::{
+        REFCOUNT_TABLE_CLUSTERS_OFFSET, REFCOUNT_TABLE_OFFSET, SNAPSHOT_COUNT_OFFSET, SNAPSHOT_TABLE_OFFSET,
+    },
     refcount,
+    snapshot::encode_table,
 };
 use std::{collections::BTreeMap, ops::Range};
 
-/// Where the new structure goes: the table, then the blocks.
+/// Where the new structure goes: the table, then the blocks, then the snapshot table.
 struct Plan {
     table: Range<u64>,
     /// Table index → cluster of the block.
     blocks: BTreeMap<u64, u64>,
+    snapshots: Option<SnapshotTable>,
+    /// Clusters of the snapshot table.
+    behind: u64,
+}
+
+/// A new snapshot table.
+struct SnapshotTable {
+    count: u32,
+    bytes: Vec<u8>,
 }
 
 /// Writes a new structure and switches to it. Returns why not, where that would not be safe.
@@ -37,11 +49,18 @@ pub(super) async fn run(
     if survey.stuck_entries || !survey.doubtful.is_empty() {
         return Ok(Some("the refcounts are not rebuilt: the file would grow over what entries refer to"));
     }
-    drop_lost_blocks(file, survey).await?;
-    survey.release_old_structure(file);
-    let Some(plan) = Plan::make(survey) else {
+    let snapshots = match &survey.new_snapshots {
+        None => None,
+        Some(snapshots) => match SnapshotTable::of(snapshots) {
+            Ok(table) => Some(table),
+            Err(_) => return Ok(Some("the snapshot table is not written anew: it would be too long")),
+        },
+    };
+    let Some(plan) = Plan::make(survey, snapshots) else {
         return Ok(Some("the refcounts are not rebuilt: the file is too large for a refcount table"));
     };
+    drop_lost_parts(file, survey).await?;
+    survey.release_old_structure();
     for cluster in plan.clusters() {
         survey.refs.add(cluster, 1);
     }
@@ -55,16 +74,29 @@ pub(super) async fn run(
     let bits = survey.geometry().cluster_bits;
     let blocks = plan.blocks.iter().map(|(&index, &cluster)| (index, cluster << bits)).collect();
     survey.refcounts = Refcounts::new(*survey.geometry(), blocks);
+    survey.new_snapshots = None;
     file.file_len = file.file_len.max(plan.clusters().end << bits);
     Ok(None)
 }
 
-/// Clears the old table's entries that name blocks beyond the end of the file: it is about to grow
-/// over them. Without a block all counts are 0, which is what they are already.
-async fn drop_lost_blocks(file: &ImageFile<'_, impl Io>, survey: &Survey) -> Result<()> {
+/// Before the file grows: takes what is behind its end away from the old structure. Without a block all counts
+/// are 0, which is what they are already. A table that cannot be used is struck out of the header: what is
+/// written behind the end could pass for it, and an image with such counts for a sound one.
+async fn drop_lost_parts(file: &ImageFile<'_, impl Io>, survey: &Survey) -> Result<()> {
+    let header = file.header();
+    if file.defects.refcount_table.is_some() {
+        let fields: [(u64, &[u8]); 2] =
+            [(REFCOUNT_TABLE_OFFSET, &[0; 8]), (REFCOUNT_TABLE_CLUSTERS_OFFSET, &[0; 4])];
+        change_header(file, &fields).await?;
+    } else if survey.has_refcount_table {
+        let len = u64::from(header.refcount_table_clusters) * survey.geometry().cluster_size();
+        drop_lost_blocks(file, survey, header.refcount_table.0, len).await?;
+    }
+    file.barrier(RuleName::EntriesBeforeGrowth).await
+}
+
+async fn drop_lost_blocks(file: &ImageFile<'_, impl Io>, survey: &Survey, at: u64, len: u64) -> Result<()> {
     let geometry = survey.geometry();
-    let at = file.header().refcount_table.0;
-    let len = u64::from(file.header().refcount_table_clusters) * geometry.cluster_size();
     let old = file.read(at, len).await?;
     let mut new = old.clone();
     for entry in new.chunks_exact_mut(TABLE_ENTRY_BYTES as usize) {
@@ -75,32 +107,37 @@ async fn drop_lost_blocks(file: &ImageFile<'_, impl Io>, survey: &Survey) -> Res
             entry.fill(0);
         }
     }
-    file.write_changes(at, &old, &new).await?;
-    file.barrier(RuleName::EntriesBeforeGrowth).await
+    file.write_changes(at, &old, &new).await
 }
 
 impl Survey {
     /// Takes the references to the old structure back.
-    fn release_old_structure(&mut self, file: &ImageFile<'_, impl Io>) {
-        let bits = self.geometry().cluster_bits;
-        let table = file.header().refcount_table.0 >> bits;
-        let table = table..table + u64::from(file.header().refcount_table_clusters);
-        let blocks = std::mem::take(&mut self.claimed_blocks);
-        for cluster in table.chain(blocks.into_iter().map(|block| block >> bits)) {
+    fn release_old_structure(&mut self) {
+        for cluster in std::mem::take(&mut self.replaceable) {
             self.refs.set(cluster, self.refs.get(cluster).saturating_sub(1));
         }
     }
 }
 
+impl SnapshotTable {
+    fn of(snapshots: &[Snapshot]) -> std::result::Result<Self, FormatError> {
+        let mut bytes = encode_table(snapshots)?;
+        bytes.resize(bytes.len().next_multiple_of(SECTOR as usize), 0);
+        Ok(Self { count: snapshots.len() as u32, bytes })
+    }
+}
+
 impl Plan {
     /// The smallest structure that counts everything, itself included.
-    fn make(survey: &Survey) -> Option<Self> {
+    fn make(survey: &Survey, snapshots: Option<SnapshotTable>) -> Option<Self> {
         let geometry = survey.geometry();
+        let snapshot_bytes = snapshots.as_ref().map_or(0, |table| table.bytes.len() as u64);
         let per_block = geometry.refcounts_per_block();
         let used = survey.blocks_in_use();
         let last = survey.refs.chunks().last().map_or(0, |chunk| (chunk + 1) * CHUNK);
         let first = geometry.clusters_for(survey.rules.file_len).max(last);
-        let mut clusters = 2;
+        let behind = geometry.clusters_for(snapshot_bytes);
+        let mut clusters = 2 + behind;
         loop {
             let mut indices = used.clone();
             indices.extend(first / per_block..=(first + clusters - 1) / per_block);
@@ -109,17 +146,22 @@ impl Plan {
             if table * geometry.cluster_size() > MAX_REFTABLE_BYTES {
                 return None;
             }
-            let needed = table + indices.len() as u64;
+            let needed = table + indices.len() as u64 + behind;
             if needed <= clusters {
                 let blocks = indices.into_iter().zip(first + table..).collect();
-                return Some(Self { table: first..first + table, blocks });
+                return Some(Self { table: first..first + table, blocks, snapshots, behind });
             }
             clusters = needed;
         }
     }
 
     fn clusters(&self) -> Range<u64> {
-        self.table.start..self.table.end + self.blocks.len() as u64
+        self.table.start..self.snapshot_table() + self.behind
+    }
+
+    /// The first cluster of the new snapshot table.
+    fn snapshot_table(&self) -> u64 {
+        self.table.end + self.blocks.len() as u64
     }
 }
 
@@ -141,19 +183,32 @@ async fn write(file: &ImageFile<'_, impl Io>, survey: &Survey, plan: &Plan) -> R
         .flat_map(|block| RefcountTableEntry::encode(block).to_be_bytes())
         .collect();
     file.write(plan.table.start << bits, &table).await?;
+    if let Some(snapshots) = &plan.snapshots {
+        file.write(plan.snapshot_table() << bits, &snapshots.bytes).await?;
+    }
     file.barrier(RuleName::RebuiltBeforeHeader).await
 }
 
-/// One sector, which a disk writes whole or not at all.
+/// From here on there is the new structure only.
 async fn switch(file: &mut ImageFile<'_, impl Io>, plan: &Plan) -> Result<()> {
-    let at = plan.table.start << file.geometry().cluster_bits;
-    let clusters = (plan.table.end - plan.table.start) as u32;
-    let mut sector = file.read(0, SECTOR).await?;
-    sector[REFCOUNT_TABLE_OFFSET as usize..][..8].copy_from_slice(&at.to_be_bytes());
-    sector[REFCOUNT_TABLE_CLUSTERS_OFFSET as usize..][..4].copy_from_slice(&clusters.to_be_bytes());
-    file.write(0, &sector).await?;
+    let bits = file.geometry().cluster_bits;
+    let (table, clusters) = (plan.table.start << bits, (plan.table.end - plan.table.start) as u32);
+    let (count, snapshots) = match &plan.snapshots {
+        Some(table) => (table.count, plan.snapshot_table() << bits),
+        None => (file.header.snapshot_count, file.header.snapshot_table.0),
+    };
+    let fields: [(u64, &[u8]); 4] = [
+        (REFCOUNT_TABLE_OFFSET, &table.to_be_bytes()),
+        (REFCOUNT_TABLE_CLUSTERS_OFFSET, &clusters.to_be_bytes()),
+        (SNAPSHOT_COUNT_OFFSET, &count.to_be_bytes()),
+        (SNAPSHOT_TABLE_OFFSET, &snapshots.to_be_bytes()),
+    ];
+    change_header(file, &fields).await?;
     file.sync().await?;
-    file.header.refcount_table = HostOffset(at);
+    file.header.refcount_table = HostOffset(table);
     file.header.refcount_table_clusters = clusters;
+    file.header.snapshot_count = count;
+    file.header.snapshot_table = HostOffset(snapshots);
+    file.defects = Defects::default();
     Ok(())
 }

@@ -74,6 +74,8 @@ pub(super) async fn run(
         if survey.needs_rebuild {
             refused.extend(rebuild::run(file, &mut survey).await?);
         }
+        // Snapshots that should have gone are still there, and are not to lose what they refer to.
+        survey.hides_references |= survey.new_snapshots.is_some();
         survey.forget_counts();
         edit_tables(file, &mut survey, Pass::UnsetCopied).await?;
         file.barrier(RuleName::EntriesBeforeCounts).await?;

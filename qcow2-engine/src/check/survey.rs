@@ -3,9 +3,11 @@
 //!
 //! Work and memory are bounded by the file, not by its claims: tables that overlap are read once at
 //! most, and an L2 table that many L1 entries name is walked once, its references counted that many
-//! times. The order of the passes is: what the header names → refcount blocks → L1 tables → L2
+//! times. The order of the passes is: what the header names → L1 tables → refcount table and blocks → L2
 //! tables ([`tables`](super::tables)) → comparison ([`compare`](super::compare)). So by the time that
-//! a guest cluster is looked at, all metadata is known, and an overlap shows at the culprit.
+//! a guest cluster is looked at, all metadata is known, and an overlap shows at the culprit. The refcount
+//! structure comes behind the tables that nothing else can tell: where they lie at one place it gives way,
+//! because it can be made anew.
 
 use super::{
     counts::{Bytes, Counts},
@@ -20,10 +22,11 @@ use crate::{
     io::Io,
 };
 use qcow2_format::{
-    Geometry, HostOffset, RefcountTableEntry,
+    FormatError, Geometry, HostOffset, RefcountTableEntry, Snapshot,
     bitmap::{Bitmap, BitmapTableEntry},
     geometry::TABLE_ENTRY_BYTES,
     header,
+    snapshot::Salvage,
 };
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
@@ -36,6 +39,8 @@ const BITMAP_ENTRIES: u64 = (1 << 20) / TABLE_ENTRY_BYTES;
 const MAX_BITMAP_BYTES: u64 = 512 << 20;
 /// The longest encryption header that is believed: LUKS takes about 2 MiB for eight keys.
 const MAX_ENCRYPTION_HEADER_BYTES: u64 = 256 << 20;
+/// What a repair does about a refcount structure that cannot be one.
+const REBUILD: Remedy = Remedy::WithAll("write a new refcount structure");
 
 /// Numbers about the guest's clusters, as `qemu-img check` gives them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -86,16 +91,27 @@ pub(super) struct Survey {
     pub(super) tables: HashMap<u64, u64>,
     pub(super) l1_tables: Vec<L1Table>,
     pub(super) refcounts: Refcounts,
-    /// Offsets of all refcount blocks that hold a reference, sound or not.
-    pub(super) claimed_blocks: Vec<u64>,
+    /// Clusters whose only known use is one that a rebuild takes away: of the refcount structure, and of a
+    /// snapshot table that is replaced.
+    pub(super) replaceable: Vec<u64>,
+    /// The refcount table can be read, and is nothing else.
+    pub(super) has_refcount_table: bool,
+    /// Refcount blocks that are also a guest's data.
+    over_data: HashSet<u64>,
+    /// L2 tables that something also calls a part of the refcount structure: it may be right.
+    contested: HashSet<u64>,
+    /// All of them may be, because the header calls one table by two names.
+    all_contested: bool,
     /// The refcount structure cannot hold the counts as it is.
     pub(super) needs_rebuild: bool,
+    /// What the snapshot table should be, where it is something else.
+    pub(super) new_snapshots: Option<Vec<Snapshot>>,
     /// Damage that no repair undoes hides references: what seems unused may not be.
     pub(super) hides_references: bool,
     /// L2 tables that may be something else: entries that cannot be, or clusters of data. They are
     /// never written to.
     pub(super) doubtful: HashSet<u64>,
-    /// L2 tables are beyond the end of the file; a repair of all drops them.
+    /// L2 tables are beyond the end of the file, or snapshots beyond their limits; a repair of all drops them.
     pub(super) lost_tables: bool,
     /// There are entries beyond the end of the file that cannot be cleared.
     pub(super) stuck_entries: bool,
@@ -131,8 +147,13 @@ impl Survey {
             tables: HashMap::new(),
             l1_tables: Vec::new(),
             refcounts: Refcounts::new(geometry, BTreeMap::new()),
-            claimed_blocks: Vec::new(),
+            replaceable: Vec::new(),
+            has_refcount_table: false,
+            over_data: HashSet::new(),
+            contested: HashSet::new(),
+            all_contested: false,
             needs_rebuild: false,
+            new_snapshots: None,
             hides_references: false,
             doubtful: HashSet::new(),
             lost_tables: false,
@@ -145,9 +166,18 @@ impl Survey {
         self.header_tables(file);
         self.snapshots(file).await;
         self.bitmaps(file).await;
-        self.refcount_blocks(file).await;
         self.l1_entries(file).await;
+        self.refcount_table(file).await;
         self.l2_tables(file).await;
+        self.disown_blocks();
+    }
+
+    /// Refcount blocks that turned out to be something else are neither believed nor written to.
+    fn disown_blocks(&mut self) {
+        if !self.over_data.is_empty() {
+            let over_data = &self.over_data;
+            self.refcounts.blocks.retain(|_, block| !over_data.contains(block));
+        }
     }
 
     pub(super) fn geometry(&self) -> &Geometry {
@@ -165,7 +195,7 @@ impl Survey {
     /// thousands of large tables may claim the same place, which must not cost thousands of times as
     /// much.
     pub(super) fn claim(&mut self, claim: Claim, references: u64) -> bool {
-        let Claim { holder, at, owner, host, len } = claim;
+        let Claim { owner, host, len, .. } = claim;
         let geometry = *self.geometry();
         let clusters = host >> geometry.cluster_bits..geometry.clusters_for(host + len);
         if let Some(window) = &mut self.window {
@@ -181,13 +211,7 @@ impl Survey {
                 Some(Owner::L2) if owner == Owner::L2 => {}
                 Some(other) => {
                     is_alone = false;
-                    let host = cluster << geometry.cluster_bits;
-                    if other == Owner::L2 {
-                        self.doubtful.insert(host);
-                    }
-                    let remedy =
-                        Remedy::None("the content of one of the two is lost; only the refcount is raised");
-                    self.findings.corruption(holder, at, Problem::Overlap { host, owner, other }, remedy);
+                    self.overlap(&claim, cluster << geometry.cluster_bits, other);
                 }
             }
             self.refs.add(cluster, references);
@@ -199,7 +223,52 @@ impl Survey {
         is_alone
     }
 
-    /// What the header itself points to; all of it lies inside the file, or it would not decode.
+    /// Notes that a cluster is two things.
+    fn overlap(&mut self, claim: &Claim, host: u64, other: Owner) {
+        let Claim { holder, at, owner, .. } = *claim;
+        let remedy = if owner.is_of_refcounts() || other.is_of_refcounts() {
+            self.needs_rebuild = true;
+            self.has_refcount_table &= other != Owner::RefcountTable;
+            match other {
+                Owner::RefcountBlock => drop(self.over_data.insert(host)),
+                Owner::L2 => drop(self.contested.insert(host)),
+                _ => {}
+            }
+            REBUILD
+        } else {
+            if other == Owner::L2 {
+                self.doubtful.insert(host);
+            }
+            Remedy::None("the content of one of the two is lost; only the refcount is raised")
+        };
+        self.findings.corruption(holder, at, Problem::Overlap { host, owner, other }, remedy);
+    }
+
+    /// Whether an L2 table may be a part of the refcount structure in truth.
+    pub(super) fn is_contested(&self, table: u64) -> bool {
+        self.all_contested || self.contested.contains(&table)
+    }
+
+    /// Counts the reference to a table or a block of the refcount structure, or none of it where a cluster is
+    /// something else already. Returns whether it can be used.
+    fn claim_refcounts(&mut self, claim: Claim) -> bool {
+        if self.window.is_some() {
+            return self.claim(claim, 1);
+        }
+        let geometry = *self.geometry();
+        let clusters = claim.host >> geometry.cluster_bits..geometry.clusters_for(claim.host + claim.len);
+        for cluster in clusters.clone() {
+            if let Some(other) = Owner::metadata(self.owners.get(cluster)) {
+                self.overlap(&claim, cluster << geometry.cluster_bits, other);
+                return false;
+            }
+        }
+        self.replaceable.extend(clusters);
+        self.claim(claim, 1)
+    }
+
+    /// What the header itself points to, but for the refcount table; all of it lies inside the file, or it would
+    /// not decode.
     fn header_tables(&mut self, file: &ImageFile<'_, impl Io>) {
         let header = file.header();
         let cluster_size = self.geometry().cluster_size();
@@ -211,8 +280,6 @@ impl Survey {
         let entries = u64::from(header.l1_entries);
         let bytes = entries * TABLE_ENTRY_BYTES;
         let has_l1 = claim(header::L1_TABLE_OFFSET, Owner::ActiveL1, header.l1_table, bytes);
-        let bytes = u64::from(header.refcount_table_clusters) * cluster_size;
-        claim(header::REFCOUNT_TABLE_OFFSET, Owner::RefcountTable, header.refcount_table, bytes);
         let crypto =
             header.crypto_header.map_or((HostOffset(0), 0), |crypto| (crypto.offset, crypto.len_bytes));
         if crypto.1 <= MAX_ENCRYPTION_HEADER_BYTES {
@@ -231,19 +298,25 @@ impl Survey {
 
     async fn snapshots(&mut self, file: &ImageFile<'_, impl Io>) {
         let table = file.header().snapshot_table;
-        let (snapshots, len) = match file.snapshot_table().await {
-            Ok(table) => table,
-            Err(error) => return self.unusable(Owner::SnapshotTable, table.0, error),
-        };
-        let at = header::SNAPSHOT_TABLE_OFFSET;
         let owner = Owner::SnapshotTable;
-        if len > 0 {
-            self.claim(Claim { holder: Owner::Header, at, owner, host: table.0, len }, 1);
+        let Salvage { snapshots, len, defects } = match file.salvage_snapshots().await {
+            Ok(salvage) => salvage,
+            Err(error) => return self.unusable(owner, table.0, error),
+        };
+        let claim =
+            Claim { holder: Owner::Header, at: header::SNAPSHOT_TABLE_OFFSET, owner, host: table.0, len };
+        let is_alone = len > 0 && self.claim(claim, 1);
+        if !defects.is_empty() {
+            self.replace_snapshots(file, &snapshots, &defects);
+            if is_alone {
+                let geometry = *self.geometry();
+                let end = geometry.clusters_for(table.0 + len);
+                self.replaceable.extend(table.0 >> geometry.cluster_bits..end);
+            }
         }
         for (index, snapshot) in (0..).zip(&snapshots) {
             if let Err(source) = snapshot.check(index, table, self.geometry(), file.file_len()) {
-                let source = Arc::new(source);
-                self.unusable(owner, table.0, Error::Format { file: Arc::clone(file.name()), source });
+                self.unusable(owner, table.0, file.damaged(source));
                 continue;
             }
             let entries = u64::from(snapshot.l1_entries);
@@ -258,6 +331,24 @@ impl Survey {
                 self.hides_references = true;
             }
         }
+    }
+
+    /// The snapshot table is not what can be made of it.
+    fn replace_snapshots(
+        &mut self,
+        file: &ImageFile<'_, impl Io>,
+        snapshots: &[Snapshot],
+        defects: &[FormatError],
+    ) {
+        let at = file.header().snapshot_table.0;
+        for defect in defects {
+            let problem = Problem::Structure(file.damaged(defect.clone()));
+            let remedy = Remedy::WithAll("write a new snapshot table without it");
+            self.findings.corruption(Owner::SnapshotTable, at, problem, remedy);
+        }
+        self.lost_tables |= snapshots.len() < file.header().snapshot_count as usize;
+        self.needs_rebuild = true;
+        self.new_snapshots = Some(snapshots.to_vec());
     }
 
     async fn bitmaps(&mut self, file: &ImageFile<'_, impl Io>) {
@@ -331,23 +422,38 @@ impl Survey {
         }
     }
 
-    /// The refcount table's entries. A block that cannot be one, or that is also something else, is
-    /// not read: its counts would be noise.
-    async fn refcount_blocks(&mut self, file: &ImageFile<'_, impl Io>) {
-        let geometry = *self.geometry();
-        let (holder, owner, len) = (Owner::RefcountTable, Owner::RefcountBlock, geometry.cluster_size());
-        let table = file.header().refcount_table.0;
-        let count = u64::from(file.header().refcount_table_clusters) * len / TABLE_ENTRY_BYTES;
-        let entries = match file.refcount_table_entries(count).await {
-            Ok(entries) => entries,
+    /// The refcount table and its entries. A table or a block that cannot be one, or that is also something else,
+    /// is not read: what it holds would be noise.
+    async fn refcount_table(&mut self, file: &ImageFile<'_, impl Io>) {
+        let (owner, host) = (Owner::RefcountTable, file.header().refcount_table.0);
+        if let Some(defect) = &file.defects.refcount_table {
+            self.needs_rebuild = true;
+            self.all_contested = matches!(defect, FormatError::TablesOverlap { .. });
+            let problem = Problem::Structure(file.damaged(defect.clone()));
+            return self.findings.corruption(owner, header::REFCOUNT_TABLE_OFFSET, problem, REBUILD);
+        }
+        let len = u64::from(file.header().refcount_table_clusters) * self.geometry().cluster_size();
+        let at = header::REFCOUNT_TABLE_OFFSET;
+        if !self.claim_refcounts(Claim { holder: Owner::Header, at, owner, host, len }) {
+            return;
+        }
+        match file.refcount_table_entries(len / TABLE_ENTRY_BYTES).await {
+            Ok(entries) => {
+                self.has_refcount_table = true;
+                self.refcount_blocks(host, &entries);
+            }
             Err(error) => {
                 self.needs_rebuild = true;
-                return self.findings.structure(holder, table, error);
+                self.findings.structure(owner, host, error);
             }
-        };
-        let remedy = Remedy::WithAll("write a new refcount structure");
+        }
+    }
+
+    fn refcount_blocks(&mut self, table: u64, entries: &[u64]) {
+        let geometry = *self.geometry();
+        let (holder, owner, len) = (Owner::RefcountTable, Owner::RefcountBlock, geometry.cluster_size());
         let mut blocks = BTreeMap::new();
-        for (index, &raw) in (0..).zip(&entries) {
+        for (index, &raw) in (0..).zip(entries) {
             let at = table + index * TABLE_ENTRY_BYTES;
             let problem = match RefcountTableEntry::decode(raw, &geometry) {
                 Ok(None) => continue,
@@ -355,20 +461,15 @@ impl Survey {
                     Problem::BeyondFile { owner, host, len }
                 }
                 Ok(Some(HostOffset(host))) => {
-                    if self.window.is_none() {
-                        self.claimed_blocks.push(host);
-                    }
-                    if self.claim(Claim { holder, at, owner, host, len }, 1) {
+                    if self.claim_refcounts(Claim { holder, at, owner, host, len }) {
                         blocks.insert(index, host);
-                    } else {
-                        self.needs_rebuild = true;
                     }
                     continue;
                 }
                 Err(source) => Problem::Entry(source),
             };
             self.needs_rebuild = true;
-            self.findings.corruption(holder, at, problem, remedy);
+            self.findings.corruption(holder, at, problem, REBUILD);
         }
         self.refcounts = Refcounts::new(geometry, blocks);
     }

@@ -56,10 +56,8 @@ impl Survey {
             for range in l1.parts(self.l1_step()) {
                 let Some(entries) = self.l1_part(file, &l1, range.clone()).await else { break };
                 for (index, &raw) in range.zip(&entries) {
-                    if raw != 0
-                        && let Err(error) = self.l1_entry(file, &l1, index, raw).await
-                    {
-                        self.unusable(l1.owner, l1.at, error);
+                    if raw != 0 {
+                        self.l1_entry(&l1, index, raw);
                     }
                 }
                 if self.is_over(file) {
@@ -84,13 +82,7 @@ impl Survey {
         if self.window.is_some() { LIVE_BYTES / TABLE_ENTRY_BYTES } else { L1_ENTRIES }
     }
 
-    async fn l1_entry(
-        &mut self,
-        file: &ImageFile<'_, impl Io>,
-        l1: &L1Table,
-        index: u64,
-        raw: u64,
-    ) -> Result<()> {
+    fn l1_entry(&mut self, l1: &L1Table, index: u64, raw: u64) {
         let at = l1.at + index * TABLE_ENTRY_BYTES;
         let judged = self.rules.judge_l1(raw);
         if let Some(source) = judged.damage {
@@ -102,24 +94,36 @@ impl Survey {
             );
             self.hides_references |= judged.repaired.is_none();
         }
-        let Some((host, copied)) = judged.table else { return Ok(()) };
+        let Some((host, _)) = judged.table else { return };
         let len = self.geometry().cluster_size();
         let (holder, owner) = (l1.owner, Owner::L2);
         if self.rules.is_beyond_file(host, len) {
             let remedy = Remedy::WithAll("clear the entry");
             self.findings.corruption(holder, at, Problem::BeyondFile { owner, host, len }, remedy);
             self.lost_tables = true;
-            return Ok(());
+            return;
         }
         if self.claim(Claim { holder, at, owner, host, len }, 1) {
             self.note_table(&l1.owner, host >> self.geometry().cluster_bits);
         } else {
             self.hides_references = true;
         }
-        if l1.owner == Owner::ActiveL1 {
-            self.copied_flag(file, Owner::ActiveL1, at, host, copied).await?;
+    }
+
+    /// The copied flags of some entries of the active L1 table.
+    async fn l1_flags(&mut self, file: &ImageFile<'_, impl Io>, l1: &L1Table, first: u64, entries: &[u64]) {
+        let len = self.geometry().cluster_size();
+        for (index, &raw) in (first..).zip(entries).filter(|(_, raw)| **raw != 0) {
+            let table = self.rules.judge_l1(raw).table;
+            let Some((host, copied)) = table.filter(|(host, _)| !self.rules.is_beyond_file(*host, len))
+            else {
+                continue;
+            };
+            let at = l1.at + index * TABLE_ENTRY_BYTES;
+            if let Err(error) = self.copied_flag(file, l1.owner, at, host, copied).await {
+                self.findings.structure(Owner::RefcountBlock, at, error);
+            }
         }
-        Ok(())
     }
 
     /// L2 tables, each once, those of the active mapping first and in guest order.
@@ -128,6 +132,9 @@ impl Survey {
             for range in l1.parts(self.l1_step()) {
                 // It was read before: a failure now has been reported as what it means, or is new.
                 let Some(entries) = self.l1_part(file, &l1, range.clone()).await else { break };
+                if l1.owner == Owner::ActiveL1 {
+                    self.l1_flags(file, &l1, range.start, &entries).await;
+                }
                 let walks: Vec<_> =
                     range.zip(&entries).filter_map(|(index, &raw)| self.next_walk(&l1, index, raw)).collect();
                 if self.window.is_some() {
@@ -262,6 +269,12 @@ impl Survey {
         };
         if self.rules.is_beyond_file(host, len) {
             let remedy = match self.rules.without_cluster(slot) {
+                // Then what refers to the true table is lost, and what that refers to is out of sight.
+                _ if self.is_contested(walk.table) => {
+                    self.doubtful.insert(walk.table);
+                    self.hides_references = true;
+                    Remedy::None("the table may be a part of the refcounts")
+                }
                 Some(_) => Remedy::WithAll("make it read as zeros"),
                 None => Remedy::None("version 2 has no zero clusters, and the backing file would show"),
             };

@@ -95,6 +95,18 @@ impl Corpus {
     /// # Errors
     /// The directory cannot be used, or a program not be started.
     pub fn try_case(&self, case: &Case, directory: &Path) -> io::Result<(Option<String>, Finished)> {
+        self.lay_out(case, directory)?;
+        let mut child = Command::new(env::current_exe()?);
+        child.args(["--child", &case.requests.to_string()]);
+        let finished = process::run(&mut child, directory, CHILD_TIME)?;
+        Ok((judge::violation(directory, &finished)?, finished))
+    }
+
+    /// Puts a case's image into a directory, with all that it refers to.
+    ///
+    /// # Errors
+    /// The directory cannot be used.
+    pub fn lay_out(&self, case: &Case, directory: &Path) -> io::Result<()> {
         let (sample, _) = &self.samples[case.sample];
         let mut image = sample.bytes.clone();
         case.damages.iter().for_each(|damage| damage.apply(&mut image));
@@ -102,10 +114,7 @@ impl Corpus {
         for (name, bytes) in &sample.others {
             fs::write(directory.join(name), bytes)?;
         }
-        let mut child = Command::new(env::current_exe()?);
-        child.args(["--child", &case.requests.to_string()]);
-        let finished = process::run(&mut child, directory, CHILD_TIME)?;
-        Ok((judge::violation(directory, &finished)?, finished))
+        Ok(())
     }
 
     /// Tries cases from number `first` on until `time` is over or one fails.

@@ -127,7 +127,7 @@ pub fn violation(directory: &Path, finished: &Finished) -> io::Result<Option<Str
     Ok(None)
 }
 
-fn qemu(directory: &Path, args: &[&str]) -> io::Result<Finished> {
+pub(super) fn qemu(directory: &Path, args: &[&str]) -> io::Result<Finished> {
     process::run(Command::new("qemu-img").args(args), directory, QEMU_TIME)
 }
 
@@ -177,7 +177,7 @@ fn wrong_bytes(directory: &Path, account: &Account) -> io::Result<Option<String>
 
 /// Where `qemu-img convert --salvage` read nothing: it goes from large reads down to sectors, and tells
 /// each sector that fails.
-fn salvaged(errors: &str) -> Vec<Range<u64>> {
+pub(super) fn salvaged(errors: &str) -> Vec<Range<u64>> {
     let offset = |line: &str| {
         let (_, rest) = line.split_once("while reading offset ")?;
         rest.split(':').next()?.trim().parse::<u64>().ok()

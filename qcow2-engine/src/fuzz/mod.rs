@@ -15,6 +15,7 @@ pub mod campaign;
 pub mod child;
 pub mod corpus;
 pub mod damage;
+pub mod differences;
 mod host_files;
 pub mod judge;
 pub mod process;

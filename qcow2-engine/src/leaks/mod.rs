@@ -44,7 +44,10 @@
 //!      cluster is.
 //!    - *A cut under way* while a table is read: of entries that change, the clusters are touched; the
 //!      others are the same bytes in both versions.
-//! 6. **Nobody is given a leak** before its hole has been punched: it is counted until then.
+//! 6. **Nothing that has leaked is passed over for good**: a cluster that was touched, and may be counted too
+//!    often all the same, has the window searched again. That is one with fewer references than counts, unless
+//!    it has none, and those that count wait in `frees`, or are of somebody whom it was given a moment ago.
+//! 7. **Nobody is given a leak** before its hole has been punched: it is counted until then.
 //!
 //! Whatever makes no sense ends the search for good: what cannot be decoded, a reference beyond the
 //! file, a count below the references, header extensions that are not known. A copied flag would be
@@ -74,7 +77,7 @@ use crate::{
     order::rules::RuleName,
     reclaim::in_rows,
 };
-use std::{future::Future, ops::Range, pin::Pin};
+use std::{collections::HashMap, future::Future, ops::Range, pin::Pin};
 
 /// Rounds over a window, at the most.
 const MAX_ROUNDS: usize = 4;
@@ -133,8 +136,8 @@ struct Found {
     excess: Vec<(u64, u64)>,
     /// Clusters that are counted too often and have to stay so.
     flagged: u64,
-    /// Clusters that may be counted too often, but were touched. Nothing touches a cluster that nobody
-    /// refers to; one that is still in use may lose another reference while it is being judged.
+    /// Clusters that may be counted too often, but were touched: one that is in use, and has leaked references
+    /// as well, may lose the others while it is being judged.
     touched: u64,
 }
 
@@ -240,9 +243,10 @@ impl<I: Io> Lane<I> {
     ) -> Result<(), Stop> {
         // What is in a batch of freed clusters was touched before; here it is in nobody's way.
         let _no_batch = self.image().reclaiming.acquire(0..1).await;
+        let going = self.image().going(&clusters);
         for first in clusters.clone().step_by(LOCKED as usize) {
             let some = first..clusters.end.min(first + LOCKED);
-            self.compare(some, window, found).await?;
+            self.compare(some, window, &going, found).await?;
         }
         let excess = std::mem::take(&mut found.excess);
         let unused: Vec<_> =
@@ -254,7 +258,7 @@ impl<I: Io> Lane<I> {
         for (cluster, references) in excess {
             self.image().undamaged()?;
             match self.lower_to(cluster, references).await? {
-                false => {}
+                false => found.touched += 1,
                 true if references == 0 => reclaimed.freed += 1,
                 true => reclaimed.lowered += 1,
             }
@@ -263,14 +267,20 @@ impl<I: Io> Lane<I> {
     }
 
     /// Finds the untouched clusters that are counted too often.
-    async fn compare(&self, clusters: Range<u64>, window: &Window, found: &mut Found) -> Result<(), Stop> {
+    async fn compare(
+        &self,
+        clusters: Range<u64>,
+        window: &Window,
+        going: &Going,
+        found: &mut Found,
+    ) -> Result<(), Stop> {
         let image = self.image();
         let mut next = clusters.start;
         while next < clusters.end {
             let needed = {
                 let mut meta = image.meta.lock();
                 loop {
-                    match meta.judge(next, window)? {
+                    match meta.judge(next, window, going)? {
                         Count::Needs(page) => break Some(page),
                         Count::Is(Judged::InOrder) => {}
                         Count::Is(Judged::Excess(references)) => found.excess.push((next, references)),
@@ -333,13 +343,18 @@ enum Judged {
 }
 
 impl Meta {
-    fn judge(&mut self, cluster: u64, window: &Window) -> Result<Count<Judged>> {
+    fn judge(&mut self, cluster: u64, window: &Window, going: &Going) -> Result<Count<Judged>> {
         let count = match self.refcounts.get(cluster)? {
             Count::Needs(page) => return Ok(Count::Needs(page)),
             Count::Is(count) => count,
         };
         if self.watch.is_touched(cluster) {
-            let is_suspect = window.references(cluster).is_some_and(|seen| 0 < seen && seen < count);
+            let is_suspect = match window.references(cluster) {
+                None => false,
+                // Its last references are gone; those that still count are known to wait, or have leaked.
+                Some(0) => !self.watch.is_fresh(cluster) && going.get(&cluster).copied().unwrap_or(0) < count,
+                Some(seen) => seen < count,
+            };
             return Ok(Count::Is(if is_suspect { Judged::Touched } else { Judged::InOrder }));
         }
         Ok(Count::Is(match window.references(cluster) {
@@ -355,7 +370,20 @@ impl Meta {
     }
 }
 
+/// References that are on their way back: cluster → how many.
+type Going = HashMap<u64, u64>;
+
 impl Image {
+    /// What waits to be freed of these clusters.
+    fn going(&self, clusters: &Range<u64>) -> Going {
+        let mut going = Going::new();
+        let meta = self.meta.lock();
+        for cluster in meta.frees.clusters().filter(|cluster| clusters.contains(cluster)) {
+            *going.entry(cluster).or_default() += 1;
+        }
+        going
+    }
+
     /// Takes a window up. What is on its way is touched; nothing else has been.
     fn watch(&self, window: Range<u64>) -> (Watching<'_>, Epoch) {
         let mut meta = self.meta.lock();

@@ -13,6 +13,8 @@ pub(crate) struct Watch {
     window: Range<u64>,
     /// A bit per cluster of the window.
     touched: Vec<u64>,
+    /// Those to which something may come to refer that was not there when the references were counted.
+    fresh: Vec<u64>,
     /// It is no longer known who uses what.
     is_blind: bool,
     /// The touch that a mutation check has switched off.
@@ -23,13 +25,14 @@ impl Watch {
     /// Takes a window up; none of its clusters has been touched yet.
     pub(crate) fn begin(&mut self, window: Range<u64>) {
         // Takes memory where it is touched.
-        self.touched = vec![0; (window.end - window.start).div_ceil(64) as usize];
+        let words = (window.end - window.start).div_ceil(64) as usize;
+        (self.touched, self.fresh) = (vec![0; words], vec![0; words]);
         self.window = window;
     }
 
     /// Puts the window down.
     pub(crate) fn end(&mut self) {
-        (self.window, self.touched) = (0..0, Vec::new());
+        (self.window, self.touched, self.fresh) = (0..0, Vec::new(), Vec::new());
     }
 
     /// The counts of these clusters change.
@@ -44,7 +47,14 @@ impl Watch {
 
     /// These clusters are in a lane's extent, and the next ones to be referred to.
     pub(crate) fn reserved(&mut self, clusters: Range<u64>) {
-        self.touch(RuleName::ReservedIsNoLeak, clusters);
+        self.touch(RuleName::ReservedIsNoLeak, clusters.clone());
+        self.allocated(clusters);
+    }
+
+    /// These clusters were free, and are somebody's now.
+    pub(crate) fn allocated(&mut self, clusters: Range<u64>) {
+        let inside = self.inside(clusters);
+        mark(&mut self.fresh, inside);
     }
 
     /// Switches a touch off, for the mutation check.
@@ -58,10 +68,14 @@ impl Watch {
         if self.disabled == Some(rule) {
             return;
         }
-        let inside = clusters.start.max(self.window.start)..clusters.end.min(self.window.end);
-        for index in inside.map(|cluster| cluster - self.window.start) {
-            self.touched[index as usize / 64] |= 1 << (index % 64);
-        }
+        let inside = self.inside(clusters);
+        mark(&mut self.touched, inside);
+    }
+
+    /// Which clusters of the window these are.
+    fn inside(&self, clusters: Range<u64>) -> Range<u64> {
+        let Range { start, end } = self.window;
+        clusters.start.max(start) - start..clusters.end.clamp(start, end) - start
     }
 
     /// From now on until the image is opened again, everything counts as touched.
@@ -71,11 +85,23 @@ impl Watch {
 
     /// Whether a cluster was touched, or is not watched.
     pub(crate) fn is_touched(&self, cluster: u64) -> bool {
-        let index = cluster.wrapping_sub(self.window.start);
         self.is_blind
             || !self.window.contains(&cluster)
-            || self.touched[index as usize / 64] & (1 << (index % 64)) != 0
+            || is_marked(&self.touched, cluster - self.window.start)
     }
+
+    /// Whether a cluster of the window was free, or in an extent, at some time since.
+    pub(crate) fn is_fresh(&self, cluster: u64) -> bool {
+        is_marked(&self.fresh, cluster - self.window.start)
+    }
+}
+
+fn mark(bits: &mut [u64], clusters: Range<u64>) {
+    clusters.for_each(|index| bits[index as usize / 64] |= 1 << (index % 64));
+}
+
+fn is_marked(bits: &[u64], index: u64) -> bool {
+    bits[index as usize / 64] & (1 << (index % 64)) != 0
 }
 
 #[cfg(test)]
@@ -94,6 +120,10 @@ mod tests {
         let untouched: Vec<_> = (0..500).filter(|&cluster| !watch.is_touched(cluster)).collect();
         let expected: Vec<_> = (101..164).chain(166..229).collect();
         assert_eq!(untouched, expected);
+        watch.allocated(120..121);
+        watch.allocated(300..301);
+        let fresh: Vec<_> = (100..230).filter(|&cluster| watch.is_fresh(cluster)).collect();
+        assert_eq!(fresh, [120, 229], "what was unmapped or counted was somebody's before");
         watch.begin(100..230);
         assert!(!watch.is_touched(100), "a new window begins untouched");
         watch.go_blind();

@@ -39,9 +39,8 @@ pub(super) fn age(fixture: &Fixture) -> Result<Fixture, String> {
     let mut totals = Totals::default();
     let mut life = Life::new(fixture, 1, &mut totals);
     let lane = Lane::new(&life.open()?, life.disk.clone(), 4);
-    let requests =
-        AGEING.into_iter().filter(|request| fixture.can_discard || !matches!(request, Request::Discard(..)));
-    life.carry_out(&lane, requests.collect(), EARLIER)?;
+    let requests = AGEING.into_iter().filter(|request| fixture.takes(request));
+    life.live_on(&lane, requests.collect(), EARLIER)?;
     life.end_in_a_crash(&lane, "after a crash", Past::Crashed)
 }
 
@@ -59,7 +58,7 @@ pub(super) fn fill_table(fixture: &Fixture) -> Result<Fixture, String> {
     loop {
         let lane = Lane::new(&image, life.disk.clone(), 1);
         let sector = (number - EARLIER) as usize;
-        life.carry_out(&lane, vec![Request::Write(sector, 1), Request::Flush], number)?;
+        life.live_on(&lane, vec![Request::Write(sector, 1), Request::Flush], number)?;
         number += 2;
         let clusters = life.disk.look(0, |file, _| file.current.len() as u64 / 512);
         if clusters >= TABLE_REACH {
@@ -72,7 +71,7 @@ pub(super) fn fill_table(fixture: &Fixture) -> Result<Fixture, String> {
 }
 
 impl Life<'_> {
-    fn carry_out(&mut self, lane: &Lane<Disk>, requests: Vec<Request>, first: u32) -> Result<(), String> {
+    fn live_on(&mut self, lane: &Lane<Disk>, requests: Vec<Request>, first: u32) -> Result<(), String> {
         let player = Player {
             lane: lane.clone(),
             model: Rc::clone(&self.model),

@@ -1,4 +1,4 @@
-//! Many cases: spread over threads, and shrunk when one fails.
+//! Many cases, spread over threads, until one fails; that one made as small as it can be.
 
 use super::{
     cases::case,
@@ -23,16 +23,16 @@ pub struct Budget {
     pub states: u64,
 }
 
-/// A case that failed, as small as it could be made.
+/// A case that failed.
 #[derive(Clone, Debug)]
 pub struct Failure {
     /// The campaign's seed and the case's number: what `--seed` and `--case` take.
     pub seed: u64,
     /// The number.
     pub number: u64,
-    /// The image.
-    pub fixture: String,
-    /// The shrunk case.
+    /// The image, by its place among the fixtures.
+    pub fixture: usize,
+    /// The case.
     pub case: Case,
     /// What is wrong.
     pub message: String,
@@ -44,7 +44,7 @@ const SHRINK_SEEDS: u64 = 24;
 /// Runs cases until the budget is spent or one fails.
 ///
 /// # Errors
-/// The first failure, shrunk.
+/// The first failure.
 pub fn run(
     fixtures: &[Fixture],
     seed: u64,
@@ -75,13 +75,8 @@ pub fn run(
                     states.fetch_add(totals.states - before, Ordering::Relaxed);
                     if let Err(message) = outcome {
                         stop.store(true, Ordering::Relaxed);
-                        let fixture = fixtures[index].name.clone();
-                        let failure = Failure { seed, number, fixture, case, message };
-                        shared
-                            .lock()
-                            .unwrap_or_else(PoisonError::into_inner)
-                            .1
-                            .get_or_insert((index, failure));
+                        let failure = Failure { seed, number, fixture: index, case, message };
+                        shared.lock().unwrap_or_else(PoisonError::into_inner).1.get_or_insert(failure);
                     }
                 }
                 shared.lock().unwrap_or_else(PoisonError::into_inner).0.add(totals);
@@ -91,27 +86,29 @@ pub fn run(
     let (totals, failure) = shared.into_inner().unwrap_or_else(PoisonError::into_inner);
     match failure {
         None => Ok(totals),
-        // Any failure will do for a mutation check.
-        Some((_, failure)) if disabled.is_some() => Err((totals, Box::new(failure))),
-        Some((index, failure)) => Err((totals, Box::new(shrink(&fixtures[index], failure)))),
+        Some(failure) => Err((totals, Box::new(failure))),
     }
 }
 
-/// Takes requests away, one at a time, as long as the case fails in some order of completions.
-fn shrink(fixture: &Fixture, mut failure: Failure) -> Failure {
-    'smaller: loop {
-        for smaller in smaller(&failure.case) {
-            let mut case = smaller;
+impl Failure {
+    /// Takes requests away, one at a time, as long as the case fails in some order of completions. That may take
+    /// many times as long as the case itself.
+    pub fn shrink(&mut self, fixtures: &[Fixture]) {
+        while self.step(&fixtures[self.fixture]) {}
+    }
+
+    /// Takes one request away. Returns whether there is one without which the case fails.
+    fn step(&mut self, fixture: &Fixture) -> bool {
+        for mut case in smaller(&self.case) {
             for seed in 0..SHRINK_SEEDS {
-                case.seed = if seed == 0 { failure.case.seed } else { seed };
+                case.seed = if seed == 0 { self.case.seed } else { seed };
                 if let Err(message) = simulate(fixture, &case, &mut Totals::default()) {
-                    failure.case = case;
-                    failure.message = message;
-                    continue 'smaller;
+                    (self.case, self.message) = (case, message);
+                    return true;
                 }
             }
         }
-        return failure;
+        false
     }
 }
 

@@ -3,7 +3,8 @@
 //! Operations wait until the simulator completes one of them; which one is its choice. A write
 //! takes effect for readers when it completes. It is durable only after a barrier that was *issued*
 //! after that. Until then a crash may keep it or lose it, and a write that has not completed may be
-//! there as well. The file's length is an item of its own.
+//! there as well. The file's length is an item of its own. What a failed barrier should have covered is
+//! lost, though it goes on being read.
 
 use super::contents::Contents;
 use crate::{
@@ -126,6 +127,8 @@ struct State {
     /// Operations completed so far.
     completed: u64,
     fault: Option<(u64, Fault)>,
+    /// A barrier has failed.
+    has_lost: bool,
     file_system: FileSystem,
     /// The rule whose barriers are left out.
     disabled: Option<RuleName>,
@@ -250,6 +253,12 @@ impl Disk {
         }
     }
 
+    /// Whether a barrier has failed, so that what is read need not be what is on disk one day.
+    #[must_use]
+    pub fn has_lost(&self) -> bool {
+        self.0.borrow().has_lost
+    }
+
     /// How many operations have completed.
     #[must_use]
     pub fn completed(&self) -> u64 {
@@ -271,6 +280,8 @@ impl Disk {
         state.completed += 1;
         let now = state.completed;
         let file = &mut state.files[operation.file];
+        state.has_lost |=
+            matches!((&operation.kind, fault), (Kind::Sync(_), Some(Fault::Eio | Fault::Enospc)));
         state.version += u64::from(!matches!(operation.kind, Kind::Read { .. }));
         let result = file.carry_out(operation.kind, now, fault);
         state.lengths[operation.file].store(file.current.len() as u64, Ordering::Relaxed);
@@ -333,10 +344,17 @@ impl Disk {
 
 impl File {
     fn carry_out(&mut self, kind: Kind, now: u64, fault: Option<Fault>) -> io::Result<usize> {
-        match fault {
-            Some(Fault::Eio) => return Err(io::Error::from_raw_os_error(libc::EIO)),
-            Some(Fault::Enospc) => return Err(io::Error::from_raw_os_error(libc::ENOSPC)),
-            Some(Fault::Short) | None => {}
+        let error = match fault {
+            Some(Fault::Eio) => Some(libc::EIO),
+            Some(Fault::Enospc) => Some(libc::ENOSPC),
+            Some(Fault::Short) | None => None,
+        };
+        if let Some(error) = error {
+            if let Kind::Sync(issued) = kind {
+                // As a kernel does: what could not be written counts as written, and is read as such.
+                drop(self.settle(issued));
+            }
+            return Err(io::Error::from_raw_os_error(error));
         }
         let is_short = fault == Some(Fault::Short);
         match kind {
@@ -362,13 +380,18 @@ impl File {
                 Ok(len)
             }
             Kind::Sync(issued) => {
-                let durable = self.pending.partition_point(|(completed, _)| *completed <= issued);
-                for (_, change) in self.pending.drain(..durable) {
+                for (_, change) in self.settle(issued) {
                     self.durable.apply(&change);
                 }
                 Ok(0)
             }
         }
+    }
+
+    /// Takes out what a barrier covers that was issued at this moment.
+    fn settle(&mut self, issued: u64) -> Vec<(u64, Change)> {
+        let covered = self.pending.partition_point(|(completed, _)| *completed <= issued);
+        self.pending.drain(..covered).collect()
     }
 
     fn change(&mut self, now: u64, change: Change) {

@@ -4,9 +4,18 @@
 //! unlike after a loss of power, *everything acknowledged* must be there (R7). The replay is itself cut
 //! short in both ways, by power and by another kill.
 
-use super::{disk::HeldBack, oracle, rng::Rng, run::Life};
-use crate::{Lane, MIN_REDO_BYTES, RedoError, RedoLog, io::Buf};
+use super::{
+    disk::{Disk, HeldBack},
+    model::{Model, Value},
+    oracle,
+    play::{Player, play},
+    rng::Rng,
+    run::Life,
+    workload::Request,
+};
+use crate::{Image, Lane, MIN_REDO_BYTES, RedoError, RedoLog, io::Buf};
 use std::{
+    cell::RefCell,
     rc::Rc,
     sync::{
         Arc,
@@ -20,6 +29,14 @@ const KILL_CHANCE: u64 = 24;
 const CUT_SHORT_CHANCE: u64 = 6;
 /// Processes that die one after the other, and the last one, which lives.
 const MAX_PROCESSES: u32 = 3;
+
+/// One successor of the first process in this many goes on to serve, until one has: it is judged at every moment,
+/// which takes as long as all that was before.
+const SERVING_CHANCE: u64 = 16;
+/// Requests that it serves, at the most, before it searches for leaks.
+const MAX_REQUESTS: u64 = 3;
+/// The numbers of its requests, apart from those of the first process.
+const SUCCESSOR: u32 = 1 << 24;
 
 /// The memory of a redo log, which outlives processes.
 pub(super) struct Memory(Arc<Words>);
@@ -58,7 +75,13 @@ impl Life<'_> {
         if self.processes == MAX_PROCESSES || self.rng.below(KILL_CHANCE) != 0 {
             return Ok(());
         }
+        if self.disk.has_lost() {
+            // The next one would build on what it reads, and cannot know that it is not on disk.
+            return Ok(());
+        }
         self.totals.kills += 1;
+        let serves = !self.has_heir && self.rng.below(SERVING_CHANCE) == 0;
+        self.has_heir |= serves;
         let keeps = self.rng.below(3);
         let disk = {
             let rng = &mut self.rng;
@@ -75,13 +98,14 @@ impl Life<'_> {
             held_back: HeldBack::Nothing,
             redo: self.redo.copy(),
             processes: self.processes + 1,
+            has_heir: true,
         };
-        next.recover().map_err(|error| format!("process {} was killed: {error}", self.processes))
+        next.recover(serves).map_err(|error| format!("process {} was killed: {error}", self.processes))
     }
 
     /// Replays the log and compares what is read then with all that was acknowledged, and what the file
     /// holds with what it may hold.
-    fn recover(&mut self) -> Result<(), String> {
+    fn recover(&mut self, serves: bool) -> Result<(), String> {
         let image = self.open().map_err(|error| format!("it does not open: {error}"))?;
         let log = self.redo.open().map_err(|error| error.to_string())?;
         let lane = Lane::new(&image, self.disk.clone(), 1);
@@ -93,12 +117,41 @@ impl Life<'_> {
         self.drive(vec![replay], is_cut_short)?;
         let buf = Buf::zeroed(self.fixture.content.len() * 512);
         let read = {
-            let buf = buf.clone();
+            let (lane, buf) = (lane.clone(), buf.clone());
             Box::pin(async move { lane.read(0, buf).await.map_err(|error| error.to_string()) })
         };
         self.drive(vec![read], false)?;
         self.check_live(&buf)?;
         // Nothing of the mapping, of the counts or of a snapshot has come to harm either.
-        self.judge_file().map(drop)
+        self.judge_file()?;
+        if serves { self.serve_on(&image, &lane, &buf) } else { Ok(()) }
+    }
+
+    /// The process serves what it has `found`, gives back what the dead one has leaked, and closes.
+    fn serve_on(&mut self, image: &Arc<Image>, lane: &Lane<Disk>, found: &Buf) -> Result<(), String> {
+        let flush = {
+            let lane = lane.clone();
+            async move { lane.flush().await }
+        };
+        self.carry_out("the next one's flush", flush, false)?;
+        // All of it is durable now: nothing that the dead one was about to do can come any more.
+        let content: Vec<_> = found.to_vec().chunks_exact(512).map(Value::read).collect();
+        self.model = Rc::new(RefCell::new(Model::new(&content)));
+        self.judged = (u64::MAX, 0);
+        image.keep_redo_log(self.redo.create().map_err(|error| error.to_string())?);
+        let mut requests: Vec<_> =
+            (0..self.rng.below(MAX_REQUESTS + 1)).map(|_| Request::random(&mut self.rng)).collect();
+        requests.retain(|request| self.fixture.takes(request));
+        // To search a large image has a plan of its own.
+        let searches = !self.fixture.past.is_large();
+        requests.extend(searches.then_some(Request::Reclaim(1 << 20)));
+        let player = Player {
+            lane: lane.clone(),
+            model: Rc::clone(&self.model),
+            cluster_sectors: self.fixture.variant.cluster_sectors,
+            must_find_all: true,
+        };
+        self.drive(vec![play(player, requests, SUCCESSOR, false)], true)?;
+        self.end(lane, false, !searches).map_err(|error| format!("the next one went on: {error}"))
     }
 }

@@ -78,30 +78,35 @@ impl Player {
         let outcome = match request {
             Request::Write(..) => self.write(sectors.clone(), value).await,
             Request::Read(at, count) => self.read(number, at..at + count).await,
+            Request::Flush => self.flush().await,
             _ => self.change(request).await.map_err(Trouble::Failed),
         };
         self.model.borrow_mut().end(number, sectors, outcome.is_ok());
         outcome
     }
 
+    /// None succeeds after a barrier has failed: what was lost is what it covers.
+    async fn flush(&self) -> Result<(), Trouble> {
+        let had_lost = self.lane.io().has_lost();
+        let issued = self.model.borrow_mut().flush_issued();
+        self.lane.flush().await?;
+        if had_lost {
+            return Err(Trouble::Wrong("it succeeds, and an earlier fdatasync has failed".into()));
+        }
+        self.model.borrow_mut().flushed(issued);
+        Ok(())
+    }
+
     /// Requests without payload.
     async fn change(&self, request: Request) -> Result<(), Error> {
         let lane = &self.lane;
         match request {
-            Request::Write(..) | Request::Read(..) => Ok(()),
+            Request::Write(..) | Request::Read(..) | Request::Flush => Ok(()),
             Request::Zero(at, count, keep) => {
                 let mode = if keep { ZeroMode::Keep } else { ZeroMode::Unmap };
                 lane.write_zeroes(bytes(at), bytes(count), mode).await
             }
             Request::Discard(at, count) => lane.discard(bytes(at), bytes(count)).await,
-            Request::Flush => {
-                let issued = self.model.borrow_mut().flush_issued();
-                let outcome = lane.flush().await;
-                if outcome.is_ok() {
-                    self.model.borrow_mut().flushed(issued);
-                }
-                outcome
-            }
             Request::Maintain => lane.maintain().await,
             Request::Reclaim(window) => self.reclaim(window).await,
         }

@@ -13,7 +13,7 @@ use super::{
 };
 use crate::{Image, Lane, OpenOptions, RuleName, io::Buf};
 use std::{
-    cell::RefCell,
+    cell::{Cell, RefCell},
     collections::HashSet,
     future::Future,
     path::Path,
@@ -128,6 +128,8 @@ pub(super) struct Life<'a> {
     pub(super) redo: Memory,
     /// How many processes have served the image so far, with this one.
     pub(super) processes: u32,
+    /// A successor has gone on to serve.
+    pub(super) has_heir: bool,
 }
 
 /// Simulates a case.
@@ -171,10 +173,7 @@ fn serve(
     let tasks = requests.iter().zip(&lanes).map(|(requests, lane)| {
         let first = next;
         next += requests.len() as u32;
-        let requests = requests
-            .iter()
-            .copied()
-            .filter(|request| fixture.can_discard || !matches!(request, Request::Discard(..)));
+        let requests = requests.iter().copied().filter(|request| fixture.takes(request));
         let has_faults = case.fault.is_some();
         let player = Player {
             lane: lane.clone(),
@@ -186,7 +185,8 @@ fn serve(
     });
     let tasks = tasks.collect();
     life.drive(tasks, true)?;
-    life.end(&lanes[0], case)
+    let may_leak = fixture.past.leaks() && (!case.searches_for_leaks() || case.search_may_give_up());
+    life.end(&lanes[0], case.fault.is_some(), may_leak)
 }
 
 impl<'a> Life<'a> {
@@ -204,6 +204,7 @@ impl<'a> Life<'a> {
             held_back: HeldBack::Nothing,
             redo: Memory::new(),
             processes: 1,
+            has_heir: false,
         }
     }
 
@@ -311,36 +312,50 @@ impl<'a> Life<'a> {
         })
     }
 
-    /// Nothing crashed: what is read must be what was written, and a clean close leaves no leak.
-    fn end(&mut self, lane: &Lane<Disk>, case: &Case) -> Result<(), String> {
-        let is_faulty = case.fault.is_some();
-        let may_leak = self.fixture.past.leaks() && (!case.searches_for_leaks() || case.search_may_give_up());
+    /// Nothing crashed: what is read must be what was written, and a close that succeeds leaves no leak,
+    /// whatever has failed before it.
+    pub(super) fn end(&mut self, lane: &Lane<Disk>, is_faulty: bool, may_leak: bool) -> Result<(), String> {
         let buf = Buf::zeroed(self.fixture.content.len() * 512);
         let read = {
             let (lane, buf) = (lane.clone(), buf.clone());
-            Box::pin(async move {
-                lane.read(0, buf).await.map_err(|error| format!("the last read failed: {error}"))
-            })
+            async move { lane.read(0, buf).await }
         };
-        match self.drive(vec![read], true) {
-            Ok(()) => self.check_live(&buf)?,
-            Err(error) if !is_faulty => return Err(error),
-            Err(_) => {}
+        if self.carry_out("the last read", read, is_faulty)? {
+            self.check_live(&buf)?;
         }
-        let closed = {
+        let close = {
             let lane = lane.clone();
-            Box::pin(async move { lane.close().await.map_err(|error| format!("close failed: {error}")) })
+            async move { lane.close().await }
         };
-        let closed = self.drive(vec![closed], true);
-        if let (Err(error), false) = (&closed, is_faulty) {
-            return Err(error.clone());
+        let is_closed = self.carry_out("close", close, is_faulty)?;
+        if is_closed && self.disk.has_lost() {
+            return Err("close succeeds, and an earlier fdatasync has failed".to_owned());
         }
         let (findings, is_durable) = self.judge_file()?;
         let leaks = if may_leak { 0 } else { findings.leaks };
-        if !is_faulty && (leaks > 0 || !is_durable) {
+        if is_closed && (leaks > 0 || !is_durable) {
             return Err(format!("a clean close left {leaks} leaks, or something that is not durable"));
         }
         Ok(())
+    }
+
+    /// Carries one thing out, alone, and says whether it succeeded. That it does not is a violation, unless
+    /// the disk has failed; a crash at any moment of it is judged either way.
+    pub(super) fn carry_out(
+        &mut self,
+        what: &'static str,
+        step: impl Future<Output = crate::Result<()>> + 'static,
+        is_faulty: bool,
+    ) -> Result<bool, String> {
+        let has_failed = Rc::new(Cell::new(false));
+        let noted = Rc::clone(&has_failed);
+        let task = async move {
+            let outcome = step.await;
+            noted.set(outcome.is_err());
+            outcome.or_else(|error| if is_faulty { Ok(()) } else { Err(format!("{what} failed: {error}")) })
+        };
+        self.drive(vec![Box::pin(task)], true)?;
+        Ok(!has_failed.get())
     }
 
     /// Judges the file as it is; also whether all of it is durable.

@@ -121,6 +121,12 @@ impl Past {
     pub fn leaks(self) -> bool {
         matches!(self, Self::Crashed | Self::CrashedFull)
     }
+
+    /// Whether the image is so large that to search it takes long.
+    #[must_use]
+    pub fn is_large(self) -> bool {
+        matches!(self, Self::MadeFull | Self::CrashedFull)
+    }
 }
 
 /// An image and what its sectors hold.
@@ -144,6 +150,14 @@ pub struct Fixture {
     pub past: Past,
     /// Whether it can discard: not with version 2 and a backing file.
     pub can_discard: bool,
+}
+
+impl Fixture {
+    /// Whether a request can be carried out on it.
+    #[must_use]
+    pub fn takes(&self, request: &Request) -> bool {
+        self.can_discard || !matches!(request, Request::Discard(..))
+    }
 }
 
 /// A request of a workload. Sectors are of the virtual disk.

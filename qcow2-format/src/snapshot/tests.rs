@@ -77,6 +77,8 @@ proptest! {
     fn noise_does_not_panic(bytes in prop::collection::vec(any::<u8>(), 0..300), count: u32, small in 0u32..4) {
         let _ = decode_table(&bytes, count);
         let _ = decode_table(&bytes, small);
+        let _ = salvage(&bytes, count, &geometry(16));
+        let _ = salvage(&bytes, small, &geometry(16));
     }
 }
 
@@ -131,4 +133,61 @@ fn the_l1_table_is_checked_against_the_image() {
     assert!(matches!(huge, Err(FormatError::SnapshotL1 { .. })));
     let bare = FormatError::SnapshotExtraData { index: 3, len: 0, min: 16, max: 1024 };
     assert_eq!(check(Snapshot { disk_size: None, ..sample() }), Err(bare));
+}
+
+/// What `salvage` says of a table that is given in ever longer parts, as it asks for them.
+fn salvaged(bytes: &[u8], count: u32) -> Result<Salvage, u64> {
+    let mut have = 0;
+    loop {
+        match salvage(&bytes[..have], count, &geometry(16)) {
+            Ok(table) => return Ok(table),
+            Err(needed) if needed > bytes.len() as u64 => return Err(needed),
+            Err(needed) => {
+                assert!(needed > have as u64, "{needed} after {have}");
+                have = needed as usize;
+            }
+        }
+    }
+}
+
+#[test]
+fn a_sound_table_is_salvaged_as_it_is() {
+    let snapshots = vec![sample(), Snapshot { icount: Some(3), unknown_extra: vec![7; 9], ..sample() }];
+    let bytes = encode_table(&snapshots).unwrap();
+    let table = salvaged(&bytes, 2).unwrap();
+    assert_eq!((table.len.next_multiple_of(8), &table.defects[..]), (bytes.len() as u64, &[][..]));
+    assert_eq!(table.snapshots, snapshots);
+    assert_eq!(salvaged(&bytes, 3), Err(bytes.len() as u64 + MIN_ENTRY_BYTES));
+    assert_eq!(salvaged(&[], 0), Ok(Salvage::default()));
+}
+
+#[test]
+fn what_is_beyond_the_limits_is_not_salvaged() {
+    let long = Snapshot { icount: Some(3), unknown_extra: vec![7; 1000], ..sample() };
+    let mut bytes = encode_table(&[long, sample()]).unwrap();
+    // One byte more of extra data: taken from the ID, which takes its own from the name.
+    bytes[36..40].copy_from_slice(&1025u32.to_be_bytes());
+    bytes[14..16].copy_from_slice(&5u16.to_be_bytes());
+    let table = salvaged(&bytes, 2).unwrap();
+    assert_eq!(table.defects, [FormatError::SnapshotExtraData { index: 0, len: 1025, min: 0, max: 1024 }]);
+    assert_eq!(table.snapshots[0].unknown_extra, []);
+    assert_eq!((table.snapshots[0].icount, &table.snapshots[1]), (Some(3), &sample()));
+
+    let bare = encode_table(&[Snapshot { disk_size: None, ..sample() }]).unwrap();
+    let table = salvaged(&bare, 1).unwrap();
+    assert_eq!(table.defects, [FormatError::SnapshotExtraData { index: 0, len: 0, min: 16, max: 1024 }]);
+    assert_eq!(table.snapshots[0].disk_size, Some(geometry(16).virtual_size));
+
+    let mut bytes = encode_table(&[sample(), sample(), sample()]).unwrap();
+    let second = bytes.len() / 3;
+    bytes[second + 36..][..4].copy_from_slice(&(64_u32 << 20).to_be_bytes());
+    let table = salvaged(&bytes, 3).unwrap();
+    let len = (64 << 20) + second as u64 + MIN_ENTRY_BYTES + 7;
+    assert_eq!(table.defects, [FormatError::SnapshotTableTooLong { index: 1, len, max: MAX_TABLE_BYTES }]);
+    assert_eq!((table.snapshots, table.len.next_multiple_of(8)), (vec![sample()], second as u64));
+
+    let many = encode_table(&vec![sample(); 65_537]).unwrap();
+    let table = salvage(&many, 65_537, &geometry(16)).unwrap();
+    assert_eq!(table.defects, [FormatError::SnapshotCount { count: 65_537, max: MAX_SNAPSHOTS }]);
+    assert_eq!(table.snapshots.len(), 65_536);
 }

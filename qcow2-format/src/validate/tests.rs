@@ -186,7 +186,9 @@ fn scalar_fields_are_bounded() {
     for value in [0, 96, 103, 108, 65544, u32::MAX] {
         assert_eq!(word(100, value), FormatError::HeaderLength { value, max: 65536 });
     }
-    assert_eq!(word(60, 65537), FormatError::SnapshotCount { count: 65537, max: 65536 });
+    let table: (u64, &[u8]) = (64, &(1u64 << 20).to_be_bytes());
+    let many = patched(&v3(), &[table, (60, &65537u32.to_be_bytes())]).unwrap_err();
+    assert_eq!(many, FormatError::SnapshotCount { count: 65537, max: 65536 });
     assert_eq!(word(56, 0), FormatError::RefcountTableMissing);
     assert_eq!(word(56, 129), FormatError::RefcountTableTooLarge { clusters: 129, max: 128 });
     let field = Field::new("l1_size", 36);
@@ -195,6 +197,34 @@ fn scalar_fields_are_bounded() {
         FormatError::L1TooLarge { field, entries: (4 << 20) + 1, max: 4 << 20 }
     );
     assert_eq!(word(36, 0), FormatError::L1TooSmall { entries: 0, needed: 1 });
+}
+
+/// A refcount table can be made anew, and snapshots beyond the limit be dropped; the rest stands as it is.
+#[test]
+fn what_can_be_repaired_does_not_hide_the_rest() {
+    let repairable = |patches: &[(u64, &[u8])]| {
+        let mut bytes = v3().encode().unwrap();
+        patches.iter().for_each(|(at, patch)| bytes[*at as usize..][..patch.len()].copy_from_slice(patch));
+        let (header, defects) = Header::decode_repairable(&bytes, FILE_LEN).unwrap();
+        assert_eq!(Header::decode(&bytes, FILE_LEN).is_ok(), defects == Defects::default());
+        (header, defects)
+    };
+    assert_eq!(repairable(&[]), (v3(), Defects::default()));
+    let table = |at: u64, patch: &[u8]| {
+        let (header, defects) = repairable(&[(at, patch)]);
+        assert_eq!((header.refcount_table, header.refcount_table_clusters), (HostOffset(0), 0));
+        assert_eq!(header, Header { refcount_table: HostOffset(0), refcount_table_clusters: 0, ..v3() });
+        defects.refcount_table.unwrap()
+    };
+    assert_eq!(table(56, &[0; 4]), FormatError::RefcountTableMissing);
+    assert!(matches!(table(56, &[0xff; 4]), FormatError::RefcountTableTooLarge { .. }));
+    assert!(matches!(table(48, &[0; 8]), FormatError::TableInHeader { .. }));
+    assert!(matches!(table(48, &[0xff; 8]), FormatError::TableMisaligned { .. }));
+    assert!(matches!(table(48, &FILE_LEN.to_be_bytes()), FormatError::TableBeyondFile { .. }));
+    assert!(matches!(table(48, &v3().l1_table.0.to_be_bytes()), FormatError::TablesOverlap { .. }));
+    let (header, defects) = repairable(&[(60, &65537u32.to_be_bytes()), (64, &(1u64 << 20).to_be_bytes())]);
+    assert_eq!(header.snapshot_count, 65537);
+    assert_eq!(defects.snapshot_count, Some(FormatError::SnapshotCount { count: 65537, max: 65536 }));
 }
 
 #[test]

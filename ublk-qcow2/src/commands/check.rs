@@ -207,6 +207,13 @@ fn text(report: &CheckReport, repair: Repair) -> String {
             left.leaks
         );
     }
+    if left.counted_beyond_end > 0 {
+        let _ = writeln!(
+            text,
+            "{} clusters beyond the end of the file are counted. They take no space; a repair clears the counts.",
+            left.counted_beyond_end
+        );
+    }
     if left.check_errors > 0 {
         let _ = writeln!(text, "{} internal errors have occurred during the check.", left.check_errors);
     }
