@@ -50,13 +50,9 @@ impl<I: Io> Lane<I> {
     async fn trim_file(&self) -> Result<()> {
         let image = self.image();
         let bits = image.geometry().cluster_bits;
-        let (file_end, used_end) = {
-            let space = &image.meta.lock().space;
-            (space.file_end, space.fresh_from)
-        };
+        let file_end = image.meta.lock().space.file_end;
         let lowest = image.geometry().clusters_for(image.opened_len);
-        // A refcount block may lie where the file could not be extended.
-        let mut used = image.geometry().clusters_for(file_end).max(used_end);
+        let mut used = image.geometry().clusters_for(file_end);
         while used > lowest && self.refcount(used - 1).await? == 0 {
             used -= 1;
         }

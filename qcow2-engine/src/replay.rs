@@ -54,7 +54,6 @@ impl<I: Io> Lane<I> {
         let outcome = Outcome::of(&records);
         image.restore_refcount_table(&outcome)?;
         let clusters = outcome.clusters(image)?;
-        image.reach_over(&clusters);
         for cluster in clusters {
             self.restore_count(cluster).await?;
         }
@@ -130,13 +129,6 @@ impl Image {
             }
         }
         Ok(())
-    }
-
-    /// What the log names is used. A refcount block among it may lie behind the end of the file: it is
-    /// made before the file is extended over it.
-    fn reach_over(&self, clusters: &BTreeSet<u64>) {
-        let space = &mut self.meta.lock().space;
-        space.fresh_from = clusters.last().map_or(0, |last| last + 1).max(space.fresh_from);
     }
 
     fn restore_tables(&self, outcome: &Outcome) -> Result<()> {

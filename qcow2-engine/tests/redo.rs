@@ -3,22 +3,14 @@
 #[allow(dead_code, reason = "shared by several test programs")]
 mod common;
 
-use common::{
-    IMAGE, Mirror, create,
-    hooked::{Hook, Hooked, Operation},
-    run,
-};
+use common::{IMAGE, Mirror, create, run};
 use qcow2_engine::{
-    CheckOptions, Error, ErrorKind, Image, Lane, MIN_REDO_BYTES, OpenOptions, Pace, RedoLog, RedoMemory,
-    Verdict, ZeroMode, check,
+    Error, Image, Lane, MIN_REDO_BYTES, OpenOptions, RedoLog, RedoMemory, ZeroMode,
     io::{Buf, mem::MemFiles},
 };
 use qcow2_format::CreateOptions;
 use std::{
-    future::{Future, ready},
-    io,
     path::Path,
-    pin::Pin,
     sync::{Arc, atomic::AtomicU64},
 };
 
@@ -115,69 +107,4 @@ fn the_log_of_another_image_is_refused() {
     let buf = Buf::zeroed(512);
     run(lane.read(0, buf.clone())).unwrap();
     assert_eq!(buf.to_vec(), [0; 512]);
-}
-
-/// A host without room beyond this byte for what is allocated ahead.
-struct Full(u64);
-
-impl Hook for Full {
-    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
-        match operation {
-            Operation::Allocate { end } if end > self.0 => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
-            _ => Ok(()),
-        }
-    }
-}
-
-/// Goes on at once.
-struct Haste;
-
-impl Pace for Haste {
-    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
-        Box::pin(ready(true))
-    }
-}
-
-/// A lane needed a new extent: a refcount block was made for it, behind what lanes before it had
-/// counted, and then the server was killed before the file had been extended over any of that (here because the
-/// host had no room). The log has the block; that what lies before it was counted is not known any more. The
-/// next server wrote the block, a hole before it, and knew neither of its place when it looked for
-/// the last cluster in use on closing, so that it cut the block off, nor that the file reached so far when it
-/// searched for leaks, so that it gave the search up.
-#[test]
-fn a_refcount_block_behind_what_the_dead_process_had_counted_stays() {
-    const CLUSTER: u64 = 512;
-    /// Clusters that a block counts, with 64 bits each.
-    const PER_BLOCK: u64 = 64;
-    /// Clusters that a lane reserves at a time.
-    const EXTENT: u64 = 8;
-    let (files, memory) = (MemFiles::default(), memory());
-    let size = 64 * CLUSTER;
-    let options =
-        CreateOptions { virtual_size: size, cluster_bits: 9, refcount_order: 6, ..CreateOptions::default() };
-    create(&files, IMAGE, &options);
-    let killed = Hooked::new(&files, Full(4 * EXTENT * CLUSTER));
-    let image = killed.open(EXTENT * CLUSTER);
-    image.keep_redo_log(RedoLog::create(Arc::clone(&memory)).expect("large enough"));
-    let mut last = Ok(());
-    for number in 0..=PER_BLOCK / EXTENT {
-        last = run(killed.lane(&image).write(number * CLUSTER, Buf::from_bytes(&[5; 512])));
-    }
-    let refused = last.map_err(|error| error.kind());
-    assert_eq!(refused, Err(ErrorKind::NoSpace), "the first ones had room");
-
-    let next = Hooked::new(&files, Full(u64::MAX));
-    let image = next.open(EXTENT * CLUSTER);
-    let lane = next.lane(&image);
-    run(lane.replay(&RedoLog::open(memory).expect("sound"))).expect("replays");
-    let len = |files: &MemFiles| files.get(IMAGE).expect("kept").len() as u64;
-    assert!(len(&files) > PER_BLOCK * CLUSTER, "the block lies behind what was counted");
-    let reclaimed = run(lane.reclaim_leaks(&Haste)).expect("searches");
-    assert_eq!(reclaimed.verdict, Verdict::Complete);
-    run(lane.write(0, Buf::from_bytes(&[6; 40 * 512]))).expect("takes new extents");
-    run(lane.discard(CLUSTER, size - CLUSTER)).expect("lets go of them");
-    run(lane.close()).expect("closes");
-    let report = run(check(&files, &files, Path::new(IMAGE), CheckOptions::default())).expect("checks");
-    let found: Vec<_> = report.found.list.iter().map(ToString::to_string).collect();
-    assert_eq!(found, Vec::<String>::new());
 }

@@ -13,7 +13,7 @@ use qcow2_engine::{
     io::{Buf, FileId, Io, Storage, mem::MemFiles},
 };
 use qcow2_format::CreateOptions;
-use std::{io, path::Path};
+use std::{cell::Cell, io, path::Path};
 
 /// What becomes of an allocation of space.
 #[derive(Clone, Copy)]
@@ -21,8 +21,6 @@ enum Allocation {
     Possible,
     /// Not on this file system.
     Unsupported,
-    /// No space beyond this byte, for allocations; a small write still finds some.
-    UpTo(u64),
 }
 
 /// Such a host.
@@ -35,9 +33,6 @@ impl Hook for Host {
     async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
         match (operation, self.allocation) {
             (Operation::Allocate { .. }, Allocation::Unsupported) => Err(io::ErrorKind::Unsupported.into()),
-            (Operation::Allocate { end }, Allocation::UpTo(last)) if end > last => {
-                Err(io::Error::from_raw_os_error(libc::ENOSPC))
-            }
             (Operation::SetLen, _) if !self.truncates => Err(io::ErrorKind::InvalidInput.into()),
             _ => Ok(()),
         }
@@ -93,33 +88,62 @@ fn preallocation_over_old_content_that_stays_reads_as_zeros() {
     }
 }
 
-/// A lane needs a new extent: a refcount block is made for it, and then the host has no room for the
-/// extent. The block is counted and lies behind the end of the file, until a cut writes it. Closing
-/// looked for the last cluster in use below the end of the file only, and cut the block off again.
+/// A host that has room up to some byte of the file, and not one block more.
+struct Full {
+    room: Cell<u64>,
+}
+
+impl Hook for Full {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        let end = match operation {
+            Operation::Allocate { end } => end,
+            Operation::Write { at, buf } => at + buf.len() as u64,
+            _ => 0,
+        };
+        if end > self.room.get() { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
+    }
+}
+
+/// A write needs a new extent, with a refcount block for it or a longer refcount table, and the host has no room.
+/// The write fails, and nothing else: the block was made all the same, behind the end of the file, so that every
+/// flush failed with it until there was room; and with room for the block, but not for what it counts, closing
+/// cut it off again.
 #[test]
-fn a_refcount_block_where_the_file_could_not_be_extended_survives_closing() {
+fn a_full_host_fails_writes_that_allocate_and_no_flush() {
     const CLUSTER: u64 = 512;
-    /// Clusters that a block counts, with 64 bits each.
-    const PER_BLOCK: u64 = 64;
-    let files = MemFiles::default();
-    let options = CreateOptions {
-        virtual_size: 32 * CLUSTER,
-        cluster_bits: 9,
-        refcount_order: 6,
-        ..CreateOptions::default()
-    };
-    create(&files, IMAGE, &options);
-    let host =
-        Hooked::new(&files, Host { allocation: Allocation::UpTo(PER_BLOCK * CLUSTER), truncates: true });
-    let image = host.open(PER_BLOCK * CLUSTER);
-    let (first, second) = (host.lane(&image), host.lane(&image));
-    let buf = || Buf::from_bytes(&[5; 512]);
-    run(first.write(0, buf())).expect("the first extent is all that the first block counts");
-    let refused = run(second.write(4 * CLUSTER, buf())).expect_err("there is no room for the second extent");
-    assert_eq!(refused.kind(), ErrorKind::NoSpace);
-    run(first.close()).expect("closes");
-    assert_eq!(findings(&host.files), Vec::<String>::new());
-    assert!(image_len(&host.files) > PER_BLOCK * CLUSTER, "the block is there");
+    const STEP: u64 = 16 * CLUSTER;
+    // The table has 64 entries for blocks that count 64 clusters each, with 64 bits.
+    const TABLE: u64 = 64 * 64 * CLUSTER;
+    const SIZE: u64 = 4608 * CLUSTER;
+    let (blocks, table) = (0..3 * 64, (TABLE / CLUSTER - 70..TABLE / CLUSTER + 130).step_by(9));
+    for room in blocks.chain(table).map(|clusters| clusters * CLUSTER) {
+        let host = Hooked::new(&MemFiles::default(), Full { room: Cell::new(u64::MAX) });
+        let options = CreateOptions {
+            virtual_size: SIZE,
+            cluster_bits: 9,
+            refcount_order: 6,
+            ..CreateOptions::default()
+        };
+        create(&host.files, IMAGE, &options);
+        let image = host.open(STEP);
+        let lane = host.lane(&image);
+        host.hook.room.set(room.max(image_len(&host.files)));
+        let mut written = 0;
+        let write = |at: u64| lane.write(at, Buf::from_bytes(&[5; STEP as usize]));
+        let refused = loop {
+            match run(write(written)) {
+                Ok(()) => written += STEP,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(refused.kind(), ErrorKind::NoSpace, "room for {room} bytes: {refused}");
+        run(lane.flush()).unwrap_or_else(|error| panic!("room for {room} bytes: {error}"));
+        run(lane.maintain()).unwrap_or_else(|error| panic!("room for {room} bytes: {error}"));
+        host.hook.room.set(u64::MAX);
+        run(write(written)).expect("there is room now");
+        run(lane.close()).expect("closes");
+        assert_eq!(findings(&host.files), Vec::<String>::new(), "room for {room} bytes");
+    }
 }
 
 /// A refcount block of several pages is made where the file has old bytes, as what a crash has left behind the

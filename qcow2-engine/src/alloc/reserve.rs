@@ -158,10 +158,21 @@ impl<I: Io> Lane<I> {
     /// Reserves exactly `count` clusters in a row, for a table.
     pub(crate) async fn reserve_row(&self, count: u64) -> Result<Reservation<'_>> {
         let image = self.image();
-        let run = image.meta.lock().next_row(count)?;
-        let reservation = Reservation { image, lane: self.number(), run, use_: Use::Written };
-        self.extend_file(&reservation.run).await?;
-        Ok(reservation)
+        let run = self.take(|meta| meta.next_row(count)).await?;
+        Ok(Reservation { image, lane: self.number(), run, use_: Use::Written })
+    }
+
+    /// Asks the allocator, and does what it needs, until it has a run.
+    async fn take(&self, mut ask: impl FnMut(&mut Meta) -> Result<Next>) -> Result<Run> {
+        loop {
+            let next = ask(&mut self.image().meta.lock())?;
+            match next {
+                Next::Run(run) => return Ok(run),
+                Next::Needs(page) => self.load_refcount_page(page).await?,
+                Next::NeedsRoom(clusters) => self.extend_file(&clusters).await?,
+                Next::NeedsCut => self.write_back().await?,
+            }
+        }
     }
 
     /// Finds, counts and allocates an extent, or as much of it as `max` asks for if the host has
@@ -169,15 +180,8 @@ impl<I: Io> Lane<I> {
     async fn find_extent(&self, max: u64) -> Result<Run> {
         let image = self.image();
         self.relieve().await?;
-        let run = loop {
-            let next = image.meta.lock().next_run(image.extent_clusters)?;
-            match next {
-                Next::Run(run) => break run,
-                Next::Needs(page) => self.load_refcount_page(page).await?,
-                Next::NeedsCut => self.write_back().await?,
-            }
-        };
-        match self.extend_file(&run).await {
+        let run = self.take(|meta| meta.next_run(image.extent_clusters)).await?;
+        match self.extend_file(&run.clusters).await {
             Ok(()) => return Ok(run),
             Err(error)
                 if error.kind() != ErrorKind::NoSpace || run.clusters.end - run.clusters.start <= max =>
@@ -190,7 +194,7 @@ impl<I: Io> Lane<I> {
         let wanted = run.clusters.start..run.clusters.start + max;
         image.meta.lock().unmapped(wanted.end..run.clusters.end);
         let run = Run { clusters: wanted, fresh: run.fresh };
-        match self.extend_file(&run).await {
+        match self.extend_file(&run.clusters).await {
             Ok(()) => Ok(run),
             Err(error) => {
                 image.meta.lock().unmapped(run.clusters);
@@ -199,20 +203,20 @@ impl<I: Io> Lane<I> {
         }
     }
 
-    /// Makes the file reach the end of the run, with space allocated where the host can.
-    async fn extend_file(&self, run: &Run) -> Result<()> {
+    /// Makes the file reach the end of the clusters, with space allocated where the host can.
+    async fn extend_file(&self, clusters: &Range<u64>) -> Result<()> {
         let image = self.image();
         let bits = image.geometry().cluster_bits;
         let _growing = image.growth.acquire(0..1).await;
-        let (at, end) = (image.meta.lock().space.file_end, run.clusters.end << bits);
+        let (at, end) = (image.meta.lock().space.file_end, clusters.end << bits);
         if end <= at {
             return Ok(());
         }
-        let from = at.max(run.clusters.start << bits);
+        let from = at.max(clusters.start << bits);
         let file = image.top().file;
         let grown = match self.io().allocate(file, from, end - from).await {
-            // Not every file system can allocate ahead; all can be extended. Not by a new length: the
-            // file may be longer by now, as a cut writes new refcount blocks behind its end.
+            // Not every file system can allocate ahead; all can be extended. Not by a new length: should the
+            // file be longer than we know, it would be cut.
             Err(error) if error.kind() == IoKind::Unsupported => {
                 exact::write_all(self.io(), file, end - SECTOR, &Buf::zeroed(SECTOR as usize)).await
             }

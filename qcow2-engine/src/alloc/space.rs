@@ -1,7 +1,8 @@
 //! Which host clusters come next.
 //!
 //! A cursor moves upwards over the refcounts and takes runs of free clusters; where the refcount
-//! table or a block is missing, it is made on the way, out of the very clusters that it will count.
+//! table or a block is missing, it is made on the way, out of the very clusters that it will count,
+//! once the file reaches over them.
 //! Everything is decided in memory and under the metadata lock; the order graph sees to it that the
 //! disk follows in the right order.
 
@@ -44,6 +45,8 @@ pub(crate) enum Next {
     Run(Run),
     /// Load this refcount page and ask again.
     Needs(u64),
+    /// Make the file reach over these clusters and ask again: refcount blocks and a table are to lie there.
+    NeedsRoom(Range<u64>),
     /// The redo log is full: carry a cut out and ask again.
     NeedsCut,
 }
@@ -57,7 +60,16 @@ impl Meta {
                 Place::BeyondTable | Place::NoBlock { .. } if !self.has_log_room(MAX_GROWTH_RECORDS) => {
                     return Ok(Next::NeedsCut);
                 }
-                Place::BeyondTable => self.grow_refcount_table(cursor)?,
+                Place::BeyondTable => {
+                    let plan = self.plan_table(cursor)?;
+                    if !self.is_in_file(plan.clusters()) {
+                        return Ok(Next::NeedsRoom(plan.clusters()));
+                    }
+                    self.grow_refcount_table(&plan)?;
+                }
+                Place::NoBlock { .. } if !self.is_in_file(cursor..cursor + 1) => {
+                    return Ok(Next::NeedsRoom(cursor..cursor + 1));
+                }
                 Place::NoBlock { block } => {
                     self.claim(cursor..cursor + 1)?;
                     self.add_refcount_block(block, cursor);
@@ -78,23 +90,29 @@ impl Meta {
 
     /// Takes `count` clusters in a row, behind everything that is counted so far, and counts them. The
     /// blocks that count them come first: a row may be longer than what one block counts.
-    pub(crate) fn next_row(&mut self, count: u64) -> Result<Run> {
+    pub(crate) fn next_row(&mut self, count: u64) -> Result<Next> {
         let per_block = self.geometry.refcounts_per_block();
         let cursor = self.space.cursor;
         let blocks = count.div_ceil(per_block - 1);
-        let mut first = self.refcounts.blocks_end();
-        while first + blocks > self.refcounts.table_place().1 {
-            self.grow_refcount_table(self.refcounts.table_place().1 * per_block)?;
-            first = self.refcounts.blocks_end();
+        while self.refcounts.blocks_end() + blocks > self.refcounts.table_place().1 {
+            let plan = self.plan_table(self.refcounts.table_place().1 * per_block)?;
+            if !self.is_in_file(plan.clusters()) {
+                return Ok(Next::NeedsRoom(plan.clusters()));
+            }
+            self.grow_refcount_table(&plan)?;
         }
+        let first = self.refcounts.blocks_end();
         let base = first * per_block;
         let row = base + blocks..base + blocks + count;
+        if !self.is_in_file(base..row.end) {
+            return Ok(Next::NeedsRoom(base..row.end));
+        }
         let fresh = self.claim(base..row.end)?;
         (0..blocks).for_each(|index| self.add_refcount_block(first + index, base + index));
         self.count_once(base..row.end);
         // What was passed over is still free.
         self.space.cursor = cursor;
-        Ok(Run { clusters: row, fresh })
+        Ok(Next::Run(Run { clusters: row, fresh }))
     }
 
     /// `by` refers to these clusters from now on: their counts, and what leads to their counts, go
@@ -157,9 +175,14 @@ impl Meta {
         }
     }
 
-    /// Moves the refcount table to a larger place at `base`, the first cluster that it does not
-    /// reach: new blocks first, then the table, all counted by those blocks.
-    fn grow_refcount_table(&mut self, base: u64) -> Result<()> {
+    /// Whether the file reaches over these clusters. A flush that had to write metadata behind its end would fail
+    /// where the host has no room.
+    fn is_in_file(&self, clusters: Range<u64>) -> bool {
+        clusters.end << self.geometry.cluster_bits <= self.space.file_end
+    }
+
+    /// Where a larger refcount table lies at `base`, the first cluster that the present one does not reach.
+    fn plan_table(&self, base: u64) -> Result<TablePlan> {
         let (_, old_entries) = self.refcounts.table_place();
         let per_cluster = self.geometry.cluster_size() / 8;
         let plan =
@@ -170,7 +193,13 @@ impl Meta {
                 reason: "the refcount table has reached its largest size",
             });
         }
-        let end = base + plan.blocks + plan.table_clusters;
+        Ok(plan)
+    }
+
+    /// Moves the refcount table to a larger place: new blocks first, then the table, all counted by those
+    /// blocks.
+    fn grow_refcount_table(&mut self, plan: &TablePlan) -> Result<()> {
+        let Range { start: base, end } = plan.clusters();
         self.claim(base..end)?;
         self.place_refcount_table(base + plan.blocks..end);
         let first_block = self.refcounts.block_of(base);
@@ -206,21 +235,29 @@ impl Meta {
 /// How a grown refcount table is laid out.
 #[derive(Debug, PartialEq, Eq)]
 struct TablePlan {
+    base: u64,
     blocks: u64,
     table_clusters: u64,
 }
 
+impl TablePlan {
+    /// The blocks, and the table behind them.
+    fn clusters(&self) -> Range<u64> {
+        self.base..self.base + self.blocks + self.table_clusters
+    }
+}
+
 /// The smallest table, half as large again as the old one at least, that reaches its own end.
 fn plan_table(base: u64, old_clusters: u64, per_cluster: u64, per_block: u64) -> TablePlan {
-    let mut plan = TablePlan { blocks: 1, table_clusters: old_clusters + old_clusters.div_ceil(2) };
+    let mut plan = TablePlan { base, blocks: 1, table_clusters: old_clusters + old_clusters.div_ceil(2) };
     loop {
-        let end = base + plan.blocks + plan.table_clusters;
+        let end = plan.clusters().end;
         let blocks = (end - 1) / per_block - base / per_block + 1;
         let table_clusters = end.div_ceil(per_block * per_cluster).max(plan.table_clusters);
-        if plan == (TablePlan { blocks, table_clusters }) {
+        if plan == (TablePlan { base, blocks, table_clusters }) {
             return plan;
         }
-        plan = TablePlan { blocks: blocks.max(plan.blocks), table_clusters };
+        plan = TablePlan { base, blocks: blocks.max(plan.blocks), table_clusters };
     }
 }
 
@@ -235,7 +272,7 @@ mod tests {
             for old in [1, 2, 7, 100, 5000] {
                 let base = old * 64 * per_block;
                 let plan = plan_table(base, old, 64, per_block);
-                let end = base + plan.blocks + plan.table_clusters;
+                let end = plan.clusters().end;
                 assert!(plan.table_clusters * 64 * per_block >= end, "{plan:?}");
                 assert!(plan.blocks * per_block >= plan.blocks + plan.table_clusters, "{plan:?}");
                 assert!(plan.table_clusters > old);

@@ -241,11 +241,7 @@ impl Survey {
     fn bound_tables(&mut self, file: &ImageFile<'_, impl Io>) {
         let (Some(window), Some(live)) = (&self.window, &file.live) else { return };
         let geometry = &self.rules.geometry;
-        let len = {
-            let space = &live.image.meta.lock().space;
-            // A new refcount block is entered before the file is extended over it.
-            space.file_end.max(space.fresh_from << geometry.cluster_bits)
-        };
+        let len = live.image.meta.lock().space.file_end;
         let referred = window.referred_end << geometry.cluster_bits;
         let problem = if window.sole_bytes > len.saturating_add(geometry.cluster_size()) {
             Problem::Structure(Error::NotSupported {
