@@ -134,17 +134,14 @@ struct Seen {
 impl Seen {
     fn of(image: &File) -> io::Result<Self> {
         let it = image.metadata()?;
+        // A file from before 1970 counts as old.
+        let modified = u64::try_from(it.mtime()).unwrap_or(0);
         if it.file_type().is_block_device() {
             // Its node may be made anew.
-            return Ok(Self { modified: u64::try_from(it.mtime()).unwrap_or(0), inode: it.rdev(), born: 0 });
+            return Ok(Self { modified, inode: it.rdev(), born: 0 });
         }
         let born = it.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-        Ok(Self {
-            // A file from before 1970 counts as old.
-            modified: u64::try_from(it.mtime()).unwrap_or(0),
-            inode: it.ino(),
-            born: born.map_or(0, |time| time.as_nanos() as u64),
-        })
+        Ok(Self { modified, inode: it.ino(), born: born.map_or(0, |time| time.as_nanos() as u64) })
     }
 }
 
