@@ -194,7 +194,14 @@ fn check_length(file: &File) -> io::Result<()> {
 }
 
 fn map(file: &File) -> io::Result<Arc<Mapped>> {
-    Ok(Arc::new(Mapped(MmapOptions::new().len(FILE_BYTES).populate().map_raw(file)?)))
+    let map = MmapOptions::new().len(FILE_BYTES).map_raw(file)?;
+    // All of it now: pages that wait to be touched may be swapped out meanwhile, to the device that they belong to.
+    if let Err(error) = map.lock() {
+        tracing::warn!(
+            "the redo log is not locked in memory: {error}; with swap space on the device it may deadlock"
+        );
+    }
+    Ok(Arc::new(Mapped(map)))
 }
 
 /// A shared mapping of the whole file.
