@@ -43,12 +43,14 @@ shared() {
     done
 }
 
-# kill_while_swapping: each server when it has served for a while, SWAP_KILLS of them, until both programs have come round
+# kill_while_swapping PROGRAM…: each server when it has served for a while, SWAP_KILLS of them, until both programs have come
+# round, or one has ended, which they do not by themselves
 kill_while_swapping() {
-    local server
+    local server program
     until [ "$(wc -l <"$SCRATCH/killed")" -ge $SWAP_KILLS ] && [ "$(sort -u "$SCRATCH/passes" | wc -l)" = 2 ]; do
         sleep $((LIFETIME * 2))
         [ "$(date +%s)" -lt "$give_up" ] || return 1
+        for program in "$@"; do kill -0 "$program" 2>/dev/null || return 0; done
         for server in $(servers); do kill -KILL "$server" 2>/dev/null && echo "$server" >>"$SCRATCH/killed"; done
     done
 }
@@ -77,13 +79,17 @@ swap() {
         $program &
         programs="$programs $!"
     done
-    kill_while_swapping || {
+    # shellcheck disable=SC2086 # one word per program
+    kill_while_swapping $programs || {
         stuck
         fail "swap: after $SWAP_LIMIT s and $(wc -l <"$SCRATCH/killed") kills the programs that swap are not done"
     }
     : >"$SCRATCH/over"
     for program in $programs; do wait "$program" || failed=yes; done
-    [ -z "$failed" ] || fail "swap: memory is not what it was"
+    [ -z "$failed" ] || {
+        dmesg | tail -n 30 | cat - "$SCRATCH/shared.out" | sed 's/^/       | /'
+        fail "swap: memory is not what it was, or a program was killed"
+    }
     rm -f /dev/shm/swap*
     echo 0 >$huge_pages
     swapped=$((($(vmstat_of pswpout) - swapped) / 256))
