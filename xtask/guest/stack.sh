@@ -1,8 +1,8 @@
 # Devices on top of ours, a file system on top of them, and fsx on that, while the servers are killed. And swap space
-# (swap.sh). Runs behind lib.sh and swap.sh.
+# (swap.sh), when it is asked for. Runs behind lib.sh and swap.sh.
 # SOAK_SECONDS: begin no round after that. SEED: of fsx, and of what goes together. OPERATIONS: of each fsx in a round.
 # A round takes each kind of stack once; which file system and cluster size go with it turns from round to round.
-kinds="plain partition thin crypt snapshot loop nested${IN_MACHINE:+ swap}"
+kinds="plain partition thin crypt snapshot loop nested"
 mnt=$SCRATCH/mnt
 JOBS=3
 # A server that is killed while it takes over says nothing new: the device suite does that.

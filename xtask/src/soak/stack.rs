@@ -23,7 +23,7 @@ pub(super) struct Stacks {
     /// Operations of each fsx on each stack of devices
     #[arg(long, default_value_t = 1000)]
     operations: u64,
-    /// Only these stacks, of plain, partition, thin, crypt, snapshot, loop, nested and swap (in the machine only)
+    /// Only these stacks, of plain, partition, thin, crypt, snapshot, loop, nested and swap (only when named, in the machine)
     #[arg(long, default_value = "")]
     stacks: String,
 }
