@@ -29,6 +29,8 @@ use std::{
 
 /// Bytes of a disk for a file system, ext4 everywhere: mkfs.xfs makes nothing as small.
 const DISK: u64 = 64 << 20;
+/// What is written to a device to be found there later: a cluster.
+static MARK: [u8; 65536] = [7; 65536];
 /// How long a supervisor may take to see that its device is gone.
 const LEFTOVER_LIMIT: Duration = Duration::from_secs(20);
 
@@ -249,9 +251,7 @@ pub fn records_outlive_devices(binary: &Binary, dir: &Path) -> Result<()> {
 pub fn images_stay(binary: &Binary, dir: &Path) -> Result<()> {
     let (image, aside) = (dir.join("image.qcow2"), dir.join("aside.qcow2"));
     qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
-    let mut disk = DeviceDisk::open(binary.add(&["--no-supervisor"], &image)?)?;
-    disk.run(&[Op::Write { at: 0, bytes: vec![7; 65536].into() }])?;
-    let device = disk.into_device();
+    let device = written_unsupervised(binary, &image)?;
     let id = device.id().to_string();
     fs::rename(&image, &aside)?;
     qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
@@ -271,10 +271,7 @@ pub fn images_stay(binary: &Binary, dir: &Path) -> Result<()> {
         refuse(binary, args, &["recover"])?;
     }
     binary.run(["recover", "-n", &id])?.success()?;
-    let mut disk = DeviceDisk::open(device)?;
-    let found = disk.run(&[Op::Read { at: 0, len: 65536 }])?;
-    ensure!(found[0] == vec![7; 65536], "what was written before is not there");
-    disk.detach()
+    still_written(device)
 }
 
 /// A device whose recovery has failed is removed, and nothing was lost: that is a success.
@@ -284,9 +281,7 @@ pub fn images_stay(binary: &Binary, dir: &Path) -> Result<()> {
 pub fn removed_after_a_failed_recovery(binary: &Binary, dir: &Path) -> Result<()> {
     let (image, aside) = (dir.join("image.qcow2"), dir.join("aside.qcow2"));
     qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
-    let mut disk = DeviceDisk::open(binary.add(&["--no-supervisor"], &image)?)?;
-    disk.run(&[Op::Write { at: 0, bytes: vec![7; 65536].into() }])?;
-    let device = disk.into_device();
+    let device = written_unsupervised(binary, &image)?;
     let id = device.id().to_string();
     device.kill_server()?;
     fs::rename(&image, &aside)?;
@@ -296,9 +291,21 @@ pub fn removed_after_a_failed_recovery(binary: &Binary, dir: &Path) -> Result<()
     fs::rename(&aside, &image)?;
     device.detach()?;
     only_leaks(&image)?;
-    let mut disk = DeviceDisk::open(binary.add(&[], &image)?)?;
-    let found = disk.run(&[Op::Read { at: 0, len: 65536 }])?;
-    ensure!(found[0] == vec![7; 65536], "what was written before is not there");
+    still_written(binary.add(&[], &image)?)
+}
+
+/// A device that no supervisor looks after, with [`MARK`] at its beginning: acknowledged, not flushed.
+fn written_unsupervised(binary: &Binary, image: &Path) -> Result<Device> {
+    let mut disk = DeviceDisk::open(binary.add(&["--no-supervisor"], image)?)?;
+    disk.run(&[Op::Write { at: 0, bytes: MARK.to_vec().into() }])?;
+    Ok(disk.into_device())
+}
+
+/// [`MARK`] is where [`written_unsupervised`] has put it; detaches the device.
+fn still_written(device: Device) -> Result<()> {
+    let mut disk = DeviceDisk::open(device)?;
+    let found = disk.run(&[Op::Read { at: 0, len: MARK.len() as u64 }])?;
+    ensure!(found[0] == MARK, "what was written before is not there");
     disk.detach()
 }
 

@@ -15,6 +15,7 @@ mod detach;
 mod device;
 mod errno;
 mod handover;
+mod keep;
 mod namespace;
 mod partitions;
 mod queue;

@@ -134,17 +134,14 @@ struct Seen {
 impl Seen {
     fn of(image: &File) -> io::Result<Self> {
         let it = image.metadata()?;
+        // A file from before 1970 counts as old.
+        let modified = u64::try_from(it.mtime()).unwrap_or(0);
         if it.file_type().is_block_device() {
             // Its node may be made anew.
-            return Ok(Self { modified: u64::try_from(it.mtime()).unwrap_or(0), inode: it.rdev(), born: 0 });
+            return Ok(Self { modified, inode: it.rdev(), born: 0 });
         }
         let born = it.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-        Ok(Self {
-            // A file from before 1970 counts as old.
-            modified: u64::try_from(it.mtime()).unwrap_or(0),
-            inode: it.ino(),
-            born: born.map_or(0, |time| time.as_nanos() as u64),
-        })
+        Ok(Self { modified, inode: it.ino(), born: born.map_or(0, |time| time.as_nanos() as u64) })
     }
 }
 
@@ -197,7 +194,14 @@ fn check_length(file: &File) -> io::Result<()> {
 }
 
 fn map(file: &File) -> io::Result<Arc<Mapped>> {
-    Ok(Arc::new(Mapped(MmapOptions::new().len(FILE_BYTES).populate().map_raw(file)?)))
+    let map = MmapOptions::new().len(FILE_BYTES).map_raw(file)?;
+    // All of it now: pages that wait to be touched may be swapped out meanwhile, to the device that they belong to.
+    if let Err(error) = map.lock() {
+        tracing::warn!(
+            "the redo log is not locked in memory: {error}; with swap space on the device it may deadlock"
+        );
+    }
+    Ok(Arc::new(Mapped(map)))
 }
 
 /// A shared mapping of the whole file.

@@ -313,7 +313,8 @@ fn load_path(path: &Path) -> Result<Option<Entry>, RunFileError> {
     read().map_err(|source| RunFileError { what: "cannot read", path: path.to_owned(), source })
 }
 
-fn path_of(id: u32) -> PathBuf {
+/// The run file of device `id`.
+pub(crate) fn path_of(id: u32) -> PathBuf {
     directory().join(format!("{id}.json"))
 }
 

@@ -15,6 +15,7 @@ use crate::{
     daemon::{self, Start},
     detach::{self, Reporter, Side},
     device,
+    keep::Kept,
     namespace::{self, Namespace},
     runfile::{self, Entry, Record, RunFile},
     safety,
@@ -65,6 +66,7 @@ pub(crate) fn run(start: &Start, reporter: Reporter) -> io::Result<()> {
 /// Watches a server, and its successors, to the end.
 fn watch(id: u32, mut server: Pid, namespace: Namespace) {
     let mut early_deaths = 0;
+    let mut kept = Kept::of(id);
     loop {
         let begun = Instant::now();
         let Some(signal) = wait_for_death(server) else { return };
@@ -82,7 +84,10 @@ fn watch(id: u32, mut server: Pid, namespace: Namespace) {
             sleep(FIRST_PAUSE * (1 << (early_deaths - 1)));
         }
         server = match start_server(&Start::Recover { id }, namespace, &mut None) {
-            Ok((server, Ok(_))) => server,
+            Ok((server, Ok(_))) => {
+                kept.renew();
+                server
+            }
             // The next wait finds how it ended: by itself, and then trying again is for somebody who has
             // read why, or by a signal once more.
             Ok((server, Err(error))) => {

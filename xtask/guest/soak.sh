@@ -1,6 +1,7 @@
-# What people do with disks, round after round. Runs behind lib.sh and tools.sh.
+# What people do with disks, round after round. Runs behind lib.sh, tools.sh and kernel.sh.
 # PARTS: directories of the source tree in $DISK_source; none means all. SOAK_SECONDS: begin no round after that.
-# TREE, FIO: not empty for that part of a round. BUILD: what to make of the whole tree, with the programs of $DISK_tools.
+# TREE, FIO: not empty for that part of a round. BUILD: what to make of the tree in $DISK_build, with the programs of
+# $DISK_tools, which is held against what reference.sh has left in $DISK_reference.
 base=$SCRATCH/base.qcow2
 overlay=$SCRATCH/overlay.qcow2
 workload=$SCRATCH/fio.qcow2
@@ -25,27 +26,6 @@ unpack() {
     tar -xf "$DISK_source" -C "$1" $(members "$top")
 }
 
-# not_built: members that no small kernel needs, sources of other machines and of large drivers. Their Kconfig stays.
-not_built() {
-    printf '*/%s\n' 'Documentation/*/*' 'arch/[!x]*/*.[chS]' 'arch/[!x]*/boot/*' 'tools/testing/*' 'tools/perf/*' \
-        'sound/*.[ch]' 'drivers/gpu/*.[ch]' 'drivers/net/*.[ch]' 'drivers/media/*.[ch]' 'drivers/scsi/*.[ch]'
-}
-
-# build DIR: unpacks the tree there and makes BUILD of it. Nothing of what comes out says where and when.
-build() {
-    tools_at "$1"
-    not_built >"$SCRATCH/tmp/not-built"
-    must "unpacked what a build needs" in_tools tar -x -f - -X /tmp/not-built <"$DISK_source"
-    must "make tinyconfig" in_tools make -s -C "$top" tinyconfig
-    # shellcheck disable=SC2086 # one word per target
-    must "make $BUILD" in_tools make -s -j2 -C "$top" \
-        KBUILD_BUILD_TIMESTAMP=@0 KBUILD_BUILD_USER=soak KBUILD_BUILD_HOST=soak $BUILD
-    tools_gone
-}
-
-# sums DIR: of every file below, by name
-sums() { (cd "$1" && find . -type f -print0 | sort -z | xargs -0 sha256sum); }
-
 # allocated FILE: in MiB
 allocated() { du -m "$1" | cut -f1; }
 
@@ -61,14 +41,7 @@ prepare() {
     sums "$SCRATCH/plain" >"$SCRATCH/sums" || fail "cannot sum the tree"
     say "$(wc -l <"$SCRATCH/sums") files, $(du -sm "$SCRATCH/plain" | cut -f1) MiB"
     rm -rf "$SCRATCH/plain"
-    if [ -n "$BUILD" ]; then
-        mkdir "$SCRATCH/plain"
-        build "$SCRATCH/plain"
-        sums "$SCRATCH/plain" >"$SCRATCH/sums-built" || fail "cannot sum what was built"
-        say "built on a plain file system: $(wc -l <"$SCRATCH/sums-built") files"
-        rm -rf "$SCRATCH/plain"
-    fi
-
+    [ -z "$BUILD" ] || must "fetched the sums of a build" tar -xf "$DISK_reference" -C "$SCRATCH" reference
     must "made the backing image" qemu-img create -q -f qcow2 "$base" 8G
     attach "$base"
     must "mkfs.xfs" mkfs.xfs -q -f "$DEVICE"
@@ -115,12 +88,19 @@ tree_round() {
     sha256sum -c "$SCRATCH/base.sum" >/dev/null 2>&1 || fail "the backing image has changed"
 }
 
-# build_round: every object file as on a plain file system, removed again
+# build_round: every file as the build on a plain file system has left it, removed again
 build_round() {
+    local before
+    before=$(date +%s)
     mkdir "$mnt/built"
-    build "$mnt/built"
-    same_as "$mnt/built" "$SCRATCH/sums-built" "what was built on the device"
-    ok "$(wc -l <"$SCRATCH/sums-built") files of a build are as on a plain file system"
+    must "unpacked what a build needs" tar -xf "$DISK_build" -C "$mnt/built"
+    tools_at "$mnt/built"
+    must "fetched what the compiler has made before" tar -xf "$DISK_reference" -C "$AROUND" ccache
+    kernel_build
+    say "how often the compiler's results were reused:" && kernel_reuse | sed 's/^/       | /'
+    tools_gone
+    same_as "$mnt/built" "$SCRATCH/reference" "what was built on the device"
+    ok "$(wc -l <"$SCRATCH/reference") files of a build are as on a plain file system, after $(($(date +%s) - before)) s"
     must "removed them" rm -rf "$mnt/built"
 }
 

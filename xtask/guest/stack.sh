@@ -1,4 +1,5 @@
-# Devices on top of ours, a file system on top of them, and fsx on that, while the servers are killed. Runs behind lib.sh.
+# Devices on top of ours, a file system on top of them, and fsx on that, while the servers are killed. And swap space
+# (swap.sh), when it is asked for. Runs behind lib.sh and swap.sh.
 # SOAK_SECONDS: begin no round after that. SEED: of fsx, and of what goes together. OPERATIONS: of each fsx in a round.
 # A round takes each kind of stack once; which file system and cluster size go with it turns from round to round.
 kinds="plain partition thin crypt snapshot loop nested"
@@ -194,7 +195,7 @@ while [ $(($(date +%s) - start)) -lt "$SOAK_SECONDS" ] || [ $round = 0 ]; do
         turn=$((turn + 1))
         fs=$(pick $turn xfs ext4)
         cluster=$(pick $turn 64k 4k 2M)
-        stack "$kind"
+        if [ "$kind" = swap ]; then swap; else stack "$kind"; fi
     done
     ok "round $round: $(($(date +%s) - start)) s since the start"
 done

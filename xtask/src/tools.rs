@@ -10,7 +10,7 @@ use crate::{
     vm::machine::{Access, Disk},
     workspace,
 };
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use std::{
     fs,
     hash::{DefaultHasher, Hash, Hasher},
@@ -42,6 +42,25 @@ pub(crate) fn disk(name: &str, packages: &[&str]) -> Result<Disk> {
             make_file_system(&root, file)
         })?;
     Ok(Disk { name: "tools".to_owned(), path, access: Access::ReadOnly })
+}
+
+/// The content of such a disk as a directory of this host, which `into` becomes: the same bytes, so that what they make is
+/// the same.
+///
+/// # Errors
+/// Fails when it cannot be read or written.
+pub(crate) fn unpack(tools: &Disk, into: &Path) -> Result<()> {
+    fs::create_dir(into).with_context(|| format!("cannot make {}", into.display()))?;
+    // It takes its commands apart itself, so the names in them must be plain; and it fails with status 0.
+    let mut read = program("debugfs")?;
+    capture(read.args(["-R", "rdump / ."]).arg(&tools.path).current_dir(into))?;
+    ensure!(
+        into.join("usr/bin/env").exists(),
+        "debugfs did not unpack {} into {}",
+        tools.path.display(),
+        into.display()
+    );
+    Ok(())
 }
 
 /// What the packages' own scripts would have made, and places to mount something.

@@ -5,6 +5,7 @@
 
 mod guest;
 mod postgres;
+mod reference;
 mod rounds;
 mod stack;
 
@@ -17,6 +18,8 @@ use std::process::ExitCode;
 const LIB: &str = include_str!("../../guest/lib.sh");
 /// How a story uses a disk of `tools`; behind [`LIB`].
 const IN_TOOLS: &str = include_str!("../../guest/tools.sh");
+/// The build of a kernel; behind [`IN_TOOLS`].
+const KERNEL: &str = include_str!("../../guest/kernel.sh");
 
 /// What is done with the disks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

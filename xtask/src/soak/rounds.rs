@@ -2,7 +2,10 @@
 //! and removed again on XFS over a backing image, while the image must not grow; and fio with 16 jobs that verify what
 //! they wrote, across kills of the server. guest/soak.sh is the story.
 
-use super::{IN_TOOLS, LIB};
+use super::{
+    IN_TOOLS, KERNEL, LIB,
+    reference::{self, Compile},
+};
 use crate::{
     apt::PrivateApt,
     place::{Job, Place},
@@ -30,7 +33,8 @@ const SCRATCH_GIB: u32 = 24;
 /// Parts of the tree that an emulated machine can carry about in minutes.
 const PARTS: &str = "fs kernel mm lib block crypto";
 /// What `make tinyconfig bzImage` calls.
-const BUILDERS: [&str; 9] = ["bc", "bison", "flex", "gcc", "libc6-dev", "make", "perl", "tar", "xz-utils"];
+const BUILDERS: [&str; 10] =
+    ["bc", "bison", "ccache", "flex", "gcc", "libc6-dev", "make", "perl", "tar", "xz-utils"];
 
 /// How much is done; options of `cargo xtask soak`.
 #[derive(Debug, clap::Args)]
@@ -45,6 +49,10 @@ pub(super) struct Scope {
     /// machine is emulated]
     #[arg(long, value_name = "TARGETS")]
     build: Option<String>,
+    /// How the compiler comes to its results on the device [default: anew; reuse where the machine is emulated, which would
+    /// take hours]
+    #[arg(long, value_enum)]
+    compile: Option<Compile>,
 }
 
 /// What a round consists of.
@@ -60,7 +68,8 @@ pub(super) struct Work {
 pub(super) fn lane(place: Place, scope: &Scope, seed: u64, work: Work) -> Result<Count> {
     let product = build_release("ublk-qcow2", "ublk-qcow2")?;
     let time = scope.time();
-    let script = format!("{LIB}{IN_TOOLS}{STORY}");
+    let script = format!("{LIB}{IN_TOOLS}{KERNEL}{STORY}");
+    let source = source_tree()?;
     let yes = |wanted| if wanted { "1" } else { "" };
     let mut job = Job::new(&script, time + GRACE)
         .program(&product)
@@ -69,11 +78,14 @@ pub(super) fn lane(place: Place, scope: &Scope, seed: u64, work: Work) -> Result
         .variable("FIO", yes(work.fio))
         .variable("PARTS", &scope.parts)
         .variable("SEED", &seed.to_string())
-        .disk(Disk { name: "source".to_owned(), path: source_tree()?, access: Access::ReadOnly });
-    let build = if work.tree { scope.to_build(place)? } else { "" };
-    job = job.variable("BUILD", build);
+        .disk(Disk { name: "source".to_owned(), path: source.clone(), access: Access::ReadOnly });
+    let is_emulated = is_emulated(place)?;
+    let build = if work.tree { scope.to_build(is_emulated) } else { "" };
+    job = job.variable("BUILD", build).variable("COMPILE", scope.to_compile(is_emulated).name());
     if !build.is_empty() {
-        job = job.disk(tools::disk("builders", &BUILDERS)?);
+        let tools = tools::disk("builders", &BUILDERS)?;
+        let [needed, expected] = reference::disks(build, &source, &tools)?;
+        job = job.disk(tools).disk(needed).disk(expected);
     }
     job.scratch_gib = SCRATCH_GIB;
     let finished = job.run(place)?;
@@ -99,20 +111,28 @@ impl Scope {
     }
 
     /// What was asked for, or what can be done in minutes.
-    fn to_build(&self, place: Place) -> Result<&str> {
-        if let Some(targets) = &self.build {
-            return Ok(targets);
+    fn to_build(&self, is_emulated: bool) -> &str {
+        match &self.build {
+            Some(targets) => targets,
+            None if is_emulated => {
+                println!(
+                    "NOT DONE: no kernel is built where the machine is emulated; ask for it with --build bzImage"
+                );
+                ""
+            }
+            None => "bzImage",
         }
-        if let Place::Machine(kernel) = place
-            && Accel::detect(&kernel.unpacked()?.context("setup left no kernel")?)? != Accel::Kvm
-        {
-            println!(
-                "NOT DONE: no kernel is built, an emulated machine takes hours; ask for it with --build bzImage"
-            );
-            return Ok("");
-        }
-        Ok("bzImage")
     }
+
+    fn to_compile(&self, is_emulated: bool) -> Compile {
+        self.compile.unwrap_or(if is_emulated { Compile::Reuse } else { Compile::Anew })
+    }
+}
+
+/// Whether the processor there is another program.
+fn is_emulated(place: Place) -> Result<bool> {
+    let Place::Machine(kernel) = place else { return Ok(false) };
+    Ok(Accel::detect(&kernel.unpacked()?.context("setup left no kernel")?)? != Accel::Kvm)
 }
 
 /// The newest `linux-source-*` of this Debian, as an uncompressed archive in the cache.

@@ -1,5 +1,6 @@
 //! File systems on other block devices on ours (partitions, the device mapper, a loop device, a device of our own), and fsx,
-//! which verifies all it has written, on these while the servers are killed. guest/stack.sh is the story.
+//! which verifies all it has written, on these while the servers are killed: guest/stack.sh. Swap space on a device while
+//! memory is short: guest/swap.sh.
 
 use super::{LIB, rounds::whole_rounds};
 use crate::{
@@ -12,6 +13,7 @@ use anyhow::{Result, ensure};
 use std::time::Duration;
 
 const STORY: &str = include_str!("../../guest/stack.sh");
+const SWAP: &str = include_str!("../../guest/swap.sh");
 /// What a round that has begun may still take.
 const GRACE: Duration = Duration::from_secs(3600);
 
@@ -21,7 +23,7 @@ pub(super) struct Stacks {
     /// Operations of each fsx on each stack of devices
     #[arg(long, default_value_t = 1000)]
     operations: u64,
-    /// Only these stacks, of plain, partition, thin, crypt, snapshot, loop and nested
+    /// Only these stacks, of plain, partition, thin, crypt, snapshot, loop, nested and swap (only when named, in the machine)
     #[arg(long, default_value = "")]
     stacks: String,
 }
@@ -31,7 +33,7 @@ pub(super) struct Stacks {
 /// # Errors
 /// What did not hold.
 pub(super) fn lane(place: Place, stacks: &Stacks, time: Duration, seed: u64) -> Result<Count> {
-    let script = format!("{LIB}{STORY}");
+    let script = format!("{LIB}{SWAP}{STORY}");
     let job = Job::new(&script, time + GRACE)
         .program(&build_release("ublk-qcow2", "ublk-qcow2")?)
         .program(&peers::fsx()?)
