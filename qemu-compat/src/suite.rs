@@ -170,7 +170,8 @@ impl Cases {
             let is_huge = recipe.size > 1 << 30;
             let returns = usize::from(self.setting.scale == Scale::Full || (index % 2 == 1 && !is_huge));
             let effort = Effort { batches, returns };
-            self.add(format!("matrix/{}", recipe.name()), 120, move |it, dir| {
+            let limit = if is_huge { 300 } else { 120 };
+            self.add(format!("matrix/{}", recipe.name()), limit, move |it, dir| {
                 journey(&it.binary, dir, &recipe, effort, it.seed)
                     .with_context(|| format!("seed {}", it.seed))
             });
