@@ -4,8 +4,8 @@
 use super::{findings::Owner, survey::Claim};
 use std::ops::Range;
 
-/// Clusters that are counted at a time, at the most: 16 MiB of counters, and 2 MiB for what is touched
-/// meanwhile, for 1 TiB of a file at 64 KiB clusters. A larger file is surveyed several times.
+/// Clusters that are counted at a time, at the most: 16 MiB of counters, and twice 2 MiB for what is
+/// touched or given to somebody meanwhile, for 1 TiB of a file at 64 KiB clusters. A larger file is surveyed several times.
 pub(crate) const MAX_WINDOW: u64 = 16 << 20;
 /// The counters' upper bit: the active mapping has an entry for the cluster that should say whether
 /// it is shared.
