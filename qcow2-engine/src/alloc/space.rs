@@ -61,16 +61,14 @@ impl Meta {
                     return Ok(Next::NeedsCut);
                 }
                 Place::BeyondTable => {
-                    let plan = self.plan_table(cursor)?;
-                    if !self.is_in_file(plan.clusters()) {
-                        return Ok(Next::NeedsRoom(plan.clusters()));
+                    if let Some(needs) = self.grow_refcount_table(cursor)? {
+                        return Ok(needs);
                     }
-                    self.grow_refcount_table(&plan)?;
-                }
-                Place::NoBlock { .. } if !self.is_in_file(cursor..cursor + 1) => {
-                    return Ok(Next::NeedsRoom(cursor..cursor + 1));
                 }
                 Place::NoBlock { block } => {
+                    if let Some(needs) = self.lacks_room(cursor..cursor + 1) {
+                        return Ok(needs);
+                    }
                     self.claim(cursor..cursor + 1)?;
                     self.add_refcount_block(block, cursor);
                     self.count_once(cursor..cursor + 1);
@@ -95,17 +93,15 @@ impl Meta {
         let cursor = self.space.cursor;
         let blocks = count.div_ceil(per_block - 1);
         while self.refcounts.blocks_end() + blocks > self.refcounts.table_place().1 {
-            let plan = self.plan_table(self.refcounts.table_place().1 * per_block)?;
-            if !self.is_in_file(plan.clusters()) {
-                return Ok(Next::NeedsRoom(plan.clusters()));
+            if let Some(needs) = self.grow_refcount_table(self.refcounts.table_place().1 * per_block)? {
+                return Ok(needs);
             }
-            self.grow_refcount_table(&plan)?;
         }
         let first = self.refcounts.blocks_end();
         let base = first * per_block;
         let row = base + blocks..base + blocks + count;
-        if !self.is_in_file(base..row.end) {
-            return Ok(Next::NeedsRoom(base..row.end));
+        if let Some(needs) = self.lacks_room(base..row.end) {
+            return Ok(needs);
         }
         let fresh = self.claim(base..row.end)?;
         (0..blocks).for_each(|index| self.add_refcount_block(first + index, base + index));
@@ -175,14 +171,16 @@ impl Meta {
         }
     }
 
-    /// Whether the file reaches over these clusters. A flush that had to write metadata behind its end would fail
-    /// where the host has no room.
-    fn is_in_file(&self, clusters: Range<u64>) -> bool {
-        clusters.end << self.geometry.cluster_bits <= self.space.file_end
+    /// What metadata in these clusters needs first, unless the file reaches over them: a flush that had to write
+    /// behind its end would fail where the host has no room.
+    fn lacks_room(&self, clusters: Range<u64>) -> Option<Next> {
+        let is_in_file = clusters.end << self.geometry.cluster_bits <= self.space.file_end;
+        (!is_in_file).then_some(Next::NeedsRoom(clusters))
     }
 
-    /// Where a larger refcount table lies at `base`, the first cluster that the present one does not reach.
-    fn plan_table(&self, base: u64) -> Result<TablePlan> {
+    /// Moves the refcount table to a larger place at `base`, the first cluster that it does not
+    /// reach: new blocks first, then the table, all counted by those blocks. Or says what that needs first.
+    fn grow_refcount_table(&mut self, base: u64) -> Result<Option<Next>> {
         let (_, old_entries) = self.refcounts.table_place();
         let per_cluster = self.geometry.cluster_size() / 8;
         let plan =
@@ -193,13 +191,10 @@ impl Meta {
                 reason: "the refcount table has reached its largest size",
             });
         }
-        Ok(plan)
-    }
-
-    /// Moves the refcount table to a larger place: new blocks first, then the table, all counted by those
-    /// blocks.
-    fn grow_refcount_table(&mut self, plan: &TablePlan) -> Result<()> {
-        let Range { start: base, end } = plan.clusters();
+        let end = base + plan.blocks + plan.table_clusters;
+        if let Some(needs) = self.lacks_room(base..end) {
+            return Ok(Some(needs));
+        }
         self.claim(base..end)?;
         self.place_refcount_table(base + plan.blocks..end);
         let first_block = self.refcounts.block_of(base);
@@ -207,7 +202,7 @@ impl Meta {
             self.add_refcount_block(first_block + index, base + index);
         }
         self.count_once(base..end);
-        Ok(())
+        Ok(None)
     }
 
     /// Has the refcount table lie in these clusters from now on, and lets go of the old ones.
@@ -235,29 +230,21 @@ impl Meta {
 /// How a grown refcount table is laid out.
 #[derive(Debug, PartialEq, Eq)]
 struct TablePlan {
-    base: u64,
     blocks: u64,
     table_clusters: u64,
 }
 
-impl TablePlan {
-    /// The blocks, and the table behind them.
-    fn clusters(&self) -> Range<u64> {
-        self.base..self.base + self.blocks + self.table_clusters
-    }
-}
-
 /// The smallest table, half as large again as the old one at least, that reaches its own end.
 fn plan_table(base: u64, old_clusters: u64, per_cluster: u64, per_block: u64) -> TablePlan {
-    let mut plan = TablePlan { base, blocks: 1, table_clusters: old_clusters + old_clusters.div_ceil(2) };
+    let mut plan = TablePlan { blocks: 1, table_clusters: old_clusters + old_clusters.div_ceil(2) };
     loop {
-        let end = plan.clusters().end;
+        let end = base + plan.blocks + plan.table_clusters;
         let blocks = (end - 1) / per_block - base / per_block + 1;
         let table_clusters = end.div_ceil(per_block * per_cluster).max(plan.table_clusters);
-        if plan == (TablePlan { base, blocks, table_clusters }) {
+        if plan == (TablePlan { blocks, table_clusters }) {
             return plan;
         }
-        plan = TablePlan { base, blocks: blocks.max(plan.blocks), table_clusters };
+        plan = TablePlan { blocks: blocks.max(plan.blocks), table_clusters };
     }
 }
 
@@ -272,7 +259,7 @@ mod tests {
             for old in [1, 2, 7, 100, 5000] {
                 let base = old * 64 * per_block;
                 let plan = plan_table(base, old, 64, per_block);
-                let end = plan.clusters().end;
+                let end = base + plan.blocks + plan.table_clusters;
                 assert!(plan.table_clusters * 64 * per_block >= end, "{plan:?}");
                 assert!(plan.blocks * per_block >= plan.blocks + plan.table_clusters, "{plan:?}");
                 assert!(plan.table_clusters > old);

@@ -58,7 +58,8 @@
 //! # Bounds
 //!
 //! Memory: [`MAX_WINDOW`]. Time: a step is one read of 16 KiB, or [`SETTLED`] clusters compared, with a
-//! rest before each; the metadata lock is held for [`LOCKED`] counts at a time. Requests wait for none of it.
+//! rest before each; the metadata lock is held for [`LOCKED`] counts at a time, and once in [`SETTLED`] while what
+//! waits to be freed is looked through. Requests wait for none of the rests.
 
 pub(crate) mod watch;
 

@@ -35,8 +35,8 @@ enum Plan {
     /// one refers to is counted and durable already, so that no other rule's barrier stands in for that
     /// of R4.
     Flushed,
-    /// Lanes that take new extents, with new refcount blocks, while cuts write those behind what the
-    /// file has been extended over.
+    /// Lanes that take new extents, with new refcount blocks, beside cuts; an operation that makes the file longer
+    /// lands late.
     Growing,
     /// The search for leaks, beside requests.
     Search,
