@@ -167,6 +167,7 @@ pub fn command_lines(binary: &Binary, dir: &Path) -> Result<()> {
     refuse(binary, &["add".as_ref()], &["image"])?;
     refuse(binary, &["del".as_ref()], &["--all", "-n"])?;
     refuse(binary, &["del".as_ref(), "-n".as_ref(), "777".as_ref()], &["no device 777"])?;
+    refuse(binary, &["list".as_ref(), "-n".as_ref(), "777".as_ref()], &["no device 777"])?;
     refuse(binary, &["fly".as_ref()], &["fly"])
 }
 

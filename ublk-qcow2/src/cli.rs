@@ -132,6 +132,9 @@ pub(crate) struct Which {
 
 #[derive(Debug, Args)]
 pub(crate) struct ListArgs {
+    /// Only this device; it is an error if it is not attached.
+    #[arg(short = 'n', long = "number", value_name = "ID", value_parser = clap::value_parser!(u32).range(..MAX_ID))]
+    pub(crate) id: Option<u32>,
     /// Print a JSON array.
     #[arg(long)]
     pub(crate) json: bool,
