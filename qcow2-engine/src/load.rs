@@ -10,9 +10,10 @@ use crate::{
     flat::{Flat, Window},
     image::Image,
     io::{Buf, FileId, Io, exact},
-    lane::{Lane, MAX_PAGE},
+    lane::Lane,
     layer::{Layer, Qcow2Layer},
     order::rules::Page,
+    paging::MAX_PAGE,
     resolve::{Extents, Stop},
 };
 use futures_util::future::join_all;
@@ -161,7 +162,7 @@ impl<I: Io> Lane<I> {
 
     /// Reads a page of a table, into a buffer that should be given back.
     async fn read_page(&self, file: FileId, at: u64, len: u64) -> Result<Buf> {
-        debug_assert!(len <= MAX_PAGE as u64);
+        debug_assert!(len <= MAX_PAGE);
         let buf = self.pages().take(len as usize);
         exact::read_zero_extended(self.io(), file, at, &buf)
             .await

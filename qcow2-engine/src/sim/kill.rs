@@ -97,6 +97,7 @@ impl Life<'_> {
             memo: oracle::Memo::default(),
             held_back: HeldBack::Nothing,
             redo: self.redo.copy(),
+            paging: self.paging,
             processes: self.processes + 1,
             has_heir: true,
         };
@@ -150,6 +151,7 @@ impl Life<'_> {
             model: Rc::clone(&self.model),
             cluster_sectors: self.fixture.variant.cluster_sectors,
             must_find_all: true,
+            has_been_told: Rc::default(),
         };
         self.drive(vec![play(player, requests, SUCCESSOR, false)], true)?;
         self.end(lane, false, !searches).map_err(|error| format!("the next one went on: {error}"))

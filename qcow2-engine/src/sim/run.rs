@@ -1,7 +1,7 @@
 //! One simulated life of an image: requests on several lanes, a crash at every moment, a verdict.
 
 use super::{
-    disk::{Disk, Fault, FileSystem, HeldBack},
+    disk::{Disk, Failing, FileSystem, HeldBack},
     kill::Memory,
     model::{Model, Value},
     oracle,
@@ -11,7 +11,7 @@ use super::{
     tools::{self, Tool},
     workload::{Fixture, Request},
 };
-use crate::{Image, Lane, OpenOptions, RuleName, io::Buf};
+use crate::{Image, Lane, OpenOptions, Paging, RuleName, io::Buf};
 use std::{
     cell::{Cell, RefCell},
     collections::HashSet,
@@ -44,10 +44,12 @@ pub struct Case {
     pub seed: u64,
     /// The operation that lands late.
     pub held_back: HeldBack,
-    /// An operation that fails, counted from the opening.
-    pub fault: Option<(u64, Fault)>,
+    /// Operations that fail, counted from the opening.
+    pub fault: Option<Failing>,
     /// What the file system can do.
     pub file_system: FileSystem,
+    /// How the metadata is cut into pages.
+    pub paging: Paging,
     /// The rule that is switched off.
     pub disabled: Option<RuleName>,
 }
@@ -126,6 +128,7 @@ pub(super) struct Life<'a> {
     /// As in [`Case`].
     pub(super) held_back: HeldBack,
     pub(super) redo: Memory,
+    pub(super) paging: Paging,
     /// How many processes have served the image so far, with this one.
     pub(super) processes: u32,
     /// A successor has gone on to serve.
@@ -153,9 +156,10 @@ fn serve(
 ) -> Result<(), String> {
     let mut life = Life::new(fixture, case.seed, totals);
     life.held_back = case.held_back;
+    life.paging = case.paging;
     life.disk.set_file_system(case.file_system);
-    if let Some((at, fault)) = case.fault {
-        life.disk.fail_after(at, fault);
+    if let Some(failing) = case.fault {
+        life.disk.fail(failing);
     }
     life.totals.workloads += 1;
     let image = match life.open() {
@@ -169,6 +173,7 @@ fn serve(
         image.disable_rule(rule);
     }
     let lanes: Vec<_> = requests.iter().map(|_| Lane::new(&image, life.disk.clone(), 4)).collect();
+    let has_been_told = Rc::default();
     let mut next = 0;
     let tasks = requests.iter().zip(&lanes).map(|(requests, lane)| {
         let first = next;
@@ -180,6 +185,7 @@ fn serve(
             model: Rc::clone(&life.model),
             cluster_sectors: fixture.variant.cluster_sectors,
             must_find_all: !case.search_may_give_up(),
+            has_been_told: Rc::clone(&has_been_told),
         };
         play(player, requests.collect(), first, has_faults)
     });
@@ -203,6 +209,7 @@ impl<'a> Life<'a> {
             memo: oracle::Memo::default(),
             held_back: HeldBack::Nothing,
             redo: Memory::new(),
+            paging: Paging::default(),
             processes: 1,
             has_heir: false,
         }
@@ -221,6 +228,7 @@ impl<'a> Life<'a> {
         let options = OpenOptions {
             extent_bytes: extent_clusters << cluster_bits,
             cache_bytes: 0,
+            paging: self.paging,
             ..OpenOptions::default()
         };
         let mut open = Box::pin(async move {
@@ -298,6 +306,7 @@ impl<'a> Life<'a> {
             sizes: &[model.len() as u64 * 512],
             backing: self.fixture.backing.as_deref(),
             snapshot: &self.fixture.snapshot,
+            initial: &self.fixture.content,
             memo: &self.memo,
         };
         let (totals, rng) = (&mut *self.totals, &mut self.rng);
@@ -366,6 +375,7 @@ impl<'a> Life<'a> {
             sizes: &[model.len() as u64 * 512],
             backing: self.fixture.backing.as_deref(),
             snapshot: &self.fixture.snapshot,
+            initial: &self.fixture.content,
             memo: &self.memo,
         };
         self.disk.look(0, |file, in_flight| {
