@@ -61,7 +61,7 @@ const MIX: [(u64, Plan); 15] = [
     (14, Plan::Lanes),
     (24, Plan::Meeting),
     (8, Plan::Long),
-    (24, Plan::Faulty),
+    (40, Plan::Faulty),
     (16, Plan::Reuse),
     (8, Plan::ReuseForTables),
     (12, Plan::Flushed),
@@ -132,8 +132,10 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
     };
     let is_faulty = plan == Plan::Faulty || plan == Plan::Tool && rng.below(4) == 0;
     let fault = is_faulty.then(|| failing(&mut rng));
-    let file_system =
-        FileSystem { allocates: rng.below(UNABLE_SHARE) != 0, punches: rng.below(UNABLE_SHARE) != 0 };
+    let file_system = FileSystem {
+        allocates: rng.below(UNABLE_SHARE) != 0,
+        punches: plan != Plan::ReuseForTables && rng.below(UNABLE_SHARE) != 0,
+    };
     let held_back = match plan {
         Plan::Growing | Plan::SearchWhileAllocating => HeldBack::Growth,
         Plan::Reuse => HeldBack::Oldest,
@@ -163,15 +165,14 @@ impl Plan {
             Self::Lanes => (0..1 + rng.below(3)).map(|_| random(rng, 12)).collect(),
             Self::Meeting => meeting(rng),
             Self::Long => vec![random(rng, 30)],
-            Self::Faulty => (0..1 + rng.below(2)).map(|_| random(rng, 10)).collect(),
+            Self::Faulty => match rng.below(3) {
+                0 => meeting(rng),
+                1 => (0..1 + rng.below(2)).map(|_| flushed(rng)).collect(),
+                _ => (0..1 + rng.below(2)).map(|_| random(rng, 10)).collect(),
+            },
             Self::Reuse => vec![(0..4).map(|_| touch(rng)).collect(), churn(rng)],
             Self::ReuseForTables => vec![tables_after_data(rng)],
-            Self::Flushed => {
-                let lane = |rng: &mut Rng| {
-                    (0..2 + rng.below(5)).flat_map(|_| [small_write(rng), Request::Flush]).collect()
-                };
-                (0..1 + rng.below(2)).map(|_| lane(rng)).collect()
-            }
+            Self::Flushed => (0..1 + rng.below(2)).map(|_| flushed(rng)).collect(),
             Self::Search => {
                 let mut lanes = match rng.below(3) {
                     0 => vec![short(rng)],
@@ -255,13 +256,21 @@ fn meeting(rng: &mut Rng) -> Vec<Vec<Request>> {
     (0..2 + rng.below(3)).map(|_| lane(rng)).collect()
 }
 
-/// Frees clusters that had data, and then writes where there is no L2 table yet.
+/// Frees clusters that had data, and then writes where there is no L2 table yet: it is given one of them. (Where they
+/// cannot be punched out the data is still there.)
 fn tables_after_data(rng: &mut Rng) -> Vec<Request> {
-    let mut requests = vec![long_write(rng)];
-    requests.extend([Request::Discard(0, SECTORS), Request::Flush, Request::Maintain, Request::Flush]);
+    let below_second_table =
+        |rng: &mut Rng| Request::Write(rng.below(100) as usize, 18 + rng.below(7) as usize);
+    let mut requests = vec![below_second_table(rng), Request::Discard(0, 256)];
+    requests.extend([Request::Flush, Request::Maintain, Request::Flush, below_second_table(rng)]);
     requests.extend((0..1 + rng.below(3)).map(|_| small_write(rng)));
     requests.push(Request::Flush);
     requests
+}
+
+/// Small writes with a flush after each.
+fn flushed(rng: &mut Rng) -> Vec<Request> {
+    (0..2 + rng.below(5)).flat_map(|_| [small_write(rng), Request::Flush]).collect()
 }
 
 /// A few requests of the alphabet.

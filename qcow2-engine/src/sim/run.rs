@@ -103,6 +103,10 @@ const EXTENT_CLUSTERS: u64 = 8;
 /// One operation in so many may be the one that is to be left behind: a task that only
 /// waits for it, and rests meanwhile, would otherwise wait for ever.
 const PATIENCE: u64 = 100;
+/// Crash states of a life up to which every moment is judged, and how many moments there are to one that is judged
+/// after that: a long life's moments are much alike, and many lives find more than long ones.
+const THOROUGH: u64 = 600;
+const SAMPLED: u64 = 6;
 /// Rounds of polling without progress, at the most, before a case counts as a hang.
 const MAX_STEPS: u64 = 200_000;
 
@@ -124,6 +128,8 @@ pub(super) struct Life<'a> {
     pub(super) totals: &'a mut Totals,
     /// The last state that was judged: the disk's version and the model's time.
     pub(super) judged: (u64, u64),
+    /// Crash states that were tried.
+    pub(super) tried: u64,
     pub(super) memo: oracle::Memo,
     /// As in [`Case`].
     pub(super) held_back: HeldBack,
@@ -184,7 +190,7 @@ fn serve(
             lane: lane.clone(),
             model: Rc::clone(&life.model),
             cluster_sectors: fixture.variant.cluster_sectors,
-            must_find_all: !case.search_may_give_up(),
+            must_find_all: !case.search_may_give_up() && !fixture.has_autoclear_bits(),
             has_been_told: Rc::clone(&has_been_told),
         };
         play(player, requests.collect(), first, has_faults)
@@ -206,6 +212,7 @@ impl<'a> Life<'a> {
             rng: Rng::new(seed),
             totals,
             judged: (u64::MAX, 0),
+            tried: 0,
             memo: oracle::Memo::default(),
             held_back: HeldBack::Nothing,
             redo: Memory::new(),
@@ -301,6 +308,9 @@ impl<'a> Life<'a> {
         if std::mem::replace(&mut self.judged, moment) == moment {
             return Ok(());
         }
+        if self.tried > THOROUGH && self.rng.below(SAMPLED) != 0 {
+            return Ok(());
+        }
         let case = oracle::Case {
             model: &model,
             sizes: &[model.len() as u64 * 512],
@@ -309,10 +319,11 @@ impl<'a> Life<'a> {
             initial: &self.fixture.content,
             memo: &self.memo,
         };
-        let (totals, rng) = (&mut *self.totals, &mut self.rng);
+        let (totals, tried, rng) = (&mut *self.totals, &mut self.tried, &mut self.rng);
         self.disk.look(0, |file, in_flight| {
             states::for_each(file, in_flight, rng, |crashed| {
                 totals.states += 1;
+                *tried += 1;
                 totals.images.insert(crashed.hash);
                 let findings = oracle::judge(crashed.bytes, &case)?;
                 totals.worst_leaks = totals.worst_leaks.max(findings.leaks);

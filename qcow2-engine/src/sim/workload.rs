@@ -15,6 +15,8 @@ pub const SECTORS: usize = 2 * 256 + 7;
 
 /// Where the autoclear bits are in the header, the highest first.
 const AUTOCLEAR_AT: usize = 88;
+/// Of the first byte.
+const UNKNOWN_BIT: u8 = 0x80;
 
 /// The state of every cluster before the first request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -169,6 +171,13 @@ pub struct Fixture {
 }
 
 impl Fixture {
+    /// Whether it has autoclear bits that nobody knows, so that until the first change something may be counted that
+    /// the search for leaks cannot know of.
+    #[must_use]
+    pub fn has_autoclear_bits(&self) -> bool {
+        self.image[AUTOCLEAR_AT] & UNKNOWN_BIT != 0
+    }
+
     /// Whether a request can be carried out on it.
     #[must_use]
     pub fn takes(&self, request: &Request) -> bool {
@@ -317,7 +326,7 @@ impl Maker {
         let mut image = std::fs::read(self.directory.join("image"))?;
         if variant == Variant::LARGE {
             // A bit that nobody knows: it says that no content has changed since it was set.
-            image[AUTOCLEAR_AT] |= 0x80;
+            image[AUTOCLEAR_AT] |= UNKNOWN_BIT;
         }
         Ok(Fixture {
             name: format!("{initial:?} {}", variant.name()),
