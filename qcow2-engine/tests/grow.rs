@@ -43,6 +43,22 @@ fn the_l1_table_grows_where_it_must_and_nothing_is_lost() {
     }
 }
 
+/// The longer table lies at the end of the file, not where the next refcount block's clusters begin: that is 2 GiB on
+/// with clusters of 64 KiB, and more than a file system takes with clusters of 2 MiB.
+#[test]
+fn the_file_grows_by_what_the_table_needs() {
+    for (bits, order, size) in [(16, 4, 40 << 40), (21, 0, 2 << 40), (12, 4, 64 << 30)] {
+        let files = MemFiles::default();
+        create(&files, IMAGE, &options(bits, order, Version::V3));
+        let before = files.get(IMAGE).expect("made").len();
+        run(grow(files.clone(), &files, Path::new(IMAGE), size)).expect("grow");
+        let table = ((size >> bits) * 8 >> bits) * 8;
+        let most = before as u64 + table + (4 << bits);
+        let after = files.get(IMAGE).expect("kept").len() as u64;
+        assert!(after <= most, "{after} bytes, not {most}, with clusters of {}", 1 << bits);
+    }
+}
+
 #[test]
 fn what_cannot_be_grown_is_refused_and_unchanged() {
     let files = MemFiles::default();
