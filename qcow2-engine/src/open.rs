@@ -19,7 +19,7 @@ use crate::{
     leaks::watch::Watch,
     locks::RangeLocks,
     meta::{HeaderPage, Meta},
-    order::graph::Graph,
+    order::{graph::Graph, rules::Page},
     paging::{MAX_PAGE, Paging},
     territory::{SnapshotPlaces, Sources, Territory},
     unpack::Unpacked,
@@ -196,6 +196,7 @@ impl Image {
                 is_clear: AtomicBool::new(header.version == Version::V2 || header.stale_autoclear(0) == 0),
                 clearing: RangeLocks::default(),
             },
+            has_told_of_holes: AtomicBool::new(false),
             read_only: options.read_only,
             header: header.clone(),
             opened_len: top.len,
@@ -230,16 +231,13 @@ impl<I: Io> Lane<I> {
         if image.autoclear.is_clear() {
             return Ok(());
         }
-        let page = {
+        {
             let mut meta = image.meta.lock();
             meta.header.set_u64(header::AUTOCLEAR_OFFSET as usize, 0);
-            Buf::from_bytes(&meta.header.0)
-        };
-        let file = image.top().file;
-        exact::write_all(self.io(), file, 0, &page)
-            .await
-            .map_err(|source| image.io_error("header write", file, 0, source))?;
-        self.barrier().await?;
+            meta.graph.touch(Page::Header);
+        }
+        // As a cut: a second barrier beside one might be told of a loss in its place.
+        self.write_back().await?;
         image.autoclear.is_clear.store(true, Ordering::Release);
         Ok(())
     }
