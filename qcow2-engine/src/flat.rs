@@ -59,6 +59,10 @@ pub(crate) struct Window {
     answers: Vec<Option<Answer>>,
 }
 
+/// A chain with more windows is not flattened: their directory alone takes 6 MiB of memory at this limit, while the layers'
+/// tables may be a few bytes. It is reached with 64 TiB over a layer with clusters of 1 KiB.
+const MAX_WINDOWS: u64 = 1 << 28;
+
 const DATA: u64 = 1 << 3;
 const ASK: u64 = 1 << 4;
 /// Bits of a place in a file. Entries of a table cannot name others; a raw file may be longer.
@@ -105,12 +109,11 @@ impl Flat {
         let granule_bits = tables().map(|layer| layer.geometry.cluster_bits).min()?;
         // So that each layer's part of a window lies in one slice.
         let window = tables().map(Qcow2Layer::slice_coverage).min()?;
-        Some(Self {
-            index: layers.len() as u16,
-            granule_bits,
-            window_bits: window.trailing_zeros(),
-            windows: top.geometry.virtual_size.div_ceil(window),
-        })
+        let windows = top.geometry.virtual_size.div_ceil(window);
+        if windows > MAX_WINDOWS {
+            return None;
+        }
+        Some(Self { index: layers.len() as u16, granule_bits, window_bits: window.trailing_zeros(), windows })
     }
 
     /// The windows, for the cache.

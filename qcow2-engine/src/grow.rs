@@ -48,7 +48,7 @@ impl<I: Io> Lane<I> {
         let wanted = Geometry { virtual_size: size, ..*image.geometry() }.l1_entries();
         let present = image.header_u32(header::L1_SIZE_OFFSET);
         if wanted > u64::from(present) {
-            self.move_l1(wanted).await?;
+            self.move_l1(u64::from(present), wanted).await?;
         }
         {
             let mut meta = image.meta.lock();
@@ -58,15 +58,16 @@ impl<I: Io> Lane<I> {
         self.write_back().await
     }
 
-    /// Writes a longer copy of the L1 table and has the header point to it.
-    async fn move_l1(&self, entries: u64) -> Result<()> {
+    /// Writes a longer copy of the L1 table and has the header point to it. What lies behind its `present` entries, in the
+    /// last page of it that is in memory, is not a part of it and may be anything.
+    async fn move_l1(&self, present: u64, entries: u64) -> Result<()> {
         let image = self.image();
         let (geometry, layer) = (image.geometry(), image.top());
         let bytes = (entries * 8).next_multiple_of(geometry.cluster_size());
         let clusters = geometry.clusters_for(bytes);
         let mut reservation = self.reserve_row(clusters).await?;
         let table = Buf::zeroed(bytes as usize);
-        for (index, entry) in layer.l1.used().take_while(|(index, _)| *index < entries) {
+        for (index, entry) in layer.l1.used().take_while(|(index, _)| *index < present) {
             table.copy_from(index as usize * 8, &entry.to_be_bytes());
         }
         let at = reservation.clusters().start << geometry.cluster_bits;

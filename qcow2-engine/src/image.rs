@@ -21,7 +21,10 @@ use parking_lot::Mutex;
 use qcow2_format::{Geometry, Header};
 use std::{
     io,
-    sync::{Arc, OnceLock, atomic::AtomicU64},
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicU64},
+    },
 };
 
 /// A QCOW2 image with its backing chain, open for reading or for reading and writing.
@@ -38,6 +41,8 @@ pub struct Image {
     pub(crate) epochs: Arc<Epochs>,
     pub(crate) flusher: Flusher,
     pub(crate) autoclear: Autoclear,
+    /// A hole could not be punched, and that was said.
+    pub(crate) has_told_of_holes: AtomicBool,
     /// Which clusters may hold metadata.
     pub(crate) sieve: Arc<Sieve>,
     pub(crate) damage: Damage,

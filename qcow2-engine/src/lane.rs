@@ -10,6 +10,7 @@ use crate::{
     error::{Error, Result},
     image::Image,
     io::{Io, Pool},
+    paging::MAX_PAGE,
 };
 use std::{
     cell::RefCell,
@@ -19,8 +20,6 @@ use std::{
     task::{Poll, Waker},
 };
 
-/// The longest part of a table that is read at once, in bytes.
-pub(crate) const MAX_PAGE: usize = 4096;
 /// Buffers for such parts that a lane keeps.
 const KEPT_PAGES: usize = 32;
 
@@ -72,7 +71,7 @@ impl<I: Io> Lane<I> {
             number,
             depth,
             free: RefCell::new(free),
-            pages: Pool::new(MAX_PAGE, KEPT_PAGES),
+            pages: Pool::new(MAX_PAGE as usize, KEPT_PAGES),
         }))
     }
 

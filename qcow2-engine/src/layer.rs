@@ -7,7 +7,7 @@
 use crate::{
     cache::{
         directory::Shape,
-        slices::{SLICE_BYTES, SliceCache, SliceKey},
+        slices::{SliceCache, SliceKey},
     },
     error::{Error, Result},
     io::FileId,
@@ -36,6 +36,8 @@ pub(crate) struct Qcow2Layer {
     pub(crate) file: FileId,
     pub(crate) name: Arc<str>,
     pub(crate) geometry: Geometry,
+    /// Bytes of an L2 slice: a page, or the whole table where that is smaller.
+    pub(crate) slice_bytes: u64,
     pub(crate) compression: Compression,
     /// The L1 table, padded to whole pages.
     pub(crate) l1: L1Table,
@@ -88,7 +90,7 @@ impl Layer {
 impl Qcow2Layer {
     /// Bytes of an L2 slice: a page, or the whole table where that is smaller.
     pub(crate) fn slice_bytes(&self) -> u64 {
-        self.geometry.cluster_size().min(SLICE_BYTES)
+        self.slice_bytes
     }
 
     /// Clusters that a slice maps.

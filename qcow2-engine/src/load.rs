@@ -10,9 +10,10 @@ use crate::{
     flat::{Flat, Window},
     image::Image,
     io::{Buf, FileId, Io, exact},
-    lane::{Lane, MAX_PAGE},
+    lane::Lane,
     layer::{Layer, Qcow2Layer},
     order::rules::Page,
+    paging::MAX_PAGE,
     resolve::{Extents, Stop},
 };
 use futures_util::future::join_all;
@@ -88,7 +89,7 @@ impl<I: Io> Lane<I> {
             let mut next = 1;
             while next < image.layers.len() && !window.is_answered() {
                 let end = image.layers.len().min(next + LAYERS_AT_A_TIME);
-                self.ask_layers(next..end, &mut window).await?;
+                self.ask_layers(next..end, &mut window).await;
                 next = end;
             }
             let inserted = {
@@ -104,7 +105,7 @@ impl<I: Io> Lane<I> {
     }
 
     /// Asks some layers, from the higher to the lower, for what is open in a window.
-    async fn ask_layers(&self, indices: Range<usize>, window: &mut Window) -> Result<()> {
+    async fn ask_layers(&self, indices: Range<usize>, window: &mut Window) {
         let start = window.start();
         let layers = &self.image().layers[indices.clone()];
         let parts = join_all(layers.iter().map(|layer| async move {
@@ -114,14 +115,14 @@ impl<I: Io> Lane<I> {
             }
         }));
         for ((index, layer), part) in indices.zip(layers).zip(parts.await) {
-            match (layer, part?) {
+            match (layer, part) {
                 (Layer::Raw(raw), _) => window.ask_raw(index as u16, raw),
-                (Layer::Qcow2(layer), Part::Nothing) => window.ask_qcow2(layer, None),
-                (Layer::Qcow2(layer), Part::Entries(entries)) => window.ask_qcow2(layer, Some(&entries)),
-                (Layer::Qcow2(layer), Part::Damaged) => window.leave_to(layer.index),
+                (Layer::Qcow2(layer), Ok(Part::Nothing)) => window.ask_qcow2(layer, None),
+                (Layer::Qcow2(layer), Ok(Part::Entries(entries))) => window.ask_qcow2(layer, Some(&entries)),
+                // Whoever needs this layer is told what is wrong with it, and nobody else.
+                (Layer::Qcow2(layer), Ok(Part::Damaged) | Err(_)) => window.leave_to(layer.index),
             }
         }
-        Ok(())
     }
 
     /// The slice of a lower layer's table that maps a byte, from the file.
@@ -161,7 +162,7 @@ impl<I: Io> Lane<I> {
 
     /// Reads a page of a table, into a buffer that should be given back.
     async fn read_page(&self, file: FileId, at: u64, len: u64) -> Result<Buf> {
-        debug_assert!(len <= MAX_PAGE as u64);
+        debug_assert!(len <= MAX_PAGE);
         let buf = self.pages().take(len as usize);
         exact::read_zero_extended(self.io(), file, at, &buf)
             .await

@@ -3,10 +3,7 @@
 use crate::{
     alloc::{frees::Frees, refcounts::Refcounts, space::Space},
     backing::{self, BackingPolicy, Format, MAX_CHAIN, MAX_CHAIN_L1_BYTES},
-    cache::{
-        directory::Shape,
-        slices::{SLICE_BYTES, SliceCache},
-    },
+    cache::{directory::Shape, slices::SliceCache},
     check::dirty,
     damage::Damage,
     epoch::Epochs,
@@ -22,7 +19,8 @@ use crate::{
     leaks::watch::Watch,
     locks::RangeLocks,
     meta::{HeaderPage, Meta},
-    order::graph::Graph,
+    order::{graph::Graph, rules::Page},
+    paging::{MAX_PAGE, Paging},
     territory::{SnapshotPlaces, Sources, Territory},
     unpack::Unpacked,
 };
@@ -43,8 +41,6 @@ pub const DEFAULT_CACHE_BYTES: u64 = 32 << 20;
 /// The extent that a lane reserves where the caller does not say: large enough that the refcount page
 /// is written once for 256 clusters of 64 KiB, small enough that a crash leaks little.
 pub const DEFAULT_EXTENT_BYTES: u64 = 16 << 20;
-/// A quarter of the L2 cache's size is kept of refcount pages, this many at least.
-const MIN_REFCOUNT_PAGES: usize = 64;
 
 /// How to open an image.
 #[derive(Clone, Debug)]
@@ -59,6 +55,8 @@ pub struct OpenOptions {
     pub backing_format: Option<Format>,
     /// Which backing files may be opened.
     pub backing_policy: BackingPolicy,
+    /// How metadata is cut into pages.
+    pub paging: Paging,
 }
 
 impl Default for OpenOptions {
@@ -69,6 +67,7 @@ impl Default for OpenOptions {
             extent_bytes: DEFAULT_EXTENT_BYTES,
             backing_format: None,
             backing_policy: BackingPolicy::Any,
+            paging: Paging::default(),
         }
     }
 }
@@ -101,7 +100,7 @@ impl Image {
         options: &OpenOptions,
     ) -> Result<Arc<Self>> {
         let (top, header, first_page) = open_top(io, storage, path, options.read_only).await?;
-        let mut layers = vec![Layer::Qcow2(new_layer(&top, &header, 0))];
+        let mut layers = vec![Layer::Qcow2(new_layer(&top, &header, 0, options.paging))];
         let mut next = backing::of(&header, path, options.backing_format)?;
         let mut l1_bytes = u64::from(header.l1_entries) * 8;
         while let Some(backing) = next.take() {
@@ -128,7 +127,7 @@ impl Image {
                         return Err(Error::Backing { file: opened.name, reason });
                     }
                     next = backing::of(&header, &opened.path, options.backing_format)?;
-                    Layer::Qcow2(new_layer(&opened, &header, layers.len() as u16))
+                    Layer::Qcow2(new_layer(&opened, &header, layers.len() as u16, options.paging))
                 }
             });
         }
@@ -154,8 +153,9 @@ impl Image {
         let flat = Flat::over(&layers);
         let shapes: Vec<Shape> =
             layers.iter().map(Layer::shape).chain(flat.iter().map(Flat::shape)).collect();
-        let cache = SliceCache::new(options.cache_bytes, &shapes);
-        let refcount_pages = (cache.slot_count() / 4).max(MIN_REFCOUNT_PAGES);
+        let cache = SliceCache::new(options.cache_bytes, options.paging.least_slices, &shapes);
+        // A quarter of the L2 cache's size is kept of refcount pages.
+        let refcount_pages = (cache.slot_count() / 4).max(options.paging.least_refcount_pages);
         let epochs = Arc::new(Epochs::new());
         let meta = Meta {
             file: Arc::clone(&top.name),
@@ -166,6 +166,7 @@ impl Image {
                 geometry,
                 refcount_table,
                 header.refcount_table.0,
+                options.paging,
                 refcount_pages,
             ),
             space: Space { cursor: 0, fresh_from: geometry.clusters_for(top.len), file_end: top.len },
@@ -195,6 +196,7 @@ impl Image {
                 is_clear: AtomicBool::new(header.version == Version::V2 || header.stale_autoclear(0) == 0),
                 clearing: RangeLocks::default(),
             },
+            has_told_of_holes: AtomicBool::new(false),
             read_only: options.read_only,
             header: header.clone(),
             opened_len: top.len,
@@ -229,16 +231,13 @@ impl<I: Io> Lane<I> {
         if image.autoclear.is_clear() {
             return Ok(());
         }
-        let page = {
+        {
             let mut meta = image.meta.lock();
             meta.header.set_u64(header::AUTOCLEAR_OFFSET as usize, 0);
-            Buf::from_bytes(&meta.header.0)
-        };
-        let file = image.top().file;
-        exact::write_all(self.io(), file, 0, &page)
-            .await
-            .map_err(|source| image.io_error("header write", file, 0, source))?;
-        self.barrier().await?;
+            meta.graph.touch(Page::Header);
+        }
+        // As a cut: a second barrier beside one might be told of a loss in its place.
+        self.write_back().await?;
         image.autoclear.is_clear.store(true, Ordering::Release);
         Ok(())
     }
@@ -383,20 +382,21 @@ async fn read_header(io: &impl Io, opened: &Opened, access: Access) -> Result<(H
         header.check_writable().map_err(|source| opened.unsupported(source))?;
     }
     header.check_supported().map_err(|source| opened.unsupported(source))?;
-    bytes.resize(header.geometry().cluster_size().min(SLICE_BYTES) as usize, 0);
+    bytes.resize(header.geometry().cluster_size().min(MAX_PAGE) as usize, 0);
     Ok((header, bytes))
 }
 
 /// A layer, whose L1 table is still to be read.
-fn new_layer(opened: &Opened, header: &Header, index: u16) -> Qcow2Layer {
+fn new_layer(opened: &Opened, header: &Header, index: u16, paging: Paging) -> Qcow2Layer {
     let geometry = header.geometry();
-    let page = geometry.cluster_size().min(SLICE_BYTES);
-    let l1_bytes = (u64::from(header.l1_entries) * 8).next_multiple_of(page);
+    let slice_bytes = geometry.cluster_size().min(paging.page_bytes);
+    let l1_bytes = (u64::from(header.l1_entries) * 8).next_multiple_of(slice_bytes);
     Qcow2Layer {
         index,
         file: opened.file,
         name: Arc::clone(&opened.name),
         geometry,
+        slice_bytes,
         compression: header.compression,
         l1: L1Table::empty(l1_bytes as usize / 8),
         l1_at: header.l1_table.0,

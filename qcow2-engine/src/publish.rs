@@ -244,8 +244,9 @@ impl Image {
             Mapping::Data { host, .. } | Mapping::Zero { host: Some(host), .. } => {
                 host.0 >> bits..(host.0 >> bits) + 1
             }
+            // What a damaged descriptor claims beyond that is not its to give back.
             Mapping::Compressed(range) => {
-                let clusters = range.host_clusters(self.geometry());
+                let clusters = range.plausible(self.geometry()).host_clusters(self.geometry());
                 *clusters.start()..clusters.end() + 1
             }
         }

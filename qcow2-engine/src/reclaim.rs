@@ -12,7 +12,11 @@ use crate::{
     lane::Lane,
     order::rules::RuleName,
 };
-use std::{io::ErrorKind, ops::Range, sync::Arc};
+use std::{
+    io::ErrorKind,
+    ops::Range,
+    sync::{Arc, atomic::Ordering},
+};
 
 /// References given back per step, so that a step is bounded.
 const STEP: usize = 4096;
@@ -76,7 +80,7 @@ impl<I: Io> Lane<I> {
             }
         }
         for run in in_rows(&unused) {
-            self.punch(run).await?;
+            self.punch(run).await;
         }
         for &(cluster, gone) in &batch.references {
             self.lower(cluster, gone).await?;
@@ -114,15 +118,23 @@ impl<I: Io> Lane<I> {
         }
     }
 
-    pub(crate) async fn punch(&self, clusters: Range<u64>) -> Result<()> {
+    /// Gives space back to the host. Where that is not possible the clusters are free all the same: nobody expects them to
+    /// read as zeros. (A full file system may need room for it; if discards failed then, no space could ever be freed.)
+    pub(crate) async fn punch(&self, clusters: Range<u64>) {
         let image = self.image();
         let bits = image.geometry().cluster_bits;
         let (at, len) = (clusters.start << bits, (clusters.end - clusters.start) << bits);
         let file = image.top().file;
         match self.io().punch_hole(file, at, len).await {
-            // Where holes cannot be punched the clusters are free all the same.
-            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
-            other => other.map_err(|source| image.io_error("hole punch", file, at, source)),
+            Ok(()) => {}
+            Err(error) if error.kind() == ErrorKind::Unsupported => {}
+            Err(source) if !image.has_told_of_holes.swap(true, Ordering::Relaxed) => {
+                let error = image.io_error("hole punch", file, at, source);
+                tracing::warn!(
+                    "{error}: freed clusters can be used again, but their space is not given back to the host"
+                );
+            }
+            Err(_) => {}
         }
     }
 }

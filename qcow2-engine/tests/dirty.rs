@@ -86,7 +86,7 @@ struct Ending {
 
 impl Hook for Ending {
     async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
-        if !matches!(operation, Operation::Read | Operation::Sync(_)) {
+        if !matches!(operation, Operation::Read { .. } | Operation::Sync(_)) {
             self.left.set(self.left.get().checked_sub(1).ok_or(io::ErrorKind::Other)?);
         }
         Ok(())

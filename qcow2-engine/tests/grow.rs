@@ -5,7 +5,7 @@ mod common;
 
 use common::{IMAGE, Mirror, create, run};
 use qcow2_engine::{ErrorKind, grow, io::mem::MemFiles};
-use qcow2_format::{Backing, CreateOptions, Version};
+use qcow2_format::{Backing, CreateOptions, Header, Version};
 use std::path::Path;
 
 fn options(cluster_bits: u32, refcount_order: u32, version: Version) -> CreateOptions {
@@ -40,6 +40,50 @@ fn the_l1_table_grows_where_it_must_and_nothing_is_lost() {
             bytes = mirror.bytes;
         }
         Mirror::open(&files, bytes).close_and_judge();
+    }
+}
+
+/// Behind the L1 table's entries, in the rest of its cluster, may be anything: QEMU writes no more than the entries, and the
+/// cluster may have had other content. Here it names an L2 table that is in use.
+#[test]
+fn what_lies_behind_the_l1_table_is_not_taken_for_entries() {
+    const SIZE: u64 = 64 << 10;
+    let files = MemFiles::default();
+    create(&files, IMAGE, &CreateOptions { virtual_size: SIZE, ..options(9, 4, Version::V3) });
+    let mut mirror = Mirror::open(&files, vec![0; SIZE as usize]);
+    mirror.write(0, 7, 4096);
+    run(mirror.lane.close()).expect("close");
+    let mut bytes = files.get(IMAGE).expect("made");
+    let header = Header::decode(&bytes, bytes.len() as u64).expect("sound");
+    let table = header.l1_table.0 as usize;
+    let behind = table + header.l1_entries as usize * 8..table + 512;
+    assert!(!behind.is_empty(), "the table leaves room in its cluster");
+    let stale = bytes[table..table + 8].repeat(behind.len() / 8);
+    bytes[behind].copy_from_slice(&stale);
+    files.put(IMAGE, bytes);
+
+    let size = 40 * SIZE;
+    run(grow(files.clone(), &files, Path::new(IMAGE), size)).expect("grow");
+    let mut content = mirror.bytes;
+    content.resize(size as usize, 0);
+    let mirror = Mirror::open(&files, content);
+    mirror.verify();
+    mirror.close_and_judge();
+}
+
+/// The longer table lies at the end of the file, not where the next refcount block's clusters begin: that is 2 GiB on
+/// with clusters of 64 KiB, and more than a file system takes with clusters of 2 MiB.
+#[test]
+fn the_file_grows_by_what_the_table_needs() {
+    for (bits, order, size) in [(16, 4, 40 << 40), (21, 0, 2 << 40), (12, 4, 64 << 30)] {
+        let files = MemFiles::default();
+        create(&files, IMAGE, &options(bits, order, Version::V3));
+        let before = files.get(IMAGE).expect("made").len();
+        run(grow(files.clone(), &files, Path::new(IMAGE), size)).expect("grow");
+        let table = ((size >> bits) * 8 >> bits) * 8;
+        let most = before as u64 + table + (4 << bits);
+        let after = files.get(IMAGE).expect("kept").len() as u64;
+        assert!(after <= most, "{after} bytes, not {most}, with clusters of {}", 1 << bits);
     }
 }
 

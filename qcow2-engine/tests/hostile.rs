@@ -189,7 +189,7 @@ impl Hook for Watcher {
         let is_change = match operation {
             Operation::Write { at, .. } => at > 0,
             Operation::PunchHole | Operation::Allocate { .. } | Operation::SetLen => true,
-            Operation::Read | Operation::Sync(_) => false,
+            Operation::Read { .. } | Operation::Sync(_) => false,
         };
         let autoclear = self.0.get(IMAGE).expect("kept")[header::AUTOCLEAR_OFFSET as usize..][..8].to_vec();
         assert!(

@@ -100,7 +100,7 @@ impl Hook for Host {
             }
             Operation::Allocate { .. } => self.take_room()?,
             Operation::Sync(_) => self.written.borrow_mut().push(Vec::new()),
-            Operation::Read | Operation::PunchHole | Operation::SetLen => {}
+            Operation::Read { .. } | Operation::PunchHole | Operation::SetLen => {}
         }
         Ok(())
     }

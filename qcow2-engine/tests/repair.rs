@@ -8,8 +8,111 @@ mod damaged;
 
 use common::{IMAGE, run};
 use damaged::{COPIED, Parts};
-use qcow2_engine::{CheckOptions, Repair, check, io::mem::MemFiles};
+use qcow2_engine::{
+    CheckOptions, CheckReport, Image, Lane, OpenOptions, Repair, check,
+    io::{Buf, mem::MemFiles},
+};
+use qcow2_format::header;
 use std::path::Path;
+
+/// What a repair makes of an image.
+fn repaired(parts: &Parts, repair: Repair) -> (CheckReport, Parts) {
+    let files = MemFiles::default();
+    files.put(IMAGE, parts.bytes.clone());
+    let options = CheckOptions { repair, ..CheckOptions::default() };
+    let report = run(check(&files, &files, Path::new(IMAGE), options)).expect("checks");
+    (report, Parts::of(files.get(IMAGE).expect("kept")))
+}
+
+/// Opens an image, writes its first and its last clusters if there is something to write, and closes it.
+fn written(parts: &Parts, write: &[(u64, u8)]) -> Parts {
+    let files = MemFiles::default();
+    files.put(IMAGE, parts.bytes.clone());
+    let lane = lane(&files);
+    for &(at, byte) in write {
+        run(lane.write(at, Buf::from_bytes(&vec![byte; parts.cluster() as usize]))).expect("write");
+        run(lane.flush()).expect("flush");
+    }
+    run(lane.close()).expect("close");
+    Parts::of(files.get(IMAGE).expect("kept"))
+}
+
+fn lane(files: &MemFiles) -> Lane<MemFiles> {
+    let image = run(Image::open(files, files, Path::new(IMAGE), &OpenOptions::default())).expect("opens");
+    Lane::new(&image, files.clone(), 1)
+}
+
+/// The first two clusters.
+fn content(parts: &Parts) -> Vec<u8> {
+    let files = MemFiles::default();
+    files.put(IMAGE, parts.bytes.clone());
+    let buf = Buf::zeroed(2 * parts.cluster() as usize);
+    run(lane(&files).read(0, buf.clone())).expect("read");
+    buf.to_vec()
+}
+
+/// A compressed cluster at the end of the file whose entry claims more sectors than there are: the stream ends
+/// before that, so that it can be read. Whoever took it for lost would free it, or have it read as zeros.
+#[test]
+fn compressed_data_is_kept_whose_claim_goes_beyond_the_file() {
+    for cluster in [512, 4096, 65536] {
+        for repair in [Repair::Leaks, Repair::All] {
+            let mut parts = Parts::compressed(&format!("cluster_size={cluster}"), false);
+            parts.claim_too_much();
+            let (report, after) = repaired(&parts, repair);
+            assert!(report.found.corruptions > 0, "the claim is wrong");
+            let expected = [vec![0x5a; cluster], vec![0; cluster]].concat();
+            assert!(content(&after) == expected, "{cluster} {repair:?}");
+            // Nor is its place given to somebody else.
+            let after = written(&after, &[(512 << 10, 9), (600 << 10, 9)]);
+            assert!(content(&after) == expected, "{cluster} {repair:?}, after writes");
+        }
+    }
+}
+
+/// The cluster after it is counted once, for its own owner: overwriting what claims it too must not free it.
+#[test]
+fn an_overwritten_cluster_gives_back_no_more_than_it_can_have_had() {
+    for cluster in [512, 4096, 65536] {
+        let mut parts = Parts::compressed(&format!("cluster_size={cluster}"), true);
+        parts.claim_too_much();
+        let after = written(&parts, &[(0, 9)]);
+        assert!(content(&after) == [vec![9; cluster], vec![0x33; cluster]].concat(), "{cluster}");
+    }
+}
+
+/// "may only write to an image with unknown auto-clear features if it clears the respective bits".
+#[test]
+fn a_repair_clears_the_autoclear_bits_that_it_does_not_know_and_no_others() {
+    for repair in [Repair::Leaks, Repair::All] {
+        let mut parts = Parts::with_snapshot("cluster_size=4096");
+        let at = header::AUTOCLEAR_OFFSET;
+        parts.set(at, 1 << 63 | 1 << 5 | header::BITMAPS);
+        let is_clean = repaired(&parts, repair).1;
+        assert_eq!(is_clean.word(at), parts.word(at), "nothing to repair, nothing is written");
+        // Counted, and nothing refers to it.
+        let end = parts.bytes.len() as u64;
+        parts.bytes.resize(parts.bytes.len() + 4096, 0);
+        parts.set_count(end, 1);
+        let (report, after) = repaired(&parts, repair);
+        assert_eq!((report.leaks_fixed(), report.remaining.leaks), (1, 0));
+        assert_eq!(after.word(at), header::BITMAPS);
+    }
+}
+
+/// Flags follow from the counts: wrong ones do not keep a repair of leaks from making the image clean.
+#[test]
+fn a_repair_of_leaks_puts_flags_right_where_nothing_else_is_wrong() {
+    let mut parts = Parts::with_snapshot("cluster_size=4096");
+    let at = parts.l2_entry(8 * 4096);
+    parts.set(at, parts.word(at) ^ COPIED);
+    let leaked = parts.data(9 * 4096);
+    parts.set_count(leaked, 2);
+    let (report, after) = repaired(&parts, Repair::Leaks);
+    assert_eq!((report.found.corruptions, report.found.leaks), (2, 1));
+    assert!(report.remaining.is_clean(), "{:?}", report.remaining.list);
+    assert_eq!(after.word(at), parts.word(at) ^ COPIED);
+}
 
 /// A snapshot's L1 entry is damaged, and with it the references are out of sight that it holds to the L2
 /// table and its clusters; their counts are one too low besides. A repair that then believed the counts
@@ -25,12 +128,8 @@ fn what_damage_may_still_refer_to_is_not_said_to_have_one_owner() {
     let at = parts.snapshot_l1();
     parts.set(at, parts.word(at) | 0x200);
 
-    let files = MemFiles::default();
-    files.put(IMAGE, parts.bytes);
-    let options = CheckOptions { repair: Repair::All, ..CheckOptions::default() };
-    let report = run(check(&files, &files, Path::new(IMAGE), options)).expect("checks");
+    let (report, parts) = repaired(&parts, Repair::All);
     assert!(report.remaining.corruptions > 0, "the entry cannot be repaired");
-    let parts = Parts::of(files.get(IMAGE).expect("kept"));
     let (table, data) = (parts.word(parts.l1_entry(0)), parts.word(parts.l2_entry(0)));
     assert_eq!((table & COPIED, data & COPIED), (0, 0), "flagged, and the snapshot has them, too");
 }

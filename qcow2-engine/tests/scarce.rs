@@ -9,11 +9,18 @@ use common::{
     run,
 };
 use qcow2_engine::{
-    CheckOptions, ErrorKind, Preallocation, check,
-    io::{Buf, FileId, Io, Storage, mem::MemFiles},
+    CheckOptions, ErrorKind, Image, Lane, OpenOptions, Preallocation, check,
+    io::{Access, Buf, FileId, Io, Storage, mem::MemFiles},
 };
-use qcow2_format::CreateOptions;
-use std::{cell::Cell, io, path::Path};
+use qcow2_format::{Backing, CreateOptions};
+use std::{
+    cell::{Cell, RefCell},
+    future::Future,
+    io,
+    ops::Range,
+    path::Path,
+    task::{Context, Poll, Waker},
+};
 
 /// What becomes of an allocation of space.
 #[derive(Clone, Copy)]
@@ -88,6 +95,148 @@ fn preallocation_over_old_content_that_stays_reads_as_zeros() {
     }
 }
 
+/// A host that cannot punch holes because it is full.
+struct NoHoles;
+
+impl Hook for NoHoles {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        match operation {
+            Operation::PunchHole => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// On a full file system a hole may need room itself. What the guest discards can be used again all the same: otherwise
+/// nothing that it does could make room.
+#[test]
+fn what_is_discarded_is_free_though_no_hole_can_be_punched() {
+    const CLUSTER: u64 = 4096;
+    let host = Hooked::new(&MemFiles::default(), NoHoles);
+    let options = CreateOptions { virtual_size: 256 * CLUSTER, cluster_bits: 12, ..CreateOptions::default() };
+    create(&host.files, IMAGE, &options);
+    let image = host.open(4 * CLUSTER);
+    let lane = host.lane(&image);
+    run(lane.write(0, Buf::from_bytes(&[7; 32 * CLUSTER as usize]))).expect("write");
+    let len = image_len(&host.files);
+    for round in 1..8 {
+        run(lane.discard(0, 256 * CLUSTER)).expect("discard");
+        run(lane.flush()).expect("flush");
+        run(lane.maintain()).expect("gives back");
+        run(lane.write(round * 32 * CLUSTER, Buf::from_bytes(&[7; 31 * CLUSTER as usize + 512])))
+            .expect("write");
+        let buf = Buf::zeroed(CLUSTER as usize - 512);
+        run(lane.read((round * 32 + 31) * CLUSTER + 512, buf.clone())).expect("read");
+        assert!(buf.to_vec().iter().all(|&byte| byte == 0), "what the cluster held before shows");
+    }
+    assert!(image_len(&host.files) <= len + 8 * CLUSTER, "the freed clusters are used again");
+    run(lane.close()).expect("close");
+    assert!(findings(&host.files).is_empty(), "{:?}", findings(&host.files));
+}
+
+/// What was allocated or written of the file, and the first allocation waits until it is let go.
+#[derive(Default)]
+struct Slow {
+    covered: RefCell<Vec<Range<u64>>>,
+    is_let_go: Cell<bool>,
+}
+
+impl Hook for Slow {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        let part = match operation {
+            Operation::Allocate { at, end } => at..end,
+            Operation::Write { at, buf } => at..at + buf.len() as u64,
+            _ => return Ok(()),
+        };
+        std::future::poll_fn(|_| if self.is_let_go.get() { Poll::Ready(()) } else { Poll::Pending }).await;
+        self.covered.borrow_mut().push(part);
+        Ok(())
+    }
+}
+
+/// Three lanes take extents, and the one that lies last in the file is the first to extend it: the file is long enough for
+/// the others' then, and their space has to be there, too. On a host that is full by the time they are written
+/// to, it would be missing under metadata.
+#[test]
+fn the_file_is_never_extended_over_an_extent_without_space_for_it() {
+    const CLUSTER: u64 = 4096;
+    /// What an L2 table maps, so that none waits for another one's.
+    const TABLE: u64 = 512 * CLUSTER;
+    let host = Hooked::new(&MemFiles::default(), Slow::default());
+    let options = CreateOptions { virtual_size: 3 * TABLE, cluster_bits: 12, ..CreateOptions::default() };
+    create(&host.files, IMAGE, &options);
+    let len = image_len(&host.files);
+    let image = host.open(4 * CLUSTER);
+    let lanes: Vec<_> = (0..3).map(|_| host.lane(&image)).collect();
+    let mut writes: Vec<_> = (0..3)
+        .map(|index| Box::pin(lanes[index].write(index as u64 * TABLE, Buf::from_bytes(&[7; 512]))))
+        .collect();
+    let mut context = Context::from_waker(Waker::noop());
+    // All of them have their clusters, and the first holds the file.
+    for write in &mut writes {
+        assert!(write.as_mut().poll(&mut context).is_pending());
+    }
+    host.hook.is_let_go.set(true);
+    let mut ended = [false; 3];
+    while ended != [true; 3] {
+        for index in [0, 2, 1] {
+            ended[index] = ended[index] || writes[index].as_mut().poll(&mut context).is_ready();
+        }
+    }
+    let covered = host.hook.covered.borrow();
+    let missing =
+        (len..image_len(&host.files)).step_by(512).find(|at| !covered.iter().any(|part| part.contains(at)));
+    assert_eq!(missing, None, "of {covered:?}");
+}
+
+/// A host that cannot read one of the files any more.
+#[derive(Default)]
+struct BadDisk {
+    file: Cell<Option<FileId>>,
+}
+
+impl Hook for BadDisk {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        match operation {
+            Operation::Read { file } if self.file.get() == Some(file) => {
+                Err(io::Error::from_raw_os_error(libc::EIO))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The lowest file of a chain cannot be read, and a layer above it has all that is asked for: that is read. What is not
+/// there fails.
+#[test]
+fn a_layer_that_cannot_be_read_fails_only_what_needs_it() {
+    const CLUSTER: usize = 4096;
+    let host = Hooked::new(&MemFiles::default(), BadDisk::default());
+    let names = ["lowest", "lower", "upper", IMAGE];
+    for (index, name) in names.into_iter().enumerate() {
+        let backing = index.checked_sub(1).map(|below| names[below].as_bytes().to_vec());
+        let backing = backing.map(|name| Backing { name, format: "qcow2".into() });
+        let options =
+            CreateOptions { virtual_size: 1 << 20, cluster_bits: 12, backing, ..CreateOptions::default() };
+        create(&host.files, name, &options);
+    }
+    for (name, at, byte) in [("lowest", 0, 1), ("lowest", 4 * CLUSTER, 1), ("lower", 4 * CLUSTER, 2)] {
+        let image = run(Image::open(&host.files, &host.files, Path::new(name), &OpenOptions::default()))
+            .expect("opens");
+        let lane = Lane::new(&image, host.files.clone(), 1);
+        run(lane.write(at as u64, Buf::from_bytes(&[byte; CLUSTER]))).expect("write");
+        run(lane.close()).expect("close");
+    }
+    let image = host.open(1 << 20);
+    let lowest = host.files.open(Path::new("lowest"), Access::ReadOnly).expect("a file");
+    host.hook.file.set(Some(lowest));
+    let lane = host.lane(&image);
+    let buf = Buf::zeroed(CLUSTER);
+    run(lane.read(4 * CLUSTER as u64, buf.clone())).expect("read");
+    assert_eq!(buf.to_vec(), [2; CLUSTER]);
+    run(lane.read(0, buf)).expect_err("what only the lowest file has");
+}
+
 /// A host that has room up to some byte of the file, and not one block more.
 struct Full {
     room: Cell<u64>,
@@ -96,7 +245,7 @@ struct Full {
 impl Hook for Full {
     async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
         let end = match operation {
-            Operation::Allocate { end } => end,
+            Operation::Allocate { end, .. } => end,
             Operation::Write { at, buf } => at + buf.len() as u64,
             _ => 0,
         };

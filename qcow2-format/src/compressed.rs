@@ -70,6 +70,14 @@ impl CompressedRange {
         COMPRESSED | extra_sectors << offset_bits(geometry) | self.offset
     }
 
+    /// The part that a compressor can have filled: what does not become smaller than a cluster is kept
+    /// as it is. A descriptor may claim nearly twice as much, and then names somebody else's clusters.
+    #[must_use]
+    pub fn plausible(&self, geometry: &Geometry) -> Self {
+        let end = (self.offset + geometry.cluster_size()).next_multiple_of(SECTOR);
+        Self { offset: self.offset, len: self.len.min(end - self.offset) }
+    }
+
     /// Indices of the host clusters that the range touches; each holds one reference per compressed
     /// cluster.
     #[must_use]
@@ -94,6 +102,15 @@ mod tests {
     use super::*;
     use crate::geometry::tests::{any_geometry, geometry};
     use proptest::prelude::*;
+
+    #[test]
+    fn no_more_than_a_cluster_is_plausible() {
+        let g = geometry(16);
+        let longest = CompressedRange::new(0x5_0064, (64 << 10) - 1, &g).unwrap();
+        assert_eq!(longest.plausible(&g), longest);
+        let claimed = CompressedRange { offset: 0x5_0000, len: 128 << 10 };
+        assert_eq!(claimed.plausible(&g).host_clusters(&g), 5..=5);
+    }
 
     #[test]
     fn the_length_ends_with_the_last_sector() {

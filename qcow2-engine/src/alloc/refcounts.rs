@@ -4,16 +4,16 @@
 //! here is synchronous and belongs to the metadata lock. A page that is needed but not resident is
 //! named to the caller, who loads it and tries again.
 
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    paging::Paging,
+};
 use qcow2_format::{Geometry, HostOffset, RefcountTableEntry, refcount};
 use std::{
     collections::HashMap,
     ops::{ControlFlow, Range},
     sync::Arc,
 };
-
-/// Bytes of a refcount page, at the most.
-const PAGE_BYTES: u64 = 4096;
 
 /// The refcount table and the resident pages.
 pub(crate) struct Refcounts {
@@ -22,6 +22,7 @@ pub(crate) struct Refcounts {
     /// Raw entries in host byte order, as many as fit in the table's clusters.
     table: Vec<u64>,
     table_at: u64,
+    page_bytes: u64,
     pages: HashMap<u64, Resident>,
     /// Pages to keep, if not dirty.
     limit: usize,
@@ -57,14 +58,16 @@ impl Refcounts {
         geometry: Geometry,
         table: Vec<u64>,
         table_at: u64,
+        paging: Paging,
         limit: usize,
     ) -> Self {
-        Self { file, geometry, table, table_at, pages: HashMap::new(), limit }
+        let page_bytes = geometry.cluster_size().min(paging.page_bytes);
+        Self { file, geometry, table, table_at, page_bytes, pages: HashMap::new(), limit }
     }
 
     /// Bytes of a page.
     pub(crate) fn page_bytes(&self) -> u64 {
-        self.geometry.cluster_size().min(PAGE_BYTES)
+        self.page_bytes
     }
 
     /// Clusters that a page counts.

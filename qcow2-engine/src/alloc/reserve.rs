@@ -81,10 +81,13 @@ impl LaneSpace {
 }
 
 impl Meta {
-    /// A lane has a new extent.
+    /// A lane has a new extent. While it was being found, another request may have put back what it had taken of the old
+    /// one and not used.
     fn fill_lane(&mut self, lane: usize, run: Run) {
         self.watch.reserved(run.clusters.clone());
-        self.lanes[lane].extent = Some(run);
+        if let Some(rest) = self.lanes[lane].extent.replace(run) {
+            self.unmapped(rest.clusters);
+        }
     }
 
     /// An untouched run goes back to its lane's extent, or the way of freed clusters.
@@ -208,23 +211,65 @@ impl<I: Io> Lane<I> {
         let image = self.image();
         let bits = image.geometry().cluster_bits;
         let _growing = image.growth.acquire(0..1).await;
-        let (at, end) = (image.meta.lock().space.file_end, clusters.end << bits);
+        let (at, claimed) = {
+            let space = &image.meta.lock().space;
+            (space.file_end, space.fresh_from << bits)
+        };
+        let end = clusters.end << bits;
         if end <= at {
             return Ok(());
         }
-        let from = at.max(clusters.start << bits);
-        let file = image.top().file;
-        let grown = match self.io().allocate(file, from, end - from).await {
-            // Not every file system can allocate ahead; all can be extended. Not by a new length: should the
-            // file be longer than we know, it would be cut.
-            Err(error) if error.kind() == IoKind::Unsupported => {
-                exact::write_all(self.io(), file, end - SECTOR, &Buf::zeroed(SECTOR as usize)).await
+        // What others have claimed and not reached yet is reached now: they find that the file is long enough.
+        let behind_claims = (clusters.start << bits).max(claimed).max(at).min(end);
+        for part in [at..claimed.min(end), behind_claims..end] {
+            if !part.is_empty() {
+                self.allocate_space(part).await?;
             }
-            other => other,
-        };
-        grown.map_err(|source| image.io_error("allocation", file, from, source))?;
+        }
         image.meta.lock().space.file_end = end;
         image.sieve.set_end(image.geometry().clusters_for(end));
         Ok(())
+    }
+
+    /// Allocates space for a part of the file that ends behind its present end.
+    async fn allocate_space(&self, part: Range<u64>) -> Result<()> {
+        let image = self.image();
+        let file = image.top().file;
+        let grown = match self.io().allocate(file, part.start, part.end - part.start).await {
+            // Not every file system can allocate ahead; all can be extended. Not by a new length: should the
+            // file be longer than we know, it would be cut.
+            Err(error) if error.kind() == IoKind::Unsupported => {
+                exact::write_all(self.io(), file, part.end - SECTOR, &Buf::zeroed(SECTOR as usize)).await
+            }
+            other => other,
+        };
+        grown.map_err(|source| image.io_error("allocation", file, part.start, source))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{OpenOptions, create, exec::run_at_once, io::mem::MemFiles};
+    use qcow2_format::CreateOptions;
+    use std::path::Path;
+
+    /// A request that fails puts its clusters back while another one looks for the lane's next extent.
+    #[test]
+    fn what_was_put_back_is_not_lost_when_the_next_extent_comes() {
+        let (files, path) = (MemFiles::default(), Path::new("image"));
+        let options = CreateOptions { virtual_size: 1 << 20, cluster_bits: 12, ..CreateOptions::default() };
+        files.put("image", Vec::new());
+        run_at_once(create::create(&files, &files, path, &options, crate::Preallocation::Off)).unwrap();
+        let options = OpenOptions { extent_bytes: 4 << 12, ..OpenOptions::default() };
+        let image = run_at_once(Image::open(&files, &files, path, &options)).unwrap();
+        let lane = Lane::new(&image, files.clone(), 2);
+        let all = run_at_once(lane.reserve(4)).unwrap();
+        let next = run_at_once(lane.find_extent(1)).unwrap();
+        drop(all);
+        image.meta.lock().fill_lane(lane.number(), next);
+        run_at_once(lane.close()).unwrap();
+        let report = run_at_once(crate::check(&files, &files, path, crate::CheckOptions::default())).unwrap();
+        assert_eq!(report.found.leaks, 0);
     }
 }

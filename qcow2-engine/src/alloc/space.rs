@@ -86,9 +86,46 @@ impl Meta {
         }
     }
 
-    /// Takes `count` clusters in a row, behind everything that is counted so far, and counts them. The
-    /// blocks that count them come first: a row may be longer than what one block counts.
+    /// Takes `count` clusters in a row, behind the end of the file, and counts them.
     pub(crate) fn next_row(&mut self, count: u64) -> Result<Next> {
+        match self.row_in_page(count)? {
+            Some(next) => Ok(next),
+            None => self.row_with_blocks(count),
+        }
+    }
+
+    /// A row of clusters that one refcount page counts, the first there is.
+    fn row_in_page(&mut self, count: u64) -> Result<Option<Next>> {
+        let per_page = self.refcounts.clusters_per_page();
+        let end = self.refcounts.blocks_end() * self.geometry.refcounts_per_block();
+        let mut from = self.space.fresh_from;
+        while count <= per_page && from < end {
+            let Place::Page(page) = self.refcounts.place(from)? else { break };
+            match self.refcounts.free_run(page, from, count) {
+                Count::Needs(page) => return Ok(Some(Next::Needs(page))),
+                Count::Is(None) => from = (page + 1) * per_page,
+                Count::Is(Some(row)) if row.end - row.start < count => from = row.end,
+                Count::Is(Some(row)) => return self.take_row(row).map(Some),
+            }
+        }
+        Ok(None)
+    }
+
+    /// Takes a row that existing blocks count. What is passed over is still free.
+    fn take_row(&mut self, row: Range<u64>) -> Result<Next> {
+        if let Some(needs) = self.lacks_room(row.clone()) {
+            return Ok(needs);
+        }
+        let cursor = self.space.cursor;
+        let fresh = self.claim(row.clone())?;
+        self.count_once(row.clone());
+        self.space.cursor = cursor;
+        Ok(Next::Run(Run { clusters: row, fresh }))
+    }
+
+    /// A row behind everything that is counted so far. The blocks that count it come first: it may be longer
+    /// than what one block counts.
+    fn row_with_blocks(&mut self, count: u64) -> Result<Next> {
         let per_block = self.geometry.refcounts_per_block();
         let cursor = self.space.cursor;
         let blocks = count.div_ceil(per_block - 1);

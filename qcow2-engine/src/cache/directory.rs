@@ -93,7 +93,7 @@ impl Run {
 impl Directory {
     pub(crate) fn new(shape: Shape) -> Self {
         let chunks = usize::try_from(shape.slices.div_ceil(CHUNK as u64))
-            .expect("bounded by the L1 table's size limit");
+            .expect("bounded by the limits of L1 tables and of windows");
         Self { shape, chunks: (0..chunks).map(|_| OnceLock::new()).collect() }
     }
 

@@ -17,17 +17,13 @@ use super::{
     directory::{Directory, Place, Run, Shape},
     page::TablePage,
 };
+use crate::paging::MAX_PAGE;
 use std::sync::{
     OnceLock,
     atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
 };
 
-/// Bytes of a slice on disk, at the most.
-pub(crate) const SLICE_BYTES: u64 = 4096;
-const ENTRIES: usize = SLICE_BYTES as usize / 8;
-/// The fewest slots that a cache has: enough that a request which needs two slices, on each of
-/// several queues, cannot starve.
-const MIN_SLOTS: usize = 64;
+const ENTRIES: usize = MAX_PAGE as usize / 8;
 /// Slots per layer, at the least: one look-up needs a slice of each layer at the same time.
 const MIN_SLOTS_PER_LAYER: usize = 4;
 
@@ -71,11 +67,11 @@ impl SliceKey {
 }
 
 impl SliceCache {
-    /// A cache of `bytes` for layers of these shapes.
-    pub(crate) fn new(bytes: u64, layers: &[Shape]) -> Self {
-        let least = MIN_SLOTS.max(MIN_SLOTS_PER_LAYER * layers.len());
+    /// A cache of `bytes`, and of so many slots at the least, for layers of these shapes.
+    pub(crate) fn new(bytes: u64, least_slots: usize, layers: &[Shape]) -> Self {
+        let least = least_slots.max(MIN_SLOTS_PER_LAYER * layers.len());
         let slots =
-            usize::try_from(bytes / SLICE_BYTES).unwrap_or(usize::MAX).clamp(least, u32::MAX as usize - 1);
+            usize::try_from(bytes / MAX_PAGE).unwrap_or(usize::MAX).clamp(least, u32::MAX as usize - 1);
         Self {
             slots: (0..slots).map(|_| Slot::empty()).collect(),
             directories: layers.iter().map(|&shape| Directory::new(shape)).collect(),

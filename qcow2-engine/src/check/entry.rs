@@ -6,6 +6,7 @@
 //! its cluster, as it does for QEMU. But it is not repaired: a table with such an entry may be no
 //! table at all, and what is written over it may be somebody's data.
 
+use super::findings::Owner;
 use qcow2_format::{
     CompressedRange, Corruption, ExtendedEntry, Geometry, L1Entry, Mapping, Version,
     error::EntryKind,
@@ -74,6 +75,21 @@ impl Rules {
     /// half-written cluster. QEMU draws the line at the same place.
     pub(super) fn is_beyond_file(&self, at: u64, len: u64) -> bool {
         at.saturating_add(len) >= self.file_len.saturating_add(self.geometry.cluster_size())
+    }
+
+    /// Where what an L2 entry refers to should be, if the file does not have it. Of compressed data the file has
+    /// what it has of the first sectors: the stream may end before the sectors that the entry claims.
+    pub(super) fn missing(&self, target: Target) -> Option<(Owner, u64, u64)> {
+        let cluster_size = self.geometry.cluster_size();
+        match target {
+            Target::Cluster { host, .. } => {
+                self.is_beyond_file(host, cluster_size).then_some((Owner::Data, host, cluster_size))
+            }
+            Target::Compressed(range) => {
+                (range.offset >= self.file_len).then_some((Owner::Compressed, range.offset, range.len))
+            }
+            Target::Nothing | Target::External { .. } | Target::Unknown => None,
+        }
     }
 
     pub(super) fn judge_l1(&self, raw: u64) -> JudgedL1 {

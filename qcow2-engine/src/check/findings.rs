@@ -174,6 +174,8 @@ pub struct Findings {
     pub leaks: u64,
     /// Everything that endangers data.
     pub corruptions: u64,
+    /// Of the corruptions, the copied flags that do not agree with their count.
+    pub(super) wrong_flags: u64,
     /// What could not be looked at.
     pub check_errors: u64,
     /// Clusters beyond the end of the file that are counted, and to which nothing refers. They are no findings,
@@ -222,6 +224,7 @@ impl Findings {
     }
 
     pub(super) fn corruption(&mut self, table: Owner, at: u64, problem: Problem, remedy: Remedy) {
+        self.wrong_flags += u64::from(matches!(problem, Problem::CopiedFlag { .. }));
         self.push(Finding { severity: Severity::Corruption, table, at, problem, remedy });
     }
 

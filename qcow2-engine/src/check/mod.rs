@@ -138,6 +138,19 @@ async fn clear_marks(file: &mut ImageFile<'_, impl Io>, marks: u64) -> Result<()
     Ok(())
 }
 
+/// Clears the autoclear bits that are not known here, durably, before the first change: what they vouch for may be
+/// changed. A check counts the bitmaps, so that their bit stays.
+async fn clear_unknown_autoclear(file: &mut ImageFile<'_, impl Io>) -> Result<()> {
+    let known = file.header.autoclear & header::KNOWN_AUTOCLEAR;
+    if known == file.header.autoclear {
+        return Ok(());
+    }
+    change_header(file, &[(header::AUTOCLEAR_OFFSET, &known.to_be_bytes())]).await?;
+    file.sync().await?;
+    file.header.autoclear = known;
+    Ok(())
+}
+
 /// Writes fields of the header, all of them at once: a disk writes a sector whole or not at all.
 async fn change_header(file: &ImageFile<'_, impl Io>, fields: &[(u64, &[u8])]) -> Result<()> {
     let mut sector = file.read(0, SECTOR).await?;

@@ -11,6 +11,7 @@
 //! before, and a copied flag is set only where the count has durably become 1.
 
 use super::{
+    clear_unknown_autoclear,
     compare::chunks_in_use,
     entry::{Slot, Target, put_slot, slots},
     findings::Owner,
@@ -67,6 +68,7 @@ pub(super) async fn run(
     if repair == Repair::All && !survey.doubtful.is_empty() {
         refused.push("L2 tables with entries that make no sense, or that overlap data, are left as they are");
     }
+    clear_unknown_autoclear(file).await?;
     let had_corruptions = survey.findings.corruptions > 0;
     if repair == Repair::All && had_corruptions {
         edit_tables(file, &mut survey, Pass::Entries).await?;
@@ -90,12 +92,14 @@ pub(super) async fn run(
     } else if survey.findings.leaks > 0 {
         refused.push("leaked clusters are kept: damaged tables may hide references to them");
     }
-    // Without corruptions every flag agreed with its count before the counts were lowered. A cluster to which
-    // references may be hidden is not said to have one owner.
-    let may_set =
-        repair == Repair::All && !survey.hides_references || !had_corruptions && survey.findings.leaks > 0;
-    if may_set {
+    // Where nothing but flags was wrong, they follow from the counts. A cluster to which references may be
+    // hidden is not said to have one owner.
+    let has_true_counts = repair == Repair::All || survey.findings.corruptions == survey.findings.wrong_flags;
+    if has_true_counts && !survey.hides_references {
         survey.forget_counts();
+        if repair != Repair::All {
+            edit_tables(file, &mut survey, Pass::UnsetCopied).await?;
+        }
         edit_tables(file, &mut survey, Pass::SetCopied).await?;
         file.barrier(RuleName::RepairBeforeMark).await?;
     }
@@ -253,12 +257,10 @@ fn corrected(survey: &Survey, slot: Slot) -> Slot {
     let rules = &survey.rules;
     let judged = rules.judge(slot);
     let kept = judged.repaired.unwrap_or(slot);
-    let (host, len) = match judged.target {
-        Target::Cluster { host, .. } => (host, rules.geometry.cluster_size()),
-        Target::Compressed(range) => (range.offset, range.len),
-        Target::Nothing | Target::External { .. } | Target::Unknown => return kept,
-    };
-    if rules.is_beyond_file(host, len) { rules.without_cluster(slot).unwrap_or(kept) } else { kept }
+    match rules.missing(judged.target) {
+        Some(_) => rules.without_cluster(slot).unwrap_or(kept),
+        None => kept,
+    }
 }
 
 async fn with_right_flag(

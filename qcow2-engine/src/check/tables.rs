@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{error::Result, inspect::ImageFile, io::Io};
 use futures_util::future::join_all;
-use qcow2_format::geometry::TABLE_ENTRY_BYTES;
+use qcow2_format::{CompressedRange, geometry::TABLE_ENTRY_BYTES};
 use std::ops::Range;
 
 /// Bytes of L2 tables that are read at a time.
@@ -264,10 +264,10 @@ impl Survey {
                 self.findings.corruption(holder, at, Problem::CompressedInDataFile, remedy);
                 return Ok(());
             }
-            Target::Compressed(range) => (Owner::Compressed, range.offset, range.len),
+            Target::Compressed(range) => (Owner::Compressed, range.offset, self.in_file(holder, at, range)),
             Target::Cluster { host, .. } => (Owner::Data, host, self.geometry().cluster_size()),
         };
-        if self.rules.is_beyond_file(host, len) {
+        if let Some((owner, host, len)) = self.rules.missing(target) {
             let remedy = match self.rules.without_cluster(slot) {
                 // Then what refers to the true table is lost, and what that refers to is out of sight.
                 _ if self.is_contested(walk.table) => {
@@ -289,6 +289,19 @@ impl Survey {
             }
             _ => Ok(()),
         }
+    }
+
+    /// How much of compressed data the file has. That an entry claims more is damage, and what there is may be
+    /// all there ever was.
+    fn in_file(&mut self, holder: Owner, at: u64, range: CompressedRange) -> u64 {
+        if !self.rules.is_beyond_file(range.offset, range.len) {
+            return range.len;
+        }
+        let problem = Problem::BeyondFile { owner: Owner::Compressed, host: range.offset, len: range.len };
+        let remedy = Remedy::None("what the file has of it may be all there is: read it, and write it anew");
+        self.findings.corruption(holder, at, problem, remedy);
+        self.stuck_entries = true;
+        self.rules.file_len - range.offset
     }
 
     /// "Set to 1 only if the refcount is exactly one."

@@ -274,3 +274,17 @@ fn every_answer_fits_a_word() {
     let beyond = Answer::Data { layer: 3, at: 1 << 60 };
     assert_eq!(Answer::decode(beyond.encode()), Answer::Ask { layer: 3 }, "a raw file may be that long");
 }
+
+/// Two layers whose tables are tiny, under a disk of 2 EiB: the windows' directory would take 1.6 TiB.
+#[test]
+fn a_disk_with_too_many_windows_is_walked() {
+    let files = MemFiles::default();
+    let file = |bits, sectors| File { bits, sectors, ops: Vec::new() };
+    create(&files, "lowest", &file(9, 8), None);
+    create(&files, "lower", &file(9, 8), Some(("lowest", "qcow2")));
+    create(&files, "top", &file(21, 1 << 52), Some(("lower", "qcow2")));
+    let lane = open(&files, "top");
+    assert!(lane.image().flat.is_none());
+    let buf = Buf::zeroed(4096);
+    run(lane.read(0, buf)).unwrap();
+}

@@ -156,7 +156,7 @@ impl<I: Io> Lane<I> {
     /// else is going on. To be called once, from one lane, when the image has been opened.
     ///
     /// # Errors
-    /// As [`Self::flush`], or a failed read or hole punch; what was not given back stays a leak.
+    /// As [`Self::flush`], or a failed read; what was not given back stays a leak.
     pub async fn reclaim_leaks(&self, pace: &dyn Pace) -> Result<Reclaimed> {
         self.reclaim_leaks_by(MAX_WINDOW, pace).await
     }
@@ -254,7 +254,7 @@ impl<I: Io> Lane<I> {
             excess.iter().filter(|(_, references)| *references == 0).map(|(cluster, _)| *cluster).collect();
         for row in in_rows(&unused) {
             self.image().undamaged()?;
-            self.punch(row).await?;
+            self.punch(row).await;
         }
         for (cluster, references) in excess {
             self.image().undamaged()?;

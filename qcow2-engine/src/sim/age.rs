@@ -77,6 +77,7 @@ impl Life<'_> {
             model: Rc::clone(&self.model),
             cluster_sectors: self.fixture.variant.cluster_sectors,
             must_find_all: true,
+            has_been_told: Rc::default(),
         };
         self.drive(vec![play(player, requests, first, false)], false)
     }

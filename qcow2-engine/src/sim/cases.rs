@@ -6,13 +6,13 @@
 use super::{
     age::{age, fill_table},
     damage::Damage,
-    disk::{Fault, FileSystem, HeldBack},
+    disk::{Failing, Fault, FileSystem, HeldBack, Victim},
     rng::Rng,
     run::{Case, Work},
     tools::Tool,
     workload::{Fixture, Initial, Maker, Past, Request, SECTORS, Variant},
 };
-use crate::{Preallocation, Repair};
+use crate::{Paging, Preallocation, Repair};
 use std::{io, path::Path};
 
 /// What a case is aimed at.
@@ -24,6 +24,8 @@ enum Plan {
     ShortAtOnce,
     /// Lanes that get in each other's way.
     Lanes,
+    /// Lanes that meet in a few clusters.
+    Meeting,
     /// A longer life.
     Long,
     /// An operation fails.
@@ -31,6 +33,8 @@ enum Plan {
     /// Reads and overwrites, in place, of clusters that another lane discards, gives back and reuses for
     /// what it writes elsewhere (R5). The first one lands when all of that has been done.
     Reuse,
+    /// L2 tables in clusters that had other content.
+    ReuseForTables,
     /// Small writes with a flush after each, to clusters and tables that a snapshot shares: what the next
     /// one refers to is counted and durable already, so that no other rule's barrier stands in for that
     /// of R4.
@@ -51,13 +55,15 @@ enum Plan {
 }
 
 /// Of so many cases, how many follow which plan.
-const MIX: [(u64, Plan); 13] = [
+const MIX: [(u64, Plan); 15] = [
     (20, Plan::Short),
     (8, Plan::ShortAtOnce),
     (14, Plan::Lanes),
+    (24, Plan::Meeting),
     (8, Plan::Long),
-    (16, Plan::Faulty),
+    (40, Plan::Faulty),
     (16, Plan::Reuse),
+    (8, Plan::ReuseForTables),
     (12, Plan::Flushed),
     (16, Plan::Growing),
     (28, Plan::Search),
@@ -108,7 +114,8 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
     };
     let is_fit = |fixture: &Fixture| {
         let is_fit = match plan {
-            Plan::Flushed => fixture.initial == Initial::Shared,
+            Plan::Flushed => fixture.initial.is_shared(),
+            Plan::ReuseForTables => matches!(fixture.initial, Initial::Unallocated | Initial::Backing),
             Plan::Reuse => fixture.initial == Initial::Data,
             Plan::Growing => {
                 fixture.variant == Variant::SMALL_BLOCKS && fixture.initial.makes_writes_allocate()
@@ -124,19 +131,19 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
         _ => Work::Lanes(plan.lanes(&mut rng)),
     };
     let is_faulty = plan == Plan::Faulty || plan == Plan::Tool && rng.below(4) == 0;
-    let fault = is_faulty.then(|| {
-        let kind = [Fault::Eio, Fault::Enospc, Fault::Short][rng.below(3) as usize];
-        (rng.below(120), kind)
-    });
-    let file_system =
-        FileSystem { allocates: rng.below(UNABLE_SHARE) != 0, punches: rng.below(UNABLE_SHARE) != 0 };
+    let fault = is_faulty.then(|| failing(&mut rng));
+    let file_system = FileSystem {
+        allocates: rng.below(UNABLE_SHARE) != 0,
+        punches: plan != Plan::ReuseForTables && rng.below(UNABLE_SHARE) != 0,
+    };
     let held_back = match plan {
         Plan::Growing | Plan::SearchWhileAllocating => HeldBack::Growth,
         Plan::Reuse => HeldBack::Oldest,
         _ if rng.below(STARVING_SHARE) == 0 => HeldBack::Oldest,
         _ => HeldBack::Nothing,
     };
-    (fixture, Case { work, seed: rng.draw(), held_back, fault, file_system, disabled: None })
+    let paging = if rng.below(2) == 0 { Paging::TINY } else { Paging::default() };
+    (fixture, Case { work, seed: rng.draw(), held_back, fault, file_system, paging, disabled: None })
 }
 
 impl Plan {
@@ -156,15 +163,16 @@ impl Plan {
             Self::Short => vec![short(rng)],
             Self::ShortAtOnce => short(rng).into_iter().map(|request| vec![request]).collect(),
             Self::Lanes => (0..1 + rng.below(3)).map(|_| random(rng, 12)).collect(),
+            Self::Meeting => meeting(rng),
             Self::Long => vec![random(rng, 30)],
-            Self::Faulty => (0..1 + rng.below(2)).map(|_| random(rng, 10)).collect(),
+            Self::Faulty => match rng.below(3) {
+                0 => meeting(rng),
+                1 => (0..1 + rng.below(2)).map(|_| flushed(rng)).collect(),
+                _ => (0..1 + rng.below(2)).map(|_| random(rng, 10)).collect(),
+            },
             Self::Reuse => vec![(0..4).map(|_| touch(rng)).collect(), churn(rng)],
-            Self::Flushed => {
-                let lane = |rng: &mut Rng| {
-                    (0..2 + rng.below(5)).flat_map(|_| [small_write(rng), Request::Flush]).collect()
-                };
-                (0..1 + rng.below(2)).map(|_| lane(rng)).collect()
-            }
+            Self::ReuseForTables => vec![tables_after_data(rng)],
+            Self::Flushed => (0..1 + rng.below(2)).map(|_| flushed(rng)).collect(),
             Self::Search => {
                 let mut lanes = match rng.below(3) {
                     0 => vec![short(rng)],
@@ -201,7 +209,7 @@ fn tool(rng: &mut Rng, fixture: &Fixture) -> Tool {
         0 => Tool::Repair(Repair::Leaks, Damage::None),
         // Version 2 has no dirty bit, and no room for a snapshot's size.
         1..=2 if !is_v2 => Tool::OpenDirty(Damage::OF_COUNTS[rng.below(5) as usize]),
-        3..=4 if !(is_v2 && fixture.initial == Initial::Shared) => Tool::Grow(1 + rng.below(1000) as usize),
+        3..=4 if !(is_v2 && fixture.initial.is_shared()) => Tool::Grow(1 + rng.below(1000) as usize),
         5 => {
             let kinds = [Preallocation::Off, Preallocation::Metadata, Preallocation::Falloc];
             Tool::Create(kinds[rng.below(3) as usize])
@@ -213,6 +221,56 @@ fn tool(rng: &mut Rng, fixture: &Fixture) -> Tool {
             Tool::Repair(Repair::All, if is_lasting { Damage::CountsAndFlags } else { damage })
         }
     }
+}
+
+/// What fails: any operation of a life, or one of the first few of a kind; once, or for a while.
+fn failing(rng: &mut Rng) -> Failing {
+    let victims = [Victim::Any, Victim::Read, Victim::Write, Victim::Growth, Victim::Sync];
+    let reach = [4, 16, 120][rng.below(3) as usize];
+    Failing {
+        victim: victims[rng.below(5) as usize],
+        after: rng.below(reach),
+        times: if rng.below(3) == 0 { 2 + rng.below(8) } else { 1 },
+        fault: [Fault::Eio, Fault::Enospc, Fault::Short][rng.below(3) as usize],
+    }
+}
+
+/// Two to four lanes whose requests are all within a few sectors.
+fn meeting(rng: &mut Rng) -> Vec<Vec<Request>> {
+    let window = 2 + rng.below(8) as usize;
+    let anywhere = rng.below((SECTORS - window) as u64) as usize;
+    let first = [6, 252, SECTORS - window, anywhere][rng.below(4) as usize];
+    let request = |rng: &mut Rng| {
+        let at = first + rng.below(window as u64) as usize;
+        let count = 1 + rng.below((first + window - at) as u64) as usize;
+        match rng.below(12) {
+            0..=5 => Request::Write(at, count),
+            6 => Request::Read(first, window),
+            7 => Request::Zero(at, count, rng.below(2) == 0),
+            8..=9 => Request::Discard(first, window),
+            10 => Request::Flush,
+            _ => Request::Maintain,
+        }
+    };
+    let lane = |rng: &mut Rng| (0..1 + rng.below(4)).map(|_| request(rng)).collect();
+    (0..2 + rng.below(3)).map(|_| lane(rng)).collect()
+}
+
+/// Frees clusters that had data, and then writes where there is no L2 table yet: it is given one of them. (Where they
+/// cannot be punched out the data is still there.)
+fn tables_after_data(rng: &mut Rng) -> Vec<Request> {
+    let below_second_table =
+        |rng: &mut Rng| Request::Write(rng.below(100) as usize, 18 + rng.below(7) as usize);
+    let mut requests = vec![below_second_table(rng), Request::Discard(0, 256)];
+    requests.extend([Request::Flush, Request::Maintain, Request::Flush, below_second_table(rng)]);
+    requests.extend((0..1 + rng.below(3)).map(|_| small_write(rng)));
+    requests.push(Request::Flush);
+    requests
+}
+
+/// Small writes with a flush after each.
+fn flushed(rng: &mut Rng) -> Vec<Request> {
+    (0..2 + rng.below(5)).flat_map(|_| [small_write(rng), Request::Flush]).collect()
 }
 
 /// A few requests of the alphabet.

@@ -63,6 +63,34 @@ pub enum Fault {
     Short,
 }
 
+/// Which operations fail, and how.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failing {
+    /// The kind of operation.
+    pub victim: Victim,
+    /// So many of that kind do not fail first.
+    pub after: u64,
+    /// So many of that kind fail then, one after the other.
+    pub times: u64,
+    /// What happens to them.
+    pub fault: Fault,
+}
+
+/// A kind of operation that fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Victim {
+    /// Each.
+    Any,
+    /// A read.
+    Read,
+    /// A write.
+    Write,
+    /// One that makes the file longer without writing to it.
+    Growth,
+    /// A barrier.
+    Sync,
+}
+
 /// Which operation is left behind for as long as there are others, though not for ever: it lands when
 /// everything else has moved on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,7 +154,7 @@ struct State {
     next_id: u64,
     /// Operations completed so far.
     completed: u64,
-    fault: Option<(u64, Fault)>,
+    failing: Option<Failing>,
     /// A barrier has failed.
     has_lost: bool,
     file_system: FileSystem,
@@ -163,6 +191,33 @@ enum Kind {
     Sync(u64),
     /// The file system cannot do this.
     Refused,
+}
+
+impl Failing {
+    /// An operation's turn: what happens to it.
+    fn strike(&mut self, kind: &Kind) -> Option<Fault> {
+        if !self.victim.is(kind) || self.times == 0 {
+            return None;
+        }
+        if self.after > 0 {
+            self.after -= 1;
+            return None;
+        }
+        self.times -= 1;
+        Some(self.fault)
+    }
+}
+
+impl Victim {
+    fn is(self, kind: &Kind) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Read => matches!(kind, Kind::Read { .. }),
+            Self::Write => matches!(kind, Kind::Change(Change::Write { .. })),
+            Self::Growth => matches!(kind, Kind::Change(Change::Extend(_) | Change::Length(_))),
+            Self::Sync => matches!(kind, Kind::Sync(_)),
+        }
+    }
 }
 
 impl Change {
@@ -212,11 +267,9 @@ impl Disk {
         Self(Rc::new(RefCell::new(State { files, lengths, file_system, ..State::default() })))
     }
 
-    /// The operation after `count` more completions fails in this way.
-    pub fn fail_after(&self, count: u64, fault: Fault) {
-        let mut state = self.0.borrow_mut();
-        let at = state.completed + count;
-        state.fault = Some((at, fault));
+    /// From now on operations fail in this way.
+    pub fn fail(&self, failing: Failing) {
+        self.0.borrow_mut().failing = Some(failing);
     }
 
     /// From now on the files are on a file system that can do this.
@@ -276,7 +329,7 @@ impl Disk {
         let mut state = self.0.borrow_mut();
         let state = &mut *state;
         let operation = state.waiting.remove(choice);
-        let fault = state.fault.take_if(|(at, _)| *at <= state.completed).map(|(_, fault)| fault);
+        let fault = state.failing.as_mut().and_then(|failing| failing.strike(&operation.kind));
         state.completed += 1;
         let now = state.completed;
         let file = &mut state.files[operation.file];

@@ -94,9 +94,11 @@ impl Life<'_> {
             rng: Rng::new(self.rng.draw()),
             totals: &mut *self.totals,
             judged: (u64::MAX, 0),
+            tried: 0,
             memo: oracle::Memo::default(),
             held_back: HeldBack::Nothing,
             redo: self.redo.copy(),
+            paging: self.paging,
             processes: self.processes + 1,
             has_heir: true,
         };
@@ -143,13 +145,14 @@ impl Life<'_> {
             (0..self.rng.below(MAX_REQUESTS + 1)).map(|_| Request::random(&mut self.rng)).collect();
         requests.retain(|request| self.fixture.takes(request));
         // To search a large image has a plan of its own.
-        let searches = !self.fixture.past.is_large();
+        let searches = !self.fixture.past.is_large() && !self.fixture.has_autoclear_bits();
         requests.extend(searches.then_some(Request::Reclaim(1 << 20)));
         let player = Player {
             lane: lane.clone(),
             model: Rc::clone(&self.model),
             cluster_sectors: self.fixture.variant.cluster_sectors,
             must_find_all: true,
+            has_been_told: Rc::default(),
         };
         self.drive(vec![play(player, requests, SUCCESSOR, false)], true)?;
         self.end(lane, false, !searches).map_err(|error| format!("the next one went on: {error}"))

@@ -21,6 +21,8 @@ pub struct Case<'a> {
     pub backing: Option<&'a [u8]>,
     /// What every sector holds in every internal snapshot.
     pub snapshot: &'a [Value],
+    /// What every sector held at first: it still does while an autoclear bit is set.
+    pub initial: &'a [Value],
     /// Compressed clusters that were decompressed before.
     pub memo: &'a Memo,
 }
@@ -87,6 +89,9 @@ pub fn judge(bytes: &[u8], case: &Case<'_>) -> Result<Findings, String> {
         case.model
             .check(sector, found)
             .map_err(|allowed| format!("sector {sector} holds {found:?}, allowed are {allowed:?}"))?;
+        if reader.header.autoclear != 0 && case.initial.get(sector).is_some_and(|&initial| initial != found) {
+            return Err(format!("sector {sector} holds {found:?}, and the autoclear bits are set"));
+        }
     }
     for snapshot in &snapshots {
         let l1 = reader.table(snapshot.l1_table.0, snapshot.l1_entries as usize)?;

@@ -11,7 +11,14 @@ use crate::{
     io::{Buf, FileId, Io},
 };
 use futures_util::future::join_all;
-use std::{cell::RefCell, future::Future, io, ops::Range, pin::Pin, rc::Rc};
+use std::{
+    cell::{Cell, RefCell},
+    future::Future,
+    io,
+    ops::Range,
+    pin::Pin,
+    rc::Rc,
+};
 
 /// What carries requests out and tells the model.
 pub(super) struct Player {
@@ -20,6 +27,8 @@ pub(super) struct Player {
     pub(super) cluster_sectors: usize,
     /// Whether the search for leaks has to find all.
     pub(super) must_find_all: bool,
+    /// Whether a flush, of any lane, has failed because a barrier has: no change may succeed any more.
+    pub(super) has_been_told: Rc<Cell<bool>>,
 }
 
 /// Moves the runs of a request, all at once, and counts the bytes of those that did not fail.
@@ -75,13 +84,18 @@ impl Player {
             if is_write { Value::Stamp { request: number, sector: sector as u32 } } else { Value::Zero }
         };
         self.model.borrow_mut().issue(number, sectors.clone(), value);
+        let had_been_told = self.has_been_told.get();
         let outcome = match request {
             Request::Write(..) => self.write(sectors.clone(), value).await,
             Request::Read(at, count) => self.read(number, at..at + count).await,
             Request::Flush => self.flush().await,
             _ => self.change(request).await.map_err(Trouble::Failed),
         };
+        let is_change = !sectors.is_empty();
         self.model.borrow_mut().end(number, sectors, outcome.is_ok());
+        if had_been_told && is_change && outcome.is_ok() {
+            return Err(Trouble::Wrong("it succeeds, and a flush has failed for good".into()));
+        }
         outcome
     }
 
@@ -89,7 +103,9 @@ impl Player {
     async fn flush(&self) -> Result<(), Trouble> {
         let had_lost = self.lane.io().has_lost();
         let issued = self.model.borrow_mut().flush_issued();
-        self.lane.flush().await?;
+        let flushed = self.lane.flush().await;
+        self.has_been_told.set(self.has_been_told.get() || flushed.is_err() && self.lane.io().has_lost());
+        flushed?;
         if had_lost {
             return Err(Trouble::Wrong("it succeeds, and an earlier fdatasync has failed".into()));
         }
@@ -161,7 +177,8 @@ impl Player {
         let lane = &self.lane;
         let reclaimed = lane.reclaim_leaks_by(window, &Leisure(lane.io().clone())).await?;
         match reclaimed.verdict {
-            Verdict::Complete if reclaimed.left == 0 || !self.must_find_all => Ok(()),
+            Verdict::Complete if reclaimed.left == 0 => Ok(()),
+            Verdict::Complete | Verdict::Doubt(_) if !self.must_find_all => Ok(()),
             verdict => Err(Error::Backing {
                 file: "image".into(),
                 reason: format!("the search for leaks left {}: {verdict:?}", reclaimed.left),

@@ -1,7 +1,7 @@
 //! One simulated life of an image: requests on several lanes, a crash at every moment, a verdict.
 
 use super::{
-    disk::{Disk, Fault, FileSystem, HeldBack},
+    disk::{Disk, Failing, FileSystem, HeldBack},
     kill::Memory,
     model::{Model, Value},
     oracle,
@@ -11,7 +11,7 @@ use super::{
     tools::{self, Tool},
     workload::{Fixture, Request},
 };
-use crate::{Image, Lane, OpenOptions, RuleName, io::Buf};
+use crate::{Image, Lane, OpenOptions, Paging, RuleName, io::Buf};
 use std::{
     cell::{Cell, RefCell},
     collections::HashSet,
@@ -44,10 +44,12 @@ pub struct Case {
     pub seed: u64,
     /// The operation that lands late.
     pub held_back: HeldBack,
-    /// An operation that fails, counted from the opening.
-    pub fault: Option<(u64, Fault)>,
+    /// Operations that fail, counted from the opening.
+    pub fault: Option<Failing>,
     /// What the file system can do.
     pub file_system: FileSystem,
+    /// How the metadata is cut into pages.
+    pub paging: Paging,
     /// The rule that is switched off.
     pub disabled: Option<RuleName>,
 }
@@ -101,6 +103,10 @@ const EXTENT_CLUSTERS: u64 = 8;
 /// One operation in so many may be the one that is to be left behind: a task that only
 /// waits for it, and rests meanwhile, would otherwise wait for ever.
 const PATIENCE: u64 = 100;
+/// Crash states of a life up to which every moment is judged, and how many moments there are to one that is judged
+/// after that: a long life's moments are much alike, and many lives find more than long ones.
+const THOROUGH: u64 = 600;
+const SAMPLED: u64 = 6;
 /// Rounds of polling without progress, at the most, before a case counts as a hang.
 const MAX_STEPS: u64 = 200_000;
 
@@ -122,10 +128,13 @@ pub(super) struct Life<'a> {
     pub(super) totals: &'a mut Totals,
     /// The last state that was judged: the disk's version and the model's time.
     pub(super) judged: (u64, u64),
+    /// Crash states that were tried.
+    pub(super) tried: u64,
     pub(super) memo: oracle::Memo,
     /// As in [`Case`].
     pub(super) held_back: HeldBack,
     pub(super) redo: Memory,
+    pub(super) paging: Paging,
     /// How many processes have served the image so far, with this one.
     pub(super) processes: u32,
     /// A successor has gone on to serve.
@@ -153,9 +162,10 @@ fn serve(
 ) -> Result<(), String> {
     let mut life = Life::new(fixture, case.seed, totals);
     life.held_back = case.held_back;
+    life.paging = case.paging;
     life.disk.set_file_system(case.file_system);
-    if let Some((at, fault)) = case.fault {
-        life.disk.fail_after(at, fault);
+    if let Some(failing) = case.fault {
+        life.disk.fail(failing);
     }
     life.totals.workloads += 1;
     let image = match life.open() {
@@ -169,6 +179,7 @@ fn serve(
         image.disable_rule(rule);
     }
     let lanes: Vec<_> = requests.iter().map(|_| Lane::new(&image, life.disk.clone(), 4)).collect();
+    let has_been_told = Rc::default();
     let mut next = 0;
     let tasks = requests.iter().zip(&lanes).map(|(requests, lane)| {
         let first = next;
@@ -179,7 +190,8 @@ fn serve(
             lane: lane.clone(),
             model: Rc::clone(&life.model),
             cluster_sectors: fixture.variant.cluster_sectors,
-            must_find_all: !case.search_may_give_up(),
+            must_find_all: !case.search_may_give_up() && !fixture.has_autoclear_bits(),
+            has_been_told: Rc::clone(&has_been_told),
         };
         play(player, requests.collect(), first, has_faults)
     });
@@ -200,9 +212,11 @@ impl<'a> Life<'a> {
             rng: Rng::new(seed),
             totals,
             judged: (u64::MAX, 0),
+            tried: 0,
             memo: oracle::Memo::default(),
             held_back: HeldBack::Nothing,
             redo: Memory::new(),
+            paging: Paging::default(),
             processes: 1,
             has_heir: false,
         }
@@ -221,6 +235,7 @@ impl<'a> Life<'a> {
         let options = OpenOptions {
             extent_bytes: extent_clusters << cluster_bits,
             cache_bytes: 0,
+            paging: self.paging,
             ..OpenOptions::default()
         };
         let mut open = Box::pin(async move {
@@ -293,17 +308,22 @@ impl<'a> Life<'a> {
         if std::mem::replace(&mut self.judged, moment) == moment {
             return Ok(());
         }
+        if self.tried > THOROUGH && self.rng.below(SAMPLED) != 0 {
+            return Ok(());
+        }
         let case = oracle::Case {
             model: &model,
             sizes: &[model.len() as u64 * 512],
             backing: self.fixture.backing.as_deref(),
             snapshot: &self.fixture.snapshot,
+            initial: &self.fixture.content,
             memo: &self.memo,
         };
-        let (totals, rng) = (&mut *self.totals, &mut self.rng);
+        let (totals, tried, rng) = (&mut *self.totals, &mut self.tried, &mut self.rng);
         self.disk.look(0, |file, in_flight| {
             states::for_each(file, in_flight, rng, |crashed| {
                 totals.states += 1;
+                *tried += 1;
                 totals.images.insert(crashed.hash);
                 let findings = oracle::judge(crashed.bytes, &case)?;
                 totals.worst_leaks = totals.worst_leaks.max(findings.leaks);
@@ -366,6 +386,7 @@ impl<'a> Life<'a> {
             sizes: &[model.len() as u64 * 512],
             backing: self.fixture.backing.as_deref(),
             snapshot: &self.fixture.snapshot,
+            initial: &self.fixture.content,
             memo: &self.memo,
         };
         self.disk.look(0, |file, in_flight| {

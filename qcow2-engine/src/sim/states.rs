@@ -14,9 +14,11 @@ use super::{
 };
 
 /// Up to this many candidates every subset is tried.
-const EXHAUSTIVE: usize = 8;
+const EXHAUSTIVE: usize = 6;
 /// Random subsets beyond that.
-const RANDOM_SUBSETS: usize = 64;
+const RANDOM_SUBSETS: usize = 24;
+/// A write of at most so many sectors and one is torn at every place; a page of metadata is no longer.
+const ALL_CUTS: usize = 7;
 
 /// A state of the file that a crash may leave.
 #[derive(Clone, Copy, Debug)]
@@ -71,7 +73,7 @@ pub fn for_each<E>(
         }
     }
     for (index, change) in candidates.iter().enumerate() {
-        for half in torn(change) {
+        for half in torn(change, rng) {
             attempt(&|_| true, Some((index, &half)))?;
             attempt(&|other| other < index, Some((index, &half)))?;
         }
@@ -79,10 +81,12 @@ pub fn for_each<E>(
     Ok(())
 }
 
-/// The parts of a write that may arrive alone: each prefix and each suffix of whole sectors.
-fn torn(change: &Change) -> Vec<Change> {
+/// The parts of a write that may arrive alone: each prefix and each suffix of whole sectors, of a long write some.
+fn torn(change: &Change, rng: &mut Rng) -> Vec<Change> {
     let Change::Write { at, bytes } = change else { return Vec::new() };
-    let cuts = (1..bytes.len().div_ceil(SECTOR)).map(|sectors| sectors * SECTOR);
+    let places = bytes.len().div_ceil(SECTOR).saturating_sub(1);
+    let is_tried = |rng: &mut Rng| places <= ALL_CUTS || rng.below(places as u64) < ALL_CUTS as u64 / 2;
+    let cuts = (1..=places).filter(|_| is_tried(rng)).map(|sectors| sectors * SECTOR);
     cuts.flat_map(|cut| {
         [
             Change::Write { at: *at, bytes: bytes[..cut].into() },

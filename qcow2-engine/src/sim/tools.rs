@@ -15,7 +15,7 @@ use super::{
     contents::Contents,
     counts::Standing,
     damage::{self, Damage},
-    disk::{Change, Disk, File, FileSystem, HeldBack},
+    disk::{Change, Disk, Failing, File, FileSystem, HeldBack},
     model::{Model, Value},
     oracle::{self, Memo},
     rng::Rng,
@@ -98,9 +98,9 @@ pub(super) fn simulate(
     if let Some(rule) = case.disabled {
         disk.disable_rule(rule);
     }
-    if let Some((at, fault)) = case.fault {
+    if let Some(failing) = case.fault {
         // Tools are short.
-        disk.fail_after(at / 4, fault);
+        disk.fail(Failing { after: failing.after / 4, ..failing });
     }
     let outcome = work.drive(&disk, &mut rng, case, totals)?;
     match outcome {
@@ -291,6 +291,7 @@ impl<'a> Work<'a> {
             held_back: HeldBack::Nothing,
             fault: None,
             file_system: FileSystem::ABLE,
+            paging: crate::Paging::default(),
             disabled: None,
         };
         let ended = next.drive(&disk, &mut Rng::new(hash), &case, &mut Totals::default())?;
@@ -317,6 +318,7 @@ impl<'a> Work<'a> {
             sizes: &[old, new],
             backing: self.fixture.backing.as_deref().filter(|_| !matches!(self.tool, Tool::Create(_))),
             snapshot: &self.fixture.snapshot,
+            initial: &self.fixture.content,
             memo: &self.memo,
         };
         oracle::judge(bytes, &case)

@@ -10,8 +10,13 @@ use std::{
     process::Command,
 };
 
-/// Sectors of the virtual disk: two L2 tables and a bit.
-pub const SECTORS: usize = 2 * 256 + 8;
+/// Sectors of the virtual disk: two L2 tables and a bit, and the last cluster is not whole.
+pub const SECTORS: usize = 2 * 256 + 7;
+
+/// Where the autoclear bits are in the header, the highest first.
+const AUTOCLEAR_AT: usize = 88;
+/// Of the first byte.
+const UNKNOWN_BIT: u8 = 0x80;
 
 /// The state of every cluster before the first request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,11 +35,13 @@ pub enum Initial {
     Compressed,
     /// Shared with an internal snapshot.
     Shared,
+    /// A zero flag on a cluster that is shared with an internal snapshot.
+    SharedZero,
 }
 
 impl Initial {
     /// Every state.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Unallocated,
         Self::Backing,
         Self::Data,
@@ -42,7 +49,14 @@ impl Initial {
         Self::ZeroAllocated,
         Self::Compressed,
         Self::Shared,
+        Self::SharedZero,
     ];
+
+    /// Whether there is an internal snapshot.
+    #[must_use]
+    pub fn is_shared(self) -> bool {
+        matches!(self, Self::Shared | Self::SharedZero)
+    }
 
     /// Whether a write to a cluster needs a new one.
     #[must_use]
@@ -66,16 +80,19 @@ pub struct Variant {
 
 impl Variant {
     /// The variants that are simulated.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::COMMON,
         Self { refcount_bits: 1, ..Self::COMMON },
         Self { refcount_bits: 64, ..Self::COMMON },
         Self { compat: "0.10", ..Self::COMMON },
         Self { lazy_refcounts: true, ..Self::COMMON },
         Self::SMALL_BLOCKS,
+        Self::LARGE,
     ];
     /// A refcount block counts 64 clusters only: new ones are made all the time.
     pub const SMALL_BLOCKS: Self = Self { refcount_bits: 64, cluster_sectors: 1, ..Self::COMMON };
+    /// Several lanes meet in one cluster, and it has autoclear bits.
+    pub const LARGE: Self = Self { cluster_sectors: 8, ..Self::COMMON };
     const COMMON: Self = Self { compat: "1.1", refcount_bits: 16, lazy_refcounts: false, cluster_sectors: 2 };
 
     /// For messages.
@@ -97,6 +114,7 @@ impl Variant {
             Initial::ZeroPlain | Initial::ZeroAllocated => self.compat == "1.1",
             // Compressed clusters share host clusters, snapshots share everything.
             Initial::Compressed | Initial::Shared => self.refcount_bits > 1,
+            Initial::SharedZero => self.compat == "1.1" && self.refcount_bits > 1,
             Initial::Unallocated | Initial::Backing | Initial::Data => true,
         }
     }
@@ -153,6 +171,13 @@ pub struct Fixture {
 }
 
 impl Fixture {
+    /// Whether it has autoclear bits that nobody knows, so that until the first change something may be counted that
+    /// the search for leaks cannot know of.
+    #[must_use]
+    pub fn has_autoclear_bits(&self) -> bool {
+        self.image[AUTOCLEAR_AT] & UNKNOWN_BIT != 0
+    }
+
     /// Whether a request can be carried out on it.
     #[must_use]
     pub fn takes(&self, request: &Request) -> bool {
@@ -216,7 +241,8 @@ impl Request {
             Self::Write(at, count) | Self::Zero(at, count, _) => at..at + count,
             Self::Discard(at, count) => {
                 let first = at.next_multiple_of(cluster_sectors);
-                let end = (at + count) / cluster_sectors * cluster_sectors;
+                let is_last = at + count == SECTORS;
+                let end = if is_last { SECTORS } else { (at + count) / cluster_sectors * cluster_sectors };
                 first..end.max(first)
             }
             Self::Read(..) | Self::Flush | Self::Maintain | Self::Reclaim(_) => 0..0,
@@ -252,7 +278,9 @@ impl Maker {
                 .enumerate()
                 .map(|(i, &s)| if i < backing_sectors { s } else { Value::Zero })
                 .collect(),
-            Initial::Unallocated | Initial::ZeroPlain | Initial::ZeroAllocated => vec![Value::Zero; SECTORS],
+            Initial::Unallocated | Initial::ZeroPlain | Initial::ZeroAllocated | Initial::SharedZero => {
+                vec![Value::Zero; SECTORS]
+            }
         };
         let raw: Vec<u8> = stamps.iter().flat_map(|value| value.bytes()).collect();
         let backing = (initial == Initial::Backing).then(|| raw[..backing_sectors * 512].to_vec());
@@ -283,23 +311,28 @@ impl Maker {
                     "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", &options, "raw", "image",
                 ])?;
             }
-            Initial::ZeroPlain | Initial::ZeroAllocated => {
+            Initial::ZeroPlain | Initial::ZeroAllocated | Initial::SharedZero => {
                 self.qemu_img(&["create", "-f", "qcow2", "-o", &options, "image", &size])?;
                 let write = if initial == Initial::ZeroPlain { "write -z -u 0 " } else { "write -z 0 " };
-                if initial == Initial::ZeroAllocated {
+                if initial != Initial::ZeroPlain {
                     self.run("qemu-io", &["-f", "qcow2", "-c", &format!("write 0 {size}"), "image"])?;
                 }
                 self.run("qemu-io", &["-f", "qcow2", "-c", &format!("{write}{size}"), "image"])?;
             }
         }
-        if initial == Initial::Shared {
+        if initial.is_shared() {
             self.qemu_img(&["snapshot", "-c", "first", "image"])?;
+        }
+        let mut image = std::fs::read(self.directory.join("image"))?;
+        if variant == Variant::LARGE {
+            // A bit that nobody knows: it says that no content has changed since it was set.
+            image[AUTOCLEAR_AT] |= UNKNOWN_BIT;
         }
         Ok(Fixture {
             name: format!("{initial:?} {}", variant.name()),
             initial,
             variant,
-            image: std::fs::read(self.directory.join("image"))?,
+            image,
             can_discard: variant.compat == "1.1" || backing.is_none(),
             backing,
             snapshot: content.clone(),

@@ -62,6 +62,28 @@ impl Parts {
         Self::of(std::fs::read(path).expect("image"))
     }
 
+    /// An image with one compressed cluster of 0x5a, and then perhaps one of 0x33 that is not compressed.
+    pub(crate) fn compressed(options: &str, has_neighbour: bool) -> Self {
+        let directory = tempfile::tempdir().expect("temporary directory");
+        let path = directory.path().join("image.qcow2");
+        let name = path.to_str().expect("UTF-8");
+        tool("qemu-img", &["create", "-q", "-f", "qcow2", "-o", options, name, "1M"]);
+        let cluster = Self::of(std::fs::read(&path).expect("image")).cluster();
+        tool("qemu-io", &["-f", "qcow2", "-c", &format!("write -q -c -P 0x5a 0 {cluster}"), name]);
+        if has_neighbour {
+            tool("qemu-io", &["-f", "qcow2", "-c", &format!("write -q -P 0x33 {cluster} {cluster}"), name]);
+        }
+        Self::of(std::fs::read(path).expect("image"))
+    }
+
+    /// Has the compressed cluster at guest offset 0 claim as many sectors as its descriptor can say.
+    pub(crate) fn claim_too_much(&mut self) {
+        let extra_sectors =
+            ((1 << (self.geometry.cluster_bits - 8)) - 1) << (62 - (self.geometry.cluster_bits - 8));
+        let at = self.l2_entry(0);
+        self.set(at, self.word(at) | extra_sectors);
+    }
+
     pub(crate) fn cluster(&self) -> u64 {
         self.geometry.cluster_size()
     }

@@ -10,15 +10,18 @@ use std::{io, path::Path, rc::Rc, sync::Arc};
 
 /// What is about to be done.
 pub(crate) enum Operation<'a> {
-    Read,
+    Read {
+        file: FileId,
+    },
     Write {
         at: u64,
         buf: &'a Buf,
     },
     /// For a tool's rule, if it is that.
     Sync(Option<RuleName>),
-    /// Up to this byte of the file.
+    /// A part of the file.
     Allocate {
+        at: u64,
         end: u64,
     },
     PunchHole,
@@ -60,7 +63,7 @@ impl<H: Hook> Hooked<H> {
 
 impl<H: Hook> Io for Hooked<H> {
     async fn read(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
-        self.hook.before(Operation::Read).await?;
+        self.hook.before(Operation::Read { file }).await?;
         self.files.read(file, at, buf).await
     }
     async fn write(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
@@ -76,7 +79,7 @@ impl<H: Hook> Io for Hooked<H> {
         self.files.sync(file).await
     }
     async fn allocate(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
-        self.hook.before(Operation::Allocate { end: at + len }).await?;
+        self.hook.before(Operation::Allocate { at, end: at + len }).await?;
         self.files.allocate(file, at, len).await
     }
     async fn punch_hole(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {

@@ -8,7 +8,7 @@ const fn key(slice: u64) -> SliceKey {
 }
 
 fn cache(bytes: u64) -> SliceCache {
-    SliceCache::new(bytes, &[Shape { slices: 1 << 20, entries: ENTRIES, step: STEP }])
+    SliceCache::new(bytes, 64, &[Shape { slices: 1 << 20, entries: ENTRIES, step: STEP }])
 }
 
 /// Entries that are no run: `value`, then others.

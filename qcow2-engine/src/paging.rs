@@ -1,0 +1,33 @@
+//! How metadata is cut into pages, and how many of them are kept however little memory there is.
+
+/// The pages of an image's metadata.
+///
+/// A page of an L2 table (a slice), of the L1 table, of a refcount block or of the refcount table is
+/// read, ordered and written back as one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Paging {
+    /// Bytes of a page, at the most: a smaller cluster is one page. A power of two from 512 to
+    /// [`MAX_PAGE`].
+    pub(crate) page_bytes: u64,
+    /// The fewest slices that are kept.
+    pub(crate) least_slices: usize,
+    /// The fewest pages of refcount blocks that are kept.
+    pub(crate) least_refcount_pages: usize,
+}
+
+/// Bytes of the longest page: the physical block of the disks there are.
+pub(crate) const MAX_PAGE: u64 = 4096;
+
+impl Paging {
+    /// For images of a few hundred clusters: their tables have several pages all the same, and more of them
+    /// than are kept.
+    #[cfg(feature = "sim")]
+    pub(crate) const TINY: Self = Self { page_bytes: 512, least_slices: 4, least_refcount_pages: 2 };
+}
+
+impl Default for Paging {
+    /// Enough pages that a request which needs two, on each of several queues, cannot starve.
+    fn default() -> Self {
+        Self { page_bytes: MAX_PAGE, least_slices: 64, least_refcount_pages: 64 }
+    }
+}
