@@ -49,7 +49,7 @@ mod territory;
 mod unpack;
 mod write;
 
-pub use backing::{BackingPolicy, Format, MAX_CHAIN};
+pub use backing::{BackingPolicy, Format, MAX_CHAIN, has_protocol};
 pub use check::{CheckOptions, CheckReport, Repair, check};
 pub use create::Preallocation;
 pub use direct::{Direct, Run};

@@ -219,6 +219,47 @@ fn info_says_what_qemu_img_says() {
     assert!(succeeds(ours(path, &["info", "overlay.qcow2"])).contains("backing file: base.raw"));
 }
 
+/// QEMU reads a name with a protocol as it stands: it is not beside the image, and neither is what `file:` names.
+#[test]
+fn names_with_a_protocol_are_not_looked_for_beside_the_image() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    fs::create_dir(path.join("images")).expect("directory");
+    for (base, byte) in [("images/base", 0xaa), ("base", 0xcc)] {
+        fs::write(path.join(base), vec![byte; 1 << 20]).expect("base");
+    }
+    let absolute = format!("file:{}/base", path.display());
+    for name in
+        ["file:base", &absolute, "nbd:localhost:10809", "json:{}", "./a:b", "/a:b", "base", "sub/base", "a b"]
+    {
+        succeeds(run(
+            "qemu-img",
+            path,
+            &["create", "-q", "-f", "qcow2", "-u", "-b", name, "-F", "raw", "images/i", "1M"],
+        ));
+        let theirs = run("qemu-img", path, &["info", "--output=json", "images/i"]);
+        assert_agrees(&json(&ours(path, &["info", "--json", "images/i"])), &json(&theirs), "");
+        let line = |output: Output| {
+            let text = succeeds(output);
+            text.lines().find(|line| line.starts_with("backing file:")).map(str::to_owned)
+        };
+        let said = line(ours(path, &["info", "images/i"]));
+        assert_eq!(said, line(run("qemu-img", path, &["info", "images/i"])));
+        let read = ["-r", "-c", "read -P 0xcc 0 1M", "images/i"];
+        let read = (ours(path, &[&["io"][..], &read].concat()), run("qemu-io", path, &read));
+        if name == absolute {
+            assert_eq!((code(&read.0), code(&read.1)), (0, 0), "{}{}", text(&read.0), text(&read.1));
+        } else if name == "file:base" {
+            // QEMU reads the one where it was started; a server has another working directory.
+            assert_eq!((code(&read.0), code(&read.1)), (1, 0), "{}{}", text(&read.0), text(&read.1));
+            assert!(text(&read.0).contains("relative to the working directory"), "{}", text(&read.0));
+        }
+    }
+    let refused = ours(path, &["create", "-b", "file:base", "-F", "raw", "images/new"]);
+    assert!(text(&refused).contains("relative to the working directory"), "{}", text(&refused));
+    assert!(!path.join("images/new").exists());
+}
+
 #[test]
 fn check_has_the_exit_codes_of_qemu_img_and_repairs() {
     let directory = tempfile::tempdir().expect("temporary directory");
