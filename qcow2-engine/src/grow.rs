@@ -115,7 +115,7 @@ impl Image {
             );
         }
         let backing_size = self.layers.get(1).map_or(0, |layer| match layer {
-            Layer::Qcow2(layer) => layer.geometry.virtual_size,
+            Layer::Qcow2(layer) => layer.size(),
             Layer::Raw(layer) => layer.len,
         });
         if size > self.virtual_size() && backing_size > self.virtual_size() {

@@ -145,10 +145,25 @@ fn a_new_overlay_has_the_size_of_its_backing_file_and_failures_leave_nothing() {
     fs::write(path.join("sub/odd.raw"), vec![1; 70_001]).expect("base");
     succeeds(ours(path, &["create", "-b", "odd.raw", "-F", "raw", "sub/a.qcow2"]));
     succeeds(ours(path, &["create", "-b", "a.qcow2", "-F", "qcow2", "sub/b.qcow2"]));
-    for name in ["sub/a.qcow2", "sub/b.qcow2"] {
+    // Of this one qemu-img shows what overlays see.
+    let odd = fs::File::options().write(true).open(path.join("sub/b.qcow2")).expect("opens");
+    odd.write_all_at(&70_001_u64.to_be_bytes(), 24).expect("written");
+    succeeds(ours(path, &["create", "-b", "b.qcow2", "-F", "qcow2", "sub/c.qcow2"]));
+    succeeds(run(
+        "qemu-img",
+        path,
+        &["create", "-q", "-f", "qcow2", "-b", "b.qcow2", "-F", "qcow2", "sub/d"],
+    ));
+    for (name, size) in
+        [("sub/a.qcow2", 70_144), ("sub/b.qcow2", 69_632), ("sub/c.qcow2", 69_632), ("sub/d", 69_632)]
+    {
         let info = json(&run("qemu-img", path, &["info", "--output=json", name]));
-        assert_eq!(info["virtual-size"], 70_144, "{name}");
+        assert_eq!(info["virtual-size"], size, "{name}");
     }
+    // What does not show now does not show in a new part either.
+    succeeds(ours(path, &["resize", "sub/c.qcow2", "1M"]));
+    succeeds(run("qemu-img", path, &["resize", "-q", "sub/d", "1M"]));
+    succeeds(run("qemu-img", path, &["compare", "-q", "sub/c.qcow2", "sub/d"]));
     succeeds(ours(path, &["create", "-u", "-b", "none.raw", "-F", "raw", "c.qcow2", "1M"]));
     fs::copy(path.join("c.qcow2"), path.join("kept.qcow2")).expect("copy");
     for bad in [
