@@ -303,10 +303,45 @@ fn check_has_the_exit_codes_of_qemu_img_and_repairs() {
     assert_eq!(code(&check(&["--repair", "leaks"])), 2);
     assert_eq!((code(&check(&["--repair", "all"])), code(&theirs()), code(&check(&[]))), (0, 0, 0));
 
-    fs::write(path.join("image.qcow2"), "no image at all").expect("written");
-    assert_eq!((code(&check(&[])), code(&run("qemu-img", path, &["check", "image.qcow2"]))), (63, 63));
     fs::remove_file(path.join("image.qcow2")).expect("removed");
     assert_eq!((code(&check(&[])), code(&theirs())), (1, 1));
+}
+
+/// qemu-img has 63 for what is no QCOW2 image, and 1 for one that it cannot open.
+#[test]
+fn check_tells_files_that_are_no_images_from_images_that_cannot_be_read() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    succeeds(ours(path, &["create", "-q", "image.qcow2", "16M"]));
+    succeeds(run("qemu-img", path, &["create", "-q", "-f", "qcow", "old.qcow", "16M"]));
+    let sound = fs::read(path.join("image.qcow2")).expect("image");
+    let patched = |at: usize, byte: u8| {
+        let mut bytes = sound.clone();
+        bytes[at] = byte;
+        bytes
+    };
+    for (what, bytes, expected) in [
+        ("text", b"no image at all".to_vec(), 63),
+        ("a word", b"text".to_vec(), 63),
+        ("nothing", Vec::new(), 63),
+        ("zeros", vec![0; 4096], 63),
+        ("another magic", patched(0, b'X'), 63),
+        ("another magic, cut off", patched(0, b'X')[..50].to_vec(), 63),
+        ("QCOW", fs::read(path.join("old.qcow")).expect("image"), 63),
+        ("version 0", patched(7, 0), 63),
+        ("less than a version", sound[..7].to_vec(), 63),
+        ("a magic and a version", sound[..8].to_vec(), 1),
+        ("half a header", sound[..50].to_vec(), 1),
+        ("a version 2 header of version 3", sound[..72].to_vec(), 1),
+        ("version 4", patched(7, 4), 1),
+        ("version 9, cut off", patched(7, 9)[..50].to_vec(), 1),
+        ("an unknown incompatible bit", patched(78, 0x80), 1),
+        ("clusters of 32 bytes", patched(23, 5), 1),
+    ] {
+        fs::write(path.join("image"), bytes).expect("written");
+        let (said, theirs) = (ours(path, &["check", "image"]), run("qemu-img", path, &["check", "image"]));
+        assert_eq!((code(&said), code(&theirs)), (expected, expected), "{what}: {}", text(&said));
+    }
 }
 
 #[test]
