@@ -48,7 +48,7 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("ublk-qcow2: {error}");
+            commands::complain(&error);
             ExitCode::FAILURE
         }
     }

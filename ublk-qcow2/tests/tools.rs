@@ -3,7 +3,10 @@
 use serde_json::Value;
 use std::{
     fs,
-    os::unix::fs::FileExt,
+    os::{
+        fd::OwnedFd,
+        unix::{fs::FileExt, net::UnixStream},
+    },
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
@@ -377,6 +380,55 @@ fn io_fails_where_qemu_io_fails() {
     let refused = ours(&path, &["io", "-r", "-c", "write 0 512", "image.qcow2"]);
     assert_eq!(code(&refused), 1);
     assert!(text(&refused).contains("read-only"), "{}", text(&refused));
+}
+
+/// `io IMAGE < commands | head -1`: what was written until nobody listened is in the image, and nothing after it.
+#[test]
+fn a_session_that_cannot_print_closes_its_image() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    let session = |commands: &[&str], out: Stdio, errors: Stdio| {
+        succeeds(ours(path, &["create", "-q", "image", "1M"]));
+        let args = commands.iter().flat_map(|command| ["-c", *command]);
+        let mut command = Command::new(OURS);
+        command.arg("io").args(args).arg("image").current_dir(path).stdout(out).stderr(errors);
+        command.spawn().expect("starts").wait_with_output().expect("ends")
+    };
+    let closed = || Stdio::from(OwnedFd::from(UnixStream::pair().expect("sockets").0));
+    let full = || Stdio::from(fs::File::options().write(true).open("/dev/full").expect("opens"));
+    let writes = ["write -P 3 0 64k", "write -P 4 64k 64k"];
+    let in_flight = ["aio_write -q -P 3 0 64k", "length", "write -P 4 64k 64k"];
+    let at_the_end = ["aio_write -P 3 0 64k"];
+    for commands in [&writes[..], &in_flight, &at_the_end] {
+        for (out, reason) in [(closed(), "Broken pipe"), (full(), "No space left on device")] {
+            let said = session(commands, out, Stdio::piped());
+            let told = text(&said);
+            assert_eq!(code(&said), 1, "{commands:?}: {told}");
+            assert!(told.starts_with("ublk-qcow2: cannot print: ") && told.contains(reason), "{told}");
+            assert_eq!(told.lines().count(), 1, "{told}");
+            let read =
+                run("qemu-io", path, &["-r", "-c", "read -P 3 0 64k", "-c", "read -P 0 64k 64k", "image"]);
+            assert_eq!(code(&read), 0, "{commands:?}: {}", text(&read));
+            succeeds(run("qemu-img", path, &["check", "-q", "image"]));
+        }
+    }
+    // Nobody listens to complaints either.
+    assert_eq!(code(&session(&writes, closed(), closed())), 1);
+}
+
+/// Bytes that are no text end a session; what came before them is in the image.
+#[test]
+fn a_session_that_cannot_read_its_commands_closes_its_image() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    succeeds(ours(path, &["create", "-q", "image", "1M"]));
+    fs::write(path.join("commands"), b"write -P 3 0 64k\n\xff\nwrite -P 4 0 64k\n").expect("commands");
+    let input = fs::File::open(path.join("commands")).expect("commands");
+    let mut command = Command::new(OURS);
+    let said = command.args(["io", "image"]).current_dir(path).stdin(input).output().expect("starts");
+    assert_eq!(code(&said), 1);
+    assert!(text(&said).contains("ublk-qcow2: standard input: "), "{}", text(&said));
+    succeeds(run("qemu-io", path, &["-r", "-c", "read -P 3 0 64k", "image"]));
 }
 
 /// A file of a few hundred KiB whose header, L1 table and refcount table claim petabytes. What `info`,

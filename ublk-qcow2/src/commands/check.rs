@@ -1,7 +1,7 @@
 //! `check`: consistency of an image, and repair. Exit codes are `qemu-img check`'s.
 
 use super::{
-    CommandError,
+    CommandError, complain,
     image::{Tool, refuse_served},
 };
 use crate::config;
@@ -108,7 +108,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, CommandError> {
     )) {
         Ok(report) => report,
         Err(CommandError::Engine(error)) if is_no_image(&error) => {
-            eprintln!("ublk-qcow2: {error}");
+            complain(&error);
             return Ok(NO_IMAGE.into());
         }
         Err(error) => return Err(error),

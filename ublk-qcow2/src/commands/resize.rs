@@ -10,7 +10,10 @@ use qcow2_engine::{
     grow,
     io::files::{Caching, Locking},
 };
-use std::path::PathBuf;
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+};
 
 #[derive(Debug, Args)]
 pub(crate) struct ResizeArgs {
@@ -25,6 +28,5 @@ pub(crate) fn run(args: &ResizeArgs) -> Result<(), CommandError> {
     refuse_served(&args.image)?;
     let tool = Tool::new(Caching::Auto, Locking::AsQemu)?;
     tool.run(grow(tool.ring.clone(), &*tool.files, &args.image, args.size))?;
-    println!("Image resized.");
-    Ok(())
+    Ok(writeln!(io::stdout(), "Image resized.")?)
 }
