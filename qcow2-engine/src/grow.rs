@@ -30,10 +30,21 @@ pub async fn grow<I: Io>(io: I, storage: &(impl Storage + ?Sized), path: &Path, 
     Lane::new(&image, io, 1).grow_and_close(size).await
 }
 
+/// [`grow`], by so many bytes.
+///
+/// # Errors
+/// As for [`grow`].
+pub async fn grow_by<I: Io>(io: I, storage: &(impl Storage + ?Sized), path: &Path, bytes: u64) -> Result<()> {
+    let image = Image::open(&io, storage, path, &OpenOptions::default()).await?;
+    // A sum that is no number is beyond every limit.
+    let size = image.virtual_size().saturating_add(bytes);
+    Lane::new(&image, io, 1).grow_and_close(size).await
+}
+
 impl<I: Io> Lane<I> {
     /// [`grow`], of an image that is open. It is not used any more afterwards.
     pub(crate) async fn grow_and_close(&self, size: u64) -> Result<()> {
-        let outcome = self.grow(size.next_multiple_of(512)).await;
+        let outcome = self.grow(size.checked_next_multiple_of(512).unwrap_or(u64::MAX)).await;
         let outcome = self.settle(outcome).await;
         // What was reserved goes back even if it failed.
         outcome.and(self.close().await)

@@ -55,7 +55,7 @@ pub use create::Preallocation;
 pub use direct::{Direct, Run};
 pub use discard::ZeroMode;
 pub use error::{Error, ErrorKind, Result};
-pub use grow::grow;
+pub use grow::{grow, grow_by};
 pub use image::Image;
 pub use lane::Lane;
 pub use leaks::{Pace, Reclaimed, Verdict};

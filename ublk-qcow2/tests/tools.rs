@@ -237,6 +237,41 @@ fn info_says_what_qemu_img_says() {
     assert!(succeeds(ours(path, &["info", "overlay.qcow2"])).contains("backing file: base.raw"));
 }
 
+#[test]
+fn resize_takes_what_qemu_img_takes() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    for name in ["ours", "theirs"] {
+        succeeds(ours(path, &["create", "-q", name, "1M"]));
+    }
+    let size = |name| json(&run("qemu-img", path, &["info", "--output=json", name]))["virtual-size"].as_u64();
+    for args in [
+        &["IMAGE", "+1M"][..],
+        &["-f", "qcow2", "IMAGE", "+512"],
+        &["IMAGE", "+0"],
+        &["-f", "qcow2", "IMAGE", "5M"],
+    ] {
+        let args = |name: &'static str| -> Vec<_> {
+            ["resize"].iter().chain(args).map(|arg| if *arg == "IMAGE" { name } else { arg }).collect()
+        };
+        succeeds(ours(path, &args("ours")));
+        succeeds(run("qemu-img", path, &args("theirs")));
+        assert_eq!(size("ours"), size("theirs"), "{:?}", args("ours"));
+    }
+    assert_eq!(size("ours"), Some(5 << 20));
+    for bad in [
+        &["ours", "+16E"][..],
+        &["ours", "+"],
+        &["ours", "++1M"],
+        &["ours", "+15E"],
+        &["-f", "raw", "ours", "6M"],
+    ] {
+        assert_ne!(code(&ours(path, &[&["resize"], bad].concat())), 0, "{bad:?}");
+    }
+    assert_eq!(size("ours"), Some(5 << 20));
+    succeeds(run("qemu-img", path, &["check", "-q", "ours"]));
+}
+
 /// QEMU reads a name with a protocol as it stands: it is not beside the image, and neither is what `file:` names.
 #[test]
 fn names_with_a_protocol_are_not_looked_for_beside_the_image() {
