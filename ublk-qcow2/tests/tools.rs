@@ -451,6 +451,25 @@ fn a_session_that_cannot_print_closes_its_image() {
     assert_eq!(code(&session(&writes, closed(), closed())), 1);
 }
 
+/// A line of the log that cannot be written: nobody reads it, or the file system of the log is full.
+#[test]
+fn a_log_that_cannot_be_written_stops_nothing() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    let closed = Stdio::from(OwnedFd::from(UnixStream::pair().expect("sockets").0));
+    let full = Stdio::from(fs::File::options().write(true).open("/dev/full").expect("opens"));
+    for errors in [closed, full] {
+        succeeds(ours(path, &["create", "-q", "image", "1M"]));
+        // The dirty bit: that the image is repaired goes to the log.
+        let file = fs::File::options().write(true).open(path.join("image")).expect("opens");
+        file.write_all_at(&[1], 79).expect("written");
+        let mut command = Command::new(OURS);
+        let command = command.args(["io", "-c", "write -P 3 0 64k", "image"]).current_dir(path);
+        succeeds(command.stderr(errors).output().expect("starts"));
+        succeeds(run("qemu-io", path, &["-r", "-c", "read -P 3 0 64k", "image"]));
+    }
+}
+
 /// Bytes that are no text end a session; what came before them is in the image.
 #[test]
 fn a_session_that_cannot_read_its_commands_closes_its_image() {
