@@ -1,9 +1,9 @@
 //! Which file lies below an image: names, formats and the policy about both.
 //!
 //! A backing file name comes from the image, so it is not trusted: it is a plain path, relative to
-//! the directory of the image that names it, or it is refused. The format comes from the image or
-//! from the caller and is never guessed from the content, because a guest chooses the content of a
-//! raw file.
+//! the directory of the image that names it, or `file:` before an absolute path, or it is refused. The
+//! format comes from the image or from the caller and is never guessed from the content, because a
+//! guest chooses the content of a raw file.
 
 use crate::error::{Error, Result};
 use qcow2_format::Header;
@@ -121,17 +121,30 @@ fn beside(overlay: &Path, path: &Path) -> PathBuf {
     overlay.parent().unwrap_or(Path::new("")).join(path)
 }
 
+/// Whether QEMU takes a stored name for a protocol and what that makes of the rest, not for a path: a name that
+/// has a colon before any slash. It then has nothing to do with the directory of the image.
+#[must_use]
+pub fn has_protocol(name: &[u8]) -> bool {
+    name.iter().find(|byte| b":/".contains(byte)) == Some(&b':')
+}
+
 /// A stored name as a path, unless QEMU would read something else into it.
 fn literal_path(name: &[u8]) -> std::result::Result<&Path, String> {
-    let name = name.strip_prefix(b"file:").unwrap_or(name);
-    let before_slash = name.split(|&byte| byte == b'/').next().unwrap_or_default();
-    if before_slash.contains(&b':') {
-        let shown = String::from_utf8_lossy(name);
-        return Err(format!(
-            "backing file '{shown}' is not a plain path; protocols and json: are not served"
-        ));
+    if !has_protocol(name) {
+        return Ok(Path::new(OsStr::from_bytes(name)));
     }
-    Ok(Path::new(OsStr::from_bytes(name)))
+    let shown = String::from_utf8_lossy(name);
+    match name.strip_prefix(b"file:").map(|path| Path::new(OsStr::from_bytes(path))) {
+        Some(path) if path.is_absolute() => Ok(path),
+        // Which file that is depends on where QEMU is started: there is none that could be opened in its place.
+        Some(_) => Err(format!(
+            "backing file '{shown}' is relative to the working directory, not to the image: \
+             store a plain path with qemu-img rebase -u -b"
+        )),
+        None => {
+            Err(format!("backing file '{shown}' is not a plain path; protocols and json: are not served"))
+        }
+    }
 }
 
 #[cfg(test)]
@@ -144,8 +157,19 @@ mod tests {
             assert!(literal_path(name.as_bytes()).is_err(), "{name}");
         }
         assert_eq!(literal_path(b"../base.img"), Ok(Path::new("../base.img")));
-        assert_eq!(literal_path(b"file:base.img"), Ok(Path::new("base.img")));
         assert_eq!(literal_path(b"./a:b"), Ok(Path::new("./a:b")));
+        assert_eq!(literal_path(b"/a:b"), Ok(Path::new("/a:b")));
+    }
+
+    /// QEMU looks for `file:` before a relative path where it was started, which is another file than the one beside
+    /// the image.
+    #[test]
+    fn a_file_protocol_is_served_before_an_absolute_path_only() {
+        assert_eq!(literal_path(b"file:/dir/base.img"), Ok(Path::new("/dir/base.img")));
+        for name in ["file:base.img", "file:./base.img", "file:../base.img", "file:nbd:/x", "file:"] {
+            let refused = literal_path(name.as_bytes()).unwrap_err();
+            assert!(refused.contains(name) && refused.contains("rebase"), "{refused}");
+        }
     }
 
     #[test]

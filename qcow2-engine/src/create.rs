@@ -11,6 +11,7 @@ use crate::{
     inspect::{ImageFile, SECTOR},
     io::{Access, Buf, FileId, Io, Storage, exact},
     lane::Lane,
+    layer::size_below,
     open::OpenOptions,
     order::rules::RuleName,
 };
@@ -99,7 +100,8 @@ pub async fn backing_size(
 ) -> Result<u64> {
     let (path, format) = backing::resolve(overlay, &backing.name, &backing.format)?;
     if format == Format::Qcow2 {
-        return Ok(ImageFile::open(io, storage, &path, Access::ReadOnly).await?.header().virtual_size);
+        let file = ImageFile::open(io, storage, &path, Access::ReadOnly).await?;
+        return Ok(size_below(file.header().virtual_size));
     }
     let failed = |source| Error::Open { path: path.clone(), source: Arc::new(source) };
     let file = storage.open(&path, Access::ReadOnly).map_err(failed)?;

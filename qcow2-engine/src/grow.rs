@@ -22,17 +22,29 @@ use std::{path::Path, sync::Arc};
 ///
 /// # Errors
 /// As for opening and writing; a smaller size, a size beyond the format's limits, a version 2 image
-/// with snapshots (which could not say how long they are), a backing file that reaches beyond the
-/// present end (and would show in the new part). The image then has its old size.
+/// with snapshots (which could not say how long they are), an image with bitmaps that are true (and would be
+/// given up), a backing file that reaches beyond the present end (and would show in the new part). The image then
+/// has its old size.
 pub async fn grow<I: Io>(io: I, storage: &(impl Storage + ?Sized), path: &Path, size: u64) -> Result<()> {
     let image = Image::open(&io, storage, path, &OpenOptions::default()).await?;
+    Lane::new(&image, io, 1).grow_and_close(size).await
+}
+
+/// [`grow`], by so many bytes.
+///
+/// # Errors
+/// As for [`grow`].
+pub async fn grow_by<I: Io>(io: I, storage: &(impl Storage + ?Sized), path: &Path, bytes: u64) -> Result<()> {
+    let image = Image::open(&io, storage, path, &OpenOptions::default()).await?;
+    // A sum that is no number is beyond every limit.
+    let size = image.virtual_size().saturating_add(bytes);
     Lane::new(&image, io, 1).grow_and_close(size).await
 }
 
 impl<I: Io> Lane<I> {
     /// [`grow`], of an image that is open. It is not used any more afterwards.
     pub(crate) async fn grow_and_close(&self, size: u64) -> Result<()> {
-        let outcome = self.grow(size.next_multiple_of(512)).await;
+        let outcome = self.grow(size.checked_next_multiple_of(512).unwrap_or(u64::MAX)).await;
         let outcome = self.settle(outcome).await;
         // What was reserved goes back even if it failed.
         outcome.and(self.close().await)
@@ -107,8 +119,15 @@ impl Image {
         if geometry.version == Version::V2 && self.header_u32(header::SNAPSHOT_COUNT_OFFSET) > 0 {
             return refuse("a version 2 image with snapshots cannot be resized");
         }
+        // The first change makes them stale. A write has to go on all the same; this can be done by who keeps them.
+        if size > self.virtual_size() && self.header.bitmaps_consistent() {
+            return refuse(
+                "its persistent bitmaps would become stale; `qemu-img resize` keeps them \
+                 (and `qemu-img bitmap --remove` removes one)",
+            );
+        }
         let backing_size = self.layers.get(1).map_or(0, |layer| match layer {
-            Layer::Qcow2(layer) => layer.geometry.virtual_size,
+            Layer::Qcow2(layer) => layer.size(),
             Layer::Raw(layer) => layer.len,
         });
         if size > self.virtual_size() && backing_size > self.virtual_size() {

@@ -45,6 +45,12 @@ pub(crate) struct Qcow2Layer {
     pub(crate) l1_at: u64,
 }
 
+/// What a disk of so many bytes shows to images above it: its whole sectors, as QEMU has it. A last sector that it
+/// has a part of reads as zeros there, and so must it here: that is what guests of the overlay have seen.
+pub(crate) fn size_below(virtual_size: u64) -> u64 {
+    virtual_size - virtual_size % 512
+}
+
 /// What a look-up in one layer gives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Lookup {
@@ -103,9 +109,11 @@ impl Qcow2Layer {
         self.slice_entries() << self.geometry.cluster_bits
     }
 
-    /// Size of the disk in whole sectors.
+    /// Size of the disk in whole sectors: of the top with the last that it has a part of, of others as
+    /// [`size_below`].
     pub(crate) fn size(&self) -> u64 {
-        self.geometry.virtual_size.next_multiple_of(512)
+        let size = self.geometry.virtual_size;
+        if self.index == 0 { size.next_multiple_of(512) } else { size_below(size) }
     }
 
     pub(crate) fn slices_per_table(&self) -> u64 {

@@ -50,13 +50,13 @@ mod territory;
 mod unpack;
 mod write;
 
-pub use backing::{BackingPolicy, Format, MAX_CHAIN};
+pub use backing::{BackingPolicy, Format, MAX_CHAIN, has_protocol};
 pub use check::{CheckOptions, CheckReport, Repair, check};
 pub use create::Preallocation;
 pub use direct::{Direct, Run};
 pub use discard::ZeroMode;
 pub use error::{Error, ErrorKind, Result};
-pub use grow::grow;
+pub use grow::{grow, grow_by};
 pub use image::Image;
 pub use lane::Lane;
 pub use leaks::{Pace, Reclaimed, Verdict};

@@ -6,7 +6,7 @@ mod common;
 use common::{IMAGE, Mirror, create, run};
 use qcow2_engine::{ErrorKind, grow, io::mem::MemFiles};
 use qcow2_format::{Backing, CreateOptions, Header, Version};
-use std::path::Path;
+use std::{path::Path, process::Command};
 
 fn options(cluster_bits: u32, refcount_order: u32, version: Version) -> CreateOptions {
     CreateOptions { virtual_size: 1 << 20, cluster_bits, refcount_order, version, ..CreateOptions::default() }
@@ -103,4 +103,35 @@ fn what_cannot_be_grown_is_refused_and_unchanged() {
         assert_eq!(error.kind(), kind, "{error}");
         assert_eq!(files.get(IMAGE), before);
     }
+}
+
+/// The first change of an image makes its bitmaps stale, and whoever keeps backups by them has to make a full one. To
+/// resize is not worth that without a word.
+#[test]
+fn bitmaps_are_not_given_up_for_a_new_size() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path().join(IMAGE);
+    let tool = |args: &[&str]| {
+        let output = Command::new("qemu-img").args(args).arg(&path).output();
+        let output = output.expect("qemu-img is installed: cargo xtask setup");
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    };
+    let image = &path.to_string_lossy();
+    tool(&["create", "-q", "-f", "qcow2", "-o", "size=1M"]);
+    let output = Command::new("qemu-img").args(["bitmap", "--add", image, "dirt"]).status();
+    assert!(output.expect("qemu-img").success());
+    let files = MemFiles::default();
+    files.put(IMAGE, std::fs::read(&path).expect("image"));
+    let before = files.get(IMAGE);
+    let resize = |size| run(grow(files.clone(), &files, Path::new(IMAGE), size));
+    let error = resize(2 << 20).expect_err("refused");
+    assert!(error.to_string().contains("bitmaps would become stale"), "{error}");
+    resize(1 << 20).expect("the size that it has");
+    assert!(files.get(IMAGE) == before, "it was written to");
+
+    // Once they are stale there is nothing to lose.
+    let mut mirror = Mirror::open(&files, vec![0; 1 << 20]);
+    mirror.write(0, 1, 4096);
+    run(mirror.lane.close()).expect("close");
+    resize(2 << 20).expect("grows");
 }

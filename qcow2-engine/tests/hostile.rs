@@ -320,3 +320,63 @@ fn compressed_data_of_another_length_is_as_qemu_has_it() {
     assert_eq!(zlib, [true, true, true, false, false, false, false]);
     assert_eq!(zstd, [true, false, false, false, true, false, false]);
 }
+
+/// What QEMU reads of the disk that the files make together.
+fn chain_by_qemu(files: &MemFiles, names: &[String]) -> Vec<u8> {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = |name: &str| directory.path().join(name);
+    names.iter().for_each(|name| fs::write(path(name), files.get(name).expect("kept")).expect("copy"));
+    let mut convert = Command::new("qemu-img");
+    let convert = convert.args(["convert", "-f", "qcow2", "-O", "raw"]).arg(path(IMAGE)).arg(path("raw"));
+    let finished = convert.output().expect("qemu-utils are installed: cargo xtask setup");
+    assert!(finished.status.success(), "{}", String::from_utf8_lossy(&finished.stderr));
+    fs::read(path("raw")).expect("converted")
+}
+
+/// A disk whose size is no multiple of a sector, beneath others: QEMU shows the whole sectors of it. One file below
+/// the top, and more, which are flattened.
+#[test]
+fn a_backing_disk_of_an_odd_size_ends_where_it_does_for_qemu() {
+    let set_size = |files: &MemFiles, name: &str, size: u64| {
+        let mut bytes = files.get(name).expect("kept");
+        bytes[header::SIZE_OFFSET as usize..][..8].copy_from_slice(&size.to_be_bytes());
+        files.put(name, bytes);
+    };
+    let end = 64 << 10;
+    for size in [1000, 511, 4095, 4097, 40_000, 512] {
+        for depth in 2..=4 {
+            let files = MemFiles::default();
+            let sized =
+                |backing: Option<(&str, &str)>| CreateOptions { virtual_size: end, ..options(backing) };
+            create(&files, IMAGE, &sized(None));
+            let lane = Lane::new(&open(&files, false).expect("opens"), files.clone(), 1);
+            run(lane.write(0, Buf::from_bytes(&vec![7; end as usize]))).expect("writes");
+            run(lane.close()).expect("closes");
+            let mut names = vec!["0".to_owned()];
+            files.put("0", files.get(IMAGE).expect("kept"));
+            set_size(&files, "0", size);
+            for number in 1..depth {
+                let name = if number + 1 == depth { IMAGE.to_owned() } else { number.to_string() };
+                create(&files, &name, &sized(Some((&names[number - 1], "qcow2"))));
+                names.push(name);
+            }
+            let read = || {
+                let lane = Lane::new(&open(&files, true).expect("opens"), files.clone(), 1);
+                let buf = Buf::zeroed(end as usize);
+                run(lane.read(0, buf.clone())).expect("reads");
+                buf.to_vec()
+            };
+            let shown = (size - size % 512) as usize;
+            let bytes = read();
+            assert!(bytes[..shown].iter().all(|byte| *byte == 7), "{size}, {depth} files");
+            assert!(bytes[shown..].iter().all(|byte| *byte == 0), "{size}, {depth} files");
+            assert!(bytes == chain_by_qemu(&files, &names), "{size}, {depth} files");
+
+            // What is copied up around a write is what was shown.
+            let lane = Lane::new(&open(&files, false).expect("opens"), files.clone(), 1);
+            run(lane.write(shown as u64 & !4095, Buf::from_bytes(&[9; 512]))).expect("writes");
+            run(lane.close()).expect("closes");
+            assert!(read() == chain_by_qemu(&files, &names), "{size}, {depth} files, written to");
+        }
+    }
+}

@@ -13,9 +13,6 @@ use crate::{
     snapshot::MIN_ENTRY_BYTES,
 };
 
-/// Bytes of the fields up to and including cluster_bits.
-const PREFIX_BYTES: usize = 24;
-
 const L1_TABLE: Field = Field::new("l1_table_offset", L1_TABLE_OFFSET);
 const REFCOUNT_TABLE: Field = Field::new("refcount_table_offset", REFCOUNT_TABLE_OFFSET);
 const SNAPSHOT_TABLE: Field = Field::new("snapshots_offset", SNAPSHOT_TABLE_OFFSET);
@@ -97,22 +94,27 @@ pub(crate) fn decode(bytes: &[u8], file_len: u64) -> Result<(Header, Defects), F
 ///
 /// Specification, "Header": the magic is "QFI\xfb"; valid versions are 2 and 3; cluster_bits is not
 /// less than 9. That it is not more than 21 is QEMU's limit.
+///
+/// A file that is too short for a header is an image all the same if it begins as one.
 fn basics(bytes: &[u8]) -> Result<(Version, u32), FormatError> {
-    let prefix: &[u8; PREFIX_BYTES] = bytes.first_chunk().ok_or(FormatError::Truncated {
-        what: "the header",
-        needed: u64::from(V2_HEADER_BYTES),
-        available: bytes.len() as u64,
-    })?;
-    let word = |at: usize| u32::from_be_bytes([prefix[at], prefix[at + 1], prefix[at + 2], prefix[at + 3]]);
-    if prefix[..4] != MAGIC {
-        return Err(FormatError::Magic { found: word(0).to_be_bytes() });
+    let word = |at: usize| {
+        let word = bytes.get(at..).and_then(<[u8]>::first_chunk);
+        word.copied().ok_or(FormatError::Truncated {
+            what: "the header",
+            needed: u64::from(V2_HEADER_BYTES),
+            available: bytes.len() as u64,
+        })
+    };
+    let found = word(0)?;
+    if found != MAGIC {
+        return Err(FormatError::Magic { found });
     }
-    let version = match word(4) {
+    let version = match u32::from_be_bytes(word(4)?) {
         2 => Version::V2,
         3 => Version::V3,
         version => return Err(FormatError::Version { version }),
     };
-    let value = word(20);
+    let value = u32::from_be_bytes(word(20)?);
     if !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&value) {
         return Err(FormatError::ClusterBits { value, min: MIN_CLUSTER_BITS, max: MAX_CLUSTER_BITS });
     }

@@ -31,7 +31,9 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).with_ansi(false).init();
+    // It would tell on standard error that it cannot write to it, and panic there.
+    let log = tracing_subscriber::fmt().with_writer(std::io::stderr).log_internal_errors(false);
+    log.with_target(false).with_ansi(false).init();
     let success = |()| ExitCode::SUCCESS;
     let result = match &cli.command {
         Command::Add(args) => commands::add::run(args).map(success),
@@ -48,7 +50,7 @@ fn main() -> ExitCode {
     match result {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("ublk-qcow2: {error}");
+            commands::complain(&error);
             ExitCode::FAILURE
         }
     }

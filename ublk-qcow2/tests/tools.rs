@@ -3,7 +3,10 @@
 use serde_json::Value;
 use std::{
     fs,
-    os::unix::fs::FileExt,
+    os::{
+        fd::OwnedFd,
+        unix::{fs::FileExt, net::UnixStream},
+    },
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
@@ -145,10 +148,25 @@ fn a_new_overlay_has_the_size_of_its_backing_file_and_failures_leave_nothing() {
     fs::write(path.join("sub/odd.raw"), vec![1; 70_001]).expect("base");
     succeeds(ours(path, &["create", "-b", "odd.raw", "-F", "raw", "sub/a.qcow2"]));
     succeeds(ours(path, &["create", "-b", "a.qcow2", "-F", "qcow2", "sub/b.qcow2"]));
-    for name in ["sub/a.qcow2", "sub/b.qcow2"] {
+    // Of this one qemu-img shows what overlays see.
+    let odd = fs::File::options().write(true).open(path.join("sub/b.qcow2")).expect("opens");
+    odd.write_all_at(&70_001_u64.to_be_bytes(), 24).expect("written");
+    succeeds(ours(path, &["create", "-b", "b.qcow2", "-F", "qcow2", "sub/c.qcow2"]));
+    succeeds(run(
+        "qemu-img",
+        path,
+        &["create", "-q", "-f", "qcow2", "-b", "b.qcow2", "-F", "qcow2", "sub/d"],
+    ));
+    for (name, size) in
+        [("sub/a.qcow2", 70_144), ("sub/b.qcow2", 69_632), ("sub/c.qcow2", 69_632), ("sub/d", 69_632)]
+    {
         let info = json(&run("qemu-img", path, &["info", "--output=json", name]));
-        assert_eq!(info["virtual-size"], 70_144, "{name}");
+        assert_eq!(info["virtual-size"], size, "{name}");
     }
+    // What does not show now does not show in a new part either.
+    succeeds(ours(path, &["resize", "sub/c.qcow2", "1M"]));
+    succeeds(run("qemu-img", path, &["resize", "-q", "sub/d", "1M"]));
+    succeeds(run("qemu-img", path, &["compare", "-q", "sub/c.qcow2", "sub/d"]));
     succeeds(ours(path, &["create", "-u", "-b", "none.raw", "-F", "raw", "c.qcow2", "1M"]));
     fs::copy(path.join("c.qcow2"), path.join("kept.qcow2")).expect("copy");
     for bad in [
@@ -220,6 +238,82 @@ fn info_says_what_qemu_img_says() {
 }
 
 #[test]
+fn resize_takes_what_qemu_img_takes() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    for name in ["ours", "theirs"] {
+        succeeds(ours(path, &["create", "-q", name, "1M"]));
+    }
+    let size = |name| json(&run("qemu-img", path, &["info", "--output=json", name]))["virtual-size"].as_u64();
+    for args in [
+        &["IMAGE", "+1M"][..],
+        &["-f", "qcow2", "IMAGE", "+512"],
+        &["IMAGE", "+0"],
+        &["-f", "qcow2", "IMAGE", "5M"],
+    ] {
+        let args = |name: &'static str| -> Vec<_> {
+            ["resize"].iter().chain(args).map(|arg| if *arg == "IMAGE" { name } else { arg }).collect()
+        };
+        succeeds(ours(path, &args("ours")));
+        succeeds(run("qemu-img", path, &args("theirs")));
+        assert_eq!(size("ours"), size("theirs"), "{:?}", args("ours"));
+    }
+    assert_eq!(size("ours"), Some(5 << 20));
+    for bad in [
+        &["ours", "+16E"][..],
+        &["ours", "+"],
+        &["ours", "++1M"],
+        &["ours", "+15E"],
+        &["-f", "raw", "ours", "6M"],
+    ] {
+        assert_ne!(code(&ours(path, &[&["resize"], bad].concat())), 0, "{bad:?}");
+    }
+    assert_eq!(size("ours"), Some(5 << 20));
+    succeeds(run("qemu-img", path, &["check", "-q", "ours"]));
+}
+
+/// QEMU reads a name with a protocol as it stands: it is not beside the image, and neither is what `file:` names.
+#[test]
+fn names_with_a_protocol_are_not_looked_for_beside_the_image() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    fs::create_dir(path.join("images")).expect("directory");
+    for (base, byte) in [("images/base", 0xaa), ("base", 0xcc)] {
+        fs::write(path.join(base), vec![byte; 1 << 20]).expect("base");
+    }
+    let absolute = format!("file:{}/base", path.display());
+    for name in
+        ["file:base", &absolute, "nbd:localhost:10809", "json:{}", "./a:b", "/a:b", "base", "sub/base", "a b"]
+    {
+        succeeds(run(
+            "qemu-img",
+            path,
+            &["create", "-q", "-f", "qcow2", "-u", "-b", name, "-F", "raw", "images/i", "1M"],
+        ));
+        let theirs = run("qemu-img", path, &["info", "--output=json", "images/i"]);
+        assert_agrees(&json(&ours(path, &["info", "--json", "images/i"])), &json(&theirs), "");
+        let line = |output: Output| {
+            let text = succeeds(output);
+            text.lines().find(|line| line.starts_with("backing file:")).map(str::to_owned)
+        };
+        let said = line(ours(path, &["info", "images/i"]));
+        assert_eq!(said, line(run("qemu-img", path, &["info", "images/i"])));
+        let read = ["-r", "-c", "read -P 0xcc 0 1M", "images/i"];
+        let read = (ours(path, &[&["io"][..], &read].concat()), run("qemu-io", path, &read));
+        if name == absolute {
+            assert_eq!((code(&read.0), code(&read.1)), (0, 0), "{}{}", text(&read.0), text(&read.1));
+        } else if name == "file:base" {
+            // QEMU reads the one where it was started; a server has another working directory.
+            assert_eq!((code(&read.0), code(&read.1)), (1, 0), "{}{}", text(&read.0), text(&read.1));
+            assert!(text(&read.0).contains("relative to the working directory"), "{}", text(&read.0));
+        }
+    }
+    let refused = ours(path, &["create", "-b", "file:base", "-F", "raw", "images/new"]);
+    assert!(text(&refused).contains("relative to the working directory"), "{}", text(&refused));
+    assert!(!path.join("images/new").exists());
+}
+
+#[test]
 fn check_has_the_exit_codes_of_qemu_img_and_repairs() {
     let directory = tempfile::tempdir().expect("temporary directory");
     let path = directory.path();
@@ -247,10 +341,45 @@ fn check_has_the_exit_codes_of_qemu_img_and_repairs() {
     assert_eq!(code(&check(&["--repair", "leaks"])), 2);
     assert_eq!((code(&check(&["--repair", "all"])), code(&theirs()), code(&check(&[]))), (0, 0, 0));
 
-    fs::write(path.join("image.qcow2"), "no image at all").expect("written");
-    assert_eq!((code(&check(&[])), code(&run("qemu-img", path, &["check", "image.qcow2"]))), (63, 63));
     fs::remove_file(path.join("image.qcow2")).expect("removed");
     assert_eq!((code(&check(&[])), code(&theirs())), (1, 1));
+}
+
+/// qemu-img has 63 for what is no QCOW2 image, and 1 for one that it cannot open.
+#[test]
+fn check_tells_files_that_are_no_images_from_images_that_cannot_be_read() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    succeeds(ours(path, &["create", "-q", "image.qcow2", "16M"]));
+    succeeds(run("qemu-img", path, &["create", "-q", "-f", "qcow", "old.qcow", "16M"]));
+    let sound = fs::read(path.join("image.qcow2")).expect("image");
+    let patched = |at: usize, byte: u8| {
+        let mut bytes = sound.clone();
+        bytes[at] = byte;
+        bytes
+    };
+    for (what, bytes, expected) in [
+        ("text", b"no image at all".to_vec(), 63),
+        ("a word", b"text".to_vec(), 63),
+        ("nothing", Vec::new(), 63),
+        ("zeros", vec![0; 4096], 63),
+        ("another magic", patched(0, b'X'), 63),
+        ("another magic, cut off", patched(0, b'X')[..50].to_vec(), 63),
+        ("QCOW", fs::read(path.join("old.qcow")).expect("image"), 63),
+        ("version 0", patched(7, 0), 63),
+        ("less than a version", sound[..7].to_vec(), 63),
+        ("a magic and a version", sound[..8].to_vec(), 1),
+        ("half a header", sound[..50].to_vec(), 1),
+        ("a version 2 header of version 3", sound[..72].to_vec(), 1),
+        ("version 4", patched(7, 4), 1),
+        ("version 9, cut off", patched(7, 9)[..50].to_vec(), 1),
+        ("an unknown incompatible bit", patched(78, 0x80), 1),
+        ("clusters of 32 bytes", patched(23, 5), 1),
+    ] {
+        fs::write(path.join("image"), bytes).expect("written");
+        let (said, theirs) = (ours(path, &["check", "image"]), run("qemu-img", path, &["check", "image"]));
+        assert_eq!((code(&said), code(&theirs)), (expected, expected), "{what}: {}", text(&said));
+    }
 }
 
 #[test]
@@ -286,6 +415,74 @@ fn io_fails_where_qemu_io_fails() {
     let refused = ours(&path, &["io", "-r", "-c", "write 0 512", "image.qcow2"]);
     assert_eq!(code(&refused), 1);
     assert!(text(&refused).contains("read-only"), "{}", text(&refused));
+}
+
+/// `io IMAGE < commands | head -1`: what was written until nobody listened is in the image, and nothing after it.
+#[test]
+fn a_session_that_cannot_print_closes_its_image() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    let session = |commands: &[&str], out: Stdio, errors: Stdio| {
+        succeeds(ours(path, &["create", "-q", "image", "1M"]));
+        let args = commands.iter().flat_map(|command| ["-c", *command]);
+        let mut command = Command::new(OURS);
+        command.arg("io").args(args).arg("image").current_dir(path).stdout(out).stderr(errors);
+        command.spawn().expect("starts").wait_with_output().expect("ends")
+    };
+    let closed = || Stdio::from(OwnedFd::from(UnixStream::pair().expect("sockets").0));
+    let full = || Stdio::from(fs::File::options().write(true).open("/dev/full").expect("opens"));
+    let writes = ["write -P 3 0 64k", "write -P 4 64k 64k"];
+    let in_flight = ["aio_write -q -P 3 0 64k", "length", "write -P 4 64k 64k"];
+    let at_the_end = ["aio_write -P 3 0 64k"];
+    for commands in [&writes[..], &in_flight, &at_the_end] {
+        for (out, reason) in [(closed(), "Broken pipe"), (full(), "No space left on device")] {
+            let said = session(commands, out, Stdio::piped());
+            let told = text(&said);
+            assert_eq!(code(&said), 1, "{commands:?}: {told}");
+            assert!(told.starts_with("ublk-qcow2: cannot print: ") && told.contains(reason), "{told}");
+            assert_eq!(told.lines().count(), 1, "{told}");
+            let read =
+                run("qemu-io", path, &["-r", "-c", "read -P 3 0 64k", "-c", "read -P 0 64k 64k", "image"]);
+            assert_eq!(code(&read), 0, "{commands:?}: {}", text(&read));
+            succeeds(run("qemu-img", path, &["check", "-q", "image"]));
+        }
+    }
+    // Nobody listens to complaints either.
+    assert_eq!(code(&session(&writes, closed(), closed())), 1);
+}
+
+/// A line of the log that cannot be written: nobody reads it, or the file system of the log is full.
+#[test]
+fn a_log_that_cannot_be_written_stops_nothing() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    let closed = Stdio::from(OwnedFd::from(UnixStream::pair().expect("sockets").0));
+    let full = Stdio::from(fs::File::options().write(true).open("/dev/full").expect("opens"));
+    for errors in [closed, full] {
+        succeeds(ours(path, &["create", "-q", "image", "1M"]));
+        // The dirty bit: that the image is repaired goes to the log.
+        let file = fs::File::options().write(true).open(path.join("image")).expect("opens");
+        file.write_all_at(&[1], 79).expect("written");
+        let mut command = Command::new(OURS);
+        let command = command.args(["io", "-c", "write -P 3 0 64k", "image"]).current_dir(path);
+        succeeds(command.stderr(errors).output().expect("starts"));
+        succeeds(run("qemu-io", path, &["-r", "-c", "read -P 3 0 64k", "image"]));
+    }
+}
+
+/// Bytes that are no text end a session; what came before them is in the image.
+#[test]
+fn a_session_that_cannot_read_its_commands_closes_its_image() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    succeeds(ours(path, &["create", "-q", "image", "1M"]));
+    fs::write(path.join("commands"), b"write -P 3 0 64k\n\xff\nwrite -P 4 0 64k\n").expect("commands");
+    let input = fs::File::open(path.join("commands")).expect("commands");
+    let mut command = Command::new(OURS);
+    let said = command.args(["io", "image"]).current_dir(path).stdin(input).output().expect("starts");
+    assert_eq!(code(&said), 1);
+    assert!(text(&said).contains("ublk-qcow2: standard input: "), "{}", text(&said));
+    succeeds(run("qemu-io", path, &["-r", "-c", "read -P 3 0 64k", "image"]));
 }
 
 /// A file of a few hundred KiB whose header, L1 table and refcount table claim petabytes. What `info`,

@@ -152,8 +152,12 @@ proptest! {
 fn files_that_are_no_images_say_so() {
     let bytes = [b'x'; 512];
     assert_eq!(Header::decode(&bytes, 512), Err(FormatError::Magic { found: *b"xxxx" }));
+    assert_eq!(Header::decode(b"text", 4), Err(FormatError::Magic { found: *b"text" }));
     let (what, needed) = ("the header", 72);
-    assert_eq!(Header::decode(&[], 0), Err(FormatError::Truncated { what, needed, available: 0 }));
+    for len in [0, 3, 4, 7, 8, 23] {
+        let short = FormatError::Truncated { what, needed, available: len as u64 };
+        assert_eq!(Header::decode(&v3().encode().unwrap()[..len], len as u64), Err(short));
+    }
     let head = &v3().encode().unwrap()[..80];
     let short = FormatError::Truncated { what, needed: 104, available: 80 };
     assert_eq!(Header::decode(head, 80), Err(short));

@@ -1,7 +1,7 @@
 //! `check`: consistency of an image, and repair. Exit codes are `qemu-img check`'s.
 
 use super::{
-    CommandError,
+    CommandError, complain,
     image::{Tool, refuse_served},
 };
 use crate::config;
@@ -20,13 +20,15 @@ use std::{
 const CORRUPTIONS: u8 = 2;
 /// Leaks are left, and nothing worse.
 const LEAKS: u8 = 3;
-/// The image is not one that can be checked.
-const NOT_SUPPORTED: u8 = 63;
+/// The file is no QCOW2 image.
+const NO_IMAGE: u8 = 63;
+/// Bytes that tell a QCOW2 image from another file.
+const MAGIC_AND_VERSION_BYTES: u64 = 8;
 
 /// Check an image, and repair it.
 ///
 /// Exit code: 0 clean, 1 the check could not be completed, 2 corruptions, 3 leaked clusters only,
-/// 63 not an image that can be checked.
+/// 63 not a QCOW2 image.
 #[derive(Debug, Args)]
 pub(crate) struct CheckArgs {
     /// What to repair. The image must not be in use.
@@ -105,9 +107,9 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, CommandError> {
         CheckOptions { repair, ..CheckOptions::default() },
     )) {
         Ok(report) => report,
-        Err(CommandError::Engine(error)) if is_unsupported(&error) => {
-            eprintln!("ublk-qcow2: {error}");
-            return Ok(NOT_SUPPORTED.into());
+        Err(CommandError::Engine(error)) if is_no_image(&error) => {
+            complain(&error);
+            return Ok(NO_IMAGE.into());
         }
         Err(error) => return Err(error),
     };
@@ -122,14 +124,14 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, CommandError> {
     Ok(exit_code(&report).into())
 }
 
-/// No QCOW2 image, or one with features that nobody here knows.
-fn is_unsupported(error: &Error) -> bool {
-    match error {
-        Error::Unsupported { .. } => true,
-        Error::Format { source, .. } => {
-            use FormatError::{Magic, Truncated, Version};
-            matches!(**source, Magic { .. } | Version { .. } | Truncated { what: "the header", .. })
-        }
+/// Whether the file does not begin as a QCOW2 image does, with the magic and a version from 2 on (QCOW has the same
+/// magic, and version 1). One that does and cannot be read on is an image whose check has failed.
+fn is_no_image(error: &Error) -> bool {
+    let Error::Format { source, .. } = error else { return false };
+    match **source {
+        FormatError::Magic { .. } => true,
+        FormatError::Version { version } => version < 2,
+        FormatError::Truncated { what: "the header", available, .. } => available < MAGIC_AND_VERSION_BYTES,
         _ => false,
     }
 }

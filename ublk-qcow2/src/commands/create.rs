@@ -13,7 +13,7 @@ use qcow2_engine::{
 use qcow2_format::{Backing, Blueprint, Compression, CreateOptions, Version};
 use std::{
     fs::{self, OpenOptions},
-    io,
+    io::{self, Write},
     os::unix::{ffi::OsStrExt, fs::MetadataExt},
     path::{Path, PathBuf},
 };
@@ -85,7 +85,7 @@ pub(crate) fn run(args: &CreateArgs) -> Result<(), CommandError> {
     refuse_own_backing_file(args, &options)?;
     refuse_served(&args.file)?;
     if !args.quiet {
-        println!("{}", summary(&args.file, &options, blueprint.header().virtual_size));
+        writeln!(io::stdout(), "{}", summary(&args.file, &options, blueprint.header().virtual_size))?;
     }
     let place = Place::make(&args.file)?;
     tool.run(create::create(&tool.ring, &*tool.files, &args.file, &options, preallocation))?;

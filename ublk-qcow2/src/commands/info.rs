@@ -7,6 +7,7 @@ use super::{
 use crate::config;
 use clap::Args;
 use qcow2_engine::{
+    has_protocol,
     inspect::ImageFile,
     io::{Access, files::Caching},
 };
@@ -84,10 +85,13 @@ impl Info<'_> {
         self.header.backing_file.as_deref().map(printable)
     }
 
-    /// The backing file's name as this image's directory makes it.
+    /// The backing file's name as this image's directory makes it. A name with a protocol is no path.
     fn full_backing_name(&self) -> Option<String> {
         let name = self.header.backing_file.as_deref()?;
-        let directory = self.path.parent().unwrap_or(Path::new(""));
+        let directory = match self.path.parent() {
+            Some(directory) if !has_protocol(name) => directory,
+            _ => Path::new(""),
+        };
         Some(directory.join(OsStr::from_bytes(name)).to_string_lossy().into_owned())
     }
 

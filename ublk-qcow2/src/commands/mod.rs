@@ -12,6 +12,16 @@ pub(crate) mod list;
 pub(crate) mod resize;
 
 use crate::{control::ControlError, daemon::ServeError, runfile::RunFileError};
+use std::{
+    fmt::Display,
+    io::{Write, stderr},
+};
+
+/// Tells of a failure, on one line of standard error.
+pub(crate) fn complain(failure: &dyn Display) {
+    // Where nobody listens there is nobody to tell that to.
+    let _ = writeln!(stderr(), "ublk-qcow2: {failure}");
+}
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]

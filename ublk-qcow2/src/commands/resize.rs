@@ -7,24 +7,48 @@ use super::{
 use crate::cli::parse_size;
 use clap::Args;
 use qcow2_engine::{
-    grow,
+    grow, grow_by,
     io::files::{Caching, Locking},
 };
-use std::path::PathBuf;
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+};
 
 #[derive(Debug, Args)]
 pub(crate) struct ResizeArgs {
+    /// The format of the image.
+    #[arg(short, long, value_name = "FORMAT", default_value = "qcow2", value_parser = ["qcow2"], hide = true)]
+    format: String,
     /// The image.
     image: PathBuf,
-    /// The new size of the disk, in bytes or with a suffix K, M, G, T; it cannot be smaller than before.
-    #[arg(value_parser = parse_size)]
-    size: u64,
+    /// The new size of the disk, in bytes or with a suffix K, M, G, T; with a + in front, by how much it grows. It cannot
+    /// be smaller than before.
+    #[arg(value_name = "[+]SIZE", value_parser = parse_new_size)]
+    size: NewSize,
+}
+
+/// What is to become of a disk's size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum NewSize {
+    Is(u64),
+    GrowsBy(u64),
+}
+
+fn parse_new_size(text: &str) -> Result<NewSize, String> {
+    match text.strip_prefix('+') {
+        Some(more) => parse_size(more).map(NewSize::GrowsBy),
+        None => parse_size(text).map(NewSize::Is),
+    }
 }
 
 pub(crate) fn run(args: &ResizeArgs) -> Result<(), CommandError> {
     refuse_served(&args.image)?;
     let tool = Tool::new(Caching::Auto, Locking::AsQemu)?;
-    tool.run(grow(tool.ring.clone(), &*tool.files, &args.image, args.size))?;
-    println!("Image resized.");
-    Ok(())
+    let (ring, files, image) = (tool.ring.clone(), &*tool.files, &args.image);
+    match args.size {
+        NewSize::Is(size) => tool.run(grow(ring, files, image, size)),
+        NewSize::GrowsBy(bytes) => tool.run(grow_by(ring, files, image, bytes)),
+    }?;
+    Ok(writeln!(io::stdout(), "Image resized.")?)
 }

@@ -73,20 +73,30 @@ pub(crate) fn run(args: &IoArgs) -> Result<ExitCode, CommandError> {
         .block_on(Image::open(&ring, &*files, &args.image, &options))
         .map_err(CommandError::Ring)??;
     let session = Session::new(&image, executor.clone());
-    let step = |line: &str| executor.block_on(session.execute(line)).map_err(CommandError::Ring);
-    if args.commands.is_empty() {
-        for line in io::stdin().lock().lines() {
-            if step(&line?)? == Next::End {
-                break;
-            }
-        }
-    } else {
-        for line in &args.commands {
-            if step(line)? == Next::End {
-                break;
-            }
-        }
-    }
+    let ran = match &args.commands[..] {
+        [] => run_all(io::stdin().lock().lines(), &session, &executor),
+        commands => run_all(commands.iter().cloned().map(Ok), &session, &executor),
+    };
+    // Whatever ended them, what they wrote is to be in the image.
     executor.block_on(session.close()).map_err(CommandError::Ring)??;
+    ran?;
+    // What was in flight until then has its say too.
+    session.printed()?;
     Ok(if session.has_failed() { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Runs commands until there are no more, or nothing can be printed any more.
+fn run_all(
+    lines: impl Iterator<Item = io::Result<String>>,
+    session: &Session,
+    executor: &Executor,
+) -> Result<(), CommandError> {
+    for line in lines {
+        let line = line.map_err(|source| CommandError::Path { path: "standard input".to_owned(), source })?;
+        if executor.block_on(session.execute(&line)).map_err(CommandError::Ring)? == Next::End {
+            break;
+        }
+        session.printed()?;
+    }
+    Ok(())
 }

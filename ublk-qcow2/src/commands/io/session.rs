@@ -16,7 +16,9 @@ use qcow2_engine::{
 };
 use std::{
     cell::{Cell, RefCell},
+    fmt::Display,
     future::poll_fn,
+    io::{self, Write},
     path::Path,
     rc::Rc,
     sync::Arc,
@@ -42,6 +44,7 @@ struct Inner {
     /// Who waits until nothing is in flight.
     waiting: RefCell<Option<Waker>>,
     has_failed: Cell<bool>,
+    print_error: RefCell<Option<io::Error>>,
 }
 
 impl Session {
@@ -53,12 +56,18 @@ impl Session {
             in_flight: Cell::new(0),
             waiting: RefCell::default(),
             has_failed: Cell::new(false),
+            print_error: RefCell::default(),
         }))
     }
 
     /// Whether any command has failed.
     pub(super) fn has_failed(&self) -> bool {
         self.0.has_failed.get()
+    }
+
+    /// Whether all could be printed so far; a failure is told once.
+    pub(super) fn printed(&self) -> io::Result<()> {
+        self.0.print_error.take().map_or(Ok(()), Err)
     }
 
     /// Carries a line out, or starts it.
@@ -79,7 +88,9 @@ impl Session {
                     self.fail(&format!("flush failed: {error}"));
                 }
             }
-            Command::Length => println!("{}", print::size(self.0.lane.image().virtual_size() as f64)),
+            Command::Length => {
+                self.print(format_args!("{}\n", print::size(self.0.lane.image().virtual_size() as f64)))
+            }
             Command::Info => self.info(),
             Command::Map => self.map().await,
             Command::Sleep { milliseconds } => {
@@ -87,7 +98,7 @@ impl Session {
                     self.fail(&format!("sleep failed: {error}"));
                 }
             }
-            Command::Help => print!("{}", parse::HELP),
+            Command::Help => self.print(parse::HELP),
             Command::Quit => return Next::End,
         }
         Next::Command
@@ -100,8 +111,16 @@ impl Session {
     }
 
     fn fail(&self, reason: &str) {
-        println!("{reason}");
+        self.print(format_args!("{reason}\n"));
         self.0.has_failed.set(true);
+    }
+
+    /// Prints. That nobody listens any more is no reason to leave the image open: it is noted for who closes it.
+    fn print(&self, text: impl Display) {
+        let mut out = io::stdout().lock();
+        if let Err(error) = write!(out, "{text}").and_then(|()| out.flush()) {
+            self.0.print_error.replace(Some(error));
+        }
     }
 
     /// Waits until nothing is in flight.
@@ -156,7 +175,9 @@ impl Session {
         };
         match result {
             Ok(()) if is_quiet => {}
-            Ok(()) => println!("{}", print::outcome(verb, at, len, start.elapsed(), is_terse)),
+            Ok(()) => {
+                self.print(format_args!("{}\n", print::outcome(verb, at, len, start.elapsed(), is_terse)));
+            }
             Err(error) => self.fail(&format!("{name} failed: {error}")),
         }
     }
@@ -170,7 +191,7 @@ impl Session {
             }
         }
         if dumps {
-            print!("{}", print::dump(at, bytes));
+            self.print(print::dump(at, bytes));
         }
     }
 
@@ -251,10 +272,13 @@ impl Session {
     fn info(&self) {
         let image = self.0.lane.image();
         let geometry = image.geometry();
-        println!("format name: qcow2\ncluster size: {}", print::size(geometry.cluster_size() as f64));
-        println!("version: {}\nrefcount bits: {}", geometry.version.number(), geometry.refcount_bits());
+        let cluster_size = print::size(geometry.cluster_size() as f64);
+        let (version, bits) = (geometry.version.number(), geometry.refcount_bits());
+        self.print(format_args!(
+            "format name: qcow2\ncluster size: {cluster_size}\nversion: {version}\nrefcount bits: {bits}\n"
+        ));
         for (index, name) in image.chain().enumerate().skip(1) {
-            println!("backing file {index}: {name}");
+            self.print(format_args!("backing file {index}: {name}\n"));
         }
     }
 
@@ -262,7 +286,7 @@ impl Session {
     async fn map(&self) {
         let size = self.0.lane.image().virtual_size().next_multiple_of(SECTOR);
         let mut at = 0;
-        while at < size {
+        while at < size && self.0.print_error.borrow().is_none() {
             let len = MAP_BYTES.min(size - at);
             match self.0.lane.map(at, len).await {
                 Ok(extents) => extents.iter().fold(at, |at, extent| {
@@ -287,11 +311,11 @@ impl Session {
                 format!("compressed data in file {layer} of the chain at {:#x}", range.offset)
             }
         };
-        println!(
-            "{} ({len:#x}) bytes at offset {} ({at:#x}): {place}",
+        self.print(format_args!(
+            "{} ({len:#x}) bytes at offset {} ({at:#x}): {place}\n",
             print::size(len as f64),
             print::size(at as f64)
-        );
+        ));
     }
 }
 
