@@ -7,7 +7,7 @@
 //! are touched, unless named by `-n`. A device that is mounted, or claimed in another way, is not
 //! taken from under its user without `--force`.
 
-use super::CommandError;
+use super::{CommandError, complain};
 use crate::{
     cli::DelArgs,
     control::Control,
@@ -67,7 +67,7 @@ fn detach_all(users: Users) -> Result<(), CommandError> {
         return failures.pop().map_or(Ok(()), Err);
     }
     for failure in &failures {
-        eprintln!("ublk-qcow2: {failure}");
+        complain(failure);
     }
     Err(CommandError::Several(failures.len()))
 }

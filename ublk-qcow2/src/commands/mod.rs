@@ -12,6 +12,15 @@ pub(crate) mod list;
 pub(crate) mod resize;
 
 use crate::{control::ControlError, daemon::ServeError, runfile::RunFileError};
+use std::{
+    fmt::Display,
+    io::{Write, stderr},
+};
+
+/// Says on standard error what failed. If nobody takes it there, the exit code has to do.
+pub(crate) fn complain(error: &dyn Display) {
+    let _ = writeln!(stderr(), "ublk-qcow2: {error}");
+}
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
