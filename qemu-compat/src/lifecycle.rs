@@ -274,7 +274,8 @@ pub fn images_stay(binary: &Binary, dir: &Path) -> Result<()> {
     still_written(device)
 }
 
-/// A device whose recovery has failed is removed, and nothing was lost: that is a success.
+/// A device whose recovery has failed is removed, and nothing was lost: that is a success. Where `del` could not write to the
+/// image the number is free, and not given to another image: the next `add` had it, and emptied the log of what was acknowledged.
 ///
 /// # Errors
 /// What does not hold.
@@ -288,6 +289,15 @@ pub fn removed_after_a_failed_recovery(binary: &Binary, dir: &Path) -> Result<()
     refuse(binary, &["recover".as_ref(), "-n".as_ref(), id.as_ref()], &["no such file"])?;
     let failed = binary.run(["del", "-n", &id])?;
     ensure!(!failed.status.success(), "what was acknowledged is lost, and `del` says nothing");
+
+    let other = dir.join("other.qcow2");
+    qemu_img::create(&other, "cluster_size=64k", None, 16 << 20)?;
+    let named = ["add".as_ref(), "-n".as_ref(), id.as_ref(), other.as_os_str()];
+    refuse(binary, &named, &[&format!("del -n {id}")])?;
+    let beside = binary.add(&[], &other)?;
+    ensure!(beside.id() != device.id(), "another image has the number");
+    beside.detach()?;
+
     fs::rename(&aside, &image)?;
     device.detach()?;
     only_leaks(&image)?;

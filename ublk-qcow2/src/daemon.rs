@@ -13,9 +13,9 @@ use crate::{
     device::{self, Device, DeviceError, Shape},
     namespace::Namespace,
     queue::QueueError,
-    redofile::{RedoFile, RedoFileError, Witness},
+    redofile::{self, RedoFile, RedoFileError, Witness},
     request::device_sectors,
-    runfile::{self, Phase, Record, RunFile, RunFileError, TakeOverError},
+    runfile::{self, CreateError, Phase, Record, RunFile, RunFileError, TakeOverError},
     safety,
 };
 use nix::sys::signal::Signal;
@@ -74,6 +74,8 @@ pub(crate) enum ServeError {
     #[error(transparent)]
     RunFile(#[from] RunFileError),
     #[error(transparent)]
+    Create(#[from] CreateError),
+    #[error(transparent)]
     TakeOver(#[from] TakeOverError),
     #[error(transparent)]
     RedoFile(#[from] RedoFileError),
@@ -131,16 +133,14 @@ struct Ready {
 
 /// Opens the image and makes a device for it.
 fn make(id: Option<u32>, config: &Config, namespace: Namespace) -> Result<Ready, ServeError> {
-    let control = Control::open()?;
     let files = Arc::new(config.files());
     let image = open_image(config, &files)?;
     let shape = shape_of(&image, config)?;
     let &Config { queues, depth, recovery, part_scan, zero_copy, .. } = config;
     let cookie = random().map_err(ServeError::SetUp)?;
+    let boot = runfile::boot().map_err(ServeError::SetUp)?;
     let request = device::Request { id, queues, depth, recovery, part_scan, zero_copy, cookie };
-    let mut device = Device::add(control, &request)?;
-    device.describe(&shape)?;
-    let run_file = RunFile::create(Record {
+    let (mut device, run_file) = add_device(&request, |device| Record {
         id: device.id(),
         pid: std::process::id().cast_signed(),
         size: shape.sectors * 512,
@@ -149,9 +149,10 @@ fn make(id: Option<u32>, config: &Config, namespace: Namespace) -> Result<Ready,
         phase: Phase::Preparing,
         config: Config { recovery: device.is_recoverable(), ..config.clone() },
         cookie,
-        boot: runfile::boot().map_err(ServeError::SetUp)?,
+        boot: boot.clone(),
         error: None,
     })?;
+    device.describe(&shape)?;
     let redo = if device.is_recoverable() && !image.is_read_only() {
         Some(RedoFile::create(device.id())?)
     } else {
@@ -161,6 +162,26 @@ fn make(id: Option<u32>, config: &Config, namespace: Namespace) -> Result<Ready,
     let service = service(image, files, device.open_char()?, config);
     keep_ways(namespace, &service);
     Ok(Ready { service, device, run_file, witness })
+}
+
+/// Adds a device and writes its record. The driver gives out every number that is free; one whose last server has left
+/// something to be written to its image is kept until there is another, unless it was asked for.
+fn add_device(
+    request: &device::Request,
+    record: impl Fn(&Device) -> Record,
+) -> Result<(Device, RunFile), ServeError> {
+    let mut passed_over = Vec::new();
+    loop {
+        let device = Device::add(Control::open()?, request)?;
+        match RunFile::create(record(&device), redofile::owes) {
+            Ok(run_file) => return Ok((device, run_file)),
+            Err(error @ CreateError::Owing { .. }) if request.id.is_none() => {
+                tracing::warn!("another number is taken: {error}");
+                passed_over.push(device);
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// Takes a device over whose server has died. Whatever fails, the device goes on waiting.

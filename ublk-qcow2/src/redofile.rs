@@ -13,7 +13,7 @@
 use crate::runfile;
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, fallocate};
-use qcow2_engine::{REDO_BYTES, RedoMemory};
+use qcow2_engine::{REDO_BYTES, RedoLog, RedoMemory};
 use std::{
     fs::{self, File, OpenOptions},
     io,
@@ -78,7 +78,10 @@ impl RedoFile {
 
     /// The file that the dead server of device `id` has left; none if it kept no log.
     pub(crate) fn open(id: u32) -> Result<Option<Self>, RedoFileError> {
-        let path = runfile::redo_path(id);
+        Self::open_at(runfile::redo_path(id))
+    }
+
+    fn open_at(path: PathBuf) -> Result<Option<Self>, RedoFileError> {
         let opened = match OpenOptions::new().read(true).write(true).open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
             opened => opened.and_then(|file| check_length(&file).and_then(|()| map(&file))),
@@ -89,6 +92,10 @@ impl RedoFile {
                 Err(RedoFileError::Io { what: "cannot open the redo log", path, source, hint: "" })
             }
         }
+    }
+
+    fn owes(&self) -> bool {
+        !RedoLog::open(self.memory()).is_ok_and(|log| log.is_empty())
     }
 
     /// The memory for the log.
@@ -118,6 +125,16 @@ impl RedoFile {
             return Err(RedoFileError::Changed { image: image.to_owned(), log: self.path.clone() });
         }
         Ok(())
+    }
+}
+
+/// Whether there is something in the log of device `id` that is in no image yet, or may be: a log that cannot be read is not
+/// known to be of no use.
+pub(crate) fn owes(id: u32) -> bool {
+    match RedoFile::open(id) {
+        Ok(None) => false,
+        Ok(Some(file)) => file.owes(),
+        Err(_) => true,
     }
 }
 
@@ -255,6 +272,20 @@ mod tests {
         assert!(check_length(&file).is_ok());
         file.set_len(4096).unwrap();
         assert!(check_length(&file).is_err());
+    }
+
+    #[test]
+    fn a_log_owes_nothing_only_if_it_is_sound_and_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = file_at(dir.path().join("0.redo"));
+        RedoLog::create(file.memory()).unwrap();
+        assert!(!file.owes());
+        let memory = file.memory();
+        let tail = &(*memory).as_ref()[2];
+        tail.store(1, Ordering::Relaxed);
+        assert!(file.owes());
+        tail.store(u64::MAX, Ordering::Relaxed);
+        assert!(file.owes(), "its counters make no sense");
     }
 
     #[test]
