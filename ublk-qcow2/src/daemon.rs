@@ -259,10 +259,14 @@ fn open_as_left(record: &Record, files: &Arc<Files>) -> Result<(Arc<Image>, Opti
         let log = RedoLog::open(redo.memory())?;
         if !log.is_empty() {
             redo.check_unchanged(&config.image)?;
+            // From here on the image is modified, and should this be cut short it is to be done again.
+            let witness = redo.witness(&config.image)?;
+            witness.note();
             let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
             let lane = Lane::new(&image, ring.clone(), 1);
             let replayed =
                 block_on(&ring, lane.replay(&log)).map_err(ServeError::SetUp)?.map_err(ServeError::Open)?;
+            witness.note();
             tracing::info!(id = record.id, replayed, "changes of the dead server were replayed");
         }
     }

@@ -6,9 +6,11 @@
 //! store can then not fail for lack of it.
 //!
 //! A log must not be replayed on an image that somebody else has changed since. While the server lives
-//! its locks see to that; it also notes, every second, which file the image is and when it was last modified
+//! its locks see to that; it also notes, every second, which file the image is and that it was ours until now
 //! ([`Witness`]). Whoever takes the log over compares: before the image is opened, because its path may lead to another file by then, which a
-//! living server does not notice ([`RedoFile::check_same`]), and before the log is replayed ([`RedoFile::check_unchanged`]).
+//! living server does not notice ([`RedoFile::check_same`]), and before the log is replayed ([`RedoFile::check_unchanged`]): then
+//! the image must not have been modified since. When it was last modified would not do: who then modifies it for the first time in
+//! a while, with a request or by a replay, may be killed before it can note that.
 
 use crate::runfile;
 use memmap2::{MmapOptions, MmapRaw};
@@ -23,15 +25,15 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
-    time::UNIX_EPOCH,
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 /// Bytes of the file: the log, and a page with the witness.
 const FILE_BYTES: usize = REDO_BYTES + 4096;
 /// The witness' words.
-const MODIFIED: usize = REDO_BYTES / 8;
-const INODE: usize = MODIFIED + 1;
-const BORN: usize = MODIFIED + 2;
+const OURS_UNTIL: usize = REDO_BYTES / 8;
+const INODE: usize = OURS_UNTIL + 1;
+const BORN: usize = OURS_UNTIL + 2;
 /// Seconds by which the image may have changed after its dead server last looked: a server that is kept
 /// from running for longer than that hardly writes.
 const TOLERANCE_SECONDS: u64 = 10;
@@ -110,9 +112,9 @@ impl RedoFile {
 
     /// Makes sure that the image is still the file that the dead server had open.
     pub(crate) fn check_same(&self, image: &Path) -> Result<(), RedoFileError> {
-        let (seen, now) = (self.map.witness(), look_at(image)?);
+        let (noted, now) = (self.map.witness(), look_at(image)?.identity);
         // One that was killed before it could look has noted nothing.
-        if seen.inode == 0 || (now.inode, now.born) == (seen.inode, seen.born) {
+        if noted.identity.inode == 0 || now == noted.identity {
             return Ok(());
         }
         Err(RedoFileError::Replaced { image: image.to_owned(), log: self.path.clone() })
@@ -120,8 +122,8 @@ impl RedoFile {
 
     /// Makes sure that nobody but the dead server has changed the image.
     pub(crate) fn check_unchanged(&self, image: &Path) -> Result<(), RedoFileError> {
-        let (seen, now) = (self.map.witness(), look_at(image)?);
-        if now.modified > seen.modified.saturating_add(TOLERANCE_SECONDS) {
+        let (noted, now) = (self.map.witness(), look_at(image)?);
+        if now.modified > noted.ours_until.saturating_add(TOLERANCE_SECONDS) {
             return Err(RedoFileError::Changed { image: image.to_owned(), log: self.path.clone() });
         }
         Ok(())
@@ -138,14 +140,28 @@ pub(crate) fn owes(id: u32) -> bool {
     }
 }
 
-/// What is noted of an image file.
+/// Which file an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Seen {
-    /// When it was last modified, in seconds.
-    modified: u64,
+struct Identity {
     inode: u64,
     /// When it was made, in nanoseconds, or 0 where that is not known: the number of an inode is given out again.
     born: u64,
+}
+
+/// What is seen of an image file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Seen {
+    identity: Identity,
+    /// When it was last modified, in seconds.
+    modified: u64,
+}
+
+/// What is noted of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Noted {
+    identity: Identity,
+    /// Until then nobody else can have modified it, in seconds.
+    ours_until: u64,
 }
 
 impl Seen {
@@ -155,14 +171,15 @@ impl Seen {
         let modified = u64::try_from(it.mtime()).unwrap_or(0);
         if it.file_type().is_block_device() {
             // Its node may be made anew.
-            return Ok(Self { modified, inode: it.rdev(), born: 0 });
+            return Ok(Self { identity: Identity { inode: it.rdev(), born: 0 }, modified });
         }
         let born = it.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-        Ok(Self { modified, inode: it.ino(), born: born.map_or(0, |time| time.as_nanos() as u64) })
+        let born = born.map_or(0, |time| time.as_nanos() as u64);
+        Ok(Self { identity: Identity { inode: it.ino(), born }, modified })
     }
 }
 
-/// Notes beside the log which file its image is and when it was last modified.
+/// Notes beside the log which file its image is, and that it is ours. For who has the image's locks.
 pub(crate) struct Witness {
     map: Arc<Mapped>,
     /// Open, because a server may not be able to find it again when it has given up its privileges.
@@ -173,8 +190,10 @@ impl Witness {
     /// Notes it now.
     pub(crate) fn note(&self) {
         // An image that cannot be looked at just now was noted a second ago.
-        if let Ok(seen) = Seen::of(&self.image) {
-            self.map.note(seen);
+        if let Ok(Seen { identity, modified }) = Seen::of(&self.image) {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+            // Another machine, whose clock is ahead, may say when a file was modified.
+            self.map.note(Noted { identity, ours_until: now.max(modified) });
         }
     }
 }
@@ -231,14 +250,14 @@ impl AsRef<[AtomicU64]> for Mapped {
 }
 
 impl Mapped {
-    fn witness(&self) -> Seen {
-        let [modified, inode, born] =
-            [MODIFIED, INODE, BORN].map(|word| self.words()[word].load(Ordering::Relaxed));
-        Seen { modified, inode, born }
+    fn witness(&self) -> Noted {
+        let [ours_until, inode, born] =
+            [OURS_UNTIL, INODE, BORN].map(|word| self.words()[word].load(Ordering::Relaxed));
+        Noted { identity: Identity { inode, born }, ours_until }
     }
 
-    fn note(&self, seen: Seen) {
-        for (word, value) in [(MODIFIED, seen.modified), (INODE, seen.inode), (BORN, seen.born)] {
+    fn note(&self, Noted { identity: Identity { inode, born }, ours_until }: Noted) {
+        for (word, value) in [(OURS_UNTIL, ours_until), (INODE, inode), (BORN, born)] {
             self.words()[word].store(value, Ordering::Relaxed);
         }
     }
@@ -297,10 +316,25 @@ mod tests {
         let witness = log.witness(&image).unwrap();
         witness.note();
         assert!(log.check_unchanged(&image).is_ok());
-        let later = std::time::SystemTime::now() + std::time::Duration::from_secs(TOLERANCE_SECONDS + 2);
+        let later = SystemTime::now() + std::time::Duration::from_secs(TOLERANCE_SECONDS + 2);
         file.set_modified(later).unwrap();
         assert!(matches!(log.check_unchanged(&image), Err(RedoFileError::Changed { .. })));
         witness.note();
+        assert!(log.check_unchanged(&image).is_ok());
+    }
+
+    /// A replay that was cut short could not be repeated, nor what an idle server had begun to write when it was killed: the image
+    /// was modified, and that had not been noted yet.
+    #[test]
+    fn who_has_the_image_may_modify_it_at_any_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        let file = File::create(&image).unwrap();
+        let long_ago = SystemTime::now() - std::time::Duration::from_secs(3600);
+        file.set_modified(long_ago).unwrap();
+        let log = file_at(dir.path().join("0.redo"));
+        log.witness(&image).unwrap().note();
+        file.set_modified(SystemTime::now()).unwrap();
         assert!(log.check_unchanged(&image).is_ok());
     }
 
