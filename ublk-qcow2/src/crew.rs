@@ -19,7 +19,7 @@ use std::{
     path::Path,
     sync::{
         Arc,
-        mpsc::{self, Receiver, RecvTimeoutError, Sender},
+        mpsc::{self, Receiver, Sender},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -27,8 +27,6 @@ use std::{
 
 /// How long the queues may take until all of them are ready to fetch, and then until they do.
 const FETCH_WAIT: Duration = Duration::from_secs(30);
-/// Between two looks at what has to be looked at while nothing happens.
-const TICK: Duration = Duration::from_secs(1);
 
 /// What all queues share.
 pub(crate) struct Service {
@@ -160,14 +158,13 @@ impl Crew {
         Ok(started?)
     }
 
-    /// Waits for the signal that ends the service; `tick` is called every second.
-    pub(crate) fn wait_for_end(&mut self, tick: impl Fn()) -> Result<(), ServeError> {
+    /// Waits for the signal that ends the service.
+    pub(crate) fn wait_for_end(&mut self) -> Result<(), ServeError> {
         while self.signal.is_none() {
-            match self.events.recv_timeout(TICK) {
+            match self.events.recv() {
                 Ok(event) => self.note(event),
-                Err(RecvTimeoutError::Timeout) => tick(),
                 // It cannot be: a sender is among our fields.
-                Err(RecvTimeoutError::Disconnected) => return Err(ServeError::QueueFailed),
+                Err(_) => return Err(ServeError::QueueFailed),
             }
             if self.is_failing {
                 return Err(ServeError::QueueFailed);

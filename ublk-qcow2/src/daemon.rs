@@ -127,7 +127,7 @@ struct Ready {
     service: Service,
     device: Device,
     run_file: RunFile,
-    /// Of the image, for whoever replays our redo log.
+    /// Of the image, for whoever replays our redo log: to be dropped when nobody here may modify the image any more.
     witness: Option<Witness>,
 }
 
@@ -153,12 +153,12 @@ fn make(id: Option<u32>, config: &Config, namespace: Namespace) -> Result<Ready,
         error: None,
     })?;
     device.describe(&shape)?;
-    let redo = if device.is_recoverable() && !image.is_read_only() {
-        Some(RedoFile::create(device.id())?)
+    let log = if device.is_recoverable() && !image.is_read_only() {
+        Some(Log::begin(RedoFile::create(device.id())?, config)?)
     } else {
         None
     };
-    let witness = keep_log(&image, redo, config)?;
+    let witness = keep_log(&image, log)?;
     let service = service(image, files, device.open_char()?, config);
     keep_ways(namespace, &service);
     Ok(Ready { service, device, run_file, witness })
@@ -209,8 +209,8 @@ fn take_over_as(
     // When this succeeds the old server's I/O has ended.
     let char_device = device.open_char()?;
     let files = Arc::new(config.files());
-    let (image, redo) = open_as_left(&record, &files)?;
-    let witness = keep_log(&image, redo, config)?;
+    let (image, log) = open_as_left(&record, &files)?;
+    let witness = keep_log(&image, log)?;
     let service = service(image, files, char_device, config);
     keep_ways(namespace, &service);
     Ok((service, device, witness))
@@ -232,19 +232,33 @@ fn service(image: Arc<Image>, files: Arc<Files>, char_device: File, config: &Con
 /// Writes to the image what a dead server had acknowledged, when nobody is to serve it any more.
 pub(crate) fn settle(record: &Record) -> Result<(), ServeError> {
     let files = Arc::new(record.config.files());
-    let (image, redo) = open_as_left(record, &files)?;
-    match redo {
-        Some(_) => close_image(&image, &files),
+    let (image, log) = open_as_left(record, &files)?;
+    match log {
+        Some(_log) => close_image(&image, &files),
         None => Ok(()),
     }
 }
 
+/// A redo log, and who testifies that its image is ours.
+struct Log {
+    file: RedoFile,
+    witness: Witness,
+}
+
+impl Log {
+    /// For who has the image open: from now on it may be modified.
+    fn begin(file: RedoFile, config: &Config) -> Result<Self, ServeError> {
+        let witness = file.witness(&config.image)?;
+        Ok(Self { file, witness })
+    }
+}
+
 /// Opens the image of a dead server and replays its redo log, if it kept one.
-fn open_as_left(record: &Record, files: &Arc<Files>) -> Result<(Arc<Image>, Option<RedoFile>), ServeError> {
+fn open_as_left(record: &Record, files: &Arc<Files>) -> Result<(Arc<Image>, Option<Log>), ServeError> {
     let config = &record.config;
-    let redo = RedoFile::open(record.id)?;
-    if let Some(redo) = &redo {
-        redo.check_same(&config.image)?;
+    let file = RedoFile::open(record.id)?;
+    if let Some(file) = &file {
+        file.check_same(&config.image)?;
     }
     let deadline = Instant::now() + DEAD_LOCK_WAIT;
     let image = loop {
@@ -255,30 +269,30 @@ fn open_as_left(record: &Record, files: &Arc<Files>) -> Result<(Arc<Image>, Opti
             opened => break opened?,
         }
     };
-    if let Some(redo) = &redo {
-        let log = RedoLog::open(redo.memory())?;
-        if !log.is_empty() {
-            redo.check_unchanged(&config.image)?;
-            // From here on the image is modified, and should this be cut short it is to be done again.
-            let witness = redo.witness(&config.image)?;
-            witness.note();
-            let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
-            let lane = Lane::new(&image, ring.clone(), 1);
-            let replayed =
-                block_on(&ring, lane.replay(&log)).map_err(ServeError::SetUp)?.map_err(ServeError::Open)?;
-            witness.note();
-            tracing::info!(id = record.id, replayed, "changes of the dead server were replayed");
-        }
+    let Some(file) = file else { return Ok((image, None)) };
+    let left = RedoLog::open(file.memory())?;
+    if !left.is_empty() {
+        file.check_unchanged(&config.image)?;
     }
-    Ok((image, redo))
+    // Before the replay: should it be cut short it is to be done again.
+    let log = Log::begin(file, config)?;
+    if !left.is_empty() {
+        let replayed = replay(&image, files, &left)?;
+        tracing::info!(id = record.id, replayed, "changes of the dead server were replayed");
+    }
+    Ok((image, Some(log)))
+}
+
+fn replay(image: &Arc<Image>, files: &Arc<Files>, log: &RedoLog) -> Result<usize, ServeError> {
+    let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
+    let lane = Lane::new(image, ring.clone(), 1);
+    block_on(&ring, lane.replay(log)).map_err(ServeError::SetUp)?.map_err(ServeError::Open)
 }
 
 /// From now on changes are remembered for the next server, in a log that begins empty.
-fn keep_log(image: &Image, redo: Option<RedoFile>, config: &Config) -> Result<Option<Witness>, ServeError> {
-    let Some(redo) = redo else { return Ok(None) };
-    let witness = redo.witness(&config.image)?;
-    witness.note();
-    image.keep_redo_log(RedoLog::create(redo.memory())?);
+fn keep_log(image: &Image, log: Option<Log>) -> Result<Option<Witness>, ServeError> {
+    let Some(Log { file, witness }) = log else { return Ok(None) };
+    image.keep_redo_log(RedoLog::create(file.memory())?);
     Ok(Some(witness))
 }
 
@@ -288,10 +302,10 @@ fn serve(
     mut crew: Crew,
     announce: impl FnOnce(&Path, u32) -> io::Result<()>,
 ) -> Result<(), ServeError> {
-    let Ready { service, mut device, mut run_file, witness } = ready;
+    let Ready { service, mut device, mut run_file, mut witness } = ready;
     let started = crew.bring_up(&service, &mut device, &mut run_file, announce);
     let is_announced = started.is_ok();
-    let served = started.and_then(|()| crew.wait_for_end(|| witness.iter().for_each(Witness::note)));
+    let served = started.and_then(|()| crew.wait_for_end());
     if device.is_waiting() {
         // Its users go on waiting as well, for another attempt.
         run_file.leave();
@@ -305,7 +319,13 @@ fn serve(
     let drained = crew.drain(if stopped.is_ok() { DRAIN_WAIT } else { HOPELESS_DRAIN_WAIT });
     let Service { image, files, char_device, .. } = service;
     // While a queue may still write the image cannot be closed; it is then as after a crash.
-    let closed = if drained.is_ok() { close_image(&image, &files) } else { Ok(()) };
+    let closed = if drained.is_ok() {
+        let closed = close_image(&image, &files);
+        drop(witness.take());
+        closed
+    } else {
+        Ok(())
+    };
     // The driver deletes a device when nobody has it open.
     drop((image, files, char_device));
     let deleted = device.delete().map_err(ServeError::from);

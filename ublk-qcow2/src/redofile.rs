@@ -12,7 +12,7 @@
 //! the image must not have been modified since. When it was last modified would not do: who then modifies it for the first time in
 //! a while, with a request or by a replay, may be killed before it can note that.
 
-use crate::runfile;
+use crate::{runfile, safety};
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, fallocate};
 use qcow2_engine::{REDO_BYTES, RedoLog, RedoMemory};
@@ -24,8 +24,10 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
+        mpsc::{self, Receiver, RecvTimeoutError, Sender},
     },
-    time::{SystemTime, UNIX_EPOCH},
+    thread,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 /// Bytes of the file: the log, and a page with the witness.
@@ -37,6 +39,10 @@ const BORN: usize = OURS_UNTIL + 2;
 /// Seconds by which the image may have changed after its dead server last looked: a server that is kept
 /// from running for longer than that hardly writes.
 const TOLERANCE_SECONDS: u64 = 10;
+/// Between two notes of a witness.
+const PAUSE: Duration = Duration::from_secs(1);
+/// How long the end of one is waited for.
+const END_WAIT: Duration = Duration::from_secs(2);
 
 /// Why a redo log's memory could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -105,9 +111,13 @@ impl RedoFile {
         Arc::clone(&self.map) as RedoMemory
     }
 
-    /// The witness of an image.
+    /// A witness of the image, from now on.
     pub(crate) fn witness(&self, image: &Path) -> Result<Witness, RedoFileError> {
-        Ok(Witness { map: Arc::clone(&self.map), image: open_to_look(image)? })
+        Witness::begin(self.sight(image)?).map_err(|source| cannot_look_at(image, source))
+    }
+
+    fn sight(&self, image: &Path) -> Result<Sight, RedoFileError> {
+        Ok(Sight { map: Arc::clone(&self.map), image: open_to_look(image)? })
     }
 
     /// Makes sure that the image is still the file that the dead server had open.
@@ -179,16 +189,53 @@ impl Seen {
     }
 }
 
-/// Notes beside the log which file its image is, and that it is ours. For who has the image's locks.
+/// Has it noted beside the log which file its image is, and that it is ours: now, every second, and when this is dropped. For
+/// who has the image's locks, as long as it may modify the image.
+///
+/// It has a thread of its own, because who may modify the image may be busy with that, or wait for it, for minutes.
 pub(crate) struct Witness {
-    map: Arc<Mapped>,
-    /// Open, because a server may not be able to find it again when it has given up its privileges.
-    image: File,
+    /// Closed, it has the thread end.
+    go_on: Option<Sender<()>>,
+    /// Closed when the thread has let go of the image.
+    ended: Receiver<()>,
 }
 
 impl Witness {
-    /// Notes it now.
-    pub(crate) fn note(&self) {
+    fn begin(sight: Sight) -> io::Result<Self> {
+        sight.note();
+        let (go_on, stop) = mpsc::channel();
+        let (to_end, ended) = mpsc::channel();
+        thread::Builder::new().name("witness".to_owned()).spawn(move || {
+            safety::keep_nothing();
+            while stop.recv_timeout(PAUSE) == Err(RecvTimeoutError::Timeout) {
+                sight.note();
+            }
+            sight.note();
+            // In this order: whoever is told may want to unmount the image's file system.
+            drop(sight);
+            drop::<Sender<()>>(to_end);
+        })?;
+        Ok(Self { go_on: Some(go_on), ended })
+    }
+}
+
+impl Drop for Witness {
+    fn drop(&mut self) {
+        drop(self.go_on.take());
+        // It may hang with the file system that the image is on.
+        let _ = self.ended.recv_timeout(END_WAIT);
+    }
+}
+
+/// The image as a witness sees it.
+struct Sight {
+    map: Arc<Mapped>,
+    /// Open, because it may not be found again without privileges.
+    image: File,
+}
+
+impl Sight {
+    fn note(&self) {
         // An image that cannot be looked at just now was noted a second ago.
         if let Ok(Seen { identity, modified }) = Seen::of(&self.image) {
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
@@ -313,13 +360,13 @@ mod tests {
         let image = dir.path().join("image");
         let file = File::create(&image).unwrap();
         let log = file_at(dir.path().join("0.redo"));
-        let witness = log.witness(&image).unwrap();
-        witness.note();
+        let sight = log.sight(&image).unwrap();
+        sight.note();
         assert!(log.check_unchanged(&image).is_ok());
-        let later = SystemTime::now() + std::time::Duration::from_secs(TOLERANCE_SECONDS + 2);
+        let later = SystemTime::now() + Duration::from_secs(TOLERANCE_SECONDS + 2);
         file.set_modified(later).unwrap();
         assert!(matches!(log.check_unchanged(&image), Err(RedoFileError::Changed { .. })));
-        witness.note();
+        sight.note();
         assert!(log.check_unchanged(&image).is_ok());
     }
 
@@ -330,12 +377,34 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let image = dir.path().join("image");
         let file = File::create(&image).unwrap();
-        let long_ago = SystemTime::now() - std::time::Duration::from_secs(3600);
+        let long_ago = SystemTime::now() - Duration::from_secs(3600);
         file.set_modified(long_ago).unwrap();
         let log = file_at(dir.path().join("0.redo"));
-        log.witness(&image).unwrap().note();
+        log.sight(&image).unwrap().note();
         file.set_modified(SystemTime::now()).unwrap();
         assert!(log.check_unchanged(&image).is_ok());
+    }
+
+    /// Nothing was noted while a server stopped, for minutes perhaps: killed then, it could not be recovered.
+    #[test]
+    fn a_witness_looks_until_it_is_dropped_and_lets_go_of_the_image_then() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        let file = File::create(&image).unwrap();
+        let log = file_at(dir.path().join("0.redo"));
+        let witness = log.witness(&image).unwrap();
+        let forget = || log.map.note(Noted { ours_until: 0, ..log.map.witness() });
+        let deadline = SystemTime::now() + 20 * PAUSE;
+        forget();
+        while log.check_unchanged(&image).is_err() {
+            assert!(SystemTime::now() < deadline, "it has not looked again");
+            thread::sleep(PAUSE / 10);
+        }
+        forget();
+        file.set_modified(SystemTime::now()).unwrap();
+        drop(witness);
+        assert!(log.check_unchanged(&image).is_ok(), "nor at the end");
+        assert_eq!(Arc::strong_count(&log.map), 1, "it is still there");
     }
 
     /// A backup was moved over an image while a server had it open; that was killed, and its successor
@@ -347,14 +416,14 @@ mod tests {
         File::create(&image).unwrap();
         let log = file_at(dir.path().join("0.redo"));
         assert!(log.check_same(&image).is_ok(), "nothing was noted");
-        let witness = log.witness(&image).unwrap();
-        witness.note();
+        let sight = log.sight(&image).unwrap();
+        sight.note();
         assert!(log.check_same(&image).is_ok());
         let other = dir.path().join("other");
         File::create(&other).unwrap();
         fs::rename(&other, &image).unwrap();
         // It has its own open.
-        witness.note();
+        sight.note();
         assert!(matches!(log.check_same(&image), Err(RedoFileError::Replaced { .. })));
     }
 }

@@ -218,7 +218,9 @@ impl Drop for RunFile {
 fn owing(dead: &File, new: &Record, owes: impl FnOnce(u32) -> bool) -> io::Result<Option<PathBuf>> {
     match serde_json::from_reader::<_, Record>(dead) {
         // Those have no log, or one that the machine's end has taken.
-        Ok(Record { config: Config { recovery: false, .. } | Config { read_only: true, .. }, .. }) => Ok(None),
+        Ok(Record { config: Config { recovery: false, .. } | Config { read_only: true, .. }, .. }) => {
+            Ok(None)
+        }
         Ok(Record { boot, .. }) if boot != new.boot => Ok(None),
         read if owes(new.id) => Ok(Some(read?.config.image)),
         _ => Ok(None),
@@ -404,7 +406,10 @@ mod tests {
         let config = Config { recovery: false, ..new.config.clone() };
         assert_eq!(owing_after(&Record { config, ..new.clone() }, true), None);
         fs::write(&path, "{").unwrap();
-        assert!(owing(&File::open(&path).unwrap(), &new, |_| true).is_err(), "it leads nowhere, but must have");
+        assert!(
+            owing(&File::open(&path).unwrap(), &new, |_| true).is_err(),
+            "it leads nowhere, but must have"
+        );
         assert_eq!(owing(&File::open(&path).unwrap(), &new, |_| false).unwrap(), None);
     }
 
