@@ -6,7 +6,7 @@
 
 use crate::{
     command::{TOOL_LIMIT, wait},
-    device::{Binary, Device, DeviceDisk},
+    device::{Binary, Device, DeviceDisk, existing},
     disk::{Disk, Op},
     fio::start_load,
     fixture::sum,
@@ -14,14 +14,19 @@ use crate::{
     power::host::make_file_system,
     qemu_img,
     recovery::{only_leaks, wait_until_replaced},
-    refusals::refuse,
+    refusals::{must_refuse, refuse},
 };
 use anyhow::{Context, Result, bail, ensure};
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use std::{
     fs::{self, File},
     os::unix::fs::symlink,
     path::{Path, PathBuf},
+    process::Stdio,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -302,6 +307,83 @@ pub fn removed_after_a_failed_recovery(binary: &Binary, dir: &Path) -> Result<()
     device.detach()?;
     only_leaks(&image)?;
     still_written(binary.add(&[], &image)?)
+}
+
+/// Whoever recovers a device may be unable to name it, or gone when it is served again: its users are not. It was stopped and
+/// deleted.
+///
+/// # Errors
+/// What does not hold.
+pub fn recovered_unheard(binary: &Binary, dir: &Path) -> Result<()> {
+    let image = dir.join("image.qcow2");
+    qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
+    let device = written_unsupervised(binary, &image)?;
+    let id = device.id().to_string();
+
+    device.kill_server()?;
+    let mut command = binary.script("exec \"$BINARY\" recover -n \"$ID\" >/dev/full");
+    must_refuse(command.env("ID", &id), &["served again"]).context("nothing can be printed")?;
+    ensure!(device.listed()?.state == "serving", "it is {}", device.listed()?.state);
+    ensure!(is_supervised(device.listed()?.pid)?, "it has no supervisor");
+
+    // Its supervisor would replace the server.
+    let dead = device.listed()?.pid;
+    kill(Pid::from_raw(parent_of(dead)?), Signal::SIGKILL)?;
+    device.kill_server()?;
+    let mut command = binary.command();
+    let mut recovering = command.args(["recover", "-n", &id]).stdout(Stdio::null()).spawn()?;
+    // From now on it is there, and has not served yet.
+    let deadline = Instant::now() + TOOL_LIMIT;
+    while device.listed()?.pid == dead {
+        ensure!(Instant::now() < deadline, "no successor");
+        thread::sleep(Duration::from_millis(1));
+    }
+    recovering.kill()?;
+    recovering.wait()?;
+    wait_until_replaced(&device, dead).context("it was interrupted")?;
+    ensure!(is_supervised(device.listed()?.pid)?, "it has no supervisor when it was interrupted");
+    still_written(device)
+}
+
+/// Ends `add` while it waits: what it has begun ends as well, or has all that it should. The server was left
+/// alone with a device that nobody knew of.
+///
+/// # Errors
+/// What does not hold.
+pub fn added_unheard(binary: &Binary, dir: &Path) -> Result<()> {
+    let (image, run_dir) = (dir.join("image.qcow2"), dir.join("run"));
+    qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
+    let binary = binary.in_run_dir(&run_dir);
+    let before = existing();
+    for round in 0..3 {
+        let mut command = binary.command();
+        let mut adding = command.arg("add").arg(&image).stdout(Stdio::null()).spawn()?;
+        let deadline = Instant::now() + TOOL_LIMIT;
+        // It has a device by then, and has not served yet.
+        while record_in(&run_dir).is_none() {
+            ensure!(Instant::now() < deadline, "no server, in round {round}");
+            thread::sleep(Duration::from_millis(1));
+        }
+        adding.kill()?;
+        adding.wait()?;
+        while record_in(&run_dir).is_some() || existing() != before {
+            ensure!(Instant::now() < deadline, "a device is left that nobody knows of, in round {round}");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+    qemu_img::check_clean(&image)
+}
+
+/// A device's record in a run directory.
+fn record_in(run_dir: &Path) -> Option<PathBuf> {
+    let files = fs::read_dir(run_dir).into_iter().flatten().flatten().map(|file| file.path());
+    files.into_iter().find(|path| path.extension().is_some_and(|extension| extension == "json"))
+}
+
+/// Whether a server's parent is a process of its own kind, and not whoever looks after orphans.
+fn is_supervised(server: i32) -> Result<bool> {
+    let name = |pid: i32| fs::read_to_string(format!("/proc/{pid}/comm"));
+    Ok(name(parent_of(server)?)? == name(server)?)
 }
 
 /// A device that no supervisor looks after, with [`MARK`] at its beginning: acknowledged, not flushed.

@@ -104,7 +104,10 @@ pub fn refuse(binary: &Binary, args: &[&std::ffi::OsStr], words: &[&str]) -> Res
 }
 
 /// The same for a command that was prepared in another way. Returns what it said.
-fn must_refuse(command: &mut Command, words: &[&str]) -> Result<String> {
+///
+/// # Errors
+/// As for [`refuse`].
+pub fn must_refuse(command: &mut Command, words: &[&str]) -> Result<String> {
     let before = existing();
     let finished = run(command, TOOL_LIMIT)?;
     let message = finished.stderr.to_lowercase();

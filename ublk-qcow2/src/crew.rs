@@ -80,7 +80,8 @@ impl Crew {
         })
     }
 
-    /// Brings the device into service and says so.
+    /// Brings the device into service and says so. That nobody hears it is a reason not to serve a new device, but one that was
+    /// taken over has users already.
     pub(crate) fn bring_up(
         &mut self,
         service: &Service,
@@ -92,9 +93,18 @@ impl Crew {
         run_file.enter(Phase::Fetching)?;
         self.have_fetched(go)?;
         run_file.enter(Phase::Fetched)?;
+        let is_in_use = device.is_waiting();
         self.start_device(device)?;
-        run_file.enter(Phase::Serving)?;
-        announce(&device::block_path(device.id()), device.id()).map_err(ServeError::Unannounced)
+        let id = device.id();
+        let unless_in_use = |outcome: Result<(), ServeError>| match outcome {
+            Err(error) if is_in_use => {
+                tracing::error!(id, "the device is served all the same: {error}");
+                Ok(())
+            }
+            outcome => outcome,
+        };
+        unless_in_use(run_file.enter(Phase::Serving).map_err(ServeError::from))?;
+        unless_in_use(announce(&device::block_path(id), id).map_err(ServeError::Unannounced))
     }
 
     /// Starts a thread per queue, and returns when all of them are ready to fetch, with the means to tell

@@ -91,12 +91,12 @@ pub(crate) enum ServeError {
     TooSlow { what: &'static str, limit: Duration },
     #[error("stopped by {0} before the device served I/O")]
     Interrupted(Signal),
-    #[error("nobody was told of the device, so it was stopped: {0}")]
+    #[error("nobody was told of the device: {0}")]
     Unannounced(io::Error),
 }
 
 /// Serves an image until a signal ends it. `announce` is called once the device serves I/O; its
-/// failure stops the device again.
+/// failure stops a new device again.
 pub(crate) fn run(
     start: &Start,
     namespace: Namespace,

@@ -69,13 +69,13 @@ impl Reporter {
         let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
         let log = OpenOptions::new().append(true).create(true).open(log)?;
         std::env::set_current_dir("/")?;
-        let mut message = vec![SERVING];
-        message.extend_from_slice(id.to_string().as_bytes());
-        self.0.write_all(&message)?;
         dup2_stdin(&null)?;
         dup2_stdout(&null)?;
         dup2_stderr(&log)?;
-        Ok(())
+        // Last: the server may go on though there is nobody who hears this.
+        let mut message = vec![SERVING];
+        message.extend_from_slice(id.to_string().as_bytes());
+        self.0.write_all(&message)
     }
 
     /// There will be no device.

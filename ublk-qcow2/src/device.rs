@@ -254,10 +254,11 @@ impl Device {
         if self.state == State::Orphaned {
             self.control.end_recovery(self.id(), pid, give_up)?;
             self.state = State::Started;
-        } else {
-            self.state = State::Started;
-            self.control.start(self.id(), pid, give_up)?;
+            // What else there is has been there before, and who uses it needs nothing more.
+            return Ok(());
         }
+        self.state = State::Started;
+        self.control.start(self.id(), pid, give_up)?;
         // udev or devtmpfs makes the node; who reads its name from us will open it at once.
         wait_for_node(block_path(self.id()), |path| std::fs::metadata(path))?;
         if self.scans {

@@ -38,6 +38,8 @@ pub(crate) enum CommandError {
     Background(std::io::Error),
     #[error("{path}: {source}")]
     Path { path: String, source: std::io::Error },
+    #[error("nobody was told of the device, {what}: {source}")]
+    Unheard { what: &'static str, source: std::io::Error },
     #[error("there is no device {0}")]
     NoDevice(u32),
     #[error(
