@@ -18,7 +18,7 @@ use crate::{
 };
 use anyhow::{Context, Result, bail, ensure};
 use nix::{
-    fcntl::{Flock, FlockArg},
+    fcntl::{FcntlArg, Flock, FlockArg, fcntl},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -36,6 +36,8 @@ use std::{
 const DISK: u64 = 64 << 20;
 /// What is written to a device to be found there later: a cluster.
 static MARK: [u8; 65536] = [7; 65536];
+/// The byte that QEMU locks who shares an image with nobody who writes.
+const QEMU_UNSHARED_WRITE: i64 = 201;
 /// How long a supervisor may take to see that its device is gone.
 const LEFTOVER_LIMIT: Duration = Duration::from_secs(20);
 
@@ -345,6 +347,44 @@ pub fn recovered_unheard(binary: &Binary, dir: &Path) -> Result<()> {
     still_written(device)
 }
 
+/// A successor is killed when it has begun the recovery, and what the record says of how far it had come is older than that, or
+/// newer, as if it had been killed a moment earlier or `del` had come and died: the next one can do with all of it. Before
+/// Linux 6.16 the driver refuses to begin a recovery twice, and crashes when it has some of the queues.
+///
+/// # Errors
+/// What does not hold.
+pub fn recovered_from_any_phase(binary: &Binary, dir: &Path) -> Result<()> {
+    let image = dir.join("image.qcow2");
+    qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
+    let device = written_unsupervised(binary, &image)?;
+    let id = device.id().to_string();
+    let record = PathBuf::from(format!("/run/ublk-qcow2/{id}.json"));
+    for phase in ["serving", "fetched", "preparing", "fetching", "removing"] {
+        let dead = device.listed()?.pid;
+        device.kill_server()?;
+        // The successor waits for the image when it has begun.
+        let reader = without_writers(&image)?;
+        let mut command = binary.command();
+        let mut recovering =
+            command.args(["recover", "--foreground", "-n", &id]).stdout(Stdio::null()).spawn()?;
+        let deadline = Instant::now() + TOOL_LIMIT;
+        let begun = |text: &str| {
+            text.contains(r#""phase":"preparing""#) && device.listed().is_ok_and(|it| it.pid != dead)
+        };
+        while !begun(&fs::read_to_string(&record)?) {
+            ensure!(Instant::now() < deadline, "the successor has not come that far, before {phase}");
+            thread::sleep(Duration::from_millis(5));
+        }
+        recovering.kill()?;
+        recovering.wait()?;
+        drop(reader);
+        let text = fs::read_to_string(&record)?;
+        fs::write(&record, text.replace(r#""phase":"preparing""#, &format!(r#""phase":"{phase}""#)))?;
+        binary.run(["recover", "--no-supervisor", "-n", &id])?.success().with_context(|| phase.to_owned())?;
+    }
+    still_written(device)
+}
+
 /// Ends `add` while it waits: what it has begun ends as well, or has all that it should. The server was left
 /// alone with a device that nobody knew of.
 ///
@@ -372,6 +412,20 @@ pub fn added_unheard(binary: &Binary, dir: &Path) -> Result<()> {
         }
     }
     qemu_img::check_clean(&image)
+}
+
+/// Has an image locked, for as long as the file is open, like a program that reads it and lets nobody write meanwhile.
+fn without_writers(image: &Path) -> Result<File> {
+    let file = File::open(image)?;
+    let lock = libc::flock {
+        l_type: libc::F_RDLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: QEMU_UNSHARED_WRITE,
+        l_len: 1,
+        l_pid: 0,
+    };
+    fcntl(&file, FcntlArg::F_OFD_SETLK(&lock))?;
+    Ok(file)
 }
 
 /// A device's record in a run directory.

@@ -370,9 +370,6 @@ fn refusal_hint(command: Command, errno: i32) -> &'static str {
         (Command::StartRecovery, libc::EBUSY) => {
             "; the device has a server, or the kernel has not ended the old one's I/O"
         }
-        (Command::StartRecovery, libc::EINVAL) => {
-            "; the device was added without recovery: `ublk-qcow2 del` removes it"
-        }
         (_, libc::EOPNOTSUPP | libc::ENOTTY) => "; this kernel's ublk driver is too old",
         (_, libc::ENODEV) => "; there is no such device",
         _ => "",

@@ -185,14 +185,16 @@ impl Device {
         }
         let forgets =
             |control: &mut Control| control.features().is_ok_and(|bits| bits & FORGETS_SERVERS != 0);
-        if reached == Phase::Fetching && !forgets(&mut control) {
+        // Or `del` had come after such a server, and died as well.
+        if matches!(reached, Phase::Fetching | Phase::Removing) && !forgets(&mut control) {
             handover::complete(open_char(id)?, info.nr_hw_queues, info.queue_depth)
                 .map_err(|source| DeviceError::HandOver { id, source })?;
         }
         let started = patiently(libc::EBUSY, || control.start_recovery(id), ControlError::errno);
         match started {
-            // The recovery that the dead server had begun is still under way: no queue was handed over.
-            Err(error) if error.errno() == Some(libc::EINVAL) && reached == Phase::Preparing => {}
+            // The recovery that the dead server had begun is still under way, and no queue was handed over. Of a device
+            // for recovery it means nothing else; the server may have died before it could say how far it had come.
+            Err(error) if error.errno() == Some(libc::EINVAL) => {}
             outcome => outcome?,
         }
         Ok(Self { control, info, state: State::Orphaned, scans: false })
