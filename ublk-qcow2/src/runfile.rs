@@ -66,6 +66,9 @@ pub(crate) struct Record {
     pub(crate) depth: u16,
     /// How far the server has come, or its dead predecessor had.
     pub(crate) phase: Phase,
+    /// Whether the phase is the predecessor's: who has taken the file over has not come any further.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) is_inherited: bool,
     /// How the image is served.
     pub(crate) config: Config,
     /// What the driver knows the device by, so that it is not taken for another with its number.
@@ -159,7 +162,10 @@ impl RunFile {
 
     /// Takes over the file of a dead server, for this process. How far that server had come stays there.
     pub(crate) fn take_over(id: u32) -> Result<Self, TakeOverError> {
-        let path = path_of(id);
+        Self::take_over_at(path_of(id), id)
+    }
+
+    fn take_over_at(path: PathBuf, id: u32) -> Result<Self, TakeOverError> {
         let fail = |source| RunFileError { what: "cannot take over", path: path.clone(), source };
         let dead = match lock_dead(&path, GLANCE).map_err(fail)? {
             Dead::Missing => return Err(TakeOverError::Missing(id)),
@@ -173,6 +179,7 @@ impl RunFile {
         }
         record.pid = std::process::id().cast_signed();
         record.error = None;
+        record.is_inherited = true;
         let lock = write_locked(&path, &record).map_err(fail)?;
         drop(dead);
         Ok(Self { path, record, is_left: false, lock })
@@ -181,6 +188,7 @@ impl RunFile {
     /// Says how far the server has come.
     pub(crate) fn enter(&mut self, phase: Phase) -> Result<(), RunFileError> {
         self.record.phase = phase;
+        self.record.is_inherited = false;
         let fail = |source| RunFileError { what: "cannot write", path: self.path.clone(), source };
         self.lock = write_locked(&self.path, &self.record).map_err(fail)?;
         Ok(())
@@ -377,6 +385,7 @@ mod tests {
     fn example() -> Record {
         Record {
             phase: Phase::Serving,
+            is_inherited: false,
             id: 7,
             pid: 1,
             size: 1 << 40,
@@ -427,6 +436,20 @@ mod tests {
         assert!(matches!(lock_dead(&path, Duration::ZERO).unwrap(), Dead::Alive), "one of two takes it over");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
         assert_eq!(load_path(&dir.path().join("8.json")).unwrap(), None);
+    }
+
+    /// `list` said that a device served whose successor had not begun.
+    #[test]
+    fn a_phase_is_the_predecessor_s_until_another_is_entered() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("7.json");
+        let now = || load_path(&path).unwrap().unwrap().record;
+        drop(write_locked(&path, &example()).unwrap());
+        let mut file = RunFile::take_over_at(path.clone(), 7).unwrap();
+        assert_eq!((now().phase, now().is_inherited), (Phase::Serving, true));
+        file.enter(Phase::Preparing).unwrap();
+        assert_eq!((now().phase, now().is_inherited), (Phase::Preparing, false));
+        file.leave();
     }
 
     /// A server was killed while somebody ran `list`: its successor took that for a living server, and gave up.

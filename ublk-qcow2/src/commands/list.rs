@@ -65,6 +65,7 @@ fn line(entry: &Entry) -> Line<'_> {
         id: record.id,
         device: device::block_path(record.id),
         state: match (entry.is_alive, record.phase) {
+            (true, _) if record.is_inherited => State::Starting,
             (true, Phase::Serving) => State::Serving,
             (true, Phase::Removing) => State::Removing,
             (true, _) => State::Starting,
