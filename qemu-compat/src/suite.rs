@@ -132,6 +132,7 @@ impl Cases {
             data_path::both(&it.binary, dir, it.seed).with_context(|| format!("seed {}", it.seed))
         });
         self.add("server/durable", 120, |it, dir| durability::each_is_passed_on(&it.binary, dir));
+        self.add("server/given-away", 60, |it, dir| server::given_away(&it.binary, dir));
         self.add("server/let-go", 180, |it, dir| server::file_system_let_go(&it.binary, dir));
         let queues: &[u16] = if self.setting.scale == Scale::Full { &[1, 2] } else { &[2] };
         for &queues in queues {
