@@ -154,11 +154,7 @@ fn make(id: Option<u32>, config: &Config, namespace: Namespace) -> Result<Ready,
         error: None,
     })?;
     device.describe(&shape)?;
-    let log = if device.is_recoverable() && !image.is_read_only() {
-        Some(Log::begin(RedoFile::create(device.id())?, config)?)
-    } else {
-        None
-    };
+    let log = new_log(&device, &image, config)?;
     let witness = keep_log(&image, log)?;
     let service = service(image, files, device.open_char()?, config);
     keep_ways(namespace, &service);
@@ -210,7 +206,18 @@ fn take_over_as(
     // When this succeeds the old server's I/O has ended.
     let char_device = device.open_char()?;
     let files = Arc::new(config.files());
-    let (image, log) = open_as_left(&record, &files)?;
+    let (image, log) = match RedoFile::open(id)? {
+        Some(file) => {
+            let (image, log) = open_as_left(&record, &files, file)?;
+            (image, Some(log))
+        }
+        // The dead server was not to change it, or had not got to changing it, or its writes were given up.
+        None => {
+            let image = open_when_let_go(config, &files)?;
+            let log = new_log(&device, &image, config)?;
+            (image, log)
+        }
+    };
     let witness = keep_log(&image, log)?;
     let service = service(image, files, char_device, config);
     keep_ways(namespace, &service);
@@ -232,12 +239,11 @@ fn service(image: Arc<Image>, files: Arc<Files>, char_device: File, config: &Con
 
 /// Writes to the image what a dead server had acknowledged, when nobody is to serve it any more.
 pub(crate) fn settle(record: &Record) -> Result<(), ServeError> {
+    // Without one there is nothing to write, and the image may be gone.
+    let Some(file) = RedoFile::open(record.id)? else { return Ok(()) };
     let files = Arc::new(record.config.files());
-    let (image, log) = open_as_left(record, &files)?;
-    match log {
-        Some(_log) => close_image(&image, &files),
-        None => Ok(()),
-    }
+    let (image, _log) = open_as_left(record, &files, file)?;
+    close_image(&image, &files)
 }
 
 /// A redo log, and who testifies that its image is ours.
@@ -254,23 +260,36 @@ impl Log {
     }
 }
 
-/// Opens the image of a dead server and replays its redo log, if it kept one.
-fn open_as_left(record: &Record, files: &Arc<Files>) -> Result<(Arc<Image>, Option<Log>), ServeError> {
-    let config = &record.config;
-    let file = RedoFile::open(record.id)?;
-    if let Some(file) = &file {
-        file.check_same(&config.image)?;
+/// The log of a device that has none yet, if it is to have one: its image may be changed, and its server replaced.
+fn new_log(device: &Device, image: &Image, config: &Config) -> Result<Option<Log>, ServeError> {
+    if !device.is_recoverable() || image.is_read_only() {
+        return Ok(None);
     }
+    Ok(Some(Log::begin(RedoFile::create(device.id())?, config)?))
+}
+
+/// Opens the image of a dead server, which the kernel may not have let go of yet.
+fn open_when_let_go(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {
     let deadline = Instant::now() + DEAD_LOCK_WAIT;
-    let image = loop {
+    loop {
         match open_image(config, files) {
             Err(ServeError::Open(error)) if error.is_locked() && Instant::now() < deadline => {
                 thread::sleep(DEAD_LOCK_PAUSE);
             }
-            opened => break opened?,
+            opened => return opened,
         }
-    };
-    let Some(file) = file else { return Ok((image, None)) };
+    }
+}
+
+/// Opens the image of a dead server and replays the redo log that it has left.
+fn open_as_left(
+    record: &Record,
+    files: &Arc<Files>,
+    file: RedoFile,
+) -> Result<(Arc<Image>, Log), ServeError> {
+    let config = &record.config;
+    file.check_same(&config.image)?;
+    let image = open_when_let_go(config, files)?;
     let left = RedoLog::open(file.memory())?;
     if !left.is_empty() {
         file.check_unchanged(&config.image)?;
@@ -281,7 +300,7 @@ fn open_as_left(record: &Record, files: &Arc<Files>) -> Result<(Arc<Image>, Opti
         let replayed = replay(&image, files, &left)?;
         tracing::info!(id = record.id, replayed, "changes of the dead server were replayed");
     }
-    Ok((image, Some(log)))
+    Ok((image, log))
 }
 
 fn replay(image: &Arc<Image>, files: &Arc<Files>, log: &RedoLog) -> Result<usize, ServeError> {

@@ -84,7 +84,8 @@ impl RedoFile {
         }
     }
 
-    /// The file that the dead server of device `id` has left; none if it kept no log.
+    /// The file that the dead server of device `id` has left; none if it kept no log, or was killed before there could be
+    /// anything in it.
     pub(crate) fn open(id: u32) -> Result<Option<Self>, RedoFileError> {
         Self::open_at(runfile::redo_path(id))
     }
@@ -92,10 +93,10 @@ impl RedoFile {
     fn open_at(path: PathBuf) -> Result<Option<Self>, RedoFileError> {
         let opened = match OpenOptions::new().read(true).write(true).open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            opened => opened.and_then(|file| check_length(&file).and_then(|()| map(&file))),
+            opened => opened.and_then(|file| adopt(&file)),
         };
         match opened {
-            Ok(map) => Ok(Some(Self { map, path })),
+            Ok(map) => Ok(map.map(|map| Self { map, path })),
             Err(source) => {
                 Err(RedoFileError::Io { what: "cannot open the redo log", path, source, hint: "" })
             }
@@ -265,15 +266,25 @@ fn make(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
     file.set_len(FILE_BYTES as u64)?;
-    fallocate(&file, FallocateFlags::empty(), 0, FILE_BYTES as libc::off_t)?;
+    allocate(&file)?;
     Ok(file)
 }
 
-fn check_length(file: &File) -> io::Result<()> {
+/// Maps a file that another process has made. Nothing if it had only begun to: then nothing was acknowledged yet.
+fn adopt(file: &File) -> io::Result<Option<Arc<Mapped>>> {
     match file.metadata()?.len() {
-        len if len == FILE_BYTES as u64 => Ok(()),
+        0 => Ok(None),
+        len if len == FILE_BYTES as u64 => {
+            // It may have been killed before this.
+            allocate(file)?;
+            map(file).map(Some)
+        }
         len => Err(io::Error::other(format!("it has {len} bytes, not {FILE_BYTES}"))),
     }
+}
+
+fn allocate(file: &File) -> io::Result<()> {
+    Ok(fallocate(file, FallocateFlags::empty(), 0, FILE_BYTES as libc::off_t)?)
 }
 
 fn map(file: &File) -> io::Result<Arc<Mapped>> {
@@ -335,9 +346,21 @@ mod tests {
         let again = file_at(path.clone());
         assert_eq!((*again.memory()).as_ref()[5].load(Ordering::Relaxed), 77, "taken over as it is");
         let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
-        assert!(check_length(&file).is_ok());
+        assert!(adopt(&file).unwrap().is_some());
         file.set_len(4096).unwrap();
-        assert!(check_length(&file).is_err());
+        assert!(adopt(&file).is_err());
+    }
+
+    /// They could neither be recovered nor settled, for ever.
+    #[test]
+    fn servers_that_were_killed_while_they_made_their_log_have_left_an_empty_one_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0.redo");
+        File::create(&path).unwrap();
+        assert!(RedoFile::open_at(path.clone()).unwrap().is_none());
+        make(&path).unwrap();
+        let file = RedoFile::open_at(path).unwrap().unwrap();
+        assert!(RedoLog::open(file.memory()).unwrap().is_empty());
     }
 
     #[test]
