@@ -246,10 +246,19 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
 /// finds it whole and locked.
 fn write_locked(path: &Path, record: &Record) -> io::Result<Flock<File>> {
     let temporary = path.with_extension(format!("{}.new", record.pid));
-    let mut file = File::create(&temporary)?;
+    let written = write_as(&temporary, path, record);
+    if written.is_err() {
+        // It fills a directory that may be full already.
+        let _ = fs::remove_file(&temporary);
+    }
+    written
+}
+
+fn write_as(temporary: &Path, path: &Path, record: &Record) -> io::Result<Flock<File>> {
+    let mut file = File::create(temporary)?;
     file.write_all(serde_json::to_string(record)?.as_bytes())?;
     let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno)?;
-    fs::rename(&temporary, path)?;
+    fs::rename(temporary, path)?;
     Ok(lock)
 }
 
@@ -436,6 +445,16 @@ mod tests {
         assert!(matches!(lock_dead(&path, Duration::ZERO).unwrap(), Dead::Alive), "one of two takes it over");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
         assert_eq!(load_path(&dir.path().join("8.json")).unwrap(), None);
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_written_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("7.json");
+        // A directory cannot be replaced by a file.
+        fs::create_dir(&path).unwrap();
+        assert!(write_locked(&path, &example()).is_err());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     /// `list` said that a device served whose successor had not begun.
