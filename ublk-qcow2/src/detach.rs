@@ -48,6 +48,13 @@ pub(crate) fn into_background() -> io::Result<Side> {
     }
 }
 
+/// Closes whatever this process was started with beside the standard descriptors: a server that had them would keep a pipe of
+/// the caller's open, or a lock, for as long as it serves. To be called before anything is opened that is to stay open.
+pub(crate) fn let_go_of_inherited() {
+    // SAFETY: it names no memory, and nobody in this process owns one of these descriptors.
+    unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0_u32) };
+}
+
 fn receive(from_child: OwnedFd) -> Result<u32, String> {
     let mut message = Vec::new();
     File::from(from_child).read_to_end(&mut message).map_err(|error| error.to_string())?;

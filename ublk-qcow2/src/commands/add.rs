@@ -54,6 +54,7 @@ fn begin(start: &Start, care: Care) -> Result<(), CommandError> {
     if care == Care::Foreground {
         return Ok(daemon::run(start, namespace::leave(), |_, id| print_device(id))?);
     }
+    detach::let_go_of_inherited();
     match detach::into_background().map_err(CommandError::Background)? {
         Side::Parent { outcome: Ok(id), .. } => print_device(id).or_else(|source| match start {
             Start::New { .. } => {
