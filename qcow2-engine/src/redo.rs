@@ -111,14 +111,17 @@ impl RedoLog {
         Ok(log)
     }
 
-    /// Takes over the log that another process has left.
+    /// Takes over the log that another process has left. One that it had not got to making, or was making anew because all of
+    /// it was durable, is empty.
     ///
     /// # Errors
     /// The memory holds no sound log.
     pub fn open(memory: RedoMemory) -> Result<Self, RedoError> {
         let log = Self::in_memory(memory)?;
-        if log.word(0).load(Ordering::Acquire) != MAGIC {
-            return Err(RedoError::Foreign);
+        match log.word(0).load(Ordering::Acquire) {
+            0 => return Self::create(log.memory),
+            MAGIC => {}
+            _ => return Err(RedoError::Foreign),
         }
         let (head, tail, capacity) = (log.head(), log.tail(), log.capacity);
         if head > tail || tail - head > capacity {
@@ -288,6 +291,16 @@ mod tests {
             log.retire(log.tail());
             assert!(log.is_empty() && log.room() == MIN_RECORDS);
         }
+    }
+
+    #[test]
+    fn a_log_whose_making_was_cut_short_is_empty() {
+        let memory = memory(MIN_RECORDS);
+        let mut log = RedoLog::create(Arc::clone(&memory)).unwrap();
+        log.append(Record::Table { index: 0, cluster: 0 });
+        log.word(0).store(0, Ordering::Relaxed);
+        assert!(RedoLog::open(Arc::clone(&memory)).unwrap().is_empty());
+        assert!(RedoLog::open(memory).unwrap().is_empty(), "it is whole by now");
     }
 
     #[test]

@@ -6,7 +6,7 @@
 
 use crate::{
     command::{TOOL_LIMIT, wait},
-    device::{Binary, Device, DeviceDisk},
+    device::{Binary, Device, DeviceDisk, existing},
     disk::{Disk, Op},
     fio::start_load,
     fixture::sum,
@@ -14,14 +14,19 @@ use crate::{
     power::host::make_file_system,
     qemu_img,
     recovery::{only_leaks, wait_until_replaced},
-    refusals::refuse,
+    refusals::{must_refuse, refuse},
 };
 use anyhow::{Context, Result, bail, ensure};
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    fcntl::{FcntlArg, Flock, FlockArg, fcntl},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use std::{
     fs::{self, File},
     os::unix::fs::symlink,
     path::{Path, PathBuf},
+    process::Stdio,
     sync::atomic::{AtomicBool, Ordering},
     thread,
     time::{Duration, Instant},
@@ -31,6 +36,8 @@ use std::{
 const DISK: u64 = 64 << 20;
 /// What is written to a device to be found there later: a cluster.
 static MARK: [u8; 65536] = [7; 65536];
+/// The byte that QEMU locks who shares an image with nobody who writes.
+const QEMU_UNSHARED_WRITE: i64 = 201;
 /// How long a supervisor may take to see that its device is gone.
 const LEFTOVER_LIMIT: Duration = Duration::from_secs(20);
 
@@ -274,7 +281,8 @@ pub fn images_stay(binary: &Binary, dir: &Path) -> Result<()> {
     still_written(device)
 }
 
-/// A device whose recovery has failed is removed, and nothing was lost: that is a success.
+/// A device whose recovery has failed is removed, and nothing was lost: that is a success. Where `del` could not write to the
+/// image the number is free, and not given to another image: the next `add` had it, and emptied the log of what was acknowledged.
 ///
 /// # Errors
 /// What does not hold.
@@ -288,10 +296,148 @@ pub fn removed_after_a_failed_recovery(binary: &Binary, dir: &Path) -> Result<()
     refuse(binary, &["recover".as_ref(), "-n".as_ref(), id.as_ref()], &["no such file"])?;
     let failed = binary.run(["del", "-n", &id])?;
     ensure!(!failed.status.success(), "what was acknowledged is lost, and `del` says nothing");
+
+    let other = dir.join("other.qcow2");
+    qemu_img::create(&other, "cluster_size=64k", None, 16 << 20)?;
+    let named = ["add".as_ref(), "-n".as_ref(), id.as_ref(), other.as_os_str()];
+    refuse(binary, &named, &[&format!("del -n {id}")])?;
+    let beside = binary.add(&[], &other)?;
+    ensure!(beside.id() != device.id(), "another image has the number");
+    beside.detach()?;
+
     fs::rename(&aside, &image)?;
     device.detach()?;
     only_leaks(&image)?;
     still_written(binary.add(&[], &image)?)
+}
+
+/// Whoever recovers a device may be unable to name it, or gone when it is served again: its users are not. It was stopped and
+/// deleted.
+///
+/// # Errors
+/// What does not hold.
+pub fn recovered_unheard(binary: &Binary, dir: &Path) -> Result<()> {
+    let image = dir.join("image.qcow2");
+    qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
+    let device = written_unsupervised(binary, &image)?;
+    let id = device.id().to_string();
+
+    device.kill_server()?;
+    let mut command = binary.script("exec \"$BINARY\" recover -n \"$ID\" >/dev/full");
+    must_refuse(command.env("ID", &id), &["served again"]).context("nothing can be printed")?;
+    ensure!(device.listed()?.state == "serving", "it is {}", device.listed()?.state);
+    ensure!(is_supervised(device.listed()?.pid)?, "it has no supervisor");
+
+    // Its supervisor would replace the server.
+    let dead = device.listed()?.pid;
+    kill(Pid::from_raw(parent_of(dead)?), Signal::SIGKILL)?;
+    device.kill_server()?;
+    let mut command = binary.command();
+    let mut recovering = command.args(["recover", "-n", &id]).stdout(Stdio::null()).spawn()?;
+    // From now on it is there, and has not served yet.
+    let deadline = Instant::now() + TOOL_LIMIT;
+    while device.listed()?.pid == dead {
+        ensure!(Instant::now() < deadline, "no successor");
+        thread::sleep(Duration::from_millis(1));
+    }
+    recovering.kill()?;
+    recovering.wait()?;
+    wait_until_replaced(&device, dead).context("it was interrupted")?;
+    ensure!(is_supervised(device.listed()?.pid)?, "it has no supervisor when it was interrupted");
+    still_written(device)
+}
+
+/// A successor is killed when it has begun the recovery, and what the record says of how far it had come is older than that, or
+/// newer, as if it had been killed a moment earlier or `del` had come and died: the next one can do with all of it. Before
+/// Linux 6.16 the driver refuses to begin a recovery twice, and crashes when it has some of the queues.
+///
+/// # Errors
+/// What does not hold.
+pub fn recovered_from_any_phase(binary: &Binary, dir: &Path) -> Result<()> {
+    let image = dir.join("image.qcow2");
+    qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
+    let device = written_unsupervised(binary, &image)?;
+    let id = device.id().to_string();
+    let record = PathBuf::from(format!("/run/ublk-qcow2/{id}.json"));
+    for phase in ["serving", "fetched", "preparing", "fetching", "removing"] {
+        let dead = device.listed()?.pid;
+        device.kill_server()?;
+        // The successor waits for the image when it has begun.
+        let reader = without_writers(&image)?;
+        let mut command = binary.command();
+        let mut recovering =
+            command.args(["recover", "--foreground", "-n", &id]).stdout(Stdio::null()).spawn()?;
+        let deadline = Instant::now() + TOOL_LIMIT;
+        let begun = |text: &str| {
+            text.contains(r#""phase":"preparing""#) && device.listed().is_ok_and(|it| it.pid != dead)
+        };
+        while !begun(&fs::read_to_string(&record)?) {
+            ensure!(Instant::now() < deadline, "the successor has not come that far, before {phase}");
+            thread::sleep(Duration::from_millis(5));
+        }
+        recovering.kill()?;
+        recovering.wait()?;
+        drop(reader);
+        let text = fs::read_to_string(&record)?;
+        fs::write(&record, text.replace(r#""phase":"preparing""#, &format!(r#""phase":"{phase}""#)))?;
+        binary.run(["recover", "--no-supervisor", "-n", &id])?.success().with_context(|| phase.to_owned())?;
+    }
+    still_written(device)
+}
+
+/// Ends `add` while it waits: what it has begun ends as well, or has all that it should. The server was left
+/// alone with a device that nobody knew of.
+///
+/// # Errors
+/// What does not hold.
+pub fn added_unheard(binary: &Binary, dir: &Path) -> Result<()> {
+    let (image, run_dir) = (dir.join("image.qcow2"), dir.join("run"));
+    qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
+    let binary = binary.in_run_dir(&run_dir);
+    let before = existing();
+    for round in 0..3 {
+        let mut command = binary.command();
+        let mut adding = command.arg("add").arg(&image).stdout(Stdio::null()).spawn()?;
+        let deadline = Instant::now() + TOOL_LIMIT;
+        // It has a device by then, and has not served yet.
+        while record_in(&run_dir).is_none() {
+            ensure!(Instant::now() < deadline, "no server, in round {round}");
+            thread::sleep(Duration::from_millis(1));
+        }
+        adding.kill()?;
+        adding.wait()?;
+        while record_in(&run_dir).is_some() || existing() != before {
+            ensure!(Instant::now() < deadline, "a device is left that nobody knows of, in round {round}");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+    qemu_img::check_clean(&image)
+}
+
+/// Has an image locked, for as long as the file is open, like a program that reads it and lets nobody write meanwhile.
+fn without_writers(image: &Path) -> Result<File> {
+    let file = File::open(image)?;
+    let lock = libc::flock {
+        l_type: libc::F_RDLCK as i16,
+        l_whence: libc::SEEK_SET as i16,
+        l_start: QEMU_UNSHARED_WRITE,
+        l_len: 1,
+        l_pid: 0,
+    };
+    fcntl(&file, FcntlArg::F_OFD_SETLK(&lock))?;
+    Ok(file)
+}
+
+/// A device's record in a run directory.
+fn record_in(run_dir: &Path) -> Option<PathBuf> {
+    let files = fs::read_dir(run_dir).into_iter().flatten().flatten().map(|file| file.path());
+    files.into_iter().find(|path| path.extension().is_some_and(|extension| extension == "json"))
+}
+
+/// Whether a server's parent is a process of its own kind, and not whoever looks after orphans.
+fn is_supervised(server: i32) -> Result<bool> {
+    let name = |pid: i32| fs::read_to_string(format!("/proc/{pid}/comm"));
+    Ok(name(parent_of(server)?)? == name(server)?)
 }
 
 /// A device that no supervisor looks after, with [`MARK`] at its beginning: acknowledged, not flushed.

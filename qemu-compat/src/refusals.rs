@@ -4,7 +4,7 @@
 //! program must fail, name the cause, print no device and leave none behind.
 
 use crate::{
-    command::{TOOL_LIMIT, run},
+    command::{Finished, TOOL_LIMIT, run},
     device::{Binary, existing},
     qemu_img,
 };
@@ -104,7 +104,10 @@ pub fn refuse(binary: &Binary, args: &[&std::ffi::OsStr], words: &[&str]) -> Res
 }
 
 /// The same for a command that was prepared in another way. Returns what it said.
-fn must_refuse(command: &mut Command, words: &[&str]) -> Result<String> {
+///
+/// # Errors
+/// As for [`refuse`].
+pub fn must_refuse(command: &mut Command, words: &[&str]) -> Result<String> {
     let before = existing();
     let finished = run(command, TOOL_LIMIT)?;
     let message = finished.stderr.to_lowercase();
@@ -128,7 +131,7 @@ fn must_refuse(command: &mut Command, words: &[&str]) -> Result<String> {
 }
 
 /// What a caller brings along: a standard output that takes nothing, so that nobody learns of the device; no privileges,
-/// of which one line is to tell; a limit on the size of files, which killed the server.
+/// of which one line is to tell; a limit on the size of files, which killed the server; a pipe, which the server kept open.
 ///
 /// # Errors
 /// What does not hold.
@@ -140,9 +143,16 @@ pub fn surroundings(binary: &Binary, dir: &Path) -> Result<()> {
     let said = must_refuse(binary.command().arg("add").arg(&image).uid(NOBODY).gid(NOBODY), &["root"])?;
     ensure!(said.lines().count() == 1, "more than one line: {said}");
 
-    let mut command = binary.script("ulimit -f 8; exec \"$BINARY\" add \"$IMAGE\"");
-    let finished = run(command.env("IMAGE", &image), TOOL_LIMIT)?.success()?;
-    let id = finished.stdout.trim().strip_prefix("/dev/ublkb").context("no device")?.to_owned();
+    // The pipe's reader ends when nobody has it open for writing any more.
+    let mut command =
+        binary.script("ulimit -f 8; (exec \"$BINARY\" add \"$IMAGE\" 9>&1 >\"$IMAGE.out\") | cat");
+    let added = run(command.env("IMAGE", &image), TOOL_LIMIT);
+    let said = fs::read_to_string(image.with_extension("qcow2.out"))?;
+    let id = said.trim().strip_prefix("/dev/ublkb").context("no device")?.to_owned();
+    if let Err(error) = added.and_then(Finished::success) {
+        binary.run(["del", "-n", &id])?.success()?;
+        return Err(error).context("it does not let go of a pipe");
+    }
     let written = fs::write(format!("/dev/ublkb{id}"), vec![1; 1 << 20]);
     binary.run(["del", "-n", &id])?.success()?;
     written.context("beyond the caller's limit")?;

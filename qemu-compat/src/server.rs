@@ -14,7 +14,8 @@ use crate::{
 };
 use anyhow::{Context, Result, ensure};
 use std::{
-    fs,
+    fs::{self, File, Permissions},
+    os::unix::fs::{FileExt, PermissionsExt, chown},
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -24,8 +25,10 @@ use std::{
 const DISK: u64 = 64 << 20;
 /// `PF_MEMALLOC_NOIO` and `PF_LOCAL_THROTTLE` of the kernel: what `PR_SET_IO_FLUSHER` sets.
 const IO_FLUSHER: u64 = 0x0008_0000 | 0x0010_0000;
-/// `CAP_SYS_ADMIN`, as a bit.
-const SYS_ADMIN: u64 = 1 << 21;
+/// `CAP_SYS_ADMIN` and `CAP_DAC_READ_SEARCH`, as bits.
+const CONTROL: u64 = 1 << 21 | 1 << 2;
+/// A user without privileges.
+const NOBODY: u32 = 65534;
 /// How late the kernel may be with a scan of its own.
 const LATE_SCAN: Duration = Duration::from_secs(1);
 /// The driver's feature that a start without a partition scan takes.
@@ -33,7 +36,7 @@ const NO_PART_SCAN: &str = "no-part-scan";
 
 /// Demands of a server, and of the supervisor behind it, that no thread waits for the device when it
 /// allocates memory, that memory stays, that the OOM killer passes by, that mounts are its own; and
-/// of the server that it keeps no privileges but that of commanding the driver, in its first thread.
+/// of the server that it keeps no privileges but those that commanding the driver takes, in its first thread.
 ///
 /// # Errors
 /// What does not hold, and for which thread.
@@ -54,7 +57,7 @@ pub fn guarded(binary: &Binary, dir: &Path) -> Result<()> {
         // The first thread commands the driver, and the kernel's own threads may do that for it.
         let commands =
             thread.ends_with(server.0.to_string()) || name.trim() == format!("iou-wrk-{}", server.0);
-        let allowed = if commands { SYS_ADMIN } else { 0 };
+        let allowed = if commands { CONTROL } else { 0 };
         ensure!(kept & !allowed == 0, "thread {:?} keeps the capabilities {kept:#x}", name.trim());
         ensure!(number_in(&thread, "NoNewPrivs", 10)? == 1, "{}: NoNewPrivs is not set", thread.display());
     }
@@ -92,6 +95,28 @@ pub fn partitions(binary: &Binary, dir: &Path) -> Result<()> {
     ensure!(!has_partition(&device), "the kernel has looked for partitions");
     device.detach()?;
     qemu_img::check_clean(&image)
+}
+
+/// Gives the device's node to another user, as udev and libvirt do, and detaches while somebody has the device open who has not
+/// flushed what he has written: the server could not open it to have it written back.
+///
+/// # Errors
+/// It is lost, or `del` fails.
+pub fn given_away(binary: &Binary, dir: &Path) -> Result<()> {
+    let image = dir.join("image.qcow2");
+    qemu_img::create(&image, "cluster_size=64k", None, DISK)?;
+    let device = binary.add(&[], &image)?;
+    chown(device.path(), Some(NOBODY), Some(NOBODY))?;
+    fs::set_permissions(device.path(), Permissions::from_mode(0o600))?;
+    let user = File::options().write(true).open(device.path())?;
+    user.write_all_at(&[9; 65536], 0)?;
+    binary.run(["del", "-n", &device.id().to_string()])?.success()?;
+    device.forget();
+    drop(user);
+    let mut disk = binary.attach(&image, 1)?;
+    let found = disk.run(&[Op::Read { at: 0, len: 65536 }])?;
+    ensure!(found[0] == [9; 65536], "what was written to the device is lost");
+    disk.detach()
 }
 
 /// Detaches and unmounts the image's file system at once, many times: the kernel takes rings apart late, and what they still

@@ -132,6 +132,7 @@ impl Cases {
             data_path::both(&it.binary, dir, it.seed).with_context(|| format!("seed {}", it.seed))
         });
         self.add("server/durable", 120, |it, dir| durability::each_is_passed_on(&it.binary, dir));
+        self.add("server/given-away", 60, |it, dir| server::given_away(&it.binary, dir));
         self.add("server/let-go", 180, |it, dir| server::file_system_let_go(&it.binary, dir));
         let queues: &[u16] = if self.setting.scale == Scale::Full { &[1, 2] } else { &[2] };
         for &queues in queues {
@@ -157,6 +158,9 @@ impl Cases {
         self.add("lifecycle/failed-recovery", 120, |it, dir| {
             lifecycle::removed_after_a_failed_recovery(&it.binary, dir)
         });
+        self.add("lifecycle/any-phase", 300, |it, dir| lifecycle::recovered_from_any_phase(&it.binary, dir));
+        self.add("lifecycle/recovered-unheard", 300, |it, dir| lifecycle::recovered_unheard(&it.binary, dir));
+        self.add("lifecycle/added-unheard", 300, |it, dir| lifecycle::added_unheard(&it.binary, dir));
     }
 
     fn matrix(&mut self) {

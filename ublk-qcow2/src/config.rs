@@ -10,7 +10,10 @@ use qcow2_engine::{
     },
 };
 use serde::{Deserialize, Serialize};
-use std::{io, path::PathBuf};
+use std::{
+    io,
+    path::{Path, PathBuf},
+};
 
 /// How an image is served.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -39,8 +42,14 @@ pub(crate) struct Config {
 impl Config {
     /// What the command line asks for.
     pub(crate) fn from_args(args: &AddArgs) -> io::Result<Self> {
+        let backing_policy = args.backing.policy();
+        let image = std::path::absolute(&args.image)?;
+        if let BackingPolicy::Under(directories) = &backing_policy {
+            directories.iter().try_for_each(|directory| check_name(directory))?;
+        }
+        check_name(&image)?;
         Ok(Self {
-            image: std::path::absolute(&args.image)?,
+            image,
             queues: args.queues,
             depth: args.depth,
             read_only: args.read_only,
@@ -49,7 +58,7 @@ impl Config {
             io: args.io,
             zero_copy: args.zero_copy,
             backing_format: args.backing_format,
-            backing_policy: args.backing.policy(),
+            backing_policy,
             reclaims: !args.no_reclaim,
             recovery: !args.no_recovery,
             part_scan: !args.no_part_scan,
@@ -75,6 +84,14 @@ impl Config {
             backing_policy: self.backing_policy.clone(),
             ..OpenOptions::default()
         }
+    }
+}
+
+/// Refuses a name that a record cannot hold: it is JSON, which is Unicode.
+fn check_name(path: &Path) -> io::Result<()> {
+    match path.to_str() {
+        Some(_) => Ok(()),
+        None => Err(io::Error::other(format!("{} is not a name in UTF-8, which is needed", path.display()))),
     }
 }
 
@@ -127,5 +144,17 @@ pub(crate) fn example() -> Config {
         reclaims: true,
         recovery: true,
         part_scan: true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{ffi::OsStr, os::unix::ffi::OsStrExt};
+
+    #[test]
+    fn a_name_that_cannot_be_written_down_is_refused() {
+        assert!(check_name(Path::new("/images/ä b")).is_ok());
+        assert!(check_name(Path::new(OsStr::from_bytes(b"/images/\xff"))).is_err());
     }
 }

@@ -346,7 +346,7 @@ impl fmt::Display for Command {
 fn open_hint(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::NotFound => {
-            "; the ublk driver is not loaded: run `modprobe ublk_drv` (Linux 6.0 or newer with CONFIG_BLK_DEV_UBLK)"
+            "; the ublk driver is not loaded: run `modprobe ublk_drv` (Linux 6.4 or newer with CONFIG_BLK_DEV_UBLK)"
         }
         io::ErrorKind::PermissionDenied => "; run as root",
         _ => "",
@@ -370,10 +370,9 @@ fn refusal_hint(command: Command, errno: i32) -> &'static str {
         (Command::StartRecovery, libc::EBUSY) => {
             "; the device has a server, or the kernel has not ended the old one's I/O"
         }
-        (Command::StartRecovery, libc::EINVAL) => {
-            "; the device was added without recovery: `ublk-qcow2 del` removes it"
+        (_, libc::EOPNOTSUPP | libc::ENOTTY) => {
+            "; this kernel's ublk driver is too old (Linux 6.4 is needed)"
         }
-        (_, libc::EOPNOTSUPP | libc::ENOTTY) => "; this kernel's ublk driver is too old",
         (_, libc::ENODEV) => "; there is no such device",
         _ => "",
     }

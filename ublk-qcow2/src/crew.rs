@@ -19,7 +19,7 @@ use std::{
     path::Path,
     sync::{
         Arc,
-        mpsc::{self, Receiver, RecvTimeoutError, Sender},
+        mpsc::{self, Receiver, Sender},
     },
     thread::JoinHandle,
     time::{Duration, Instant},
@@ -27,8 +27,6 @@ use std::{
 
 /// How long the queues may take until all of them are ready to fetch, and then until they do.
 const FETCH_WAIT: Duration = Duration::from_secs(30);
-/// Between two looks at what has to be looked at while nothing happens.
-const TICK: Duration = Duration::from_secs(1);
 
 /// What all queues share.
 pub(crate) struct Service {
@@ -82,7 +80,8 @@ impl Crew {
         })
     }
 
-    /// Brings the device into service and says so.
+    /// Brings the device into service and says so. That nobody hears it is a reason not to serve a new device, but one that was
+    /// taken over has users already.
     pub(crate) fn bring_up(
         &mut self,
         service: &Service,
@@ -94,9 +93,18 @@ impl Crew {
         run_file.enter(Phase::Fetching)?;
         self.have_fetched(go)?;
         run_file.enter(Phase::Fetched)?;
+        let is_in_use = device.is_waiting();
         self.start_device(device)?;
-        run_file.enter(Phase::Serving)?;
-        announce(&device::block_path(device.id()), device.id()).map_err(ServeError::Unannounced)
+        let id = device.id();
+        let unless_in_use = |outcome: Result<(), ServeError>| match outcome {
+            Err(error) if is_in_use => {
+                tracing::error!(id, "the device is served all the same: {error}");
+                Ok(())
+            }
+            outcome => outcome,
+        };
+        unless_in_use(run_file.enter(Phase::Serving).map_err(ServeError::from))?;
+        unless_in_use(announce(&device::block_path(id), id).map_err(ServeError::Unannounced))
     }
 
     /// Starts a thread per queue, and returns when all of them are ready to fetch, with the means to tell
@@ -160,14 +168,13 @@ impl Crew {
         Ok(started?)
     }
 
-    /// Waits for the signal that ends the service; `tick` is called every second.
-    pub(crate) fn wait_for_end(&mut self, tick: impl Fn()) -> Result<(), ServeError> {
+    /// Waits for the signal that ends the service.
+    pub(crate) fn wait_for_end(&mut self) -> Result<(), ServeError> {
         while self.signal.is_none() {
-            match self.events.recv_timeout(TICK) {
+            match self.events.recv() {
                 Ok(event) => self.note(event),
-                Err(RecvTimeoutError::Timeout) => tick(),
                 // It cannot be: a sender is among our fields.
-                Err(RecvTimeoutError::Disconnected) => return Err(ServeError::QueueFailed),
+                Err(_) => return Err(ServeError::QueueFailed),
             }
             if self.is_failing {
                 return Err(ServeError::QueueFailed);

@@ -13,9 +13,9 @@ use crate::{
     device::{self, Device, DeviceError, Shape},
     namespace::Namespace,
     queue::QueueError,
-    redofile::{RedoFile, RedoFileError, Witness},
+    redofile::{self, RedoFile, RedoFileError, Witness},
     request::device_sectors,
-    runfile::{self, Phase, Record, RunFile, RunFileError, TakeOverError},
+    runfile::{self, CreateError, Phase, Record, RunFile, RunFileError, TakeOverError},
     safety,
 };
 use nix::sys::signal::Signal;
@@ -74,6 +74,8 @@ pub(crate) enum ServeError {
     #[error(transparent)]
     RunFile(#[from] RunFileError),
     #[error(transparent)]
+    Create(#[from] CreateError),
+    #[error(transparent)]
     TakeOver(#[from] TakeOverError),
     #[error(transparent)]
     RedoFile(#[from] RedoFileError),
@@ -89,12 +91,12 @@ pub(crate) enum ServeError {
     TooSlow { what: &'static str, limit: Duration },
     #[error("stopped by {0} before the device served I/O")]
     Interrupted(Signal),
-    #[error("nobody was told of the device, so it was stopped: {0}")]
+    #[error("nobody was told of the device: {0}")]
     Unannounced(io::Error),
 }
 
 /// Serves an image until a signal ends it. `announce` is called once the device serves I/O; its
-/// failure stops the device again.
+/// failure stops a new device again.
 pub(crate) fn run(
     start: &Start,
     namespace: Namespace,
@@ -125,42 +127,58 @@ struct Ready {
     service: Service,
     device: Device,
     run_file: RunFile,
-    /// Of the image, for whoever replays our redo log.
+    /// Of the image, for whoever replays our redo log: to be dropped when nobody here may modify the image any more.
     witness: Option<Witness>,
 }
 
 /// Opens the image and makes a device for it.
 fn make(id: Option<u32>, config: &Config, namespace: Namespace) -> Result<Ready, ServeError> {
-    let control = Control::open()?;
     let files = Arc::new(config.files());
     let image = open_image(config, &files)?;
     let shape = shape_of(&image, config)?;
     let &Config { queues, depth, recovery, part_scan, zero_copy, .. } = config;
     let cookie = random().map_err(ServeError::SetUp)?;
+    let boot = runfile::boot().map_err(ServeError::SetUp)?;
     let request = device::Request { id, queues, depth, recovery, part_scan, zero_copy, cookie };
-    let mut device = Device::add(control, &request)?;
-    device.describe(&shape)?;
-    let run_file = RunFile::create(Record {
+    let (mut device, run_file) = add_device(&request, |device| Record {
         id: device.id(),
         pid: std::process::id().cast_signed(),
         size: shape.sectors * 512,
         queues: device.queues(),
         depth: device.depth(),
         phase: Phase::Preparing,
+        is_inherited: false,
         config: Config { recovery: device.is_recoverable(), ..config.clone() },
         cookie,
-        boot: runfile::boot().map_err(ServeError::SetUp)?,
+        boot: boot.clone(),
         error: None,
     })?;
-    let redo = if device.is_recoverable() && !image.is_read_only() {
-        Some(RedoFile::create(device.id())?)
-    } else {
-        None
-    };
-    let witness = keep_log(&image, redo, config)?;
+    device.describe(&shape)?;
+    let log = new_log(&device, &image, config)?;
+    let witness = keep_log(&image, log)?;
     let service = service(image, files, device.open_char()?, config);
     keep_ways(namespace, &service);
     Ok(Ready { service, device, run_file, witness })
+}
+
+/// Adds a device and writes its record. The driver gives out every number that is free; one whose last server has left
+/// something to be written to its image is kept until there is another, unless it was asked for.
+fn add_device(
+    request: &device::Request,
+    record: impl Fn(&Device) -> Record,
+) -> Result<(Device, RunFile), ServeError> {
+    let mut passed_over = Vec::new();
+    loop {
+        let device = Device::add(Control::open()?, request)?;
+        match RunFile::create(record(&device), redofile::owes) {
+            Ok(run_file) => return Ok((device, run_file)),
+            Err(error @ CreateError::Owing { .. }) if request.id.is_none() => {
+                tracing::warn!("another number is taken: {error}");
+                passed_over.push(device);
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
 }
 
 /// Takes a device over whose server has died. Whatever fails, the device goes on waiting.
@@ -188,8 +206,19 @@ fn take_over_as(
     // When this succeeds the old server's I/O has ended.
     let char_device = device.open_char()?;
     let files = Arc::new(config.files());
-    let (image, redo) = open_as_left(&record, &files)?;
-    let witness = keep_log(&image, redo, config)?;
+    let (image, log) = match RedoFile::open(id)? {
+        Some(file) => {
+            let (image, log) = open_as_left(&record, &files, file)?;
+            (image, Some(log))
+        }
+        // The dead server was not to change it, or had not got to changing it, or its writes were given up.
+        None => {
+            let image = open_when_let_go(config, &files)?;
+            let log = new_log(&device, &image, config)?;
+            (image, log)
+        }
+    };
+    let witness = keep_log(&image, log)?;
     let service = service(image, files, char_device, config);
     keep_ways(namespace, &service);
     Ok((service, device, witness))
@@ -210,50 +239,80 @@ fn service(image: Arc<Image>, files: Arc<Files>, char_device: File, config: &Con
 
 /// Writes to the image what a dead server had acknowledged, when nobody is to serve it any more.
 pub(crate) fn settle(record: &Record) -> Result<(), ServeError> {
+    // Without one there is nothing to write, and the image may be gone.
+    let Some(file) = RedoFile::open(record.id)? else { return Ok(()) };
     let files = Arc::new(record.config.files());
-    let (image, redo) = open_as_left(record, &files)?;
-    match redo {
-        Some(_) => close_image(&image, &files),
-        None => Ok(()),
+    let (image, _log) = open_as_left(record, &files, file)?;
+    close_image(&image, &files)
+}
+
+/// A redo log, and who testifies that its image is ours.
+struct Log {
+    file: RedoFile,
+    witness: Witness,
+}
+
+impl Log {
+    /// For who has the image open: from now on it may be modified.
+    fn begin(file: RedoFile, config: &Config) -> Result<Self, ServeError> {
+        let witness = file.witness(&config.image)?;
+        Ok(Self { file, witness })
     }
 }
 
-/// Opens the image of a dead server and replays its redo log, if it kept one.
-fn open_as_left(record: &Record, files: &Arc<Files>) -> Result<(Arc<Image>, Option<RedoFile>), ServeError> {
-    let config = &record.config;
-    let redo = RedoFile::open(record.id)?;
-    if let Some(redo) = &redo {
-        redo.check_same(&config.image)?;
+/// The log of a device that has none yet, if it is to have one: its image may be changed, and its server replaced.
+fn new_log(device: &Device, image: &Image, config: &Config) -> Result<Option<Log>, ServeError> {
+    if !device.is_recoverable() || image.is_read_only() {
+        return Ok(None);
     }
+    Ok(Some(Log::begin(RedoFile::create(device.id())?, config)?))
+}
+
+/// Opens the image of a dead server, which the kernel may not have let go of yet.
+fn open_when_let_go(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {
     let deadline = Instant::now() + DEAD_LOCK_WAIT;
-    let image = loop {
+    loop {
         match open_image(config, files) {
             Err(ServeError::Open(error)) if error.is_locked() && Instant::now() < deadline => {
                 thread::sleep(DEAD_LOCK_PAUSE);
             }
-            opened => break opened?,
-        }
-    };
-    if let Some(redo) = &redo {
-        let log = RedoLog::open(redo.memory())?;
-        if !log.is_empty() {
-            redo.check_unchanged(&config.image)?;
-            let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
-            let lane = Lane::new(&image, ring.clone(), 1);
-            let replayed =
-                block_on(&ring, lane.replay(&log)).map_err(ServeError::SetUp)?.map_err(ServeError::Open)?;
-            tracing::info!(id = record.id, replayed, "changes of the dead server were replayed");
+            opened => return opened,
         }
     }
-    Ok((image, redo))
+}
+
+/// Opens the image of a dead server and replays the redo log that it has left.
+fn open_as_left(
+    record: &Record,
+    files: &Arc<Files>,
+    file: RedoFile,
+) -> Result<(Arc<Image>, Log), ServeError> {
+    let config = &record.config;
+    file.check_same(&config.image)?;
+    let image = open_when_let_go(config, files)?;
+    let left = RedoLog::open(file.memory())?;
+    if !left.is_empty() {
+        file.check_unchanged(&config.image)?;
+    }
+    // Before the replay: should it be cut short it is to be done again.
+    let log = Log::begin(file, config)?;
+    if !left.is_empty() {
+        let replayed = replay(&image, files, &left)?;
+        tracing::info!(id = record.id, replayed, "changes of the dead server were replayed");
+    }
+    Ok((image, log))
+}
+
+fn replay(image: &Arc<Image>, files: &Arc<Files>, log: &RedoLog) -> Result<usize, ServeError> {
+    let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
+    let lane = Lane::new(image, ring.clone(), 1);
+    block_on(&ring, lane.replay(log)).map_err(ServeError::SetUp)?.map_err(ServeError::Open)
 }
 
 /// From now on changes are remembered for the next server, in a log that begins empty.
-fn keep_log(image: &Image, redo: Option<RedoFile>, config: &Config) -> Result<Option<Witness>, ServeError> {
-    let Some(redo) = redo else { return Ok(None) };
-    let witness = redo.witness(&config.image)?;
-    witness.note();
-    image.keep_redo_log(RedoLog::create(redo.memory())?);
+fn keep_log(image: &Image, log: Option<Log>) -> Result<Option<Witness>, ServeError> {
+    let Some(Log { file, witness }) = log else { return Ok(None) };
+    image.keep_redo_log(RedoLog::create(file.memory())?);
     Ok(Some(witness))
 }
 
@@ -263,10 +322,10 @@ fn serve(
     mut crew: Crew,
     announce: impl FnOnce(&Path, u32) -> io::Result<()>,
 ) -> Result<(), ServeError> {
-    let Ready { service, mut device, mut run_file, witness } = ready;
+    let Ready { service, mut device, mut run_file, mut witness } = ready;
     let started = crew.bring_up(&service, &mut device, &mut run_file, announce);
     let is_announced = started.is_ok();
-    let served = started.and_then(|()| crew.wait_for_end(|| witness.iter().for_each(Witness::note)));
+    let served = started.and_then(|()| crew.wait_for_end());
     if device.is_waiting() {
         // Its users go on waiting as well, for another attempt.
         run_file.leave();
@@ -280,7 +339,13 @@ fn serve(
     let drained = crew.drain(if stopped.is_ok() { DRAIN_WAIT } else { HOPELESS_DRAIN_WAIT });
     let Service { image, files, char_device, .. } = service;
     // While a queue may still write the image cannot be closed; it is then as after a crash.
-    let closed = if drained.is_ok() { close_image(&image, &files) } else { Ok(()) };
+    let closed = if drained.is_ok() {
+        let closed = close_image(&image, &files);
+        drop(witness.take());
+        closed
+    } else {
+        Ok(())
+    };
     // The driver deletes a device when nobody has it open.
     drop((image, files, char_device));
     let deleted = device.delete().map_err(ServeError::from);

@@ -48,6 +48,13 @@ pub(crate) fn into_background() -> io::Result<Side> {
     }
 }
 
+/// Closes whatever this process was started with beside the standard descriptors: a server that had them would keep a pipe of
+/// the caller's open, or a lock, for as long as it serves. To be called before anything is opened that is to stay open.
+pub(crate) fn let_go_of_inherited() {
+    // SAFETY: it names no memory, and nobody in this process owns one of these descriptors.
+    unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0_u32) };
+}
+
 fn receive(from_child: OwnedFd) -> Result<u32, String> {
     let mut message = Vec::new();
     File::from(from_child).read_to_end(&mut message).map_err(|error| error.to_string())?;
@@ -69,13 +76,13 @@ impl Reporter {
         let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
         let log = OpenOptions::new().append(true).create(true).open(log)?;
         std::env::set_current_dir("/")?;
-        let mut message = vec![SERVING];
-        message.extend_from_slice(id.to_string().as_bytes());
-        self.0.write_all(&message)?;
         dup2_stdin(&null)?;
         dup2_stdout(&null)?;
         dup2_stderr(&log)?;
-        Ok(())
+        // Last: the server may go on though there is nobody who hears this.
+        let mut message = vec![SERVING];
+        message.extend_from_slice(id.to_string().as_bytes());
+        self.0.write_all(&message)
     }
 
     /// There will be no device.

@@ -185,14 +185,16 @@ impl Device {
         }
         let forgets =
             |control: &mut Control| control.features().is_ok_and(|bits| bits & FORGETS_SERVERS != 0);
-        if reached == Phase::Fetching && !forgets(&mut control) {
+        // Or `del` had come after such a server, and died as well.
+        if matches!(reached, Phase::Fetching | Phase::Removing) && !forgets(&mut control) {
             handover::complete(open_char(id)?, info.nr_hw_queues, info.queue_depth)
                 .map_err(|source| DeviceError::HandOver { id, source })?;
         }
         let started = patiently(libc::EBUSY, || control.start_recovery(id), ControlError::errno);
         match started {
-            // The recovery that the dead server had begun is still under way: no queue was handed over.
-            Err(error) if error.errno() == Some(libc::EINVAL) && reached == Phase::Preparing => {}
+            // The recovery that the dead server had begun is still under way, and no queue was handed over. Of a device
+            // for recovery it means nothing else; the server may have died before it could say how far it had come.
+            Err(error) if error.errno() == Some(libc::EINVAL) => {}
             outcome => outcome?,
         }
         Ok(Self { control, info, state: State::Orphaned, scans: false })
@@ -254,10 +256,11 @@ impl Device {
         if self.state == State::Orphaned {
             self.control.end_recovery(self.id(), pid, give_up)?;
             self.state = State::Started;
-        } else {
-            self.state = State::Started;
-            self.control.start(self.id(), pid, give_up)?;
+            // What else there is has been there before, and who uses it needs nothing more.
+            return Ok(());
         }
+        self.state = State::Started;
+        self.control.start(self.id(), pid, give_up)?;
         // udev or devtmpfs makes the node; who reads its name from us will open it at once.
         wait_for_node(block_path(self.id()), |path| std::fs::metadata(path))?;
         if self.scans {

@@ -28,12 +28,11 @@ mod supervisor;
 use clap::Parser;
 use cli::{Cli, Command};
 use std::process::ExitCode;
+use tracing_subscriber::util::SubscriberInitExt;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    // It would tell on standard error that it cannot write to it, and panic there.
-    let log = tracing_subscriber::fmt().with_writer(std::io::stderr).log_internal_errors(false);
-    log.with_target(false).with_ansi(false).init();
+    log().init();
     let success = |()| ExitCode::SUCCESS;
     let result = match &cli.command {
         Command::Add(args) => commands::add::run(args).map(success),
@@ -53,5 +52,34 @@ fn main() -> ExitCode {
             commands::complain(&error);
             ExitCode::FAILURE
         }
+    }
+}
+
+/// What servers have to say goes to standard error. Where that takes nothing (a full disk, a terminal that is gone) they say
+/// nothing: the library would complain about it in the same place, and panic when it cannot.
+fn log() -> impl tracing::Subscriber {
+    let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).with_ansi(false);
+    log.log_internal_errors(false).finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{env, fs::File, process};
+
+    /// Standard error belongs to a whole process, so a process of its own takes the test.
+    #[test]
+    fn a_log_that_takes_nothing_costs_no_server() {
+        const IS_CHILD: &str = "UBLK_QCOW2_TEST_IS_CHILD";
+        if env::var_os(IS_CHILD).is_some() {
+            tracing::subscriber::with_default(log(), || tracing::error!("nobody hears this"));
+            commands::complain(&"nor this");
+            return;
+        }
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let mut child = process::Command::new(env::current_exe().unwrap());
+        child.args(["--exact", "tests::a_log_that_takes_nothing_costs_no_server", "--nocapture"]);
+        let ended = child.env(IS_CHILD, "").stdout(process::Stdio::null()).stderr(full).status().unwrap();
+        assert!(ended.success(), "{ended}");
     }
 }

@@ -6,14 +6,16 @@
 //! store can then not fail for lack of it.
 //!
 //! A log must not be replayed on an image that somebody else has changed since. While the server lives
-//! its locks see to that; it also notes, every second, which file the image is and when it was last modified
+//! its locks see to that; it also notes, every second, which file the image is and that it was ours until now
 //! ([`Witness`]). Whoever takes the log over compares: before the image is opened, because its path may lead to another file by then, which a
-//! living server does not notice ([`RedoFile::check_same`]), and before the log is replayed ([`RedoFile::check_unchanged`]).
+//! living server does not notice ([`RedoFile::check_same`]), and before the log is replayed ([`RedoFile::check_unchanged`]): then
+//! the image must not have been modified since. When it was last modified would not do: who then modifies it for the first time in
+//! a while, with a request or by a replay, may be killed before it can note that.
 
-use crate::runfile;
+use crate::{runfile, safety};
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, fallocate};
-use qcow2_engine::{REDO_BYTES, RedoMemory};
+use qcow2_engine::{REDO_BYTES, RedoLog, RedoMemory};
 use std::{
     fs::{self, File, OpenOptions},
     io,
@@ -22,19 +24,25 @@ use std::{
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
+        mpsc::{self, Receiver, RecvTimeoutError, Sender},
     },
-    time::UNIX_EPOCH,
+    thread,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 /// Bytes of the file: the log, and a page with the witness.
 const FILE_BYTES: usize = REDO_BYTES + 4096;
 /// The witness' words.
-const MODIFIED: usize = REDO_BYTES / 8;
-const INODE: usize = MODIFIED + 1;
-const BORN: usize = MODIFIED + 2;
+const OURS_UNTIL: usize = REDO_BYTES / 8;
+const INODE: usize = OURS_UNTIL + 1;
+const BORN: usize = OURS_UNTIL + 2;
 /// Seconds by which the image may have changed after its dead server last looked: a server that is kept
 /// from running for longer than that hardly writes.
 const TOLERANCE_SECONDS: u64 = 10;
+/// Between two notes of a witness.
+const PAUSE: Duration = Duration::from_secs(1);
+/// How long the end of one is waited for.
+const END_WAIT: Duration = Duration::from_secs(2);
 
 /// Why a redo log's memory could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -76,19 +84,27 @@ impl RedoFile {
         }
     }
 
-    /// The file that the dead server of device `id` has left; none if it kept no log.
+    /// The file that the dead server of device `id` has left; none if it kept no log, or was killed before there could be
+    /// anything in it.
     pub(crate) fn open(id: u32) -> Result<Option<Self>, RedoFileError> {
-        let path = runfile::redo_path(id);
+        Self::open_at(runfile::redo_path(id))
+    }
+
+    fn open_at(path: PathBuf) -> Result<Option<Self>, RedoFileError> {
         let opened = match OpenOptions::new().read(true).write(true).open(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            opened => opened.and_then(|file| check_length(&file).and_then(|()| map(&file))),
+            opened => opened.and_then(|file| adopt(&file)),
         };
         match opened {
-            Ok(map) => Ok(Some(Self { map, path })),
+            Ok(map) => Ok(map.map(|map| Self { map, path })),
             Err(source) => {
                 Err(RedoFileError::Io { what: "cannot open the redo log", path, source, hint: "" })
             }
         }
+    }
+
+    fn owes(&self) -> bool {
+        !RedoLog::open(self.memory()).is_ok_and(|log| log.is_empty())
     }
 
     /// The memory for the log.
@@ -96,16 +112,20 @@ impl RedoFile {
         Arc::clone(&self.map) as RedoMemory
     }
 
-    /// The witness of an image.
+    /// A witness of the image, from now on.
     pub(crate) fn witness(&self, image: &Path) -> Result<Witness, RedoFileError> {
-        Ok(Witness { map: Arc::clone(&self.map), image: open_to_look(image)? })
+        Witness::begin(self.sight(image)?).map_err(|source| cannot_look_at(image, source))
+    }
+
+    fn sight(&self, image: &Path) -> Result<Sight, RedoFileError> {
+        Ok(Sight { map: Arc::clone(&self.map), image: open_to_look(image)? })
     }
 
     /// Makes sure that the image is still the file that the dead server had open.
     pub(crate) fn check_same(&self, image: &Path) -> Result<(), RedoFileError> {
-        let (seen, now) = (self.map.witness(), look_at(image)?);
+        let (noted, now) = (self.map.witness(), look_at(image)?.identity);
         // One that was killed before it could look has noted nothing.
-        if seen.inode == 0 || (now.inode, now.born) == (seen.inode, seen.born) {
+        if noted.identity.inode == 0 || now == noted.identity {
             return Ok(());
         }
         Err(RedoFileError::Replaced { image: image.to_owned(), log: self.path.clone() })
@@ -113,22 +133,46 @@ impl RedoFile {
 
     /// Makes sure that nobody but the dead server has changed the image.
     pub(crate) fn check_unchanged(&self, image: &Path) -> Result<(), RedoFileError> {
-        let (seen, now) = (self.map.witness(), look_at(image)?);
-        if now.modified > seen.modified.saturating_add(TOLERANCE_SECONDS) {
+        let (noted, now) = (self.map.witness(), look_at(image)?);
+        if now.modified > noted.ours_until.saturating_add(TOLERANCE_SECONDS) {
             return Err(RedoFileError::Changed { image: image.to_owned(), log: self.path.clone() });
         }
         Ok(())
     }
 }
 
-/// What is noted of an image file.
+/// Whether there is something in the log of device `id` that is in no image yet, or may be: a log that cannot be read is not
+/// known to be of no use.
+pub(crate) fn owes(id: u32) -> bool {
+    match RedoFile::open(id) {
+        Ok(None) => false,
+        Ok(Some(file)) => file.owes(),
+        Err(_) => true,
+    }
+}
+
+/// Which file an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Seen {
-    /// When it was last modified, in seconds.
-    modified: u64,
+struct Identity {
     inode: u64,
     /// When it was made, in nanoseconds, or 0 where that is not known: the number of an inode is given out again.
     born: u64,
+}
+
+/// What is seen of an image file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Seen {
+    identity: Identity,
+    /// When it was last modified, in seconds.
+    modified: u64,
+}
+
+/// What is noted of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Noted {
+    identity: Identity,
+    /// Until then nobody else can have modified it, in seconds.
+    ours_until: u64,
 }
 
 impl Seen {
@@ -138,26 +182,66 @@ impl Seen {
         let modified = u64::try_from(it.mtime()).unwrap_or(0);
         if it.file_type().is_block_device() {
             // Its node may be made anew.
-            return Ok(Self { modified, inode: it.rdev(), born: 0 });
+            return Ok(Self { identity: Identity { inode: it.rdev(), born: 0 }, modified });
         }
         let born = it.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-        Ok(Self { modified, inode: it.ino(), born: born.map_or(0, |time| time.as_nanos() as u64) })
+        let born = born.map_or(0, |time| time.as_nanos() as u64);
+        Ok(Self { identity: Identity { inode: it.ino(), born }, modified })
     }
 }
 
-/// Notes beside the log which file its image is and when it was last modified.
+/// Has it noted beside the log which file its image is, and that it is ours: now, every second, and when this is dropped. For
+/// who has the image's locks, as long as it may modify the image.
+///
+/// It has a thread of its own, because who may modify the image may be busy with that, or wait for it, for minutes.
 pub(crate) struct Witness {
-    map: Arc<Mapped>,
-    /// Open, because a server may not be able to find it again when it has given up its privileges.
-    image: File,
+    /// Closed, it has the thread end.
+    go_on: Option<Sender<()>>,
+    /// Closed when the thread has let go of the image.
+    ended: Receiver<()>,
 }
 
 impl Witness {
-    /// Notes it now.
-    pub(crate) fn note(&self) {
+    fn begin(sight: Sight) -> io::Result<Self> {
+        sight.note();
+        let (go_on, stop) = mpsc::channel();
+        let (to_end, ended) = mpsc::channel();
+        thread::Builder::new().name("witness".to_owned()).spawn(move || {
+            safety::keep_nothing();
+            while stop.recv_timeout(PAUSE) == Err(RecvTimeoutError::Timeout) {
+                sight.note();
+            }
+            sight.note();
+            // In this order: whoever is told may want to unmount the image's file system.
+            drop(sight);
+            drop::<Sender<()>>(to_end);
+        })?;
+        Ok(Self { go_on: Some(go_on), ended })
+    }
+}
+
+impl Drop for Witness {
+    fn drop(&mut self) {
+        drop(self.go_on.take());
+        // It may hang with the file system that the image is on.
+        let _ = self.ended.recv_timeout(END_WAIT);
+    }
+}
+
+/// The image as a witness sees it.
+struct Sight {
+    map: Arc<Mapped>,
+    /// Open, because it may not be found again without privileges.
+    image: File,
+}
+
+impl Sight {
+    fn note(&self) {
         // An image that cannot be looked at just now was noted a second ago.
-        if let Ok(seen) = Seen::of(&self.image) {
-            self.map.note(seen);
+        if let Ok(Seen { identity, modified }) = Seen::of(&self.image) {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
+            // Another machine, whose clock is ahead, may say when a file was modified.
+            self.map.note(Noted { identity, ours_until: now.max(modified) });
         }
     }
 }
@@ -182,15 +266,25 @@ fn make(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
     file.set_len(FILE_BYTES as u64)?;
-    fallocate(&file, FallocateFlags::empty(), 0, FILE_BYTES as libc::off_t)?;
+    allocate(&file)?;
     Ok(file)
 }
 
-fn check_length(file: &File) -> io::Result<()> {
+/// Maps a file that another process has made. Nothing if it had only begun to: then nothing was acknowledged yet.
+fn adopt(file: &File) -> io::Result<Option<Arc<Mapped>>> {
     match file.metadata()?.len() {
-        len if len == FILE_BYTES as u64 => Ok(()),
+        0 => Ok(None),
+        len if len == FILE_BYTES as u64 => {
+            // It may have been killed before this.
+            allocate(file)?;
+            map(file).map(Some)
+        }
         len => Err(io::Error::other(format!("it has {len} bytes, not {FILE_BYTES}"))),
     }
+}
+
+fn allocate(file: &File) -> io::Result<()> {
+    Ok(fallocate(file, FallocateFlags::empty(), 0, FILE_BYTES as libc::off_t)?)
 }
 
 fn map(file: &File) -> io::Result<Arc<Mapped>> {
@@ -214,14 +308,14 @@ impl AsRef<[AtomicU64]> for Mapped {
 }
 
 impl Mapped {
-    fn witness(&self) -> Seen {
-        let [modified, inode, born] =
-            [MODIFIED, INODE, BORN].map(|word| self.words()[word].load(Ordering::Relaxed));
-        Seen { modified, inode, born }
+    fn witness(&self) -> Noted {
+        let [ours_until, inode, born] =
+            [OURS_UNTIL, INODE, BORN].map(|word| self.words()[word].load(Ordering::Relaxed));
+        Noted { identity: Identity { inode, born }, ours_until }
     }
 
-    fn note(&self, seen: Seen) {
-        for (word, value) in [(MODIFIED, seen.modified), (INODE, seen.inode), (BORN, seen.born)] {
+    fn note(&self, Noted { identity: Identity { inode, born }, ours_until }: Noted) {
+        for (word, value) in [(OURS_UNTIL, ours_until), (INODE, inode), (BORN, born)] {
             self.words()[word].store(value, Ordering::Relaxed);
         }
     }
@@ -252,9 +346,35 @@ mod tests {
         let again = file_at(path.clone());
         assert_eq!((*again.memory()).as_ref()[5].load(Ordering::Relaxed), 77, "taken over as it is");
         let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
-        assert!(check_length(&file).is_ok());
+        assert!(adopt(&file).unwrap().is_some());
         file.set_len(4096).unwrap();
-        assert!(check_length(&file).is_err());
+        assert!(adopt(&file).is_err());
+    }
+
+    /// They could neither be recovered nor settled, for ever.
+    #[test]
+    fn servers_that_were_killed_while_they_made_their_log_have_left_an_empty_one_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("0.redo");
+        File::create(&path).unwrap();
+        assert!(RedoFile::open_at(path.clone()).unwrap().is_none());
+        make(&path).unwrap();
+        let file = RedoFile::open_at(path).unwrap().unwrap();
+        assert!(RedoLog::open(file.memory()).unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_log_owes_nothing_only_if_it_is_sound_and_empty() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = file_at(dir.path().join("0.redo"));
+        RedoLog::create(file.memory()).unwrap();
+        assert!(!file.owes());
+        let memory = file.memory();
+        let tail = &(*memory).as_ref()[2];
+        tail.store(1, Ordering::Relaxed);
+        assert!(file.owes());
+        tail.store(u64::MAX, Ordering::Relaxed);
+        assert!(file.owes(), "its counters make no sense");
     }
 
     #[test]
@@ -263,14 +383,51 @@ mod tests {
         let image = dir.path().join("image");
         let file = File::create(&image).unwrap();
         let log = file_at(dir.path().join("0.redo"));
-        let witness = log.witness(&image).unwrap();
-        witness.note();
+        let sight = log.sight(&image).unwrap();
+        sight.note();
         assert!(log.check_unchanged(&image).is_ok());
-        let later = std::time::SystemTime::now() + std::time::Duration::from_secs(TOLERANCE_SECONDS + 2);
+        let later = SystemTime::now() + Duration::from_secs(TOLERANCE_SECONDS + 2);
         file.set_modified(later).unwrap();
         assert!(matches!(log.check_unchanged(&image), Err(RedoFileError::Changed { .. })));
-        witness.note();
+        sight.note();
         assert!(log.check_unchanged(&image).is_ok());
+    }
+
+    /// A replay that was cut short could not be repeated, nor what an idle server had begun to write when it was killed: the image
+    /// was modified, and that had not been noted yet.
+    #[test]
+    fn who_has_the_image_may_modify_it_at_any_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        let file = File::create(&image).unwrap();
+        let long_ago = SystemTime::now() - Duration::from_secs(3600);
+        file.set_modified(long_ago).unwrap();
+        let log = file_at(dir.path().join("0.redo"));
+        log.sight(&image).unwrap().note();
+        file.set_modified(SystemTime::now()).unwrap();
+        assert!(log.check_unchanged(&image).is_ok());
+    }
+
+    /// Nothing was noted while a server stopped, for minutes perhaps: killed then, it could not be recovered.
+    #[test]
+    fn a_witness_looks_until_it_is_dropped_and_lets_go_of_the_image_then() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        let file = File::create(&image).unwrap();
+        let log = file_at(dir.path().join("0.redo"));
+        let witness = log.witness(&image).unwrap();
+        let forget = || log.map.note(Noted { ours_until: 0, ..log.map.witness() });
+        let deadline = SystemTime::now() + 20 * PAUSE;
+        forget();
+        while log.check_unchanged(&image).is_err() {
+            assert!(SystemTime::now() < deadline, "it has not looked again");
+            thread::sleep(PAUSE / 10);
+        }
+        forget();
+        file.set_modified(SystemTime::now()).unwrap();
+        drop(witness);
+        assert!(log.check_unchanged(&image).is_ok(), "nor at the end");
+        assert_eq!(Arc::strong_count(&log.map), 1, "it is still there");
     }
 
     /// A backup was moved over an image while a server had it open; that was killed, and its successor
@@ -282,14 +439,14 @@ mod tests {
         File::create(&image).unwrap();
         let log = file_at(dir.path().join("0.redo"));
         assert!(log.check_same(&image).is_ok(), "nothing was noted");
-        let witness = log.witness(&image).unwrap();
-        witness.note();
+        let sight = log.sight(&image).unwrap();
+        sight.note();
         assert!(log.check_same(&image).is_ok());
         let other = dir.path().join("other");
         File::create(&other).unwrap();
         fs::rename(&other, &image).unwrap();
         // It has its own open.
-        witness.note();
+        sight.note();
         assert!(matches!(log.check_same(&image), Err(RedoFileError::Replaced { .. })));
     }
 }

@@ -5,7 +5,8 @@
 //! gives it back however the process ends. A file without a lock is that of a server that died, or
 //! of one that could not close its image and says so in `error`. Whoever recovers the device, or takes it
 //! away, takes the file over: locked first, then rewritten with the new process in it. So of a successor and `del`
-//! one comes first, and a new device of the same number waits until nobody works with the old one's files.
+//! one comes first, and a new device of the same number waits until nobody works with the old one's files, and is not made
+//! while a record of this boot is all that leads to writes which are in no image yet.
 
 use crate::config::Config;
 use nix::{
@@ -65,6 +66,9 @@ pub(crate) struct Record {
     pub(crate) depth: u16,
     /// How far the server has come, or its dead predecessor had.
     pub(crate) phase: Phase,
+    /// Whether the phase is the predecessor's: who has taken the file over has not come any further.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) is_inherited: bool,
     /// How the image is served.
     pub(crate) config: Config,
     /// What the driver knows the device by, so that it is not taken for another with its number.
@@ -83,6 +87,18 @@ pub(crate) struct RunFileError {
     what: &'static str,
     path: PathBuf,
     source: io::Error,
+}
+
+/// Why a new device could not have its run file.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CreateError {
+    #[error(transparent)]
+    RunFile(#[from] RunFileError),
+    #[error(
+        "number {id} is that of a device whose server died, and what that had acknowledged is not in {} yet: \
+         `ublk-qcow2 del -n {id}` writes it there", .image.display()
+    )]
+    Owing { id: u32, image: PathBuf },
 }
 
 /// Why a dead server's run file could not be taken over.
@@ -116,8 +132,9 @@ pub(crate) struct Entry {
 }
 
 impl RunFile {
-    /// Writes and locks the run file of this process's device. Whoever had the number before may have to finish first.
-    pub(crate) fn create(record: Record) -> Result<Self, RunFileError> {
+    /// Writes and locks the run file of this process's device. Whoever had the number before may have to finish first;
+    /// if `owes` says of its redo log that it is still of use the number stays its own.
+    pub(crate) fn create(record: Record, owes: impl FnOnce(u32) -> bool) -> Result<Self, CreateError> {
         let path = path_of(record.id);
         let fail = |what| {
             let path = path.clone();
@@ -125,16 +142,30 @@ impl RunFile {
         };
         fs::create_dir_all(directory()).map_err(fail("cannot make the directory for"))?;
         let before = lock_dead(&path, PREDECESSOR_WAIT).map_err(fail("cannot take over"))?;
-        if matches!(before, Dead::Alive) {
-            return Err(fail("cannot take over")(io::Error::other("the device's predecessor still uses it")));
+        match &before {
+            Dead::Missing => {}
+            Dead::Alive => {
+                let source = io::Error::other("the device's predecessor still uses it");
+                return Err(fail("cannot take over")(source).into());
+            }
+            Dead::Locked(file) => {
+                if let Some(image) = owing(file, &record, owes).map_err(fail("cannot take over"))? {
+                    return Err(CreateError::Owing { id: record.id, image });
+                }
+            }
         }
+        // It would be taken for the new device's.
+        remove_if_there(&redo_path(record.id)).map_err(fail("cannot remove the redo log of"))?;
         let lock = write_locked(&path, &record).map_err(fail("cannot write"))?;
         Ok(Self { path, record, is_left: false, lock })
     }
 
     /// Takes over the file of a dead server, for this process. How far that server had come stays there.
     pub(crate) fn take_over(id: u32) -> Result<Self, TakeOverError> {
-        let path = path_of(id);
+        Self::take_over_at(path_of(id), id)
+    }
+
+    fn take_over_at(path: PathBuf, id: u32) -> Result<Self, TakeOverError> {
         let fail = |source| RunFileError { what: "cannot take over", path: path.clone(), source };
         let dead = match lock_dead(&path, GLANCE).map_err(fail)? {
             Dead::Missing => return Err(TakeOverError::Missing(id)),
@@ -148,6 +179,7 @@ impl RunFile {
         }
         record.pid = std::process::id().cast_signed();
         record.error = None;
+        record.is_inherited = true;
         let lock = write_locked(&path, &record).map_err(fail)?;
         drop(dead);
         Ok(Self { path, record, is_left: false, lock })
@@ -156,6 +188,7 @@ impl RunFile {
     /// Says how far the server has come.
     pub(crate) fn enter(&mut self, phase: Phase) -> Result<(), RunFileError> {
         self.record.phase = phase;
+        self.record.is_inherited = false;
         let fail = |source| RunFileError { what: "cannot write", path: self.path.clone(), source };
         self.lock = write_locked(&self.path, &self.record).map_err(fail)?;
         Ok(())
@@ -188,14 +221,44 @@ impl Drop for RunFile {
     }
 }
 
+/// The image that lacks what a dead server has left in its redo log, if there is one: the log is lost with the record that
+/// leads to it, which `new` is to replace.
+fn owing(dead: &File, new: &Record, owes: impl FnOnce(u32) -> bool) -> io::Result<Option<PathBuf>> {
+    match serde_json::from_reader::<_, Record>(dead) {
+        // Those have no log, or one that the machine's end has taken.
+        Ok(Record { config: Config { recovery: false, .. } | Config { read_only: true, .. }, .. }) => {
+            Ok(None)
+        }
+        Ok(Record { boot, .. }) if boot != new.boot => Ok(None),
+        read if owes(new.id) => Ok(Some(read?.config.image)),
+        _ => Ok(None),
+    }
+}
+
+fn remove_if_there(path: &Path) -> io::Result<()> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        removed => removed,
+    }
+}
+
 /// Writes the file under another name, locks it, and only then gives it its name: whoever finds it
 /// finds it whole and locked.
 fn write_locked(path: &Path, record: &Record) -> io::Result<Flock<File>> {
     let temporary = path.with_extension(format!("{}.new", record.pid));
-    let mut file = File::create(&temporary)?;
+    let written = write_as(&temporary, path, record);
+    if written.is_err() {
+        // It fills a directory that may be full already.
+        let _ = fs::remove_file(&temporary);
+    }
+    written
+}
+
+fn write_as(temporary: &Path, path: &Path, record: &Record) -> io::Result<Flock<File>> {
+    let mut file = File::create(temporary)?;
     file.write_all(serde_json::to_string(record)?.as_bytes())?;
     let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno)?;
-    fs::rename(&temporary, path)?;
+    fs::rename(temporary, path)?;
     Ok(lock)
 }
 
@@ -328,12 +391,10 @@ mod tests {
     use super::*;
     use crate::config;
 
-    #[test]
-    fn a_record_survives_and_the_lock_tells_who_lives() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("7.json");
-        let record = Record {
+    fn example() -> Record {
+        Record {
             phase: Phase::Serving,
+            is_inherited: false,
             id: 7,
             pid: 1,
             size: 1 << 40,
@@ -343,7 +404,38 @@ mod tests {
             cookie: u64::MAX,
             boot: boot().unwrap(),
             error: None,
+        }
+    }
+
+    /// `del` had removed a device and could not write to its image; the next `add` got the number, and emptied the log.
+    #[test]
+    fn a_number_is_not_given_away_while_its_log_is_needed() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("7.json");
+        let new = example();
+        let owing_after = |dead: &Record, owes| {
+            fs::write(&path, serde_json::to_string(dead).unwrap()).unwrap();
+            owing(&File::open(&path).unwrap(), &new, |_| owes).unwrap()
         };
+        let image = new.config.image.clone();
+        assert_eq!(owing_after(&new, true), Some(image));
+        assert_eq!(owing_after(&new, false), None);
+        assert_eq!(owing_after(&Record { boot: "before".to_owned(), ..new.clone() }, true), None);
+        let config = Config { recovery: false, ..new.config.clone() };
+        assert_eq!(owing_after(&Record { config, ..new.clone() }, true), None);
+        fs::write(&path, "{").unwrap();
+        assert!(
+            owing(&File::open(&path).unwrap(), &new, |_| true).is_err(),
+            "it leads nowhere, but must have"
+        );
+        assert_eq!(owing(&File::open(&path).unwrap(), &new, |_| false).unwrap(), None);
+    }
+
+    #[test]
+    fn a_record_survives_and_the_lock_tells_who_lives() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("7.json");
+        let record = example();
         let lock = write_locked(&path, &record).unwrap();
         assert_eq!(load_path(&path).unwrap(), Some(Entry { record: record.clone(), is_alive: true }));
         assert!(matches!(lock_dead(&path, Duration::ZERO).unwrap(), Dead::Alive));
@@ -353,6 +445,30 @@ mod tests {
         assert!(matches!(lock_dead(&path, Duration::ZERO).unwrap(), Dead::Alive), "one of two takes it over");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
         assert_eq!(load_path(&dir.path().join("8.json")).unwrap(), None);
+    }
+
+    #[test]
+    fn a_record_that_cannot_be_written_leaves_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("7.json");
+        // A directory cannot be replaced by a file.
+        fs::create_dir(&path).unwrap();
+        assert!(write_locked(&path, &example()).is_err());
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    /// `list` said that a device served whose successor had not begun.
+    #[test]
+    fn a_phase_is_the_predecessor_s_until_another_is_entered() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("7.json");
+        let now = || load_path(&path).unwrap().unwrap().record;
+        drop(write_locked(&path, &example()).unwrap());
+        let mut file = RunFile::take_over_at(path.clone(), 7).unwrap();
+        assert_eq!((now().phase, now().is_inherited), (Phase::Serving, true));
+        file.enter(Phase::Preparing).unwrap();
+        assert_eq!((now().phase, now().is_inherited), (Phase::Preparing, false));
+        file.leave();
     }
 
     /// A server was killed while somebody ran `list`: its successor took that for a living server, and gave up.

@@ -61,9 +61,10 @@ fn leave_out_of_oom() -> io::Result<()> {
     }
 }
 
-/// Leaves this thread, and those that it starts, the one privilege that commands to the driver take.
+/// Leaves this thread, and those that it starts, what commands to the driver take, and that they can open the device for
+/// reading when its node has been given to somebody else: to write back what its users have written, at the end.
 pub(crate) fn keep_control() {
-    reduce_to(CapabilitySet::SYS_ADMIN);
+    reduce_to(CapabilitySet::SYS_ADMIN | CapabilitySet::DAC_READ_SEARCH);
 }
 
 /// Leaves this thread no privileges: all that it works on is open.

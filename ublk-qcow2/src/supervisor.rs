@@ -21,9 +21,10 @@ use crate::{
     safety,
 };
 use nix::{
+    errno::Errno,
     sys::{
-        signal::Signal,
-        wait::{WaitStatus, waitpid},
+        signal::{Signal, kill},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
     },
     unistd::Pid,
 };
@@ -40,6 +41,10 @@ const SERVED: Duration = Duration::from_millis(200);
 const MAX_EARLY_DEATHS: u32 = 8;
 /// The pause after the first of them; each later one is twice as long: 12.7 s in all.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
+/// How long a server may take to write back and close that is to end as soon as it serves.
+const STOP_WAIT: Duration = Duration::from_secs(600);
+/// How often to look whether it has ended.
+const LOOK: Duration = Duration::from_millis(10);
 
 /// Serves in a child process, and in another one whenever that is killed. `reporter` learns how the
 /// first one began.
@@ -51,10 +56,14 @@ pub(crate) fn run(start: &Start, reporter: Reporter) -> io::Result<()> {
     let (server, outcome) = start_server(start, namespace, &mut reporter)?;
     let Some(reporter) = reporter else { return Ok(()) };
     match outcome {
-        Ok(id) => {
-            reporter.serving(id, &runfile::log_path(id))?;
-            watch(id, server, namespace);
-        }
+        Ok(id) => match (reporter.serving(id, &runfile::log_path(id)), start) {
+            (Err(error), Start::New { .. }) => {
+                tracing::error!(id, "nobody was told of the device, so it is detached again: {error}");
+                stop(server);
+            }
+            // It has users, whoever hears of it.
+            (Ok(()), _) | (Err(_), Start::Recover { .. }) => watch(id, server, namespace),
+        },
         Err(error) => {
             remove_half_made(server);
             reporter.failed(&error);
@@ -138,13 +147,30 @@ pub(crate) fn serve(start: &Start, namespace: Namespace, reporter: Reporter) -> 
     }
 }
 
+/// Has a server detach its device, and waits until it has.
+fn stop(server: Pid) {
+    // It is our child and was not waited for, so the number is its own even if it has ended.
+    let _ = kill(server, Signal::SIGTERM);
+    let deadline = Instant::now() + STOP_WAIT;
+    while let Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) = waitpid(server, Some(WaitPidFlag::WNOHANG)) {
+        if Instant::now() >= deadline {
+            let seconds = STOP_WAIT.as_secs();
+            tracing::error!(
+                "the server (process {server}) has not ended within {seconds} s; it is left alone"
+            );
+            return;
+        }
+        sleep(LOOK);
+    }
+}
+
 /// Waits for a server's end; the signal if it was killed.
 fn wait_for_death(server: Pid) -> Option<Signal> {
     loop {
         match waitpid(server, None) {
             Ok(WaitStatus::Signaled(_, signal, _)) => return Some(signal),
             Ok(WaitStatus::Exited(..)) => return None,
-            Err(errno) if errno != nix::errno::Errno::EINTR => return None,
+            Err(errno) if errno != Errno::EINTR => return None,
             _ => {}
         }
     }

@@ -5,7 +5,7 @@ use crate::{
     cli::{AddArgs, DelArgs, RecoverArgs},
     config::Config,
     control::Control,
-    daemon::{self, ServeError, Start},
+    daemon::{self, Start},
     detach::{self, Side},
     device, namespace, supervisor,
 };
@@ -54,11 +54,15 @@ fn begin(start: &Start, care: Care) -> Result<(), CommandError> {
     if care == Care::Foreground {
         return Ok(daemon::run(start, namespace::leave(), |_, id| print_device(id))?);
     }
+    detach::let_go_of_inherited();
     match detach::into_background().map_err(CommandError::Background)? {
-        Side::Parent { outcome: Ok(id), .. } => print_device(id).or_else(|source| {
-            // Nobody knows of it.
-            del::run(&DelArgs::of(id))?;
-            Err(ServeError::Unannounced(source).into())
+        Side::Parent { outcome: Ok(id), .. } => print_device(id).or_else(|source| match start {
+            Start::New { .. } => {
+                del::run(&DelArgs::of(id))?;
+                Err(CommandError::Unheard { source, what: "so it was detached again" })
+            }
+            // It has users, whoever knows that they need not wait any more.
+            Start::Recover { .. } => Err(CommandError::Unheard { source, what: "which is served again" }),
         }),
         Side::Parent { outcome: Err(error), .. } => Err(CommandError::Server(error)),
         Side::Child(reporter) if care == Care::Alone => {

@@ -1,6 +1,6 @@
 //! `list`: the attached devices.
 
-use super::CommandError;
+use super::{CommandError, image};
 use crate::{
     cli::ListArgs,
     device,
@@ -10,6 +10,7 @@ use serde::Serialize;
 use std::{
     fmt::Write as _,
     io::{self, Write},
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
 };
 
@@ -65,6 +66,7 @@ fn line(entry: &Entry) -> Line<'_> {
         id: record.id,
         device: device::block_path(record.id),
         state: match (entry.is_alive, record.phase) {
+            (true, _) if record.is_inherited => State::Starting,
             (true, Phase::Serving) => State::Serving,
             (true, Phase::Removing) => State::Removing,
             (true, _) => State::Starting,
@@ -105,11 +107,33 @@ fn table(lines: &[Line<'_>]) -> String {
             line.size,
             line.queues,
             line.depth,
-            line.image.display()
+            image::printable(line.image.as_os_str().as_bytes())
         );
     }
     if lines.iter().any(|line| line.read_only) {
         text.push_str("* read-only\n");
     }
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_s_name_cannot_steer_the_terminal() {
+        let line = Line {
+            id: 0,
+            device: device::block_path(0),
+            state: State::Serving,
+            pid: 1,
+            size: 512,
+            queues: 1,
+            depth: 1,
+            read_only: false,
+            image: Path::new("a\u{1b}[2Jb\nc"),
+        };
+        let text = table(&[line]);
+        assert!(text.contains("a\u{fffd}[2Jb\u{fffd}c") && text.lines().count() == 2, "{text}");
+    }
 }

@@ -17,10 +17,9 @@ use std::{
     io::{Write, stderr},
 };
 
-/// Tells of a failure, on one line of standard error.
-pub(crate) fn complain(failure: &dyn Display) {
-    // Where nobody listens there is nobody to tell that to.
-    let _ = writeln!(stderr(), "ublk-qcow2: {failure}");
+/// Says on standard error what failed. If nobody takes it there, the exit code has to do.
+pub(crate) fn complain(error: &dyn Display) {
+    let _ = writeln!(stderr(), "ublk-qcow2: {error}");
 }
 
 /// Why a command failed.
@@ -39,6 +38,8 @@ pub(crate) enum CommandError {
     Background(std::io::Error),
     #[error("{path}: {source}")]
     Path { path: String, source: std::io::Error },
+    #[error("nobody was told of the device, {what}: {source}")]
+    Unheard { what: &'static str, source: std::io::Error },
     #[error("there is no device {0}")]
     NoDevice(u32),
     #[error(
