@@ -2,7 +2,7 @@
 //!
 //! The run directory is on a tmpfs, so the file is memory that outlives the server and does not
 //! outlive the machine's uptime: just as long as its log is of use. What is in it is the engine's
-//! affair ([`RedoLog`](qcow2_engine::RedoLog)). The file's space is allocated before it is mapped: a
+//! affair ([`RedoLog`]). The file's space is allocated before it is mapped: a
 //! store can then not fail for lack of it.
 //!
 //! A log must not be replayed on an image that somebody else has changed since. While the server lives

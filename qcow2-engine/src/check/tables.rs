@@ -251,6 +251,15 @@ impl Survey {
         target: Target,
     ) -> Result<()> {
         let holder = Owner::L2;
+        if matches!(target, Target::Compressed(_)) && self.rules.has_data_file {
+            let remedy = Remedy::None("such an image cannot have compressed clusters");
+            self.findings.corruption(holder, at, Problem::CompressedInDataFile, remedy);
+            return Ok(());
+        }
+        if let Some(missing) = self.rules.missing(target) {
+            self.lost(walk.table, at, slot, missing);
+            return Ok(());
+        }
         let (owner, host, len) = match target {
             Target::Nothing | Target::Unknown => return Ok(()),
             Target::External { copied } => {
@@ -259,29 +268,9 @@ impl Survey {
                 }
                 return Ok(());
             }
-            Target::Compressed(_) if self.rules.has_data_file => {
-                let remedy = Remedy::None("such an image cannot have compressed clusters");
-                self.findings.corruption(holder, at, Problem::CompressedInDataFile, remedy);
-                return Ok(());
-            }
             Target::Compressed(range) => (Owner::Compressed, range.offset, self.in_file(holder, at, range)),
             Target::Cluster { host, .. } => (Owner::Data, host, self.geometry().cluster_size()),
         };
-        if let Some((owner, host, len)) = self.rules.missing(target) {
-            let remedy = match self.rules.without_cluster(slot) {
-                // Then what refers to the true table is lost, and what that refers to is out of sight.
-                _ if self.is_contested(walk.table) => {
-                    self.doubtful.insert(walk.table);
-                    self.hides_references = true;
-                    Remedy::None("the table may be a part of the refcounts")
-                }
-                Some(_) => Remedy::WithAll("make it read as zeros"),
-                None => Remedy::None("version 2 has no zero clusters, and the backing file would show"),
-            };
-            self.stuck_entries |= matches!(remedy, Remedy::None(_));
-            self.findings.corruption(holder, at, Problem::BeyondFile { owner, host, len }, remedy);
-            return Ok(());
-        }
         self.claim(Claim { holder, at, owner, host, len }, walk.references);
         match target {
             Target::Cluster { host, copied } if walk.is_active => {
@@ -289,6 +278,22 @@ impl Survey {
             }
             _ => Ok(()),
         }
+    }
+
+    /// The file does not have what an entry of a table refers to.
+    fn lost(&mut self, table: u64, at: u64, slot: Slot, (owner, host, len): (Owner, u64, u64)) {
+        let remedy = match self.rules.without_cluster(slot) {
+            // Then what refers to the true table is lost, and what that refers to is out of sight.
+            _ if self.is_contested(table) => {
+                self.doubtful.insert(table);
+                self.hides_references = true;
+                Remedy::None("the table may be a part of the refcounts")
+            }
+            Some(_) => Remedy::WithAll("make it read as zeros"),
+            None => Remedy::None("version 2 has no zero clusters, and the backing file would show"),
+        };
+        self.stuck_entries |= matches!(remedy, Remedy::None(_));
+        self.findings.corruption(Owner::L2, at, Problem::BeyondFile { owner, host, len }, remedy);
     }
 
     /// How much of compressed data the file has. That an entry claims more is damage, and what there is may be
