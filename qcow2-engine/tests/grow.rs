@@ -80,7 +80,7 @@ fn the_file_grows_by_what_the_table_needs() {
         create(&files, IMAGE, &options(bits, order, Version::V3));
         let before = files.get(IMAGE).expect("made").len();
         run(grow(files.clone(), &files, Path::new(IMAGE), size)).expect("grow");
-        let table = ((size >> bits) * 8 >> bits) * 8;
+        let table = (((size >> bits) * 8) >> bits) * 8;
         let most = before as u64 + table + (4 << bits);
         let after = files.get(IMAGE).expect("kept").len() as u64;
         assert!(after <= most, "{after} bytes, not {most}, with clusters of {}", 1 << bits);

@@ -61,20 +61,26 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
     report.lane("rustdoc", || {
         check(cargo().args(["doc", "--workspace", "--no-deps"]).env("RUSTDOCFLAGS", "-D warnings"))
     });
-    report.lane("cargo test", || {
-        let mut tests = cargo();
-        tests.args(["test", "--workspace", "--no-fail-fast"]);
-        for name in SEEDS.into_iter().filter(|name| env::var_os(name).is_none()) {
-            tests.env(name, MERGE_SEED);
-        }
-        let (succeeded, output) = streamed(&mut tests)?;
-        count_of_cargo_test(&output).confirmed_by(succeeded)
+    report.lane("cargo test", || cargo_test(&["--workspace", "--no-fail-fast"]));
+    report.lane("the simulator's own tests", || {
+        cargo_test(&["--package", "qcow2-engine", "--features", "sim", "--lib", "--", "sim::"])
     });
     campaign::quick(&mut report);
     for place in places {
         report.lane(&format!("device tests on {place}"), || device_lane(place, Matrix::Quick));
     }
     Ok(report.finish())
+}
+
+/// Runs `cargo test`, with fixed seeds where none are given.
+fn cargo_test(args: &[&str]) -> Result<Count> {
+    let mut tests = cargo();
+    tests.arg("test").args(args);
+    for name in SEEDS.into_iter().filter(|name| env::var_os(name).is_none()) {
+        tests.env(name, MERGE_SEED);
+    }
+    let (succeeded, output) = streamed(&mut tests)?;
+    count_of_cargo_test(&output).confirmed_by(succeeded)
 }
 
 /// How much of the compatibility matrix runs.
