@@ -332,6 +332,15 @@ impl Mapped {
 mod tests {
     use super::*;
 
+    /// An image, open, and a log, in a directory that is kept as long as they are of use.
+    fn image_and_log() -> (tempfile::TempDir, PathBuf, File, RedoFile) {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        let file = File::create(&image).unwrap();
+        let log = file_at(dir.path().join("0.redo"));
+        (dir, image, file, log)
+    }
+
     fn file_at(path: PathBuf) -> RedoFile {
         RedoFile { map: map(&make(&path).unwrap()).unwrap(), path }
     }
@@ -379,10 +388,7 @@ mod tests {
 
     #[test]
     fn an_image_that_was_changed_later_is_noticed() {
-        let dir = tempfile::tempdir().unwrap();
-        let image = dir.path().join("image");
-        let file = File::create(&image).unwrap();
-        let log = file_at(dir.path().join("0.redo"));
+        let (_dir, image, file, log) = image_and_log();
         let sight = log.sight(&image).unwrap();
         sight.note();
         assert!(log.check_unchanged(&image).is_ok());
@@ -397,12 +403,9 @@ mod tests {
     /// was modified, and that had not been noted yet.
     #[test]
     fn who_has_the_image_may_modify_it_at_any_time() {
-        let dir = tempfile::tempdir().unwrap();
-        let image = dir.path().join("image");
-        let file = File::create(&image).unwrap();
+        let (_dir, image, file, log) = image_and_log();
         let long_ago = SystemTime::now() - Duration::from_secs(3600);
         file.set_modified(long_ago).unwrap();
-        let log = file_at(dir.path().join("0.redo"));
         log.sight(&image).unwrap().note();
         file.set_modified(SystemTime::now()).unwrap();
         assert!(log.check_unchanged(&image).is_ok());
@@ -411,10 +414,7 @@ mod tests {
     /// Nothing was noted while a server stopped, for minutes perhaps: killed then, it could not be recovered.
     #[test]
     fn a_witness_looks_until_it_is_dropped_and_lets_go_of_the_image_then() {
-        let dir = tempfile::tempdir().unwrap();
-        let image = dir.path().join("image");
-        let file = File::create(&image).unwrap();
-        let log = file_at(dir.path().join("0.redo"));
+        let (_dir, image, file, log) = image_and_log();
         let witness = log.witness(&image).unwrap();
         let forget = || log.map.note(Noted { ours_until: 0, ..log.map.witness() });
         let deadline = SystemTime::now() + 20 * PAUSE;

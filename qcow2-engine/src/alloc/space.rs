@@ -105,20 +105,24 @@ impl Meta {
                 Count::Needs(page) => return Ok(Some(Next::Needs(page))),
                 Count::Is(None) => from = (page + 1) * per_page,
                 Count::Is(Some(row)) if row.end - row.start < count => from = row.end,
-                Count::Is(Some(row)) => return self.take_row(row).map(Some),
+                Count::Is(Some(row)) => return self.take_row(row, 0..0).map(Some),
             }
         }
         Ok(None)
     }
 
-    /// Takes a row that existing blocks count. What is passed over is still free.
-    fn take_row(&mut self, row: Range<u64>) -> Result<Next> {
-        if let Some(needs) = self.lacks_room(row.clone()) {
+    /// Takes clusters in a row, of which the first become new refcount blocks. What is passed over is still free.
+    fn take_row(&mut self, clusters: Range<u64>, new_blocks: Range<u64>) -> Result<Next> {
+        if let Some(needs) = self.lacks_room(clusters.clone()) {
             return Ok(needs);
         }
         let cursor = self.space.cursor;
-        let fresh = self.claim(row.clone())?;
-        self.count_once(row.clone());
+        let fresh = self.claim(clusters.clone())?;
+        let row = clusters.start + (new_blocks.end - new_blocks.start)..clusters.end;
+        for (block, at) in new_blocks.zip(clusters.start..) {
+            self.add_refcount_block(block, at);
+        }
+        self.count_once(clusters);
         self.space.cursor = cursor;
         Ok(Next::Run(Run { clusters: row, fresh }))
     }
@@ -127,7 +131,6 @@ impl Meta {
     /// than what one block counts.
     fn row_with_blocks(&mut self, count: u64) -> Result<Next> {
         let per_block = self.geometry.refcounts_per_block();
-        let cursor = self.space.cursor;
         let blocks = count.div_ceil(per_block - 1);
         while self.refcounts.blocks_end() + blocks > self.refcounts.table_place().1 {
             if let Some(needs) = self.grow_refcount_table(self.refcounts.table_place().1 * per_block)? {
@@ -136,16 +139,7 @@ impl Meta {
         }
         let first = self.refcounts.blocks_end();
         let base = first * per_block;
-        let row = base + blocks..base + blocks + count;
-        if let Some(needs) = self.lacks_room(base..row.end) {
-            return Ok(needs);
-        }
-        let fresh = self.claim(base..row.end)?;
-        (0..blocks).for_each(|index| self.add_refcount_block(first + index, base + index));
-        self.count_once(base..row.end);
-        // What was passed over is still free.
-        self.space.cursor = cursor;
-        Ok(Next::Run(Run { clusters: row, fresh }))
+        self.take_row(base..base + blocks + count, first..first + blocks)
     }
 
     /// `by` refers to these clusters from now on: their counts, and what leads to their counts, go

@@ -1,11 +1,9 @@
 //! The refcounts as they are on disk: which blocks can be trusted, and the counts in them.
 
-use crate::{error::Result, inspect::ImageFile, io::Io};
+use crate::{error::Result, inspect::ImageFile, io::Io, paging::MAX_PAGE};
 use qcow2_format::{Geometry, refcount};
 use std::collections::{BTreeMap, HashMap};
 
-/// Bytes of refcounts that are read at a time, or a block where that is smaller.
-const PAGE_BYTES: u64 = 4096;
 /// Pages kept in memory: 16 MiB of them.
 const MAX_PAGES: usize = 4096;
 
@@ -34,7 +32,7 @@ impl Refcounts {
         let Some(&block) = self.blocks.get(&self.geometry.refcount_table_index(cluster)) else {
             return Ok(0);
         };
-        let page_bytes = self.geometry.cluster_size().min(PAGE_BYTES);
+        let page_bytes = self.geometry.cluster_size().min(MAX_PAGE);
         let per_page = (page_bytes * 8) >> order;
         let in_block = self.geometry.refcount_block_index(cluster);
         let at = block + in_block / per_page * page_bytes;

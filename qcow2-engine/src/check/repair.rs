@@ -14,7 +14,7 @@ use super::{
     clear_unknown_autoclear,
     compare::chunks_in_use,
     entry::{Slot, Target, put_slot, slots},
-    findings::Owner,
+    findings::{Findings, Owner},
     rebuild,
     refcounts::Refcounts,
     survey::{L1Table, Survey},
@@ -94,8 +94,9 @@ pub(super) async fn run(
     }
     // Where nothing but flags was wrong, they follow from the counts. A cluster to which references may be
     // hidden is not said to have one owner.
-    let has_true_counts = repair == Repair::All || survey.findings.corruptions == survey.findings.wrong_flags;
-    if has_true_counts && !survey.hides_references {
+    let Findings { leaks, corruptions, wrong_flags, .. } = survey.findings;
+    let may_set = repair == Repair::All || corruptions == wrong_flags && leaks + wrong_flags > 0;
+    if may_set && !survey.hides_references {
         survey.forget_counts();
         if repair != Repair::All {
             edit_tables(file, &mut survey, Pass::UnsetCopied).await?;

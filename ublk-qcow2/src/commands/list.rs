@@ -44,13 +44,10 @@ enum State {
 
 /// Prints the list.
 pub(crate) fn run(args: &ListArgs) -> Result<(), CommandError> {
-    let mut entries = runfile::load_all()?;
-    if let Some(id) = args.id {
-        entries.retain(|entry| entry.record.id == id);
-        if entries.is_empty() {
-            return Err(CommandError::NoDevice(id));
-        }
-    }
+    let entries = match args.id {
+        Some(id) => vec![runfile::load(id)?.ok_or(CommandError::NoDevice(id))?],
+        None => runfile::load_all()?,
+    };
     let lines: Vec<_> = entries.iter().map(line).collect();
     let text = if args.json {
         serde_json::to_string_pretty(&lines).map_err(io::Error::from)? + "\n"
