@@ -167,7 +167,35 @@ impl<I: Io> Lane<I> {
 }
 
 impl<I> Drop for Inner<I> {
+    /// What a request left in flight touches may be under the kernel's hands still (R5): its slots stay.
     fn drop(&mut self) {
-        self.image.epochs.unregister(&self.slots);
+        let FreeSlots { indices, .. } = self.free.get_mut();
+        if indices.len() == self.depth {
+            self.image.epochs.unregister(&self.slots);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{OpenOptions, Preallocation, create, exec::run_at_once, io::mem::MemFiles};
+    use qcow2_format::CreateOptions;
+    use std::path::Path;
+
+    /// A queue fails while its transfers are in the kernel; the other queues go on.
+    #[test]
+    fn r5_a_request_outlives_its_lane() {
+        let (files, path) = (MemFiles::default(), Path::new("image"));
+        files.put("image", Vec::new());
+        let options = CreateOptions { virtual_size: 1 << 20, ..CreateOptions::default() };
+        run_at_once(create::create(&files, &files, path, &options, Preallocation::Off)).unwrap();
+        let image = run_at_once(Image::open(&files, &files, path, &OpenOptions::default())).unwrap();
+        let (failing, ending) = (Lane::new(&image, files.clone(), 2), Lane::new(&image, files.clone(), 2));
+        let (lost, ended) = (run_at_once(failing.begin()), run_at_once(ending.begin()));
+        let unmapped = image.epochs.advance();
+        ending.end(ended);
+        drop((failing, ending));
+        assert!(!image.epochs.has_passed(unmapped), "{lost:?} may still write to what it looked up");
     }
 }

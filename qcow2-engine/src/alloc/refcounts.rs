@@ -26,6 +26,9 @@ pub(crate) struct Refcounts {
     pages: HashMap<u64, Resident>,
     /// Pages to keep, if not dirty.
     limit: usize,
+    /// Pages in which no count was zero when they were looked through, a bit each, and none was set to zero since. Without
+    /// it a single freed cluster would have the allocator read all pages between it and the next free one again.
+    full: Vec<u64>,
 }
 
 struct Resident {
@@ -62,7 +65,7 @@ impl Refcounts {
         limit: usize,
     ) -> Self {
         let page_bytes = geometry.cluster_size().min(paging.page_bytes);
-        Self { file, geometry, table, table_at, page_bytes, pages: HashMap::new(), limit }
+        Self { file, geometry, table, table_at, page_bytes, pages: HashMap::new(), limit, full: Vec::new() }
     }
 
     /// Bytes of a page.
@@ -160,7 +163,37 @@ impl Refcounts {
         let order = self.geometry.refcount_order;
         let resident = self.pages.get_mut(&page).expect("the count was read under the same lock");
         refcount::set(&mut resident.bytes, order, index, value);
+        if value == 0 {
+            self.note_free(page);
+        }
         page
+    }
+
+    /// The first page from `page` on that may have a free cluster.
+    pub(crate) fn next_not_full(&self, page: u64) -> u64 {
+        let mut word = (page / 64) as usize;
+        let mut below = (1 << (page % 64)) - 1;
+        while let Some(&full) = self.full.get(word) {
+            match (full | below).trailing_ones() {
+                64 => (word, below) = (word + 1, 0),
+                first => return word as u64 * 64 + u64::from(first),
+            }
+        }
+        page.max(word as u64 * 64)
+    }
+
+    fn note_full(&mut self, page: u64) {
+        let word = (page / 64) as usize;
+        if word >= self.full.len() {
+            self.full.resize(word + 1, 0);
+        }
+        self.full[word] |= 1 << (page % 64);
+    }
+
+    fn note_free(&mut self, page: u64) {
+        if let Some(full) = self.full.get_mut((page / 64) as usize) {
+            *full &= !(1 << (page % 64));
+        }
     }
 
     /// The first run of free clusters at or after `from` in a resident page, at most `max` long.
@@ -172,6 +205,9 @@ impl Refcounts {
         resident.used = true;
         let is_free = |cluster: u64| refcount::get(&resident.bytes, order, (cluster - first) as usize) == 0;
         let Some(start) = (from.max(first)..end).find(|&cluster| is_free(cluster)) else {
+            if !(first..from).any(is_free) {
+                self.note_full(page);
+            }
             return Count::Is(None);
         };
         let stop = (start..end.min(start.saturating_add(max))).find(|&cluster| !is_free(cluster));
@@ -235,5 +271,37 @@ impl Refcounts {
         for page in victims {
             self.pages.remove(&page);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_page_without_free_clusters_is_passed_over_until_one_is_free() {
+        // 64 counts of 64 bits in a page.
+        let geometry = Geometry {
+            version: qcow2_format::Version::V3,
+            cluster_bits: 9,
+            refcount_order: 6,
+            extended_l2: false,
+            virtual_size: 1 << 20,
+        };
+        let table = vec![512; 200];
+        let mut counts = Refcounts::new("image".into(), geometry, table, 0, Paging::default(), 8);
+        let full: Box<[u8]> = vec![1; 512].into();
+        for page in [0, 1, 63, 64, 130] {
+            counts.insert(page, full.clone(), |_| true);
+            assert_eq!(counts.free_run(page, 0, 8), Count::Is(None));
+        }
+        let next = [0, 1, 2, 63, 64, 130, 1000].map(|page| counts.next_not_full(page));
+        assert_eq!(next, [2, 2, 2, 65, 65, 131, 1000]);
+        (65..128).for_each(|page| counts.note_full(page));
+        assert_eq!(counts.next_not_full(63), 128);
+        counts.set(64 * 64 + 5, 0);
+        assert_eq!(counts.next_not_full(63), 64);
+        assert_eq!(counts.free_run(64, 64 * 64 + 6, 8), Count::Is(None));
+        assert_eq!(counts.next_not_full(63), 64, "what is free lies before the place from which it was looked through");
     }
 }

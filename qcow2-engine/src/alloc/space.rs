@@ -75,7 +75,10 @@ impl Meta {
                 }
                 Place::Page(page) => match self.refcounts.free_run(page, cursor, max) {
                     Count::Needs(page) => return Ok(Next::Needs(page)),
-                    Count::Is(None) => self.space.cursor = (page + 1) * self.refcounts.clusters_per_page(),
+                    Count::Is(None) => {
+                        let next = self.refcounts.next_not_full(page + 1);
+                        self.space.cursor = next * self.refcounts.clusters_per_page();
+                    }
                     Count::Is(Some(clusters)) => {
                         let fresh = self.claim(clusters.clone())?;
                         self.count_once(clusters.clone());
