@@ -302,6 +302,10 @@ mod tests {
         counts.set(64 * 64 + 5, 0);
         assert_eq!(counts.next_not_full(63), 64);
         assert_eq!(counts.free_run(64, 64 * 64 + 6, 8), Count::Is(None));
-        assert_eq!(counts.next_not_full(63), 64, "what is free lies before the place from which it was looked through");
+        assert_eq!(
+            counts.next_not_full(63),
+            64,
+            "what is free lies before the place from which it was looked through"
+        );
     }
 }
