@@ -15,7 +15,7 @@ use crate::{
     queue::QueueError,
     redofile::{self, RedoFile, RedoFileError, Witness},
     request::device_sectors,
-    runfile::{self, CreateError, Phase, Record, RunFile, RunFileError, TakeOverError},
+    runfile::{self, Choice, CreateError, Phase, Record, RunFile, RunFileError, TakeOverError},
     safety,
 };
 use nix::sys::signal::Signal;
@@ -162,17 +162,18 @@ fn make(id: Option<u32>, config: &Config, namespace: Namespace) -> Result<Ready,
 }
 
 /// Adds a device and writes its record. The driver gives out every number that is free; one whose last server has left
-/// something to be written to its image is kept until there is another, unless it was asked for.
+/// something to be written to its image, or is writing it, is kept until there is another, unless it was asked for.
 fn add_device(
     request: &device::Request,
     record: impl Fn(&Device) -> Record,
 ) -> Result<(Device, RunFile), ServeError> {
+    let choice = if request.id.is_some() { Choice::AskedFor } else { Choice::Any };
     let mut passed_over = Vec::new();
     loop {
         let device = Device::add(Control::open()?, request)?;
-        match RunFile::create(record(&device), redofile::owes) {
+        match RunFile::create(record(&device), choice, redofile::owes) {
             Ok(run_file) => return Ok((device, run_file)),
-            Err(error @ CreateError::Owing { .. }) if request.id.is_none() => {
+            Err(error @ (CreateError::Owing { .. } | CreateError::Busy(_))) if choice == Choice::Any => {
                 tracing::warn!("another number is taken: {error}");
                 passed_over.push(device);
             }

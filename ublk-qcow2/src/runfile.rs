@@ -30,8 +30,8 @@ const DIRECTORY: &str = "/run/ublk-qcow2";
 const DIRECTORY_VARIABLE: &str = "UBLK_QCOW2_RUN_DIR";
 /// How long a file may be locked by somebody who only looks whether somebody else has it locked.
 const GLANCE: Duration = Duration::from_secs(1);
-/// How long the one before may still be busy with its files, when its device is gone already: what it had
-/// acknowledged may have to be written to its image.
+/// How long the one before may still be busy with its files, when its device is gone already and its very number is
+/// wanted: what it had acknowledged may have to be written to its image.
 const PREDECESSOR_WAIT: Duration = Duration::from_secs(60);
 /// Between two attempts to lock a file.
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
@@ -99,6 +99,17 @@ pub(crate) enum CreateError {
          `ublk-qcow2 del -n {id}` writes it there", .image.display()
     )]
     Owing { id: u32, image: PathBuf },
+    #[error(
+        "number {0} is that of a device whose server still writes to its image: try again when that has ended"
+    )]
+    Busy(u32),
+}
+
+/// Whether a number was asked for, or another will do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Choice {
+    AskedFor,
+    Any,
 }
 
 /// Why a dead server's run file could not be taken over.
@@ -134,20 +145,33 @@ pub(crate) struct Entry {
 impl RunFile {
     /// Writes and locks the run file of this process's device. Whoever had the number before may have to finish first;
     /// if `owes` says of its redo log that it is still of use the number stays its own.
-    pub(crate) fn create(record: Record, owes: impl FnOnce(u32) -> bool) -> Result<Self, CreateError> {
-        let path = path_of(record.id);
+    pub(crate) fn create(
+        record: Record,
+        choice: Choice,
+        owes: impl FnOnce(u32) -> bool,
+    ) -> Result<Self, CreateError> {
+        let patience = match choice {
+            Choice::AskedFor => PREDECESSOR_WAIT,
+            Choice::Any => GLANCE,
+        };
+        Self::create_at(path_of(record.id), record, patience, owes)
+    }
+
+    fn create_at(
+        path: PathBuf,
+        record: Record,
+        patience: Duration,
+        owes: impl FnOnce(u32) -> bool,
+    ) -> Result<Self, CreateError> {
         let fail = |what| {
             let path = path.clone();
             move |source| RunFileError { what, path, source }
         };
         fs::create_dir_all(directory()).map_err(fail("cannot make the directory for"))?;
-        let before = lock_dead(&path, PREDECESSOR_WAIT).map_err(fail("cannot take over"))?;
+        let before = lock_dead(&path, patience).map_err(fail("cannot take over"))?;
         match &before {
             Dead::Missing => {}
-            Dead::Alive => {
-                let source = io::Error::other("the device's predecessor still uses it");
-                return Err(fail("cannot take over")(source).into());
-            }
+            Dead::Alive => return Err(CreateError::Busy(record.id)),
             Dead::Locked(file) => {
                 if let Some(image) = owing(file, &record, owes).map_err(fail("cannot take over"))? {
                     return Err(CreateError::Owing { id: record.id, image });
@@ -387,117 +411,4 @@ pub(crate) fn directory() -> PathBuf {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::config;
-
-    fn example() -> Record {
-        Record {
-            phase: Phase::Serving,
-            is_inherited: false,
-            id: 7,
-            pid: 1,
-            size: 1 << 40,
-            queues: 2,
-            depth: 64,
-            config: config::example(),
-            cookie: u64::MAX,
-            boot: boot().unwrap(),
-            error: None,
-        }
-    }
-
-    /// `del` had removed a device and could not write to its image; the next `add` got the number, and emptied the log.
-    #[test]
-    fn a_number_is_not_given_away_while_its_log_is_needed() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("7.json");
-        let new = example();
-        let owing_after = |dead: &Record, owes| {
-            fs::write(&path, serde_json::to_string(dead).unwrap()).unwrap();
-            owing(&File::open(&path).unwrap(), &new, |_| owes).unwrap()
-        };
-        let image = new.config.image.clone();
-        assert_eq!(owing_after(&new, true), Some(image));
-        assert_eq!(owing_after(&new, false), None);
-        assert_eq!(owing_after(&Record { boot: "before".to_owned(), ..new.clone() }, true), None);
-        let config = Config { recovery: false, ..new.config.clone() };
-        assert_eq!(owing_after(&Record { config, ..new.clone() }, true), None);
-        fs::write(&path, "{").unwrap();
-        assert!(
-            owing(&File::open(&path).unwrap(), &new, |_| true).is_err(),
-            "it leads nowhere, but must have"
-        );
-        assert_eq!(owing(&File::open(&path).unwrap(), &new, |_| false).unwrap(), None);
-    }
-
-    #[test]
-    fn a_record_survives_and_the_lock_tells_who_lives() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("7.json");
-        let record = example();
-        let lock = write_locked(&path, &record).unwrap();
-        assert_eq!(load_path(&path).unwrap(), Some(Entry { record: record.clone(), is_alive: true }));
-        assert!(matches!(lock_dead(&path, Duration::ZERO).unwrap(), Dead::Alive));
-        drop(lock);
-        assert_eq!(load_path(&path).unwrap(), Some(Entry { record: record.clone(), is_alive: false }));
-        let Dead::Locked(_lock) = lock_dead(&path, Duration::ZERO).unwrap() else { panic!("it is dead") };
-        assert!(matches!(lock_dead(&path, Duration::ZERO).unwrap(), Dead::Alive), "one of two takes it over");
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
-        assert_eq!(load_path(&dir.path().join("8.json")).unwrap(), None);
-    }
-
-    #[test]
-    fn a_record_that_cannot_be_written_leaves_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("7.json");
-        // A directory cannot be replaced by a file.
-        fs::create_dir(&path).unwrap();
-        assert!(write_locked(&path, &example()).is_err());
-        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
-    }
-
-    /// `list` said that a device served whose successor had not begun.
-    #[test]
-    fn a_phase_is_the_predecessor_s_until_another_is_entered() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("7.json");
-        let now = || load_path(&path).unwrap().unwrap().record;
-        drop(write_locked(&path, &example()).unwrap());
-        let mut file = RunFile::take_over_at(path.clone(), 7).unwrap();
-        assert_eq!((now().phase, now().is_inherited), (Phase::Serving, true));
-        file.enter(Phase::Preparing).unwrap();
-        assert_eq!((now().phase, now().is_inherited), (Phase::Preparing, false));
-        file.leave();
-    }
-
-    /// A server was killed while somebody ran `list`: its successor took that for a living server, and gave up.
-    /// And who looked at a file that a server was replacing took that server for dead.
-    #[test]
-    fn a_glance_is_no_owner_and_a_file_without_a_name_tells_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("7.json");
-        let named = |how| lock_named(&path, how).unwrap();
-        fs::write(&path, "{}").unwrap();
-        let Named::Locked(glance) = named(FlockArg::LockSharedNonblock) else { panic!("nobody has it") };
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                sleep(Duration::from_millis(100));
-                drop(glance);
-            });
-            assert!(matches!(lock_dead(&path, GLANCE).unwrap(), Dead::Locked(_)));
-        });
-
-        let before = File::open(&path).unwrap();
-        fs::write(dir.path().join("new"), "{}").unwrap();
-        let new = File::open(dir.path().join("new")).unwrap();
-        let _lock = Flock::lock(new, FlockArg::LockExclusiveNonblock).unwrap();
-        fs::rename(dir.path().join("new"), &path).unwrap();
-        let before = Flock::lock(before, FlockArg::LockSharedNonblock).unwrap();
-        assert!(
-            !has_name(&before, &path).unwrap(),
-            "it could be locked, and says nothing of the one that is there"
-        );
-        assert!(matches!(named(FlockArg::LockSharedNonblock), Named::Held(_)));
-    }
-}
+mod tests;

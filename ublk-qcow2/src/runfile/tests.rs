@@ -1,0 +1,120 @@
+use super::*;
+use crate::config;
+
+fn example() -> Record {
+    Record {
+        phase: Phase::Serving,
+        is_inherited: false,
+        id: 7,
+        pid: 1,
+        size: 1 << 40,
+        queues: 2,
+        depth: 64,
+        config: config::example(),
+        cookie: u64::MAX,
+        boot: boot().unwrap(),
+        error: None,
+    }
+}
+
+/// `del` had removed a device and could not write to its image; the next `add` got the number, and emptied the log.
+#[test]
+fn a_number_is_not_given_away_while_its_log_is_needed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("7.json");
+    let new = example();
+    let owing_after = |dead: &Record, owes| {
+        fs::write(&path, serde_json::to_string(dead).unwrap()).unwrap();
+        owing(&File::open(&path).unwrap(), &new, |_| owes).unwrap()
+    };
+    let image = new.config.image.clone();
+    assert_eq!(owing_after(&new, true), Some(image));
+    assert_eq!(owing_after(&new, false), None);
+    assert_eq!(owing_after(&Record { boot: "before".to_owned(), ..new.clone() }, true), None);
+    let config = Config { recovery: false, ..new.config.clone() };
+    assert_eq!(owing_after(&Record { config, ..new.clone() }, true), None);
+    fs::write(&path, "{").unwrap();
+    assert!(owing(&File::open(&path).unwrap(), &new, |_| true).is_err(), "it leads nowhere, but must have");
+    assert_eq!(owing(&File::open(&path).unwrap(), &new, |_| false).unwrap(), None);
+}
+
+/// A device was gone and its server still wrote back: every `add` of another image waited a minute for the number
+/// that the driver had given out again, and failed.
+#[test]
+fn a_number_whose_server_is_busy_is_told_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("7.json");
+    let _busy = write_locked(&path, &example()).unwrap();
+    let made = RunFile::create_at(path, example(), Duration::ZERO, |_| panic!("it is not ours to ask"));
+    assert!(matches!(made, Err(CreateError::Busy(7))));
+}
+
+#[test]
+fn a_record_survives_and_the_lock_tells_who_lives() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("7.json");
+    let record = example();
+    let lock = write_locked(&path, &record).unwrap();
+    assert_eq!(load_path(&path).unwrap(), Some(Entry { record: record.clone(), is_alive: true }));
+    assert!(matches!(lock_dead(&path, Duration::ZERO).unwrap(), Dead::Alive));
+    drop(lock);
+    assert_eq!(load_path(&path).unwrap(), Some(Entry { record: record.clone(), is_alive: false }));
+    let Dead::Locked(_lock) = lock_dead(&path, Duration::ZERO).unwrap() else { panic!("it is dead") };
+    assert!(matches!(lock_dead(&path, Duration::ZERO).unwrap(), Dead::Alive), "one of two takes it over");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
+    assert_eq!(load_path(&dir.path().join("8.json")).unwrap(), None);
+}
+
+#[test]
+fn a_record_that_cannot_be_written_leaves_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("7.json");
+    // A directory cannot be replaced by a file.
+    fs::create_dir(&path).unwrap();
+    assert!(write_locked(&path, &example()).is_err());
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+/// `list` said that a device served whose successor had not begun.
+#[test]
+fn a_phase_is_the_predecessor_s_until_another_is_entered() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("7.json");
+    let now = || load_path(&path).unwrap().unwrap().record;
+    drop(write_locked(&path, &example()).unwrap());
+    let mut file = RunFile::take_over_at(path.clone(), 7).unwrap();
+    assert_eq!((now().phase, now().is_inherited), (Phase::Serving, true));
+    file.enter(Phase::Preparing).unwrap();
+    assert_eq!((now().phase, now().is_inherited), (Phase::Preparing, false));
+    file.leave();
+}
+
+/// A server was killed while somebody ran `list`: its successor took that for a living server, and gave up.
+/// And who looked at a file that a server was replacing took that server for dead.
+#[test]
+fn a_glance_is_no_owner_and_a_file_without_a_name_tells_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("7.json");
+    let named = |how| lock_named(&path, how).unwrap();
+    fs::write(&path, "{}").unwrap();
+    let Named::Locked(glance) = named(FlockArg::LockSharedNonblock) else { panic!("nobody has it") };
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            sleep(Duration::from_millis(100));
+            drop(glance);
+        });
+        assert!(matches!(lock_dead(&path, GLANCE).unwrap(), Dead::Locked(_)));
+    });
+
+    let before = File::open(&path).unwrap();
+    fs::write(dir.path().join("new"), "{}").unwrap();
+    let new = File::open(dir.path().join("new")).unwrap();
+    let _lock = Flock::lock(new, FlockArg::LockExclusiveNonblock).unwrap();
+    fs::rename(dir.path().join("new"), &path).unwrap();
+    let before = Flock::lock(before, FlockArg::LockSharedNonblock).unwrap();
+    assert!(
+        !has_name(&before, &path).unwrap(),
+        "it could be locked, and says nothing of the one that is there"
+    );
+    assert!(matches!(named(FlockArg::LockSharedNonblock), Named::Held(_)));
+}
