@@ -290,8 +290,13 @@ impl Snapshot {
             return Err(wrong(FormatError::L1TooLarge { field, entries, max: MAX_L1_ENTRIES }));
         }
         let field = Field::new("the snapshot table's l1_table_offset", table.0);
-        let len = entries * TABLE_ENTRY_BYTES;
-        check_table(field, self.l1_table, len, geometry.cluster_size(), file_len).map_err(wrong)?;
+        let (value, cluster_size) = (self.l1_table.0, geometry.cluster_size());
+        // Of a snapshot's table without entries, too: QEMU calls the snapshot's entry corrupt.
+        if !self.l1_table.is_aligned(cluster_size) {
+            return Err(wrong(FormatError::TableMisaligned { field, value, cluster_size }));
+        }
+        check_table(field, self.l1_table, entries * TABLE_ENTRY_BYTES, cluster_size, file_len)
+            .map_err(wrong)?;
         self.lacks_disk_size(0, index, geometry)
     }
 }
