@@ -188,7 +188,7 @@ pub(super) fn salvaged(errors: &str) -> Vec<Range<u64>> {
 /// Entries of tables, as they are, by what they stand for.
 #[derive(Debug, Default)]
 struct Tables {
-    /// Guest offset → raw L2 entry.
+    /// Guest offset → raw L2 entry. Those beyond the end of the disk refer to clusters, too.
     l2: BTreeMap<u64, u64>,
     /// Bytes of the snapshot table and of the snapshots' L1 tables, by place.
     snapshots: BTreeMap<u64, Vec<u8>>,
@@ -204,7 +204,7 @@ fn tables(image: &[u8]) -> Option<(Geometry, Tables)> {
         let Ok(L1Entry::Table { offset, .. }) = L1Entry::decode(raw, &geometry) else { continue };
         for entry in 0..geometry.l2_entries() {
             let guest = index * geometry.l2_coverage_bytes() + entry * geometry.cluster_size();
-            if let Some(raw) = word(offset.0 + entry * 8).filter(|_| guest < geometry.virtual_size) {
+            if let Some(raw) = word(offset.0 + entry * 8) {
                 tables.l2.insert(guest, raw);
             }
         }
