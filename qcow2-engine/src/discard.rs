@@ -37,11 +37,8 @@ impl<I: Io> Lane<I> {
                 reason: "a version 2 image with a backing file cannot discard",
             });
         }
-        let outcome = self.in_flight(async {
-            self.begin_mutation().await?;
-            self.zero_clusters(self.image().whole_clusters(at, len), ZeroMode::Unmap).await
-        });
-        self.settle(outcome.await).await
+        let outcome = self.zero_clusters(self.image().whole_clusters(at, len), ZeroMode::Unmap).await;
+        self.settle(outcome).await
     }
 
     /// Makes the range read as zeros. Offset and length are multiples of 512 bytes.
@@ -50,30 +47,30 @@ impl<I: Io> Lane<I> {
     /// As for a write.
     pub async fn write_zeroes(&self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
         self.check_range(at, len)?;
-        let outcome = self.in_flight(async {
-            self.begin_mutation().await?;
-            self.write_zeroes_entered(at, len, mode).await
-        });
-        self.settle(outcome.await).await
+        let outcome = self.write_zeroes_in_parts(at, len, mode).await;
+        self.settle(outcome).await
     }
 
-    async fn write_zeroes_entered(&self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
+    async fn write_zeroes_in_parts(&self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
         let image = self.image();
         let bits = image.geometry().cluster_bits;
         let keeps_bytes =
             image.geometry().version == Version::V2 && (mode == ZeroMode::Keep || !image.can_discard());
         let clusters = if keeps_bytes { 0..0 } else { image.whole_clusters(at, len) };
-        if clusters.is_empty() {
-            return self.write_zero_bytes(at..at + len).await;
-        }
         let end = at + len;
-        self.write_zero_bytes(at..clusters.start << bits).await?;
-        self.write_zero_bytes(end.min(clusters.end << bits)..end).await?;
+        let edges = match clusters.is_empty() {
+            true => [at..end, end..end],
+            false => [at..clusters.start << bits, end.min(clusters.end << bits)..end],
+        };
+        for edge in edges.into_iter().filter(|edge| !edge.is_empty()) {
+            self.in_flight(self.write_zero_bytes(edge)).await?;
+        }
         self.zero_clusters(clusters, mode).await
     }
 
     /// Writes zeros where the range does not read as zeros already, cluster by cluster.
     async fn write_zero_bytes(&self, range: Range<u64>) -> Result<()> {
+        self.begin_mutation().await?;
         let cluster = self.image().geometry().cluster_size();
         let mut at = range.start;
         while at < range.end {
@@ -87,13 +84,15 @@ impl<I: Io> Lane<I> {
         Ok(())
     }
 
-    /// Makes whole clusters read as zeros by their mapping, a slice at a time.
+    /// Makes whole clusters read as zeros by their mapping, a slice at a time. Each slice is in flight for itself: were it the
+    /// request as a whole, all that a long one frees would wait for its end.
     async fn zero_clusters(&self, clusters: Range<u64>, mode: ZeroMode) -> Result<()> {
+        self.image().check_changes()?;
         let per_slice = self.image().top().slice_entries();
         let mut first = clusters.start;
         while first < clusters.end {
             let end = clusters.end.min((first / per_slice + 1) * per_slice);
-            self.zero_in_slice(first..end, mode).await?;
+            self.in_flight(self.zero_in_slice(first..end, mode)).await?;
             first = end;
             self.relieve().await?;
         }
@@ -101,6 +100,7 @@ impl<I: Io> Lane<I> {
     }
 
     async fn zero_in_slice(&self, clusters: Range<u64>, mode: ZeroMode) -> Result<()> {
+        self.begin_mutation().await?;
         let image = self.image();
         let at = clusters.start << image.geometry().cluster_bits;
         let _mapping = image.mappings.acquire(clusters.clone()).await;

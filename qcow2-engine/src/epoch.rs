@@ -23,6 +23,11 @@ pub(crate) struct Epochs {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Epoch(u64);
 
+impl Epoch {
+    /// After all others.
+    pub(crate) const END: Self = Self(u64::MAX);
+}
+
 /// One slot per request that a lane can have in flight; each holds the epoch in which it began.
 pub(crate) struct Slots(Box<[Line]>);
 
@@ -57,9 +62,14 @@ impl Epochs {
         Epoch(self.now.fetch_add(1, SeqCst))
     }
 
+    /// The epoch in which the oldest request in flight began. Those before it have passed: none of their requests is left.
+    pub(crate) fn oldest(&self) -> Epoch {
+        self.lanes.lock().iter().map(|slots| slots.oldest()).min().unwrap_or(Epoch::END)
+    }
+
     /// Whether every request that began in `epoch` or earlier has ended.
     pub(crate) fn has_passed(&self, epoch: Epoch) -> bool {
-        self.lanes.lock().iter().all(|slots| slots.all_after(epoch))
+        epoch < self.oldest()
     }
 
     /// Marks slot `index` as a request that begins now. The store is sequentially consistent, so
@@ -83,12 +93,9 @@ impl Slots {
         self.at(index).store(IDLE, std::sync::atomic::Ordering::Release);
     }
 
-    fn all_after(&self, epoch: Epoch) -> bool {
-        self.0
-            .iter()
-            .flat_map(|line| &line.0)
-            .map(|slot| slot.load(SeqCst))
-            .all(|began| began == IDLE || began > epoch.0)
+    fn oldest(&self) -> Epoch {
+        let began = self.0.iter().flat_map(|line| &line.0).map(|slot| slot.load(SeqCst));
+        began.filter(|&began| began != IDLE).min().map_or(Epoch::END, Epoch)
     }
 }
 
@@ -103,9 +110,9 @@ mod tests {
         epochs.enter(&lane, 0);
         let unmapped = epochs.advance();
         epochs.enter(&lane, 1);
-        assert!(!epochs.has_passed(unmapped), "request 0 may still use the cluster");
+        assert!(epochs.oldest() <= unmapped, "request 0 may still use the cluster");
         lane.leave(0);
-        assert!(epochs.has_passed(unmapped), "request 1 began later");
+        assert!(epochs.oldest() > unmapped, "request 1 began later");
     }
 
     #[test]
@@ -115,6 +122,6 @@ mod tests {
         epochs.enter(&lane, 0);
         let unmapped = epochs.advance();
         epochs.unregister(&lane);
-        assert!(epochs.has_passed(unmapped));
+        assert!(epochs.oldest() > unmapped);
     }
 }

@@ -81,7 +81,7 @@ impl Flusher {
         self.0.lock().poisoned.clone().map_or(Ok(()), Err)
     }
 
-    fn poison(&self, error: Error) {
+    pub(crate) fn poison(&self, error: Error) {
         self.0.lock().poisoned.get_or_insert(error);
     }
 
@@ -162,7 +162,10 @@ impl<I: Io> Lane<I> {
         let (dirty, freed) = {
             let meta = image.meta.lock();
             let fills = meta.redo.as_ref().is_some_and(RedoLog::is_filling);
-            (fills || meta.graph.len() > image.dirty_limit(), meta.frees.len() > MAX_FREES)
+            (
+                fills || meta.graph.len() > image.dirty_limit(),
+                meta.frees.len() > MAX_FREES && image.can_free(&meta),
+            )
         };
         if dirty || freed {
             self.write_back().await?;

@@ -43,6 +43,8 @@ pub struct Image {
     pub(crate) autoclear: Autoclear,
     /// A hole could not be punched, and that was said.
     pub(crate) has_told_of_holes: AtomicBool,
+    /// A count of freed clusters could not be read, and that was said.
+    pub(crate) has_told_of_counts: AtomicBool,
     /// Which clusters may hold metadata.
     pub(crate) sieve: Arc<Sieve>,
     pub(crate) damage: Damage,

@@ -147,7 +147,7 @@ impl Image {
     /// Points an L1 entry at a table whose content is in the file, though not yet durable. `old` is the
     /// cluster of the table before, if there was one.
     pub(crate) fn publish_table(&self, meta: &mut Meta, index: u64, cluster: u64, old: Range<u64>) {
-        meta.log(Record::Table { index, cluster });
+        meta.log([Record::Table { index, cluster }]);
         let entry =
             L1Entry::Table { offset: HostOffset(cluster << self.geometry().cluster_bits), copied: true };
         self.top().l1.set(index, entry.encode());
@@ -207,7 +207,7 @@ impl Image {
         let first = key.slice * layer.slice_entries();
         for &(index, _, new) in &changes {
             let entry = new.encode(geometry);
-            meta.log(Record::Mapping { cluster: first + index as u64, entry });
+            meta.log([Record::Mapping { cluster: first + index as u64, entry }]);
             self.cache.set_entry(key, index, entry);
         }
         self.cache.set_pinned(key, true);

@@ -5,11 +5,13 @@
 //! lowered afterwards. That the unmapping is durable by then is what makes the punch safe.
 
 use crate::{
-    alloc::refcounts::Count,
+    alloc::{frees::Free, refcounts::Count},
+    epoch::Epoch,
     error::{Error, Result},
     image::Image,
     io::Io,
     lane::Lane,
+    meta::Meta,
     order::rules::RuleName,
 };
 use std::{
@@ -26,12 +28,21 @@ struct Batch<'a> {
     image: &'a Image,
     /// Clusters, in order, and how many references to each.
     references: Vec<(u64, u64)>,
+    /// Holes are being punched. Whoever punches may go away; the kernel goes on.
+    is_punching: bool,
 }
 
 impl Drop for Batch<'_> {
     fn drop(&mut self) {
         let mut meta = self.image.meta.lock();
-        for (cluster, gone) in meta.frees.take_rest() {
+        let rest = meta.frees.take_rest();
+        if self.is_punching {
+            let clusters = rest.len();
+            tracing::warn!(clusters, "clusters whose holes were being punched when a queue ended are leaked");
+            meta.watch.go_blind();
+            return;
+        }
+        for (cluster, gone) in rest {
             (0..gone).for_each(|_| meta.unmapped(cluster..cluster + 1));
         }
     }
@@ -61,29 +72,36 @@ impl<I: Io> Lane<I> {
         let image = self.image();
         let _reclaiming = image.reclaiming.acquire(0..1).await;
         while !image.damage.is_condemned() {
-            let batch = Batch { image, references: image.take_ready_frees(STEP) };
+            let mut batch = Batch { image, references: image.take_ready_frees(STEP), is_punching: false };
             if batch.references.is_empty() {
                 return Ok(());
             }
-            self.give_back(&batch).await?;
+            self.give_back(&mut batch).await?;
         }
         Ok(())
     }
 
-    async fn give_back(&self, batch: &Batch<'_>) -> Result<()> {
-        let mut unused = Vec::new();
+    async fn give_back(&self, batch: &mut Batch<'_>) -> Result<()> {
+        let (mut counted, mut unused) = (Vec::with_capacity(batch.references.len()), Vec::new());
         for &(cluster, gone) in &batch.references {
-            match self.refcount(cluster).await? {
-                count if count < gone => return Err(self.image().too_low(cluster, count)),
-                count if count == gone => unused.push(cluster),
-                _ => {}
+            match self.refcount(cluster).await {
+                Ok(count) if count < gone => return Err(self.image().too_low(cluster, count)),
+                Ok(count) => {
+                    counted.push((cluster, gone));
+                    unused.extend((count == gone).then_some(cluster));
+                }
+                Err(error) => self.image().pass_over(error)?,
             }
         }
+        batch.is_punching = true;
         for run in in_rows(&unused) {
             self.punch(run).await;
         }
-        for &(cluster, gone) in &batch.references {
-            self.lower(cluster, gone).await?;
+        batch.is_punching = false;
+        for (cluster, gone) in counted {
+            if let Err(error) = self.lower(cluster, gone).await {
+                self.image().pass_over(error)?;
+            }
         }
         Ok(())
     }
@@ -99,7 +117,8 @@ impl<I: Io> Lane<I> {
         }
     }
 
-    async fn lower(&self, cluster: u64, by: u64) -> Result<()> {
+    /// Lowers a cluster's count; at 0 it is free.
+    pub(crate) async fn lower(&self, cluster: u64, by: u64) -> Result<()> {
         let image = self.image();
         loop {
             let needed = {
@@ -150,14 +169,34 @@ impl Image {
         }
     }
 
+    /// A count that cannot be read cannot be lowered: its cluster waits on. The others are not to wait with it, and
+    /// no request that has been carried out is to fail by it.
+    fn pass_over(&self, error: Error) -> Result<()> {
+        if !matches!(error, Error::Io { .. }) {
+            return Err(error);
+        }
+        if !self.has_told_of_counts.swap(true, Ordering::Relaxed) {
+            tracing::warn!("{error}: freed clusters that are counted there cannot be used again");
+        }
+        Ok(())
+    }
+
     /// Takes out what R5 allows to be given back.
     fn take_ready_frees(&self, max: usize) -> Vec<(u64, u64)> {
         let mut meta = self.meta.lock();
-        let meta = &mut *meta;
         let is_durable = meta.graph.is_disabled(RuleName::UnmapBeforeReuse);
         let has_passed = meta.graph.is_disabled(RuleName::RequestsBeforeReuse);
         let durable_cut = if is_durable { u64::MAX } else { self.flusher.durable_cut() };
-        meta.frees.take_ready(durable_cut, |epoch| has_passed || self.epochs.has_passed(epoch), max)
+        let oldest = if has_passed { Epoch::END } else { self.epochs.oldest() };
+        meta.frees.take_ready(durable_cut, oldest, max)
+    }
+
+    /// Whether a cut, or nothing at all, is between the freed clusters and those who need some. What a request in flight
+    /// may still touch no cut sets free.
+    pub(crate) fn can_free(&self, meta: &Meta) -> bool {
+        let is_held =
+            |free: &Free| free.cut <= self.flusher.durable_cut() && free.epoch >= self.epochs.oldest();
+        meta.frees.first().is_some_and(|free| !is_held(free))
     }
 }
 

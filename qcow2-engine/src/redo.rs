@@ -168,21 +168,24 @@ impl RedoLog {
         self.room() < self.capacity / 2
     }
 
-    /// Adds a record. Its request may be acknowledged from now on.
+    /// Adds records: a process that is killed has left all of them or none. Their request may be acknowledged from now on.
     ///
     /// # Panics
     /// When there is no room: callers have asked under the same lock.
-    pub(crate) fn append(&mut self, record: Record) {
+    pub(crate) fn append(&mut self, records: impl IntoIterator<Item = Record>) {
         if self.is_muted {
             return;
         }
-        assert!(self.room() > 0, "room in the redo log was not asked for");
-        let tail = self.tail();
-        let (kind, index, value) = record.encode();
-        let [first, second] = self.slot(tail);
-        first.store(kind << INDEX_BITS | index, Ordering::Relaxed);
-        second.store(value, Ordering::Relaxed);
-        self.word(TAIL).store(tail + 1, Ordering::Release);
+        let (mut tail, end) = (self.tail(), self.tail() + self.room());
+        for record in records {
+            assert!(tail < end, "room in the redo log was not asked for");
+            let (kind, index, value) = record.encode();
+            let [first, second] = self.slot(tail);
+            first.store(kind << INDEX_BITS | index, Ordering::Relaxed);
+            second.store(value, Ordering::Relaxed);
+            tail += 1;
+        }
+        self.word(TAIL).store(tail, Ordering::Release);
     }
 
     /// The place after the last record.
@@ -270,7 +273,7 @@ mod tests {
             Record::RefcountTable { clusters: 2, first: 11 },
         ];
         let mut log = RedoLog::create(Arc::clone(&memory)).unwrap();
-        all.into_iter().for_each(|record| log.append(record));
+        all.into_iter().for_each(|record| log.append([record]));
         drop(log);
         let mut log = RedoLog::open(Arc::clone(&memory)).unwrap();
         assert_eq!(log.records().unwrap(), all);
@@ -283,7 +286,7 @@ mod tests {
         let mut log = RedoLog::create(memory(MIN_RECORDS)).unwrap();
         for round in 0..3 {
             for cluster in 0..MIN_RECORDS {
-                log.append(Record::Mapping { cluster, entry: round });
+                log.append([Record::Mapping { cluster, entry: round }]);
             }
             assert!(log.room() == 0 && log.is_filling());
             let records = log.records().unwrap();
@@ -297,7 +300,7 @@ mod tests {
     fn a_log_whose_making_was_cut_short_is_empty() {
         let memory = memory(MIN_RECORDS);
         let mut log = RedoLog::create(Arc::clone(&memory)).unwrap();
-        log.append(Record::Table { index: 0, cluster: 0 });
+        log.append([Record::Table { index: 0, cluster: 0 }]);
         log.word(0).store(0, Ordering::Relaxed);
         assert!(RedoLog::open(Arc::clone(&memory)).unwrap().is_empty());
         assert!(RedoLog::open(memory).unwrap().is_empty(), "it is whole by now");
@@ -309,7 +312,7 @@ mod tests {
         let memory = memory(MIN_RECORDS);
         assert!(matches!(RedoLog::open(Arc::clone(&memory)), Err(RedoError::Foreign)));
         let mut log = RedoLog::create(Arc::clone(&memory)).unwrap();
-        log.append(Record::Table { index: 0, cluster: 0 });
+        log.append([Record::Table { index: 0, cluster: 0 }]);
         log.slot(0)[0].store(9 << INDEX_BITS, Ordering::Relaxed);
         assert!(matches!(log.records(), Err(RedoError::Kind { at: 0, kind: 9 })));
         log.word(HEAD).store(2, Ordering::Relaxed);

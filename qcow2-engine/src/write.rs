@@ -40,7 +40,24 @@ pub(crate) enum Kind {
 enum Placement<'a> {
     New(Reservation<'a>),
     /// An allocated zero cluster keeps its place.
-    Kept(u64),
+    Kept(Kept<'a>),
+}
+
+/// An allocated zero cluster that gets content.
+struct Kept<'a> {
+    image: &'a Image,
+    cluster: u64,
+    /// Writes are under way; if their owner goes away they still are.
+    is_writing: bool,
+}
+
+impl Drop for Kept<'_> {
+    fn drop(&mut self) {
+        if self.is_writing {
+            // Its zeros around the payload must not land on what the next one writes there.
+            self.image.flusher.poison(Error::Interrupted { file: Arc::clone(&self.image.top().name) });
+        }
+    }
 }
 
 impl<I: Io> Lane<I> {
@@ -96,6 +113,8 @@ impl<I: Io> Lane<I> {
         let bits = image.geometry().cluster_bits;
         let end = at + buf.len() as u64;
         let _mapping = image.mappings.acquire(at >> bits..((end - 1) >> bits) + 1).await;
+        // Whoever held the range before may have gone away with its writes under way.
+        image.flusher.check()?;
         // Whoever held the range before may have mapped a part of it.
         for piece in self.split(at, buf.len() as u64).await? {
             let start = (piece.at - at) as usize;
@@ -150,7 +169,7 @@ impl<I: Io> Lane<I> {
         };
         if let Some(host) = kept(self.mapping(first).await?) {
             self.image().check_target(HostOffset(host << bits), first << bits)?;
-            return Ok(Placement::Kept(host));
+            return Ok(Placement::Kept(Kept { image: self.image(), cluster: host, is_writing: false }));
         }
         let mut new = 1;
         while new < count && kept(self.mapping(first + new).await?).is_none() {
@@ -257,7 +276,7 @@ impl Placement<'_> {
     fn first(&self) -> u64 {
         match self {
             Self::New(reservation) => reservation.clusters().start,
-            Self::Kept(cluster) => *cluster,
+            Self::Kept(kept) => kept.cluster,
         }
     }
 
@@ -273,14 +292,16 @@ impl Placement<'_> {
     }
 
     fn begin_writing(&mut self) {
-        if let Self::New(reservation) = self {
-            reservation.begin_writing();
+        match self {
+            Self::New(reservation) => reservation.begin_writing(),
+            Self::Kept(kept) => kept.is_writing = true,
         }
     }
 
     fn end_writing(&mut self) {
-        if let Self::New(reservation) = self {
-            reservation.end_writing();
+        match self {
+            Self::New(reservation) => reservation.end_writing(),
+            Self::Kept(kept) => kept.is_writing = false,
         }
     }
 }

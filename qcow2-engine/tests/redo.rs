@@ -10,8 +10,12 @@ use qcow2_engine::{
 };
 use qcow2_format::CreateOptions;
 use std::{
+    collections::BTreeSet,
     path::Path,
-    sync::{Arc, atomic::AtomicU64},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering::Relaxed},
+    },
 };
 
 struct Words(Vec<AtomicU64>);
@@ -92,6 +96,63 @@ fn a_full_log_makes_room_by_writing_back() {
     let (next, replayed) = next_process(mirror, &memory);
     assert!(replayed > 0 && replayed <= 1024, "{replayed}");
     next.verify();
+}
+
+/// Words that note how long the log has been: what a process that is killed may leave.
+struct Watched {
+    words: Vec<AtomicU64>,
+    tails: Mutex<BTreeSet<u64>>,
+}
+
+impl AsRef<[AtomicU64]> for Watched {
+    fn as_ref(&self) -> &[AtomicU64] {
+        self.tails.lock().expect("one thread").insert(self.words[2].load(Relaxed));
+        &self.words
+    }
+}
+
+/// The refcount table is moved, and new blocks count the clusters that it lies in. A process that was killed between the
+/// records of the one and the others left a log that could not be replayed, with all that it had acknowledged.
+#[test]
+fn r7_a_change_is_in_the_log_whole_or_not_at_all() {
+    // The table has 64 entries for blocks that count 64 clusters each.
+    let size = 3 << 20;
+    let files = MemFiles::default();
+    let options =
+        CreateOptions { virtual_size: size, cluster_bits: 9, refcount_order: 6, ..CreateOptions::default() };
+    create(&files, IMAGE, &options);
+    let words = (0..MIN_REDO_BYTES / 8).map(|_| AtomicU64::new(0)).collect();
+    let watched = Arc::new(Watched { words, tails: Mutex::default() });
+    let memory: RedoMemory = watched.clone();
+    let mut mirror = Mirror::open(&files, vec![0; size as usize]);
+    mirror.lane.image().keep_redo_log(RedoLog::create(memory).expect("large enough"));
+    let table = |files: &MemFiles| files.get(IMAGE).expect("kept")[48..56].to_vec();
+    let old = table(&files);
+    let step = 8 << 10;
+    for at in (0..size).step_by(step) {
+        run(mirror.lane.flush()).expect("flush");
+        watched.tails.lock().expect("one thread").clear();
+        let before = files.get(IMAGE).expect("kept");
+        mirror.write(at, 7, step);
+        let after = files.get(IMAGE).expect("kept");
+        let tails = watched.tails.lock().expect("one thread").clone();
+        for tail in tails {
+            let left: Vec<_> = watched.words.iter().map(|word| AtomicU64::new(word.load(Relaxed))).collect();
+            left[2].store(tail, Relaxed);
+            let files = MemFiles::default();
+            // Whatever was written since is payload, and space.
+            files.put(IMAGE, after.clone());
+            let next = Mirror::open(&files, vec![0; size as usize]);
+            let log = RedoLog::open(Arc::new(Words(left))).expect("sound");
+            run(next.lane.replay(&log)).unwrap_or_else(|error| panic!("{tail} records at {at}: {error}"));
+        }
+        run(mirror.lane.flush()).expect("flush");
+        if table(&files) != old {
+            assert!(before.len() < after.len());
+            return;
+        }
+    }
+    panic!("the table has not moved");
 }
 
 #[test]

@@ -198,7 +198,7 @@ struct BadDisk {
 impl Hook for BadDisk {
     async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
         match operation {
-            Operation::Read { file } if self.file.get() == Some(file) => {
+            Operation::Read { file, .. } if self.file.get() == Some(file) => {
                 Err(io::Error::from_raw_os_error(libc::EIO))
             }
             _ => Ok(()),
@@ -292,6 +292,191 @@ fn a_full_host_fails_writes_that_allocate_and_no_flush() {
         run(write(written)).expect("there is room now");
         run(lane.close()).expect("closes");
         assert_eq!(findings(&host.files), Vec::<String>::new(), "room for {room} bytes");
+    }
+}
+
+/// What there is room for, in clusters of 512 bytes: a lane's extent of 16 does not fit, and what was cut off from it had to
+/// wait as freed clusters do, while the next write looked for room behind it.
+fn fills_up(host: &Hooked<impl Hook>, lane: &Lane<Hooked<impl Hook>>, room: u64) {
+    let mut written = 0;
+    let refused = loop {
+        match run(lane.write(written, Buf::from_bytes(&[5; 512]))) {
+            Ok(()) => written += 512,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(refused.kind(), ErrorKind::NoSpace, "{refused}");
+    // Header, refcount table, refcount block, L1 and L2 table; the rest is the guest's.
+    assert_eq!((image_len(&host.files), written / 512 + 5), (room, room / 512));
+    run(lane.flush()).expect("flush");
+    run(lane.discard(0, 1024)).expect("discard");
+    run(lane.flush()).expect("flush");
+    run(lane.maintain()).expect("gives back");
+    run(lane.write(written, Buf::from_bytes(&[5; 512])))
+        .expect("there is room where the discarded clusters were");
+}
+
+#[test]
+fn a_full_host_is_filled_to_the_last_cluster() {
+    for clusters in 30..50 {
+        let room = clusters * 512;
+        let host = Hooked::new(&MemFiles::default(), Full { room: Cell::new(room) });
+        create(
+            &host.files,
+            IMAGE,
+            &CreateOptions { virtual_size: 64 * 512, cluster_bits: 9, ..CreateOptions::default() },
+        );
+        let image = host.open(16 * 512);
+        fills_up(&host, &host.lane(&image), room);
+    }
+}
+
+/// A block device as the kernel has it: it cannot allocate, and what begins behind its end is full.
+struct Device {
+    capacity: u64,
+}
+
+impl Hook for Device {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        match operation {
+            Operation::Allocate { .. } => Err(io::ErrorKind::Unsupported.into()),
+            Operation::Write { at, buf } if at + buf.len() as u64 > self.capacity => {
+                Err(io::Error::from_raw_os_error(libc::ENOSPC))
+            }
+            Operation::SetLen => Err(io::ErrorKind::InvalidInput.into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[test]
+fn an_image_on_a_block_device_can_use_all_of_it() {
+    for clusters in 30..50 {
+        let host = Hooked::new(&MemFiles::default(), Device { capacity: clusters * 512 });
+        create(
+            &host.files,
+            IMAGE,
+            &CreateOptions { virtual_size: 64 * 512, cluster_bits: 9, ..CreateOptions::default() },
+        );
+        let mut bytes = host.files.get(IMAGE).expect("kept");
+        bytes.resize(clusters as usize * 512, 0xee);
+        host.files.put(IMAGE, bytes);
+        let image = host.open(16 * 512);
+        fills_up(&host, &host.lane(&image), clusters * 512);
+    }
+}
+
+/// The last cluster of a file may be cut short by its end. Where space cannot be allocated ahead the file is extended by a
+/// sector of zeros, and that was the last one of this very cluster.
+#[test]
+fn what_ends_in_mid_cluster_is_kept_where_a_file_is_extended_by_writing() {
+    let host =
+        Hooked::new(&MemFiles::default(), Host { allocation: Allocation::Unsupported, truncates: true });
+    create(
+        &host.files,
+        IMAGE,
+        &CreateOptions { virtual_size: 1 << 20, cluster_bits: 9, ..CreateOptions::default() },
+    );
+    let lane = host.lane(&host.open(512));
+    run(lane.write(0, Buf::from_bytes(&[7; 512]))).expect("write");
+    run(lane.close()).expect("close");
+    let mut bytes = host.files.get(IMAGE).expect("kept");
+    bytes.truncate(bytes.len() - 100);
+    let last = bytes.len() - 412;
+    host.files.put(IMAGE, bytes.clone());
+    assert!(bytes[last..].iter().any(|&byte| byte != 0), "it holds something");
+    let grown = qcow2_engine::grow(host.clone(), &host.files, Path::new(IMAGE), 64 << 20);
+    run(grown).expect("needs a longer L1 table, behind the end");
+    let after = host.files.get(IMAGE).expect("kept");
+    assert_eq!(after[last..bytes.len()], bytes[last..]);
+}
+
+/// A host that cannot read some pages of a file, once it is told to.
+#[derive(Default)]
+struct BadPages {
+    bad: RefCell<Vec<u64>>,
+}
+
+impl Hook for BadPages {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        match operation {
+            Operation::Read { at, .. } if self.bad.borrow().contains(&at) => {
+                Err(io::Error::from_raw_os_error(libc::EIO))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Refcount pages that were let go of cannot be read any more. What they count cannot be given back;
+/// everything else waited with it, and in the end every write failed after it had been carried out.
+#[test]
+fn refcount_pages_that_cannot_be_read_hold_back_only_what_they_count() {
+    // A block of a cluster has 64 counts of 64 bits: there are twice as many as are kept.
+    const SIZE: u64 = 4 << 20;
+    const STEP: u64 = 64 << 10;
+    let host = Hooked::new(&MemFiles::default(), BadPages::default());
+    let options =
+        CreateOptions { virtual_size: SIZE, cluster_bits: 9, refcount_order: 6, ..CreateOptions::default() };
+    create(&host.files, IMAGE, &options);
+    let options = OpenOptions { extent_bytes: STEP, cache_bytes: 0, ..OpenOptions::default() };
+    let image = run(Image::open(&host, &host.files, Path::new(IMAGE), &options)).expect("opens");
+    let lane = host.lane(&image);
+    for at in (0..SIZE - STEP).step_by(STEP as usize) {
+        run(lane.write(at, Buf::from_bytes(&[1; STEP as usize]))).expect("write");
+    }
+    run(lane.flush()).expect("flush");
+    let bytes = host.files.get(IMAGE).expect("kept");
+    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight"));
+    let blocks = (0..128).map(|block| word(word(48) as usize + block * 8));
+    host.hook.bad.borrow_mut().extend(blocks);
+    run(lane.discard(0, SIZE)).expect("discard");
+    run(lane.flush()).expect("flush");
+    run(lane.maintain()).expect("passes over what it cannot read");
+    run(lane.write(SIZE - STEP, Buf::from_bytes(&[1; STEP as usize]))).expect("write");
+    assert_eq!(image_len(&host.files), bytes.len() as u64, "others can be used again");
+    host.hook.bad.borrow_mut().clear();
+    run(lane.close()).expect("close");
+    assert_eq!(findings(&host.files), Vec::<String>::new(), "what was passed over has waited");
+}
+
+/// What a request of many clusters frees could not be given back before its end, and past 65536 of them each further slice
+/// made a cut for nothing: tens of thousands of barriers for one discard.
+#[test]
+fn a_long_discard_does_not_make_a_cut_for_every_slice() {
+    const SIZE: u64 = 80_000 * 512;
+    let host = Hooked::new(&MemFiles::default(), Barriers::default());
+    create(
+        &host.files,
+        IMAGE,
+        &CreateOptions { virtual_size: SIZE, cluster_bits: 9, ..CreateOptions::default() },
+    );
+    let image = host.open(1 << 20);
+    let lane = host.lane(&image);
+    for at in (0..SIZE).step_by(1_024_000) {
+        run(lane.write(at, Buf::from_bytes(&[1; 1_024_000]))).expect("write");
+    }
+    run(lane.flush()).expect("flush");
+    let before = host.hook.count.get();
+    run(lane.discard(0, SIZE)).expect("discard");
+    let barriers = host.hook.count.get() - before;
+    assert!(barriers <= 40, "{barriers} barriers");
+    run(lane.close()).expect("close");
+    assert_eq!(findings(&host.files), Vec::<String>::new());
+}
+
+/// Counts barriers.
+#[derive(Default)]
+struct Barriers {
+    count: Cell<u64>,
+}
+
+impl Hook for Barriers {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        if matches!(operation, Operation::Sync(_)) {
+            self.count.set(self.count.get() + 1);
+        }
+        Ok(())
     }
 }
 

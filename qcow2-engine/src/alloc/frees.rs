@@ -61,19 +61,16 @@ impl Frees {
         self.waiting.iter().map(|free| free.cluster).chain(taken)
     }
 
+    /// What has waited longest.
+    pub(crate) fn first(&self) -> Option<&Free> {
+        self.waiting.front()
+    }
+
     /// Takes out what may be given back, up to `max` references: clusters, and how many references to each.
-    pub(crate) fn take_ready(
-        &mut self,
-        durable_cut: u64,
-        mut has_passed: impl FnMut(Epoch) -> bool,
-        max: usize,
-    ) -> Vec<(u64, u64)> {
+    pub(crate) fn take_ready(&mut self, durable_cut: u64, oldest: Epoch, max: usize) -> Vec<(u64, u64)> {
         // Both stamps only ever grow along the queue.
-        let ready = self
-            .waiting
-            .iter()
-            .take(max)
-            .take_while(|free| free.cut <= durable_cut && has_passed(free.epoch));
+        let ready =
+            self.waiting.iter().take(max).take_while(|free| free.cut <= durable_cut && free.epoch < oldest);
         let count = ready.count();
         for free in self.waiting.drain(..count) {
             *self.taken.entry(free.cluster).or_default() += 1;
@@ -94,7 +91,7 @@ mod tests {
         epochs.enter(&lane, 0);
         let mut frees = Frees::default();
         frees.push(Free { cluster: 9, cut: 4, epoch: epochs.advance() });
-        let mut ready = |cut| frees.take_ready(cut, |epoch| epochs.has_passed(epoch), 8);
+        let mut ready = |cut| frees.take_ready(cut, epochs.oldest(), 8);
         assert!(ready(4).is_empty(), "a request that began before the unmap may write to it");
         lane.leave(0);
         assert!(ready(3).is_empty(), "the unmap is not durable");
@@ -102,6 +99,6 @@ mod tests {
         assert_eq!((frees.find(&(0..10)), frees.clusters().count()), (Some(9), 1), "not given back yet");
         frees.given_back(9);
         assert_eq!((frees.find(&(0..10)), frees.clusters().count()), (None, 0));
-        assert!(frees.take_ready(5, |_| true, 8).is_empty(), "once only");
+        assert!(frees.take_ready(5, epochs.oldest(), 8).is_empty(), "once only");
     }
 }

@@ -243,11 +243,12 @@ impl Refcounts {
         self.table.get(range.start as usize..range.end as usize).unwrap_or_default()
     }
 
-    /// Enters a new, empty block at `at`; its pages are resident from now on.
-    pub(crate) fn add_block(&mut self, block: u64, at: HostOffset) {
+    /// Enters a new, empty block at `at`; its pages are resident from now on. `keep` says which others may not go.
+    pub(crate) fn add_block(&mut self, block: u64, at: HostOffset, keep: impl Fn(u64) -> bool) {
         let bytes = self.page_bytes() as usize;
-        for page in self.block_pages(block) {
-            self.pages.insert(page, Resident { bytes: vec![0; bytes].into(), used: true });
+        let pages = self.block_pages(block);
+        for page in pages.clone() {
+            self.insert(page, vec![0; bytes].into(), |other| pages.contains(&other) || keep(other));
         }
         self.table[block as usize] = RefcountTableEntry::encode(Some(at));
     }

@@ -183,25 +183,31 @@ impl<I: Io> Lane<I> {
     async fn find_extent(&self, max: u64) -> Result<Run> {
         let image = self.image();
         self.relieve().await?;
-        let run = self.take(|meta| meta.next_run(image.extent_clusters)).await?;
-        match self.extend_file(&run.clusters).await {
-            Ok(()) => return Ok(run),
-            Err(error)
-                if error.kind() != ErrorKind::NoSpace || run.clusters.end - run.clusters.start <= max =>
-            {
-                image.meta.lock().unmapped(run.clusters);
+        let mut run = self.take(|meta| meta.next_run(image.extent_clusters)).await?;
+        loop {
+            let Range { start, end } = run.clusters;
+            let Err(error) = self.extend_file(&run.clusters).await else { return Ok(run) };
+            let shorter = if error.kind() == ErrorKind::NoSpace { start + max } else { start };
+            let kept = if shorter < end { shorter } else { start };
+            self.give_up(Run { clusters: kept..end, ..run }).await;
+            if kept == start {
                 return Err(error);
             }
-            Err(_) => {}
+            run.clusters.end = kept;
         }
-        let wanted = run.clusters.start..run.clusters.start + max;
-        image.meta.lock().unmapped(wanted.end..run.clusters.end);
-        let run = Run { clusters: wanted, fresh: run.fresh };
-        match self.extend_file(&run.clusters).await {
-            Ok(()) => Ok(run),
-            Err(error) => {
-                image.meta.lock().unmapped(run.clusters);
-                Err(error)
+    }
+
+    /// The last part of a run that the file does not reach was never anybody's: it is free at once. Had it to wait as
+    /// freed clusters do, the next request would look for its place behind it, where there is even less room.
+    async fn give_up(&self, run: Run) {
+        for cluster in run.clusters.clone().rev() {
+            if self.lower(cluster, 1).await.is_err() {
+                self.image().meta.lock().unmapped(run.clusters.start..cluster + 1);
+                return;
+            }
+            let space = &mut self.image().meta.lock().space;
+            if run.fresh && space.fresh_from == cluster + 1 {
+                space.fresh_from = cluster;
             }
         }
     }
@@ -219,11 +225,13 @@ impl<I: Io> Lane<I> {
         if end <= at {
             return Ok(());
         }
+        // Up to here there are clusters already: the last one may be cut short by the end of the file.
+        let taken = (image.geometry().clusters_for(at) << bits).min(clusters.start << bits);
         // What others have claimed and not reached yet is reached now: they find that the file is long enough.
         let behind_claims = (clusters.start << bits).max(claimed).max(at).min(end);
         for part in [at..claimed.min(end), behind_claims..end] {
             if !part.is_empty() {
-                self.allocate_space(part).await?;
+                self.allocate_space(part, taken).await?;
             }
         }
         image.meta.lock().space.file_end = end;
@@ -231,13 +239,14 @@ impl<I: Io> Lane<I> {
         Ok(())
     }
 
-    /// Allocates space for a part of the file that ends behind its present end.
-    async fn allocate_space(&self, part: Range<u64>) -> Result<()> {
+    /// Allocates space for a part of the file that ends behind its present end. What is in the file may lie before `taken`.
+    async fn allocate_space(&self, part: Range<u64>, taken: u64) -> Result<()> {
         let image = self.image();
         let file = image.top().file;
         let grown = match self.io().allocate(file, part.start, part.end - part.start).await {
             // Not every file system can allocate ahead; all can be extended. Not by a new length: should the
-            // file be longer than we know, it would be cut.
+            // file be longer than we know, it would be cut. And not inside somebody's cluster.
+            Err(error) if error.kind() == IoKind::Unsupported && part.end <= taken => Ok(()),
             Err(error) if error.kind() == IoKind::Unsupported => {
                 exact::write_all(self.io(), file, part.end - SECTOR, &Buf::zeroed(SECTOR as usize)).await
             }

@@ -70,6 +70,7 @@ impl Meta {
                         return Ok(needs);
                     }
                     self.claim(cursor..cursor + 1)?;
+                    self.log([Record::Block { block, cluster: cursor }]);
                     self.add_refcount_block(block, cursor);
                     self.count_once(cursor..cursor + 1);
                 }
@@ -122,9 +123,9 @@ impl Meta {
         let cursor = self.space.cursor;
         let fresh = self.claim(clusters.clone())?;
         let row = clusters.start + (new_blocks.end - new_blocks.start)..clusters.end;
-        for (block, at) in new_blocks.zip(clusters.start..) {
-            self.add_refcount_block(block, at);
-        }
+        let blocks = new_blocks.zip(clusters.start..);
+        self.log(blocks.clone().map(|(block, cluster)| Record::Block { block, cluster }));
+        blocks.for_each(|(block, at)| self.add_refcount_block(block, at));
         self.count_once(clusters);
         self.space.cursor = cursor;
         Ok(Next::Run(Run { clusters: row, fresh }))
@@ -193,10 +194,10 @@ impl Meta {
         }
     }
 
-    /// Enters a new refcount block that lies in cluster `at`.
+    /// Enters a new refcount block that lies in cluster `at`. It has been logged, if it has to be.
     pub(crate) fn add_refcount_block(&mut self, block: u64, at: u64) {
-        self.refcounts.add_block(block, HostOffset(at << self.geometry.cluster_bits));
-        self.log(Record::Block { block, cluster: at });
+        let host = HostOffset(at << self.geometry.cluster_bits);
+        self.refcounts.add_block(block, host, |page| self.graph.holds(Page::Refcount(page)));
         self.territory.add_refcount_block(at);
         let table = Page::RefcountTable(self.refcounts.table_page(block));
         for page in self.refcounts.block_pages(block).map(Page::Refcount) {
@@ -230,23 +231,26 @@ impl Meta {
             return Ok(Some(needs));
         }
         self.claim(base..end)?;
-        self.place_refcount_table(base + plan.blocks..end);
-        let first_block = self.refcounts.block_of(base);
-        for index in 0..plan.blocks {
-            self.add_refcount_block(first_block + index, base + index);
-        }
+        let table = base + plan.blocks..end;
+        let blocks = (self.refcounts.block_of(base)..).zip(base..table.start);
+        // The blocks count the table's clusters: without them its record would be of no use.
+        let moved = Record::RefcountTable { clusters: plan.table_clusters, first: table.start };
+        let made = blocks.clone().map(|(block, cluster)| Record::Block { block, cluster });
+        self.log([moved].into_iter().chain(made));
+        self.place_refcount_table(table);
+        blocks.for_each(|(block, at)| self.add_refcount_block(block, at));
         self.count_once(base..end);
         Ok(None)
     }
 
-    /// Has the refcount table lie in these clusters from now on, and lets go of the old ones.
+    /// Has the refcount table lie in these clusters from now on, and lets go of the old ones. That has been logged, if it has
+    /// to be.
     pub(crate) fn place_refcount_table(&mut self, clusters: Range<u64>) {
         let (old_at, old_entries) = self.refcounts.table_place();
         let per_cluster = self.geometry.cluster_size() / 8;
         let (at, count) = (clusters.start << self.geometry.cluster_bits, clusters.end - clusters.start);
         let entries = count * per_cluster;
         self.refcounts.move_table(at, entries as usize);
-        self.log(Record::RefcountTable { clusters: count, first: clusters.start });
         for block in (0..entries).step_by((self.refcounts.page_bytes() / 8) as usize) {
             let page = Page::RefcountTable(self.refcounts.table_page(block));
             self.graph.touch(page);

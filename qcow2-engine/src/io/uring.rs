@@ -392,7 +392,13 @@ impl Io for Uring {
     }
 
     async fn allocate(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
-        self.fallocate(file, 0, at, len).await
+        match self.fallocate(file, 0, at, len).await {
+            // What a block device says of what begins behind its end. A write there says that it is full.
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                Err(io::Error::new(io::ErrorKind::Unsupported, error))
+            }
+            result => result,
+        }
     }
 
     async fn punch_hole(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {

@@ -12,6 +12,7 @@ use std::{io, path::Path, rc::Rc, sync::Arc};
 pub(crate) enum Operation<'a> {
     Read {
         file: FileId,
+        at: u64,
     },
     Write {
         at: u64,
@@ -63,7 +64,7 @@ impl<H: Hook> Hooked<H> {
 
 impl<H: Hook> Io for Hooked<H> {
     async fn read(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
-        self.hook.before(Operation::Read { file }).await?;
+        self.hook.before(Operation::Read { file, at }).await?;
         self.files.read(file, at, buf).await
     }
     async fn write(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
