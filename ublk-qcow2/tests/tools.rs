@@ -345,6 +345,31 @@ fn check_has_the_exit_codes_of_qemu_img_and_repairs() {
     assert_eq!((code(&check(&[])), code(&theirs())), (1, 1));
 }
 
+/// A script that runs `check` with an option that is not there was told of corruptions: clap exits with 2.
+#[test]
+fn a_command_line_that_is_none_is_no_verdict() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    succeeds(ours(path, &["create", "-q", "image", "1M"]));
+    for args in [
+        &["check", "--nonsense", "image"][..],
+        &["check", "--repair", "some", "image"],
+        &["check"],
+        &["create", "-o", "cluster_size=x", "new", "1M"],
+        &["create", "new", "many"],
+    ] {
+        assert_eq!((code(&ours(path, args)), code(&run("qemu-img", path, args))), (1, 1), "{args:?}");
+    }
+    for args in [&[][..], &["nonsense"]] {
+        let said = ours(path, args);
+        assert_eq!((code(&said), said.stdout.len()), (1, 0), "{args:?}: {}", text(&said));
+    }
+    for args in [&["--help"][..], &["check", "--help"], &["--version"]] {
+        let said = ours(path, args);
+        assert_eq!((code(&said), said.stderr.len()), (0, 0), "{args:?}: {}", text(&said));
+    }
+}
+
 /// qemu-img has 63 for what is no QCOW2 image, and 1 for one that it cannot open.
 #[test]
 fn check_tells_files_that_are_no_images_from_images_that_cannot_be_read() {
