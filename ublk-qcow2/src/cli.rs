@@ -140,6 +140,29 @@ pub(crate) struct ListArgs {
     pub(crate) json: bool,
 }
 
+/// How the tools print what they tell of an image.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct OutputArgs {
+    /// For people, or as JSON with the field names of qemu-img.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Output::Human)]
+    output: Output,
+    /// The same as --output=json.
+    #[arg(long, conflicts_with = "output")]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Human,
+    Json,
+}
+
+impl OutputArgs {
+    pub(crate) fn is_json(&self) -> bool {
+        self.json || self.output == Output::Json
+    }
+}
+
 /// Which backing files may be opened; without an option, whatever local path the image names.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct BackingArgs {

@@ -226,11 +226,14 @@ fn info_says_what_qemu_img_says() {
             succeeds(run("qemu-img", path, &["bitmap", "--add", "-g", "8192", name, "dirt"]));
         }
         let theirs = json(&run("qemu-img", path, &["info", "--output=json", name]));
-        let said = json(&ours(path, &["info", "--json", name]));
+        let said = json(&ours(path, &["info", "--output=json", name]));
+        assert_eq!(said, json(&ours(path, &["info", "--json", name])));
         assert_agrees(&said, &theirs, "");
         assert_agrees(&theirs["format-specific"], &said["format-specific"], "");
         assert_agrees(&theirs["snapshots"], &said["snapshots"], "");
         succeeds(ours(path, &["info", name]));
+        let human = succeeds(ours(path, &["info", "--output=human", name]));
+        assert!(human.starts_with("image: "), "{human}");
     }
     // Nothing but the image itself is opened.
     fs::remove_file(path.join("base.raw")).expect("removed");
@@ -343,6 +346,46 @@ fn check_has_the_exit_codes_of_qemu_img_and_repairs() {
 
     fs::remove_file(path.join("image.qcow2")).expect("removed");
     assert_eq!((code(&check(&[])), code(&theirs())), (1, 1));
+}
+
+/// Scripts ask for `--output=json`, which was an option that is not known.
+#[test]
+fn check_prints_the_fields_that_qemu_img_prints() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    succeeds(ours(path, &["create", "-q", "image", "16M"]));
+    let file = fs::File::options().read(true).write(true).open(path.join("image")).expect("opens");
+    let agree = |what: &str, args: &[&str]| {
+        let line = |name| [&["check", "-f", "qcow2", "--output=json"][..], args, &[name]].concat();
+        fs::copy(path.join("image"), path.join("theirs")).expect("copy");
+        let (said, theirs) = (ours(path, &line("image")), run("qemu-img", path, &line("theirs")));
+        assert_eq!(code(&said), code(&theirs), "{what}: {}", text(&said));
+        let (mut said, mut theirs) = (json(&said), json(&theirs));
+        for (json, name) in [(&mut said, "image"), (&mut theirs, "theirs")] {
+            let fields = json.as_object_mut().expect("an object");
+            assert_eq!(fields.remove("filename"), Some(name.into()), "{what}");
+            if args.contains(&"all") {
+                // Where QEMU has put its new refcounts.
+                assert!(fields.remove("image-end-offset").is_some(), "{what}");
+            }
+        }
+        assert_eq!(said, theirs, "{what}");
+    };
+    agree("nothing allocated", &[]);
+    succeeds(ours(path, &["io", "-c", "write 0 1M", "-c", "write 3M 64k", "image"]));
+    succeeds(run("qemu-io", path, &["-f", "qcow2", "-c", "write -c 5M 64k", "image"]));
+    agree("all kinds of clusters", &[]);
+    // The refcount block is the third cluster, and the L1 table the fourth; one cluster counted that nobody uses,
+    // one not counted.
+    let len = file.metadata().expect("metadata").len().next_multiple_of(65536);
+    file.set_len(len + 65536).expect("longer");
+    file.write_all_at(&[0, 1], 2 * 65536 + 2 * len / 65536).expect("damage");
+    agree("a leak", &[]);
+    agree("a leak, repaired", &["-r", "leaks"]);
+    file.write_all_at(&[0, 0], 2 * 65536 + 2 * 3).expect("damage");
+    agree("a count too low", &[]);
+    agree("a count too low, repaired", &["-r", "all"]);
+    assert!(succeeds(ours(path, &["check", "--output=human", "image"])).contains("No errors were found"));
 }
 
 /// A script that runs `check` with an option that is not there was told of corruptions: clap exits with 2.
