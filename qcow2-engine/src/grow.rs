@@ -25,8 +25,14 @@ use std::{path::Path, sync::Arc};
 /// with snapshots (which could not say how long they are), an image with bitmaps that are true (and would be
 /// given up), a backing file that reaches beyond the present end (and would show in the new part). The image then
 /// has its old size.
-pub async fn grow<I: Io>(io: I, storage: &(impl Storage + ?Sized), path: &Path, size: u64) -> Result<()> {
-    let image = Image::open(&io, storage, path, &OpenOptions::default()).await?;
+pub async fn grow<I: Io>(
+    io: I,
+    storage: &(impl Storage + ?Sized),
+    path: &Path,
+    options: &OpenOptions,
+    size: u64,
+) -> Result<()> {
+    let image = Image::open(&io, storage, path, options).await?;
     Lane::new(&image, io, 1).grow_and_close(size).await
 }
 
@@ -34,8 +40,14 @@ pub async fn grow<I: Io>(io: I, storage: &(impl Storage + ?Sized), path: &Path, 
 ///
 /// # Errors
 /// As for [`grow`].
-pub async fn grow_by<I: Io>(io: I, storage: &(impl Storage + ?Sized), path: &Path, bytes: u64) -> Result<()> {
-    let image = Image::open(&io, storage, path, &OpenOptions::default()).await?;
+pub async fn grow_by<I: Io>(
+    io: I,
+    storage: &(impl Storage + ?Sized),
+    path: &Path,
+    options: &OpenOptions,
+    bytes: u64,
+) -> Result<()> {
+    let image = Image::open(&io, storage, path, options).await?;
     // A sum that is no number is beyond every limit.
     let size = image.virtual_size().saturating_add(bytes);
     Lane::new(&image, io, 1).grow_and_close(size).await

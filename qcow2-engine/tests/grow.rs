@@ -4,7 +4,7 @@
 mod common;
 
 use common::{IMAGE, Mirror, create, run};
-use qcow2_engine::{ErrorKind, grow, io::mem::MemFiles};
+use qcow2_engine::{ErrorKind, OpenOptions, grow, io::mem::MemFiles};
 use qcow2_format::{Backing, CreateOptions, Header, Version};
 use std::{path::Path, process::Command};
 
@@ -29,7 +29,8 @@ fn the_l1_table_grows_where_it_must_and_nothing_is_lost() {
         run(mirror.lane.close()).expect("close");
         let mut bytes = mirror.bytes;
         for size in [(1 << 20) + 512, 3 << 20, last] {
-            run(grow(files.clone(), &files, Path::new(IMAGE), size as u64)).expect("grow");
+            run(grow(files.clone(), &files, Path::new(IMAGE), &OpenOptions::default(), size as u64))
+                .expect("grow");
             bytes.resize(size, 0);
             let mut mirror = Mirror::open(&files, bytes);
             mirror.write(size as u64 - 4096, 9, 4096);
@@ -63,7 +64,7 @@ fn what_lies_behind_the_l1_table_is_not_taken_for_entries() {
     files.put(IMAGE, bytes);
 
     let size = 40 * SIZE;
-    run(grow(files.clone(), &files, Path::new(IMAGE), size)).expect("grow");
+    run(grow(files.clone(), &files, Path::new(IMAGE), &OpenOptions::default(), size)).expect("grow");
     let mut content = mirror.bytes;
     content.resize(size as usize, 0);
     let mirror = Mirror::open(&files, content);
@@ -79,7 +80,7 @@ fn the_file_grows_by_what_the_table_needs() {
         let files = MemFiles::default();
         create(&files, IMAGE, &options(bits, order, Version::V3));
         let before = files.get(IMAGE).expect("made").len();
-        run(grow(files.clone(), &files, Path::new(IMAGE), size)).expect("grow");
+        run(grow(files.clone(), &files, Path::new(IMAGE), &OpenOptions::default(), size)).expect("grow");
         let table = (((size >> bits) * 8) >> bits) * 8;
         let most = before as u64 + table + (4 << bits);
         let after = files.get(IMAGE).expect("kept").len() as u64;
@@ -99,7 +100,8 @@ fn what_cannot_be_grown_is_refused_and_unchanged() {
         (4 << 20, ErrorKind::Unsupported),
         (u64::MAX / 2 - 511, ErrorKind::TooLarge),
     ] {
-        let error = run(grow(files.clone(), &files, Path::new(IMAGE), size)).expect_err("refused");
+        let error = run(grow(files.clone(), &files, Path::new(IMAGE), &OpenOptions::default(), size))
+            .expect_err("refused");
         assert_eq!(error.kind(), kind, "{error}");
         assert_eq!(files.get(IMAGE), before);
     }
@@ -123,7 +125,7 @@ fn bitmaps_are_not_given_up_for_a_new_size() {
     let files = MemFiles::default();
     files.put(IMAGE, std::fs::read(&path).expect("image"));
     let before = files.get(IMAGE);
-    let resize = |size| run(grow(files.clone(), &files, Path::new(IMAGE), size));
+    let resize = |size| run(grow(files.clone(), &files, Path::new(IMAGE), &OpenOptions::default(), size));
     let error = resize(2 << 20).expect_err("refused");
     assert!(error.to_string().contains("bitmaps would become stale"), "{error}");
     resize(1 << 20).expect("the size that it has");

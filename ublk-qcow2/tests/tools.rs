@@ -603,3 +603,27 @@ fn backing_files_are_opened_by_policy_and_never_by_info() {
     fs::remove_file(path.join("base")).expect("base");
     assert!(succeeds(ours(path, &["info", "i"])).contains("backing file: base"));
 }
+
+/// `io` and `resize` of an image that does not say its backing file's format advised an option that only `add` had.
+#[test]
+fn the_format_of_a_backing_file_can_be_given_wherever_it_is_asked_for() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    fs::write(path.join("base"), vec![7; 1 << 20]).expect("base");
+    succeeds(run("qemu-img", path, &["create", "-q", "-f", "qcow2", "-b", "base", "-F", "raw", "i"]));
+    // The extension's type becomes one that nobody knows.
+    let image = fs::File::options().read(true).write(true).open(path.join("i")).expect("opens");
+    let mut extension = [0; 4];
+    image.read_exact_at(&mut extension, 112).expect("read");
+    assert_eq!(u32::from_be_bytes(extension), 0xe279_2aca, "the format of the backing file");
+    image.write_all_at(&[1], 112).expect("written");
+    for args in [&["io", "-c", "read -P 7 0 64k", "i"][..], &["resize", "i", "+1M"]] {
+        let refused = ours(path, args);
+        assert_eq!(code(&refused), 1);
+        assert!(text(&refused).contains("--backing-format"), "{}", text(&refused));
+        succeeds(ours(path, &[args, &["--backing-format", "raw"]].concat()));
+    }
+    let info = json(&run("qemu-img", path, &["info", "--output=json", "i"]));
+    assert_eq!(info["virtual-size"], 2 << 20);
+    assert_eq!(code(&ours(path, &["resize", "--no-backing", "--backing-format=raw", "i", "+1M"])), 1);
+}
