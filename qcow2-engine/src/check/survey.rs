@@ -249,6 +249,11 @@ impl Survey {
         self.all_contested || self.contested.contains(&table)
     }
 
+    /// Whether any table is.
+    pub(super) fn has_contested(&self) -> bool {
+        self.all_contested || !self.contested.is_empty()
+    }
+
     /// Counts the reference to a table or a block of the refcount structure, or none of it where a cluster is
     /// something else already. Returns whether it can be used.
     fn claim_refcounts(&mut self, claim: Claim) -> bool {
