@@ -47,7 +47,7 @@ pub(super) async fn run(
     if survey.hides_references {
         return Ok(Some("the refcounts are not rebuilt: damaged tables may hide references"));
     }
-    if survey.stuck_entries || !survey.doubtful.is_empty() {
+    if survey.stuck_entries || !survey.doubtful.is_empty() || !survey.under_data.is_empty() {
         return Ok(Some("the refcounts are not rebuilt: the file would grow over what entries refer to"));
     }
     let snapshots = match &survey.new_snapshots {
