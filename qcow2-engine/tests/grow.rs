@@ -2,10 +2,17 @@
 
 #[allow(dead_code, reason = "shared by several test programs")]
 mod common;
+#[allow(dead_code, reason = "shared by several test programs")]
+#[path = "common/damaged.rs"]
+mod damaged;
 
 use common::{IMAGE, Mirror, create, run};
-use qcow2_engine::{ErrorKind, OpenOptions, grow, io::mem::MemFiles};
-use qcow2_format::{Backing, CreateOptions, Header, Version};
+use damaged::{Parts, tool};
+use qcow2_engine::{
+    ErrorKind, Image, Lane, OpenOptions, grow,
+    io::{Buf, mem::MemFiles},
+};
+use qcow2_format::{Backing, CreateOptions, Header, Version, header};
 use std::{path::Path, process::Command};
 
 fn options(cluster_bits: u32, refcount_order: u32, version: Version) -> CreateOptions {
@@ -42,6 +49,53 @@ fn the_l1_table_grows_where_it_must_and_nothing_is_lost() {
         }
         Mirror::open(&files, bytes).close_and_judge();
     }
+}
+
+/// `qemu-img resize --shrink` leaves the bytes of the last cluster behind the new end as they are, and they came back when the
+/// disk was made larger again.
+#[test]
+fn what_the_last_cluster_had_behind_the_end_does_not_come_back() {
+    const KEPT: usize = 1536;
+    let mut cases = Vec::new();
+    for options in ["cluster_size=4096", "compat=0.10,cluster_size=64k"] {
+        cases.push((options, "shrunk", Parts::compressed(options, true), 0x33));
+        cases.push((options, "compressed", Parts::compressed(options, false), 0x5a));
+    }
+    cases.push((
+        "cluster_size=4096",
+        "shared with a snapshot",
+        Parts::shared("cluster_size=4096", 1 << 20),
+        7,
+    ));
+    for (options, what, parts, byte) in cases {
+        let what = format!("{options}: {what}");
+        let cluster = parts.cluster() as usize;
+        let last = if byte == 0x33 { cluster } else { 0 };
+        let files = MemFiles::default();
+        files.put(IMAGE, with_size(&parts, (last + KEPT) as u64));
+        run(grow(files.clone(), &files, Path::new(IMAGE), &OpenOptions::default(), 2 * cluster as u64))
+            .expect("grows");
+        let kept = vec![byte; last + KEPT];
+        let buf = Buf::zeroed(2 * cluster);
+        let image =
+            run(Image::open(&files, &files, Path::new(IMAGE), &OpenOptions::default())).expect("opens");
+        run(Lane::new(&image, files.clone(), 1).read(0, buf.clone())).expect("read");
+        let end = if last == 0 && byte == 7 { cluster } else { 2 * cluster };
+        let found = buf.to_vec();
+        assert!(found[last..last + KEPT] == kept[last..], "{what}: the disk");
+        assert!(found[last + KEPT..end].iter().all(|byte| *byte == 0), "{what}: the new part");
+        let after = files.get(IMAGE).expect("kept");
+        let directory = tempfile::tempdir().expect("temporary directory");
+        std::fs::write(directory.path().join(IMAGE), after).expect("written");
+        tool("qemu-img", &["check", "-q", "-f", "qcow2", &directory.path().join(IMAGE).to_string_lossy()]);
+    }
+}
+
+/// The image with another size of its disk.
+fn with_size(parts: &Parts, size: u64) -> Vec<u8> {
+    let mut parts = parts.clone();
+    parts.set(header::SIZE_OFFSET, size);
+    parts.bytes
 }
 
 /// Behind the L1 table's entries, in the rest of its cluster, may be anything: QEMU writes no more than the entries, and the
