@@ -1,4 +1,4 @@
-//! Growing the virtual disk: a longer L1 table, then the header that names it.
+//! Growing the virtual disk: zeros in the rest of its last cluster, a longer L1 table, then the header that names it.
 //!
 //! The new table is written to clusters of its own and the header changes in one sector, so a crash
 //! leaves the old size or the new one (R2). It is done on an image that nobody else uses; a served
@@ -8,13 +8,14 @@ use crate::{
     check::Owner,
     error::{Error, Result},
     image::Image,
+    inspect::SECTOR,
     io::{Buf, Io, Storage, exact},
     lane::Lane,
     layer::Layer,
     open::OpenOptions,
     order::rules::{Page, Rule},
 };
-use qcow2_format::{Geometry, Version, geometry::MAX_L1_BYTES, header};
+use qcow2_format::{Geometry, Mapping, Version, geometry::MAX_L1_BYTES, header};
 use std::{path::Path, sync::Arc};
 
 /// Grows the virtual disk of an image to `size` bytes, rounded up to a sector. The new part reads as
@@ -25,8 +26,14 @@ use std::{path::Path, sync::Arc};
 /// with snapshots (which could not say how long they are), an image with bitmaps that are true (and would be
 /// given up), a backing file that reaches beyond the present end (and would show in the new part). The image then
 /// has its old size.
-pub async fn grow<I: Io>(io: I, storage: &(impl Storage + ?Sized), path: &Path, size: u64) -> Result<()> {
-    let image = Image::open(&io, storage, path, &OpenOptions::default()).await?;
+pub async fn grow<I: Io>(
+    io: I,
+    storage: &(impl Storage + ?Sized),
+    path: &Path,
+    options: &OpenOptions,
+    size: u64,
+) -> Result<()> {
+    let image = Image::open(&io, storage, path, options).await?;
     Lane::new(&image, io, 1).grow_and_close(size).await
 }
 
@@ -34,8 +41,14 @@ pub async fn grow<I: Io>(io: I, storage: &(impl Storage + ?Sized), path: &Path, 
 ///
 /// # Errors
 /// As for [`grow`].
-pub async fn grow_by<I: Io>(io: I, storage: &(impl Storage + ?Sized), path: &Path, bytes: u64) -> Result<()> {
-    let image = Image::open(&io, storage, path, &OpenOptions::default()).await?;
+pub async fn grow_by<I: Io>(
+    io: I,
+    storage: &(impl Storage + ?Sized),
+    path: &Path,
+    options: &OpenOptions,
+    bytes: u64,
+) -> Result<()> {
+    let image = Image::open(&io, storage, path, options).await?;
     // A sum that is no number is beyond every limit.
     let size = image.virtual_size().saturating_add(bytes);
     Lane::new(&image, io, 1).grow_and_close(size).await
@@ -57,6 +70,7 @@ impl<I: Io> Lane<I> {
             return Ok(());
         }
         self.begin_mutation().await?;
+        self.zero_tail().await?;
         let wanted = Geometry { virtual_size: size, ..*image.geometry() }.l1_entries();
         let present = image.header_u32(header::L1_SIZE_OFFSET);
         if wanted > u64::from(present) {
@@ -68,6 +82,23 @@ impl<I: Io> Lane<I> {
             meta.graph.require(Rule::moved_l1_before_header());
         }
         self.write_back().await
+    }
+
+    /// Makes what the last cluster has behind the end of the disk read as zeros, durably: it may be what was there when
+    /// the disk was larger.
+    async fn zero_tail(&self) -> Result<()> {
+        let (size, bits) = (self.image().virtual_size(), self.image().geometry().cluster_bits);
+        let (at, end) = (size.next_multiple_of(SECTOR), size.next_multiple_of(1 << bits));
+        if at >= end {
+            return Ok(());
+        }
+        match self.mapping(size >> bits).await? {
+            Mapping::Unallocated | Mapping::Zero { .. } => Ok(()),
+            Mapping::Data { .. } | Mapping::Compressed(_) => {
+                self.write_entered(at, Buf::zeroed((end - at) as usize)).await?;
+                self.write_back().await
+            }
+        }
     }
 
     /// Writes a longer copy of the L1 table and has the header point to it. What lies behind its `present` entries, in the

@@ -2,10 +2,17 @@
 
 #[allow(dead_code, reason = "shared by several test programs")]
 mod common;
+#[allow(dead_code, reason = "shared by several test programs")]
+#[path = "common/damaged.rs"]
+mod damaged;
 
 use common::{IMAGE, Mirror, create, run};
-use qcow2_engine::{ErrorKind, grow, io::mem::MemFiles};
-use qcow2_format::{Backing, CreateOptions, Header, Version};
+use damaged::{Parts, tool};
+use qcow2_engine::{
+    ErrorKind, Image, Lane, OpenOptions, grow,
+    io::{Buf, mem::MemFiles},
+};
+use qcow2_format::{Backing, CreateOptions, Header, Version, header};
 use std::{path::Path, process::Command};
 
 fn options(cluster_bits: u32, refcount_order: u32, version: Version) -> CreateOptions {
@@ -29,7 +36,8 @@ fn the_l1_table_grows_where_it_must_and_nothing_is_lost() {
         run(mirror.lane.close()).expect("close");
         let mut bytes = mirror.bytes;
         for size in [(1 << 20) + 512, 3 << 20, last] {
-            run(grow(files.clone(), &files, Path::new(IMAGE), size as u64)).expect("grow");
+            run(grow(files.clone(), &files, Path::new(IMAGE), &OpenOptions::default(), size as u64))
+                .expect("grow");
             bytes.resize(size, 0);
             let mut mirror = Mirror::open(&files, bytes);
             mirror.write(size as u64 - 4096, 9, 4096);
@@ -41,6 +49,53 @@ fn the_l1_table_grows_where_it_must_and_nothing_is_lost() {
         }
         Mirror::open(&files, bytes).close_and_judge();
     }
+}
+
+/// `qemu-img resize --shrink` leaves the bytes of the last cluster behind the new end as they are, and they came back when the
+/// disk was made larger again.
+#[test]
+fn what_the_last_cluster_had_behind_the_end_does_not_come_back() {
+    const KEPT: usize = 1536;
+    let mut cases = Vec::new();
+    for options in ["cluster_size=4096", "compat=0.10,cluster_size=64k"] {
+        cases.push((options, "shrunk", Parts::compressed(options, true), 0x33));
+        cases.push((options, "compressed", Parts::compressed(options, false), 0x5a));
+    }
+    cases.push((
+        "cluster_size=4096",
+        "shared with a snapshot",
+        Parts::shared("cluster_size=4096", 1 << 20),
+        7,
+    ));
+    for (options, what, parts, byte) in cases {
+        let what = format!("{options}: {what}");
+        let cluster = parts.cluster() as usize;
+        let last = if byte == 0x33 { cluster } else { 0 };
+        let files = MemFiles::default();
+        files.put(IMAGE, with_size(&parts, (last + KEPT) as u64));
+        run(grow(files.clone(), &files, Path::new(IMAGE), &OpenOptions::default(), 2 * cluster as u64))
+            .expect("grows");
+        let kept = vec![byte; last + KEPT];
+        let buf = Buf::zeroed(2 * cluster);
+        let image =
+            run(Image::open(&files, &files, Path::new(IMAGE), &OpenOptions::default())).expect("opens");
+        run(Lane::new(&image, files.clone(), 1).read(0, buf.clone())).expect("read");
+        let end = if last == 0 && byte == 7 { cluster } else { 2 * cluster };
+        let found = buf.to_vec();
+        assert!(found[last..last + KEPT] == kept[last..], "{what}: the disk");
+        assert!(found[last + KEPT..end].iter().all(|byte| *byte == 0), "{what}: the new part");
+        let after = files.get(IMAGE).expect("kept");
+        let directory = tempfile::tempdir().expect("temporary directory");
+        std::fs::write(directory.path().join(IMAGE), after).expect("written");
+        tool("qemu-img", &["check", "-q", "-f", "qcow2", &directory.path().join(IMAGE).to_string_lossy()]);
+    }
+}
+
+/// The image with another size of its disk.
+fn with_size(parts: &Parts, size: u64) -> Vec<u8> {
+    let mut parts = parts.clone();
+    parts.set(header::SIZE_OFFSET, size);
+    parts.bytes
 }
 
 /// Behind the L1 table's entries, in the rest of its cluster, may be anything: QEMU writes no more than the entries, and the
@@ -63,7 +118,7 @@ fn what_lies_behind_the_l1_table_is_not_taken_for_entries() {
     files.put(IMAGE, bytes);
 
     let size = 40 * SIZE;
-    run(grow(files.clone(), &files, Path::new(IMAGE), size)).expect("grow");
+    run(grow(files.clone(), &files, Path::new(IMAGE), &OpenOptions::default(), size)).expect("grow");
     let mut content = mirror.bytes;
     content.resize(size as usize, 0);
     let mirror = Mirror::open(&files, content);
@@ -79,7 +134,7 @@ fn the_file_grows_by_what_the_table_needs() {
         let files = MemFiles::default();
         create(&files, IMAGE, &options(bits, order, Version::V3));
         let before = files.get(IMAGE).expect("made").len();
-        run(grow(files.clone(), &files, Path::new(IMAGE), size)).expect("grow");
+        run(grow(files.clone(), &files, Path::new(IMAGE), &OpenOptions::default(), size)).expect("grow");
         let table = (((size >> bits) * 8) >> bits) * 8;
         let most = before as u64 + table + (4 << bits);
         let after = files.get(IMAGE).expect("kept").len() as u64;
@@ -99,7 +154,8 @@ fn what_cannot_be_grown_is_refused_and_unchanged() {
         (4 << 20, ErrorKind::Unsupported),
         (u64::MAX / 2 - 511, ErrorKind::TooLarge),
     ] {
-        let error = run(grow(files.clone(), &files, Path::new(IMAGE), size)).expect_err("refused");
+        let error = run(grow(files.clone(), &files, Path::new(IMAGE), &OpenOptions::default(), size))
+            .expect_err("refused");
         assert_eq!(error.kind(), kind, "{error}");
         assert_eq!(files.get(IMAGE), before);
     }
@@ -123,7 +179,7 @@ fn bitmaps_are_not_given_up_for_a_new_size() {
     let files = MemFiles::default();
     files.put(IMAGE, std::fs::read(&path).expect("image"));
     let before = files.get(IMAGE);
-    let resize = |size| run(grow(files.clone(), &files, Path::new(IMAGE), size));
+    let resize = |size| run(grow(files.clone(), &files, Path::new(IMAGE), &OpenOptions::default(), size));
     let error = resize(2 << 20).expect_err("refused");
     assert!(error.to_string().contains("bitmaps would become stale"), "{error}");
     resize(1 << 20).expect("the size that it has");

@@ -14,7 +14,7 @@ use common::{
 };
 use futures_util::future::{join, join4};
 use qcow2_engine::{
-    CheckOptions, ErrorKind, check, grow,
+    CheckOptions, ErrorKind, OpenOptions, check, grow,
     io::{Buf, mem::MemFiles},
 };
 use qcow2_format::{Backing, CreateOptions};
@@ -137,7 +137,7 @@ fn cloud_hypervisor_8606_live_l2_tables_are_handed_out_as_free() {
     tool("qemu-img", &[&["convert", "-c"], &format[..], &[&path("raw"), &path("image")]].concat());
     let files = MemFiles::default();
     files.put(IMAGE, std::fs::read(path("image")).expect("image"));
-    run(grow(files.clone(), &files, Path::new(IMAGE), new as u64)).expect("grows");
+    run(grow(files.clone(), &files, Path::new(IMAGE), &OpenOptions::default(), new as u64)).expect("grows");
     let mut bytes = content;
     bytes.resize(new, 0);
     // 288 tables of 64 entries. Every session begins with an allocator that knows nothing.

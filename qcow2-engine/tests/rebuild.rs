@@ -269,6 +269,66 @@ fn a_repair_that_is_cut_short_leaves_no_image_that_seems_to_have_counts() {
     }
 }
 
+/// A disk that does not grow, as a block device.
+struct FullDisk {
+    len: u64,
+}
+
+impl Hook for FullDisk {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        let end = match operation {
+            Operation::Write { at, buf } => at + buf.len() as u64,
+            Operation::SetLen => u64::MAX,
+            _ => 0,
+        };
+        if end > self.len { Err(io::Error::from_raw_os_error(28)) } else { Ok(()) }
+    }
+}
+
+/// The new structure was put behind the end of the file, also where there was room inside it. A block device has nothing
+/// there: neither a repair nor the opening of an image that was marked dirty came to its end, however often it was tried.
+#[test]
+fn refcounts_are_made_anew_inside_a_file_that_has_room() {
+    for shape in SHAPES {
+        let sound = Parts::with_snapshot(shape);
+        let len = sound.bytes.len() as u64;
+        let has_no_mark = sound.header.version == Version::V2;
+        let mut damaged = sound.clone();
+        damaged.bytes.resize((len + 16 * sound.cluster()) as usize, 0xee);
+        // Two rows that are too short for it, before one that is not.
+        for (guest, cluster) in [(20, 1), (21, 3)] {
+            let host = len + cluster * sound.cluster();
+            damaged.set(sound.l2_entry(0) + 8 * guest, host | COPIED);
+        }
+        damaged.set(sound.header.refcount_table.0, sound.refcount_block() + 8 * sound.cluster() + 512);
+        let after = assert_repaired(shape, &sound, &damaged.bytes, false);
+        assert_eq!(after.len(), damaged.bytes.len(), "{shape}: it has grown");
+        let room = (len + 4 * sound.cluster()) as usize;
+        assert!(after[..room][len as usize..] == damaged.bytes[..room][len as usize..], "{shape}");
+
+        for is_dirty in [false, true] {
+            if is_dirty && has_no_mark {
+                continue;
+            }
+            let mut damaged = damaged.clone();
+            if is_dirty {
+                damaged.set(header::INCOMPATIBLE_OFFSET, header::DIRTY);
+            }
+            let files = MemFiles::default();
+            files.put(IMAGE, damaged.bytes.clone());
+            let disk = Hooked::new(&files, FullDisk { len: damaged.bytes.len() as u64 });
+            if is_dirty {
+                run(disk.lane(&disk.open(1 << 20)).close()).expect("closes");
+            } else {
+                let options = CheckOptions { repair: Repair::All, ..CheckOptions::default() };
+                run(check(&disk, &files, Path::new(IMAGE), options)).expect("repairs");
+            }
+            let (code, text, _) = qemu_img(&files.get(IMAGE).expect("kept"), &["check", "-f", "qcow2"]);
+            assert_eq!(code, 0, "{shape}: {text}");
+        }
+    }
+}
+
 /// The snapshots of an image.
 fn snapshots(parts: &Parts) -> Vec<Snapshot> {
     let table = &parts.bytes[parts.header.snapshot_table.0 as usize..];

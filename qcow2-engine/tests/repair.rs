@@ -7,12 +7,13 @@ mod common;
 mod damaged;
 
 use common::{IMAGE, run};
-use damaged::{COPIED, Parts};
+use damaged::{COPIED, OFFSET, Parts, tool};
 use qcow2_engine::{
     CheckOptions, CheckReport, Image, Lane, OpenOptions, Repair, check,
+    check::{Finding, Problem},
     io::{Buf, mem::MemFiles},
 };
-use qcow2_format::header;
+use qcow2_format::{Version, header};
 use std::path::Path;
 
 /// What a repair makes of an image.
@@ -81,15 +82,20 @@ fn an_overwritten_cluster_gives_back_no_more_than_it_can_have_had() {
     }
 }
 
-/// "may only write to an image with unknown auto-clear features if it clears the respective bits".
+/// "may only write to an image with unknown auto-clear features if it clears the respective bits". They stayed where
+/// nothing else was to be repaired, because nothing was written then; whoever asks for a repair opens the image for
+/// writing, and QEMU clears them at that.
 #[test]
 fn a_repair_clears_the_autoclear_bits_that_it_does_not_know_and_no_others() {
     for repair in [Repair::Leaks, Repair::All] {
         let mut parts = Parts::with_snapshot("cluster_size=4096");
         let at = header::AUTOCLEAR_OFFSET;
         parts.set(at, 1 << 63 | 1 << 5 | header::BITMAPS);
-        let is_clean = repaired(&parts, repair).1;
-        assert_eq!(is_clean.word(at), parts.word(at), "nothing to repair, nothing is written");
+        let looked_at = repaired(&parts, Repair::None).1;
+        assert!(looked_at.bytes == parts.bytes, "a look changed the image");
+        let (report, sound) = repaired(&parts, repair);
+        assert!(report.found.is_clean(), "{:?}", report.found.list);
+        assert_eq!(sound.word(at), header::BITMAPS);
         // Counted, and nothing refers to it.
         let end = parts.bytes.len() as u64;
         parts.bytes.resize(parts.bytes.len() + 4096, 0);
@@ -98,6 +104,98 @@ fn a_repair_clears_the_autoclear_bits_that_it_does_not_know_and_no_others() {
         assert_eq!((report.leaks_fixed(), report.remaining.leaks), (1, 0));
         assert_eq!(after.word(at), header::BITMAPS);
     }
+}
+
+/// An entry of the disk that names an L2 table which only the snapshot has. Once it is counted for both and flagged as nobody's
+/// own, a write goes elsewhere and nothing is lost; but the overlap was reported for ever, and the corrupt bit kept the
+/// image read-only. `qemu-img check -r all` clears it.
+#[test]
+fn data_over_a_snapshots_l2_table_is_repaired_when_both_are_counted() {
+    for options in
+        ["cluster_size=4096", "cluster_size=65536,refcount_bits=2", "compat=0.10,cluster_size=4096"]
+    {
+        let mut parts = Parts::with_snapshot(options);
+        let table = parts.word(parts.snapshot_l1()) & OFFSET;
+        assert_ne!(table, parts.l2_table(0), "the snapshot's own");
+        let (guest, cluster) = (20 * parts.cluster(), parts.cluster() as usize);
+        let entry = parts.l2_entry(guest);
+        let sound = snapshot_content(&parts);
+        parts.set(entry, table | COPIED);
+        let has_mark = parts.header.version == Version::V3;
+        if has_mark {
+            parts.set(header::INCOMPATIBLE_OFFSET, header::CORRUPT);
+        }
+        for repair in [Repair::None, Repair::Leaks] {
+            let report = repaired(&parts, repair).0;
+            let is_overlap = |finding: &&Finding| matches!(finding.problem, Problem::Overlap { .. });
+            assert_eq!(report.remaining.list.iter().filter(is_overlap).count(), 1, "{options}");
+            assert_eq!(report.is_corrupt, has_mark, "{options}");
+        }
+        let (report, after) = repaired(&parts, Repair::All);
+        assert!(report.remaining.is_clean(), "{options}: {:?}", report.remaining.list);
+        assert!(report.refused.is_empty() && !report.is_corrupt, "{options}: {:?}", report.refused);
+        assert_eq!(after.word(entry), table, "{options}");
+        qemu_checks(&after.bytes);
+
+        let files = MemFiles::default();
+        files.put(IMAGE, after.bytes.clone());
+        let lane = lane(&files);
+        run(lane.write(guest, Buf::from_bytes(&[9; 512]))).expect("write");
+        run(lane.close()).expect("close");
+        let written = Parts::of(files.get(IMAGE).expect("kept"));
+        let place = table as usize..table as usize + cluster;
+        assert!(written.bytes[place.clone()] == parts.bytes[place.clone()], "{options}: the table");
+        let new = &written.bytes[written.data(guest) as usize..][..cluster];
+        assert!(new[..512] == [9; 512] && new[512..] == parts.bytes[place][512..], "{options}: a copy");
+        assert!(snapshot_content(&written) == sound, "{options}: the snapshot");
+        qemu_checks(&written.bytes);
+    }
+}
+
+/// Over a table of the disk itself a write would be refused: such an overlap is not put right by counts.
+#[test]
+fn data_over_an_l2_table_in_use_stays_reported() {
+    let shared = Parts::shared("cluster_size=4096", 1 << 20);
+    let own = Parts::with_snapshot("cluster_size=4096");
+    for (mut parts, what) in [(shared, "shared with the snapshot"), (own, "the disk's own")] {
+        let (entry, table) = (parts.l2_entry(20 * 4096), parts.l2_table(0));
+        parts.set(entry, table);
+        parts.set(header::INCOMPATIBLE_OFFSET, header::CORRUPT);
+        let (report, _) = repaired(&parts, Repair::All);
+        assert!(report.remaining.corruptions > 0 && report.is_corrupt, "{what}: {:?}", report.remaining.list);
+        assert!(!report.refused.is_empty(), "{what}");
+    }
+}
+
+/// Five references cannot be counted in two bits.
+#[test]
+fn data_over_a_snapshots_l2_table_stays_reported_where_it_cannot_be_counted() {
+    let mut parts = Parts::with_snapshot("cluster_size=4096,refcount_bits=2");
+    let table = parts.word(parts.snapshot_l1()) & OFFSET;
+    for guest in 20..24 {
+        let entry = parts.l2_entry(guest * 4096);
+        parts.set(entry, table | COPIED);
+    }
+    parts.set(header::INCOMPATIBLE_OFFSET, header::CORRUPT);
+    let (report, _) = repaired(&parts, Repair::All);
+    assert!(report.remaining.corruptions > 0 && report.is_corrupt, "{:?}", report.remaining.list);
+}
+
+/// What QEMU reads of the snapshot.
+fn snapshot_content(parts: &Parts) -> Vec<u8> {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = |name: &str| directory.path().join(name).to_str().expect("UTF-8").to_owned();
+    std::fs::write(path("image"), &parts.bytes).expect("written");
+    let convert = ["convert", "-f", "qcow2", "-O", "qcow2", "-l", "one"];
+    tool("qemu-img", &[&convert[..], &[&path("image"), &path("snapshot")]].concat());
+    std::fs::read(path("snapshot")).expect("read")
+}
+
+fn qemu_checks(bytes: &[u8]) {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path().join(IMAGE);
+    std::fs::write(&path, bytes).expect("written");
+    tool("qemu-img", &["check", "-q", "-f", "qcow2", path.to_str().expect("UTF-8")]);
 }
 
 /// Flags follow from the counts: wrong ones do not keep a repair of leaks from making the image clean.

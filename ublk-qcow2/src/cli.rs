@@ -5,7 +5,7 @@ use crate::{
     device::MAX_DEPTH,
 };
 use clap::{Args, Parser, Subcommand, ValueEnum};
-use qcow2_engine::BackingPolicy;
+use qcow2_engine::{BackingPolicy, Format, OpenOptions};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -67,9 +67,6 @@ pub(crate) struct AddArgs {
     /// Whether the kernel moves data between requests and the image file without a copy (Linux 6.16 or newer).
     #[arg(long, value_enum, value_name = "WHEN", default_value_t = ZeroCopy::Auto)]
     pub(crate) zero_copy: ZeroCopy,
-    /// Format of backing files where the image does not say it: qcow2 or raw. It is never guessed.
-    #[arg(long, value_name = "FORMAT")]
-    pub(crate) backing_format: Option<qcow2_engine::Format>,
     #[command(flatten)]
     pub(crate) backing: BackingArgs,
     /// Leave clusters that a crash has leaked as they are, instead of giving them back in the background.
@@ -140,9 +137,35 @@ pub(crate) struct ListArgs {
     pub(crate) json: bool,
 }
 
-/// Which backing files may be opened; without an option, whatever local path the image names.
+/// How the tools print what they tell of an image.
+#[derive(Clone, Debug, Args)]
+pub(crate) struct OutputArgs {
+    /// For people, or as JSON with the field names of qemu-img.
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = Output::Human)]
+    output: Output,
+    /// The same as --output=json.
+    #[arg(long, conflicts_with = "output")]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Output {
+    Human,
+    Json,
+}
+
+impl OutputArgs {
+    pub(crate) fn is_json(&self) -> bool {
+        self.json || self.output == Output::Json
+    }
+}
+
+/// How backing files are opened, and which; without an option, whatever local path the image names.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct BackingArgs {
+    /// Format of backing files where the image does not say it: qcow2 or raw. It is never guessed.
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) backing_format: Option<Format>,
     /// Refuse an image that has a backing file.
     #[arg(long, conflicts_with = "backing_dir")]
     no_backing: bool,
@@ -152,6 +175,15 @@ pub(crate) struct BackingArgs {
 }
 
 impl BackingArgs {
+    /// How a tool opens an image whose backing files these are.
+    pub(crate) fn open_options(&self) -> OpenOptions {
+        OpenOptions {
+            backing_format: self.backing_format,
+            backing_policy: self.policy(),
+            ..OpenOptions::default()
+        }
+    }
+
     pub(crate) fn policy(&self) -> BackingPolicy {
         match (self.no_backing, &self.backing_dir[..]) {
             (true, _) => BackingPolicy::None,

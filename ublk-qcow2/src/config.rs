@@ -57,7 +57,7 @@ impl Config {
             cache_bytes: args.cache_size,
             io: args.io,
             zero_copy: args.zero_copy,
-            backing_format: args.backing_format,
+            backing_format: args.backing.backing_format,
             backing_policy,
             reclaims: !args.no_reclaim,
             recovery: !args.no_recovery,

@@ -31,7 +31,10 @@ use std::process::ExitCode;
 use tracing_subscriber::util::SubscriberInitExt;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(answer) => return say(&answer),
+    };
     log().init();
     let success = |()| ExitCode::SUCCESS;
     let result = match &cli.command {
@@ -53,6 +56,13 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Prints what clap has for a command line that is none, or asks for help. A mistake exits with 1, as for qemu-img: clap's own
+/// 2 is what `check` has for corruptions.
+fn say(answer: &clap::Error) -> ExitCode {
+    let is_said = answer.print().is_ok();
+    if is_said && !answer.use_stderr() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 /// What servers have to say goes to standard error. Where that takes nothing (a full disk, a terminal that is gone) they say

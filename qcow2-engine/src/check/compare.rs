@@ -97,6 +97,12 @@ impl Survey {
         let severity = if count > references { Severity::Leak } else { Severity::Corruption };
         let remedy = self.remedy(&geometry, severity, references);
         let at = cluster.saturating_mul(geometry.cluster_size());
+        if severity == Severity::Corruption
+            && let Some(claim) = self.under_data.get(&cluster)
+        {
+            let problem = Problem::Overlap { host: at, owner: claim.owner, other: Owner::L2 };
+            self.findings.corruption(claim.holder, claim.at, problem, remedy);
+        }
         let table = Owner::RefcountBlock;
         self.findings.push(Finding {
             severity,

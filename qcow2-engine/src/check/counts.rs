@@ -53,6 +53,22 @@ impl Counts {
         }
     }
 
+    /// The first of `len` clusters in a row, all of them before `end`, that have no count.
+    pub(super) fn unused_row(&self, len: u64, end: u64) -> Option<u64> {
+        let mut first = 0;
+        for chunk in self.chunks() {
+            for cluster in chunk * CHUNK..(chunk + 1) * CHUNK {
+                if cluster.min(end).saturating_sub(first) >= len {
+                    return Some(first);
+                }
+                if self.get(cluster) > 0 {
+                    first = cluster + 1;
+                }
+            }
+        }
+        (end.saturating_sub(first) >= len).then_some(first)
+    }
+
     /// Whether any cluster of a chunk may have a count.
     pub(super) fn has_chunk(&self, chunk: u64) -> bool {
         self.small.0.contains_key(&chunk)
@@ -69,6 +85,31 @@ impl Counts {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_without_counts_are_found_between_chunks_and_inside_them() {
+        let mut counts = Counts::default();
+        assert_eq!((counts.unused_row(5, 5), counts.unused_row(5, 4)), (Some(0), None));
+        for cluster in [0, 1, 4, 10, 3 * CHUNK, 3 * CHUNK + 5] {
+            counts.add(cluster, 1);
+        }
+        for (len, end, row) in [
+            (2, 100, Some(2)),
+            (3, 100, Some(5)),
+            (5, 10, Some(5)),
+            (5, 9, None),
+            (6, 17, Some(11)),
+            (3 * CHUNK - 11, 1000, Some(11)),
+            (3 * CHUNK - 10, 1000, Some(3 * CHUNK + 6)),
+            (1, 2, None),
+            (1, 3, Some(2)),
+            (1, 0, None),
+        ] {
+            assert_eq!(counts.unused_row(len, end), row, "{len} before {end}");
+        }
+        counts.set(2, 0);
+        assert_eq!(counts.unused_row(2, 4), Some(2));
+    }
 
     #[test]
     fn counts_of_any_size_are_kept_apart() {

@@ -1,6 +1,7 @@
-//! A new refcount structure behind the end of the file, and a new snapshot table with it where one is needed.
+//! A new refcount structure where nothing refers to, and a new snapshot table with it where one is needed.
 //!
-//! Nothing that exists is overwritten until one write of the header's first sector switches from
+//! It lies inside the file if there is room in a row, because a file may not be able to grow (a block device), and else
+//! behind its end. Nothing that exists is overwritten until one write of the header's first sector switches from
 //! the old structure to the new one, whose content is durable by then. The old one's clusters have
 //! no count in the new one: they are free. So are those of snapshots that the new table leaves out.
 
@@ -46,7 +47,7 @@ pub(super) async fn run(
     if survey.hides_references {
         return Ok(Some("the refcounts are not rebuilt: damaged tables may hide references"));
     }
-    if survey.stuck_entries || !survey.doubtful.is_empty() {
+    if survey.stuck_entries || !survey.doubtful.is_empty() || !survey.under_data.is_empty() {
         return Ok(Some("the refcounts are not rebuilt: the file would grow over what entries refer to"));
     }
     let snapshots = match &survey.new_snapshots {
@@ -56,7 +57,7 @@ pub(super) async fn run(
             Err(_) => return Ok(Some("the snapshot table is not written anew: it would be too long")),
         },
     };
-    let Some(plan) = Plan::make(survey, snapshots) else {
+    let Some(plan) = Plan::make(survey, snapshots, may_lie_inside(file, survey)) else {
         return Ok(Some("the refcounts are not rebuilt: the file is too large for a refcount table"));
     };
     drop_lost_parts(file, survey).await?;
@@ -77,6 +78,14 @@ pub(super) async fn run(
     survey.new_snapshots = None;
     file.file_len = file.file_len.max(plan.clusters().end << bits);
     Ok(None)
+}
+
+/// Whether what has no references is room for the new structure. It is not where the header goes on naming something there
+/// until it is switched: snapshots that are going to be dropped, a refcount table that is not counted because it is
+/// something else as well. Nor where a table is called a part of the refcounts: if it is, what the right one names seems unused.
+fn may_lie_inside(file: &ImageFile<'_, impl Io>, survey: &Survey) -> bool {
+    let is_table_known = survey.has_refcount_table || file.defects.refcount_table.is_some();
+    is_table_known && !survey.lost_tables && !survey.has_contested()
 }
 
 /// Before the file grows: takes what is behind its end away from the old structure. Without a block all counts
@@ -129,16 +138,19 @@ impl SnapshotTable {
 
 impl Plan {
     /// The smallest structure that counts everything, itself included.
-    fn make(survey: &Survey, snapshots: Option<SnapshotTable>) -> Option<Self> {
+    fn make(survey: &Survey, snapshots: Option<SnapshotTable>, may_lie_inside: bool) -> Option<Self> {
         let geometry = survey.geometry();
         let snapshot_bytes = snapshots.as_ref().map_or(0, |table| table.bytes.len() as u64);
         let per_block = geometry.refcounts_per_block();
         let used = survey.blocks_in_use();
         let last = survey.refs.chunks().last().map_or(0, |chunk| (chunk + 1) * CHUNK);
-        let first = geometry.clusters_for(survey.rules.file_len).max(last);
+        let end = geometry.clusters_for(survey.rules.file_len).max(last);
+        // The file's last cluster may be cut off.
+        let inside = if may_lie_inside { survey.rules.file_len >> geometry.cluster_bits } else { 0 };
         let behind = geometry.clusters_for(snapshot_bytes);
         let mut clusters = 2 + behind;
         loop {
+            let first = survey.refs.unused_row(clusters, inside).unwrap_or(end);
             let mut indices = used.clone();
             indices.extend(first / per_block..=(first + clusters - 1) / per_block);
             let entries = indices.last().map_or(0, |last| last + 1);

@@ -181,7 +181,8 @@ impl Survey {
     /// Whether an L2 table is that and nothing else, as far as can be known.
     fn is_l2_table(&self, host: u64) -> bool {
         let cluster = host >> self.geometry().cluster_bits;
-        Owner::metadata(self.owners.get(cluster)) == Some(Owner::L2) && !self.doubtful.contains(&host)
+        let is_something_else = self.doubtful.contains(&host) || self.under_data.contains_key(&cluster);
+        Owner::metadata(self.owners.get(cluster)) == Some(Owner::L2) && !is_something_else
     }
 
     /// Whether the copied flag of an entry that names `host` has to change.

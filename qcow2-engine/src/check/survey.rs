@@ -111,6 +111,11 @@ pub(super) struct Survey {
     /// L2 tables that may be something else: entries that cannot be, or clusters of data. They are
     /// never written to.
     pub(super) doubtful: HashSet<u64>,
+    /// Clusters of the active mapping's L2 tables.
+    pub(super) active_tables: HashSet<u64>,
+    /// Clusters of other L2 tables that are data, too, and the first entry that says so. Shared and counted as
+    /// often as they are referred to, they are copied before they change, so that nothing is lost.
+    pub(super) under_data: HashMap<u64, Claim>,
     /// L2 tables are beyond the end of the file, or snapshots beyond their limits; a repair of all drops them.
     pub(super) lost_tables: bool,
     /// There are entries beyond the end of the file that cannot be cleared.
@@ -156,6 +161,8 @@ impl Survey {
             new_snapshots: None,
             hides_references: false,
             doubtful: HashSet::new(),
+            active_tables: HashSet::new(),
+            under_data: HashMap::new(),
             lost_tables: false,
             stuck_entries: false,
         }
@@ -226,6 +233,11 @@ impl Survey {
     /// Notes that a cluster is two things.
     fn overlap(&mut self, claim: &Claim, host: u64, other: Owner) {
         let Claim { holder, at, owner, .. } = *claim;
+        let cluster = host >> self.geometry().cluster_bits;
+        if (owner, other) == (Owner::Data, Owner::L2) && !self.active_tables.contains(&cluster) {
+            self.under_data.entry(cluster).or_insert(*claim);
+            return;
+        }
         let remedy = if owner.is_of_refcounts() || other.is_of_refcounts() {
             self.needs_rebuild = true;
             self.has_refcount_table &= other != Owner::RefcountTable;
@@ -247,6 +259,11 @@ impl Survey {
     /// Whether an L2 table may be a part of the refcount structure in truth.
     pub(super) fn is_contested(&self, table: u64) -> bool {
         self.all_contested || self.contested.contains(&table)
+    }
+
+    /// Whether any table is.
+    pub(super) fn has_contested(&self) -> bool {
+        self.all_contested || !self.contested.is_empty()
     }
 
     /// Counts the reference to a table or a block of the refcount structure, or none of it where a cluster is

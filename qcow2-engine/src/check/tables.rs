@@ -197,6 +197,9 @@ impl Survey {
             return;
         }
         *self.tables.entry(cluster).or_default() += 1;
+        if *l1 == Owner::ActiveL1 {
+            self.active_tables.insert(cluster);
+        }
         if self.window.is_some() && self.tables.len() > LIVE_TABLES {
             // More memory than a search may take.
             self.hides_references = true;

@@ -5,7 +5,7 @@ use std::{path::Path, process::Command};
 
 /// Bit 63 of L1 and L2 entries.
 pub(crate) const COPIED: u64 = 1 << 63;
-const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
+pub(crate) const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
 pub(crate) fn tool(name: &str, args: &[&str]) {
     let output = Command::new(name).args(args).output().expect("qemu-utils: cargo xtask setup");

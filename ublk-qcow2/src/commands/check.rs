@@ -4,7 +4,7 @@ use super::{
     CommandError, complain,
     image::{Tool, refuse_served},
 };
-use crate::config;
+use crate::{cli::OutputArgs, config};
 use clap::{Args, ValueEnum};
 use qcow2_engine::{CheckOptions, CheckReport, Error, Repair, check, io::files::Caching};
 use qcow2_format::FormatError;
@@ -37,9 +37,8 @@ pub(crate) struct CheckArgs {
     /// Read the image even if somebody writes to it; what is found may then not be so.
     #[arg(short = 'U', long, conflicts_with = "repair")]
     force_share: bool,
-    /// Print JSON, with the field names of qemu-img.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: OutputArgs,
     /// Print findings and errors only.
     #[arg(short, long)]
     quiet: bool,
@@ -115,7 +114,7 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, CommandError> {
     };
     print_findings(&report)?;
     let mut out = io::stdout().lock();
-    if args.json {
+    if args.output.is_json() {
         serde_json::to_writer_pretty(&mut out, &json(&args.image, &report)).map_err(io::Error::from)?;
         writeln!(out)?;
     } else if !args.quiet {

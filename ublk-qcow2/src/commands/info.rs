@@ -4,7 +4,7 @@ use super::{
     CommandError,
     image::{Tool, human_size, printable},
 };
-use crate::config;
+use crate::{cli::OutputArgs, config};
 use clap::Args;
 use qcow2_engine::{
     has_protocol,
@@ -32,9 +32,8 @@ pub(crate) struct InfoArgs {
     /// Read the image even if somebody writes to it; what is told may then not be so.
     #[arg(short = 'U', long)]
     force_share: bool,
-    /// Print JSON, with the field names of qemu-img.
-    #[arg(long)]
-    json: bool,
+    #[command(flatten)]
+    output: OutputArgs,
     /// The format of the image.
     #[arg(short, long, value_name = "FORMAT", default_value = "qcow2", value_parser = ["qcow2"], hide = true)]
     format: String,
@@ -68,7 +67,7 @@ pub(crate) fn run(args: &InfoArgs) -> Result<(), CommandError> {
             bitmaps: file.bitmaps().await?,
         })
     })?;
-    let text = if args.json {
+    let text = if args.output.is_json() {
         serde_json::to_string_pretty(&info.json()).map_err(io::Error::from)? + "\n"
     } else {
         info.text()

@@ -4,7 +4,7 @@ use super::{
     CommandError,
     image::{Tool, refuse_served},
 };
-use crate::cli::parse_size;
+use crate::cli::{BackingArgs, parse_size};
 use clap::Args;
 use qcow2_engine::{
     grow, grow_by,
@@ -17,6 +17,8 @@ use std::{
 
 #[derive(Debug, Args)]
 pub(crate) struct ResizeArgs {
+    #[command(flatten)]
+    backing: BackingArgs,
     /// The format of the image.
     #[arg(short, long, value_name = "FORMAT", default_value = "qcow2", value_parser = ["qcow2"], hide = true)]
     format: String,
@@ -46,9 +48,10 @@ pub(crate) fn run(args: &ResizeArgs) -> Result<(), CommandError> {
     refuse_served(&args.image)?;
     let tool = Tool::new(Caching::Auto, Locking::AsQemu)?;
     let (ring, files, image) = (tool.ring.clone(), &*tool.files, &args.image);
+    let options = args.backing.open_options();
     match args.size {
-        NewSize::Is(size) => tool.run(grow(ring, files, image, size)),
-        NewSize::GrowsBy(bytes) => tool.run(grow_by(ring, files, image, bytes)),
+        NewSize::Is(size) => tool.run(grow(ring, files, image, &options, size)),
+        NewSize::GrowsBy(bytes) => tool.run(grow_by(ring, files, image, &options, bytes)),
     }?;
     Ok(writeln!(io::stdout(), "Image resized.")?)
 }

@@ -64,11 +64,7 @@ pub(crate) fn run(args: &IoArgs) -> Result<ExitCode, CommandError> {
     let files = Arc::new(Files::with_locking(Caching::Auto, config::locking(args.force_share)));
     let ring = Uring::new(Arc::clone(&files), RING).map_err(CommandError::Ring)?;
     let executor = Executor::new(ring.clone());
-    let options = OpenOptions {
-        read_only: args.read_only,
-        backing_policy: args.backing.policy(),
-        ..OpenOptions::default()
-    };
+    let options = OpenOptions { read_only: args.read_only, ..args.backing.open_options() };
     let image = executor
         .block_on(Image::open(&ring, &*files, &args.image, &options))
         .map_err(CommandError::Ring)??;

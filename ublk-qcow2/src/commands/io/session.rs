@@ -10,7 +10,7 @@ use super::{
     print,
 };
 use qcow2_engine::{
-    Error, Extent, Image, Lane, ZeroMode,
+    Error, ErrorKind, Extent, Image, Lane, ZeroMode,
     exec::Executor,
     io::{Buf, uring::Uring},
 };
@@ -169,9 +169,7 @@ impl Session {
                 let mode = if *unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
                 ("wrote", self.zero(at, len, mode, *durable).await)
             }
-            Action::Discard => {
-                ("discard", self.0.lane.discard(at, len).await.map_err(|error| error.to_string()))
-            }
+            Action::Discard => ("discard", self.discard(at, len).await),
         };
         match result {
             Ok(()) if is_quiet => {}
@@ -238,6 +236,14 @@ impl Session {
             }
         }
         self.flush_if(durable).await
+    }
+
+    /// A discard is a hint: where an image cannot follow it, it is done, as for qemu-io.
+    async fn discard(&self, at: u64, len: u64) -> Result<(), String> {
+        match self.0.lane.discard(at, len).await {
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
+            outcome => outcome.map_err(|error| error.to_string()),
+        }
     }
 
     async fn flush_if(&self, durable: bool) -> Result<(), String> {
