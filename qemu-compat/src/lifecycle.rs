@@ -385,6 +385,38 @@ pub fn recovered_from_any_phase(binary: &Binary, dir: &Path) -> Result<()> {
     still_written(device)
 }
 
+/// A successor is killed before it has said that it serves: its supervisor took the device for one that was half made, and deleted
+/// it with the redo log. The next one serves it.
+///
+/// # Errors
+/// What does not hold.
+pub fn recovered_although_the_successor_dies(binary: &Binary, dir: &Path) -> Result<()> {
+    let image = dir.join("image.qcow2");
+    qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
+    let device = written_unsupervised(binary, &image)?;
+    let id = device.id().to_string();
+    let dead = device.listed()?.pid;
+    device.kill_server()?;
+    let reader = without_writers(&image)?;
+    let mut recovering =
+        binary.command().args(["recover", "-n", &id]).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    let record = PathBuf::from(format!("/run/ublk-qcow2/{id}.json"));
+    let deadline = Instant::now() + TOOL_LIMIT;
+    while device.listed()?.pid == dead || !fs::read_to_string(&record)?.contains(r#""phase":"preparing""#) {
+        ensure!(Instant::now() < deadline, "the successor has not come that far");
+        thread::sleep(Duration::from_millis(5));
+    }
+    let killed = device.listed()?.pid;
+    device.kill_server()?;
+    ensure!(!recovering.wait()?.success(), "the one that was killed is said to serve");
+    ensure!(device.path().exists(), "the device is gone");
+    ensure!(record.with_extension("redo").exists(), "its redo log is gone");
+    drop(reader);
+    wait_until_replaced(&device, killed)?;
+    ensure!(is_supervised(device.listed()?.pid)?, "it has no supervisor");
+    still_written(device)
+}
+
 /// Ends `add` while it waits: what it has begun ends as well, or has all that it should. The server was left
 /// alone with a device that nobody knew of.
 ///

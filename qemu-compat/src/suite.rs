@@ -159,6 +159,9 @@ impl Cases {
             lifecycle::removed_after_a_failed_recovery(&it.binary, dir)
         });
         self.add("lifecycle/any-phase", 300, |it, dir| lifecycle::recovered_from_any_phase(&it.binary, dir));
+        self.add("lifecycle/successor-dies", 300, |it, dir| {
+            lifecycle::recovered_although_the_successor_dies(&it.binary, dir)
+        });
         self.add("lifecycle/recovered-unheard", 300, |it, dir| lifecycle::recovered_unheard(&it.binary, dir));
         self.add("lifecycle/added-unheard", 300, |it, dir| lifecycle::added_unheard(&it.binary, dir));
     }

@@ -3,6 +3,7 @@
 //! [`into_background`] forks before any thread or ring exists. The parent waits until the child
 //! either serves its device or has failed, and reports that as its own result.
 
+use crate::runfile;
 use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, fork, setsid};
 use std::{
     fs::{File, OpenOptions},
@@ -73,16 +74,22 @@ impl Reporter {
     /// # Errors
     /// When the parent is gone, so that nobody learns of the device.
     pub(crate) fn serving(mut self, id: u32, log: &Path) -> io::Result<()> {
-        let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
-        let log = OpenOptions::new().append(true).create(true).open(log)?;
-        std::env::set_current_dir("/")?;
-        dup2_stdin(&null)?;
-        dup2_stdout(&null)?;
-        dup2_stderr(&log)?;
+        give_up_terminal(log)?;
         // Last: the server may go on though there is nobody who hears this.
         let mut message = vec![SERVING];
         message.extend_from_slice(id.to_string().as_bytes());
         self.0.write_all(&message)
+    }
+
+    /// Device `id` is not served yet, as far as is known. Who says this goes on in the background.
+    pub(crate) fn failed_for_now(self, id: u32, error: &str) {
+        self.failed(error);
+        // A device that nobody knows has no log.
+        if runfile::path_of(id).exists()
+            && let Err(error) = give_up_terminal(&runfile::log_path(id))
+        {
+            tracing::warn!(id, "the terminal is kept: {error}");
+        }
     }
 
     /// There will be no device.
@@ -92,4 +99,13 @@ impl Reporter {
         // If the parent is gone nobody is there to be told.
         let _ = self.0.write_all(&message);
     }
+}
+
+fn give_up_terminal(log: &Path) -> io::Result<()> {
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    let log = OpenOptions::new().append(true).create(true).open(log)?;
+    std::env::set_current_dir("/")?;
+    dup2_stdin(&null)?;
+    dup2_stdout(&null)?;
+    Ok(dup2_stderr(&log)?)
 }

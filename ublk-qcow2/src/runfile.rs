@@ -410,5 +410,23 @@ pub(crate) fn directory() -> PathBuf {
     env::var_os(DIRECTORY_VARIABLE).map_or_else(|| PathBuf::from(DIRECTORY), PathBuf::from)
 }
 
+/// A record for tests.
+#[cfg(test)]
+pub(crate) fn example() -> Record {
+    Record {
+        phase: Phase::Serving,
+        is_inherited: false,
+        id: 7,
+        pid: 1,
+        size: 1 << 40,
+        queues: 2,
+        depth: 64,
+        config: crate::config::example(),
+        cookie: u64::MAX,
+        boot: boot().unwrap(),
+        error: None,
+    }
+}
+
 #[cfg(test)]
 mod tests;

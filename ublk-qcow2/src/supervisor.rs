@@ -6,7 +6,8 @@
 //! ```
 //!
 //! It does next to nothing, so that it outlives what may kill a server: no ring, no image, no device
-//! and one thread, which is what makes the forks sound. It ends with the server that ends by itself. A
+//! and one thread, which is what makes the forks sound. It ends with the server that ends by itself. What a
+//! new server that is killed before it serves has made it removes; a device that was to be recovered goes on waiting. A
 //! server that dies again and again as soon as it serves is given up: its device waits for
 //! `ublk-qcow2 recover` or `del`.
 
@@ -17,7 +18,7 @@ use crate::{
     device,
     keep::Kept,
     namespace::{self, Namespace},
-    runfile::{self, Entry, Record, RunFile},
+    runfile::{self, Entry, Phase, Record, RunFile},
     safety,
 };
 use nix::{
@@ -55,21 +56,36 @@ pub(crate) fn run(start: &Start, reporter: Reporter) -> io::Result<()> {
     let mut reporter = Some(reporter);
     let (server, outcome) = start_server(start, namespace, &mut reporter)?;
     let Some(reporter) = reporter else { return Ok(()) };
+    match start {
+        Start::New { .. } => begin_new(server, outcome, namespace, reporter),
+        &Start::Recover { id } => {
+            match outcome {
+                Ok(_) => drop(reporter.serving(id, &runfile::log_path(id))),
+                Err(error) => reporter.failed_for_now(id, &error),
+            }
+            // It has users, whoever hears of it, and what they were told is written may be in its redo log only. A server
+            // that was silent has been killed, or serves all the same; one that has failed has ended.
+            watch(id, server, namespace);
+        }
+    }
+    Ok(())
+}
+
+/// Goes on with a server that was to make a device, or with what it has left of one.
+fn begin_new(server: Pid, outcome: Result<u32, String>, namespace: Namespace, reporter: Reporter) {
     match outcome {
-        Ok(id) => match (reporter.serving(id, &runfile::log_path(id)), start) {
-            (Err(error), Start::New { .. }) => {
+        Ok(id) => match reporter.serving(id, &runfile::log_path(id)) {
+            Ok(()) => watch(id, server, namespace),
+            Err(error) => {
                 tracing::error!(id, "nobody was told of the device, so it is detached again: {error}");
                 stop(server);
             }
-            // It has users, whoever hears of it.
-            (Ok(()), _) | (Err(_), Start::Recover { .. }) => watch(id, server, namespace),
         },
         Err(error) => {
             remove_half_made(server);
             reporter.failed(&error);
         }
     }
-    Ok(())
 }
 
 /// Watches a server, and its successors, to the end.
@@ -176,22 +192,54 @@ fn wait_for_death(server: Pid) -> Option<Signal> {
     }
 }
 
-/// Removes the device of a server that died before it served.
+/// Removes the device that a new server had made and did not come to serve.
 fn remove_half_made(server: Pid) {
     if wait_for_death(server).is_none() {
         // It has ended by itself, and tidied up.
         return;
     }
-    for Entry { record: Record { id, pid, cookie, .. }, .. } in runfile::load_all().unwrap_or_default() {
-        if pid != server.as_raw() {
+    for Entry { record, .. } in runfile::load_all().unwrap_or_default() {
+        if !is_half_made(&record, server) {
             continue;
         }
+        let Record { id, cookie, .. } = record;
         // A server that lives has another process of this number.
         let Ok(run_file) = RunFile::take_over(id) else { continue };
         let removed = Control::open().and_then(|mut control| device::delete_left(&mut control, id, cookie));
         if let Err(error) = removed {
             tracing::error!("device {id} is left behind: {error}");
             run_file.leave();
+        }
+    }
+}
+
+/// Whether a record is that of a device which `server` has made and not served. The number of a process is given out again: a
+/// device that waits for a successor may have had a server with it.
+fn is_half_made(record: &Record, server: Pid) -> bool {
+    let is_before_service = match record.phase {
+        Phase::Preparing | Phase::Fetching | Phase::Fetched => true,
+        Phase::Serving | Phase::Removing => false,
+    };
+    record.pid == server.as_raw() && is_before_service && !record.is_inherited
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A successor was killed before it had said that it serves, and the device was deleted, with the redo log that had what its
+    /// users had written.
+    #[test]
+    fn only_what_the_dead_server_has_made_itself_and_not_served_is_half_made() {
+        let server = Pid::from_raw(41);
+        let made = |phase| Record { pid: 41, phase, ..runfile::example() };
+        for phase in [Phase::Preparing, Phase::Fetching, Phase::Fetched] {
+            assert!(is_half_made(&made(phase), server), "{phase:?}");
+            assert!(!is_half_made(&Record { is_inherited: true, ..made(phase) }, server), "{phase:?}");
+            assert!(!is_half_made(&Record { pid: 42, ..made(phase) }, server), "{phase:?}");
+        }
+        for phase in [Phase::Serving, Phase::Removing] {
+            assert!(!is_half_made(&made(phase), server), "{phase:?}");
         }
     }
 }

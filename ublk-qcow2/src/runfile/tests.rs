@@ -1,21 +1,4 @@
 use super::*;
-use crate::config;
-
-fn example() -> Record {
-    Record {
-        phase: Phase::Serving,
-        is_inherited: false,
-        id: 7,
-        pid: 1,
-        size: 1 << 40,
-        queues: 2,
-        depth: 64,
-        config: config::example(),
-        cookie: u64::MAX,
-        boot: boot().unwrap(),
-        error: None,
-    }
-}
 
 /// `del` had removed a device and could not write to its image; the next `add` got the number, and emptied the log.
 #[test]
