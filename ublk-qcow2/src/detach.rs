@@ -4,7 +4,10 @@
 //! either serves its device or has failed, and reports that as its own result.
 
 use crate::runfile;
-use nix::unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, fork, setsid};
+use nix::{
+    sys::signal::{SigHandler, Signal, signal},
+    unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, fork, setsid},
+};
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Write},
@@ -33,6 +36,7 @@ pub(crate) struct Reporter(File);
 /// # Errors
 /// The operating system's, in the parent.
 pub(crate) fn into_background() -> io::Result<Side> {
+    notice_children()?;
     let (from_child, to_parent) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
     // SAFETY: the process has one thread only: the command line has been read and nothing else done.
     match unsafe { fork() }? {
@@ -47,6 +51,14 @@ pub(crate) fn into_background() -> io::Result<Side> {
             Ok(Side::Child(Reporter(to_parent.into())))
         }
     }
+}
+
+/// Has the kernel keep how a child has ended until it is asked. Who ignores SIGCHLD hands that down to what it starts, and the kernel
+/// then keeps nothing: a server that was killed would seem never to have been there.
+fn notice_children() -> io::Result<()> {
+    // SAFETY: no handler of ours is installed, and whoever had one before has not started this program.
+    unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
+    Ok(())
 }
 
 /// Closes whatever this process was started with beside the standard descriptors: a server that had them would keep a pipe of

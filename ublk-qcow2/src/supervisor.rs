@@ -226,6 +226,28 @@ fn is_half_made(record: &Record, server: Pid) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::signal::{SigHandler, raise, signal};
+    use std::env;
+
+    /// `add` was started by a program that ignores SIGCHLD, as some do: the server was killed, and its supervisor took that for an
+    /// end of its own and went away. Signals belong to a whole process, so one of its own takes the test.
+    #[test]
+    fn a_server_s_death_is_noticed_whatever_was_inherited() {
+        const IS_CHILD: &str = "UBLK_QCOW2_TEST_IS_CHILD";
+        if env::var_os(IS_CHILD).is_some() {
+            // SAFETY: it installs no handler.
+            unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }.unwrap();
+            match detach::into_background().unwrap() {
+                Side::Parent { child, .. } => assert_eq!(wait_for_death(child), Some(Signal::SIGKILL)),
+                Side::Child(_) => raise(Signal::SIGKILL).unwrap(),
+            }
+            return;
+        }
+        let mut child = process::Command::new(env::current_exe().unwrap());
+        child.args(["--exact", "supervisor::tests::a_server_s_death_is_noticed_whatever_was_inherited"]);
+        let ended = child.args(["--nocapture", "--test-threads=1"]).env(IS_CHILD, "").output().unwrap();
+        assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
+    }
 
     /// A successor was killed before it had said that it serves, and the device was deleted, with the redo log that had what its
     /// users had written.
