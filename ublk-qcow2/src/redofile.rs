@@ -163,7 +163,7 @@ struct Identity {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Seen {
     identity: Identity,
-    /// When it was last modified, in seconds.
+    /// When it was last modified, in seconds; 0 where that is not known.
     modified: u64,
 }
 
@@ -178,12 +178,13 @@ struct Noted {
 impl Seen {
     fn of(image: &File) -> io::Result<Self> {
         let it = image.metadata()?;
+        if it.file_type().is_block_device() {
+            // Its node may be made anew; when it was modified says nothing of what is in the device, only when udev has set
+            // its owner and mode, which it does at every event.
+            return Ok(Self { identity: Identity { inode: it.rdev(), born: 0 }, modified: 0 });
+        }
         // A file from before 1970 counts as old.
         let modified = u64::try_from(it.mtime()).unwrap_or(0);
-        if it.file_type().is_block_device() {
-            // Its node may be made anew.
-            return Ok(Self { identity: Identity { inode: it.rdev(), born: 0 }, modified });
-        }
         let born = it.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
         let born = born.map_or(0, |time| time.as_nanos() as u64);
         Ok(Self { identity: Identity { inode: it.ino(), born }, modified })
@@ -397,6 +398,18 @@ mod tests {
         assert!(matches!(log.check_unchanged(&image), Err(RedoFileError::Changed { .. })));
         sight.note();
         assert!(log.check_unchanged(&image).is_ok());
+    }
+
+    /// udev sets owner and mode of a block device's node at every event, which counts as a modification of it: its image could neither
+    /// be recovered nor settled.
+    #[test]
+    fn when_a_node_was_modified_says_nothing_of_its_block_device() {
+        let is_block = |path: &PathBuf| fs::metadata(path).is_ok_and(|it| it.file_type().is_block_device());
+        let nodes = fs::read_dir("/dev").unwrap().flatten().map(|node| node.path());
+        // A container may have none.
+        let Some(node) = nodes.into_iter().find(is_block) else { return };
+        assert_eq!(look_at(&node).unwrap().modified, 0, "{}", node.display());
+        assert_ne!(look_at(&node).unwrap().identity.inode, 0, "its number still tells which it is");
     }
 
     /// A replay that was cut short could not be repeated, nor what an idle server had begun to write when it was killed: the image
