@@ -254,8 +254,8 @@ impl Control {
         self.push(&cancel.into())?;
         let deadline = Instant::now() + CANCEL;
         while Instant::now() < deadline {
-            if self.wait_slice(id)?.is_some() {
-                return Ok(Ended::Cancelled(why));
+            if let Some(result) = self.wait_slice(id)? {
+                return Ok(end_of_cancelled(command, result, why));
             }
         }
         Err(Unended { error: why })
@@ -277,6 +277,15 @@ impl Control {
         // SAFETY: the memory that the entry names, `run`'s payload, is not freed before its end.
         let pushed = unsafe { self.ring.submission().push(entry) };
         pushed.map_err(|error| Unended { error: ControlError::Ring(io::Error::other(error)) })
+    }
+}
+
+/// What a command has come to that ended after it was to be cancelled. One that makes a device has made it, if it has: reported
+/// otherwise, it would be nobody's. The others are repeated or undone by whoever asked.
+fn end_of_cancelled(command: Command, result: i32, why: ControlError) -> Ended {
+    match command {
+        Command::Add if result >= 0 => Ended::Done,
+        _ => Ended::Cancelled(why),
     }
 }
 
@@ -397,6 +406,15 @@ mod tests {
         assert_eq!((bytes[0], bytes[4], bytes[6], bytes[8], bytes[16]), (1, 2, 3, 4, 5));
         assert_eq!(std::mem::offset_of!(sys::ublksrv_ctrl_cmd, dev_path_len), 24);
         assert_eq!(std::mem::offset_of!(sys::ublksrv_ctrl_cmd, data), 16);
+    }
+
+    /// ADD_DEV took its time and made the device all the same: it was reported as timed out, and a device without a record was left.
+    #[test]
+    fn a_device_that_was_made_late_is_made() {
+        let end = |command, result| end_of_cancelled(command, result, ControlError::GivenUp { command });
+        assert!(matches!(end(Command::Add, 0), Ended::Done));
+        assert!(matches!(end(Command::Add, -libc::ECANCELED), Ended::Cancelled(_)));
+        assert!(matches!(end(Command::EndRecovery, 0), Ended::Cancelled(_)));
     }
 
     #[test]
