@@ -291,28 +291,40 @@ pub(crate) fn load(id: u32) -> Result<Option<Entry>, RunFileError> {
     load_path(&path_of(id))
 }
 
-/// All run files, in the order of their ids.
+/// All run files that can be read, in the order of their ids. One that cannot hides no other.
 pub(crate) fn load_all() -> Result<Vec<Entry>, RunFileError> {
-    let directory = directory();
-    let fail = |source| RunFileError { what: "cannot read", path: directory.clone(), source };
-    let files = match fs::read_dir(&directory) {
+    let readable = |entry: Result<Entry, RunFileError>| match entry {
+        Ok(entry) => Some(entry),
+        Err(error) => {
+            tracing::warn!("{error}");
+            None
+        }
+    };
+    Ok(load_each()?.into_iter().filter_map(readable).collect())
+}
+
+/// All run files, in the order of their ids.
+pub(crate) fn load_each() -> Result<Vec<Result<Entry, RunFileError>>, RunFileError> {
+    load_each_in(&directory())
+}
+
+fn load_each_in(directory: &Path) -> Result<Vec<Result<Entry, RunFileError>>, RunFileError> {
+    let fail = |source| RunFileError { what: "cannot read", path: directory.to_owned(), source };
+    let files = match fs::read_dir(directory) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
         files => files.map_err(fail)?,
     };
-    let mut entries = Vec::new();
+    let mut found = Vec::new();
     for file in files {
         let path = file.map_err(fail)?.path();
-        let is_ours = path.extension().is_some_and(|extension| extension == "json")
-            && path
-                .file_stem()
-                .and_then(|stem| stem.to_str())
-                .is_some_and(|stem| stem.parse::<u32>().is_ok());
-        if is_ours {
-            entries.extend(load_path(&path)?);
+        let is_ours = path.extension().is_some_and(|extension| extension == "json");
+        let id = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<u32>().ok());
+        if let (true, Some(id)) = (is_ours, id) {
+            found.extend(load_path(&path).transpose().map(|entry| (id, entry)));
         }
     }
-    entries.sort_by_key(|entry| entry.record.id);
-    Ok(entries)
+    found.sort_by_key(|&(id, _)| id);
+    Ok(found.into_iter().map(|(_, entry)| entry).collect())
 }
 
 /// Removes what a server has in the run directory. The run file must be locked, or a new device of the same number loses its.

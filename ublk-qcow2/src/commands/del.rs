@@ -58,8 +58,8 @@ pub(crate) fn run(args: &DelArgs) -> Result<(), CommandError> {
 /// Goes on after a failure; returns it if it is the only one.
 fn detach_all(users: Users) -> Result<(), CommandError> {
     let mut failures = Vec::new();
-    for entry in runfile::load_all()? {
-        if let Err(error) = detach(entry, users) {
+    for entry in runfile::load_each()? {
+        if let Err(error) = entry.map_err(CommandError::from).and_then(|entry| detach(entry, users)) {
             failures.push(error);
         }
     }

@@ -48,6 +48,21 @@ fn a_record_survives_and_the_lock_tells_who_lives() {
     assert_eq!(load_path(&dir.path().join("8.json")).unwrap(), None);
 }
 
+/// One record that could not be parsed hid all others: tools wrote to images that were served, or waited.
+#[test]
+fn a_record_that_cannot_be_read_hides_no_other() {
+    let dir = tempfile::tempdir().unwrap();
+    for id in [11, 2] {
+        let text = serde_json::to_string(&Record { id, ..example() }).unwrap();
+        fs::write(dir.path().join(format!("{id}.json")), text).unwrap();
+    }
+    fs::write(dir.path().join("3.json"), "{").unwrap();
+    fs::write(dir.path().join("x.json"), "{").unwrap();
+    let found = load_each_in(dir.path()).unwrap();
+    let ids: Vec<_> = found.iter().map(|entry| entry.as_ref().ok().map(|it| it.record.id)).collect();
+    assert_eq!(ids, [Some(2), None, Some(11)]);
+}
+
 #[test]
 fn a_record_that_cannot_be_written_leaves_nothing() {
     let dir = tempfile::tempdir().unwrap();
