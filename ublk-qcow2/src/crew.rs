@@ -40,7 +40,7 @@ pub(crate) struct Service {
 /// What the commanding thread waits for.
 enum Event {
     Signal(Signal),
-    Queue(Notice),
+    Queue { index: u16, notice: Notice },
     Ended { index: u16, result: Result<(), QueueError> },
 }
 
@@ -202,19 +202,32 @@ impl Crew {
     fn note(&mut self, event: Event) {
         match event {
             Event::Signal(signal) => self.signal = Some(signal),
-            Event::Queue(Notice::Prepared) => self.prepared += 1,
-            Event::Queue(Notice::Fetching) => self.fetching += 1,
-            Event::Queue(Notice::Failing) => self.is_failing = true,
+            Event::Queue { notice: Notice::Prepared, .. } => self.prepared += 1,
+            Event::Queue { notice: Notice::Fetching, .. } => self.fetching += 1,
+            Event::Queue { index, notice: Notice::Failing(source) } => self.fail(index, source),
             Event::Ended { index, result } => {
                 self.running -= 1;
                 // Until the device is stopped a queue does not end by itself.
                 self.is_failing = true;
                 if let Err(source) = result {
-                    tracing::error!(queue = index, "the queue failed: {source}");
-                    self.failure.get_or_insert(ServeError::Queue { index, source });
+                    self.fail(index, source);
                 }
             }
         }
+    }
+
+    fn fail(&mut self, index: u16, source: QueueError) {
+        self.is_failing = true;
+        // Of a queue whose driver refuses one fetch all may be refused.
+        if self.failure.is_none() {
+            tracing::error!(queue = index, "the queue failed: {source}");
+            self.failure = Some(ServeError::Queue { index, source });
+        }
+    }
+
+    /// How the first queue failed that has.
+    pub(crate) fn into_failure(self) -> ServeError {
+        self.failure.unwrap_or(ServeError::QueueFailed)
     }
 
     /// Whether to go on starting.
@@ -235,7 +248,7 @@ fn spawn(queue: Queue, to_events: Sender<Event>) -> io::Result<JoinHandle<()>> {
         let mut ending =
             Ending { index, to_events: to_events.clone(), result: Some(Err(QueueError::Panicked)) };
         ending.result = Some(queue::serve(&queue, move |notice| {
-            let _ = to_events.send(Event::Queue(notice));
+            let _ = to_events.send(Event::Queue { index, notice });
         }));
         drop(queue);
         drop(ending);

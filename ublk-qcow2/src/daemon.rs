@@ -29,6 +29,7 @@ use std::{
     io::{self, Read},
     num::NonZero,
     path::{Path, PathBuf},
+    process,
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -142,7 +143,7 @@ fn make(id: Option<u32>, config: &Config, namespace: Namespace) -> Result<Ready,
     let request = device::Request { id, queues, depth, recovery, part_scan, zero_copy, cookie };
     let (mut device, run_file) = add_device(&request, |device| Record {
         id: device.id(),
-        pid: std::process::id().cast_signed(),
+        pid: process::id().cast_signed(),
         size: shape.sectors * 512,
         queues: device.queues(),
         depth: device.depth(),
@@ -324,6 +325,7 @@ fn serve(
     announce: impl FnOnce(&Path, u32) -> io::Result<()>,
 ) -> Result<(), ServeError> {
     let Ready { service, mut device, mut run_file, mut witness } = ready;
+    let was_in_use = device.is_waiting();
     let started = crew.bring_up(&service, &mut device, &mut run_file, announce);
     let is_announced = started.is_ok();
     let served = started.and_then(|()| crew.wait_for_end());
@@ -331,6 +333,11 @@ fn serve(
         // Its users go on waiting as well, for another attempt.
         run_file.leave();
         return Err(served.err().unwrap_or(ServeError::QueueFailed));
+    }
+    if let Err(ServeError::QueueFailed) = served
+        && (is_announced || was_in_use)
+    {
+        die(&device, run_file, &crew.into_failure());
     }
     let written = match &served {
         Ok(()) if device.is_recoverable() => device.write_back().map_err(ServeError::from),
@@ -357,6 +364,18 @@ fn serve(
         run_file.fail(error.to_string());
     }
     result
+}
+
+/// Ends this process, because a queue of a device that has users has failed. The device is not stopped before: the driver would
+/// wait for the requests that the queue has, and (Linux 6.15) fails them only when we have let go of the device, which a process that
+/// waits in the driver cannot do even when it is killed. A device for recovery is taken over, another one is stopped by the driver.
+fn die(device: &Device, run_file: RunFile, error: &ServeError) -> ! {
+    tracing::error!(id = device.id(), "{error}; the server ends");
+    if device.is_recoverable() {
+        process::abort();
+    }
+    run_file.fail(error.to_string());
+    process::exit(1)
 }
 
 fn open_image(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {

@@ -35,7 +35,7 @@ use std::{
     cell::{Cell, RefCell},
     fs::File,
     future::{Future, poll_fn},
-    io,
+    io, mem,
     os::fd::AsFd,
     pin::{Pin, pin},
     rc::Rc,
@@ -91,8 +91,8 @@ pub(crate) enum Notice {
     Prepared,
     /// The kernel has got the fetches of all tags: the device can be started.
     Fetching,
-    /// A tag is lost; the others go on. The device should be stopped.
-    Failing,
+    /// A tag is lost; the others go on.
+    Failing(QueueError),
 }
 
 /// Serves a queue until the device is stopped, on the thread that calls it.
@@ -120,7 +120,6 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
         ring: ring.clone(),
         descriptors,
         errors: Cell::new(0),
-        failure: RefCell::new(None),
         notify: Box::new(notify),
     });
 
@@ -134,8 +133,11 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
             executor.spawn(Rc::clone(&context).reclaim_leaks());
         }
     }
-    executor.run().map_err(QueueError::Ring)?;
-    context.failure.take().map_or(Ok(()), |failure| Err(QueueError::Fetch(failure)))
+    executor.run().map_err(|error| {
+        // The kernel may still move data. Dropped, the requests would let go of what they have reserved and locked for it.
+        mem::forget((executor, context));
+        QueueError::Ring(error)
+    })
 }
 
 /// What the tags of a queue share.
@@ -153,7 +155,6 @@ struct Context {
     ring: Uring,
     descriptors: Descriptors,
     errors: Cell<u64>,
-    failure: RefCell<Option<io::Error>>,
     notify: Box<dyn Fn(Notice)>,
 }
 

@@ -14,7 +14,7 @@
 //!    └─ aborted ▶ Ended
 //! ```
 
-use super::{ABORTED, Context, Notice, payload::Way};
+use super::{ABORTED, Context, Notice, QueueError, payload::Way};
 use crate::request::{Range, Request};
 use libublk::sys;
 use qcow2_engine::{Direct, Error, ZeroMode};
@@ -173,8 +173,7 @@ impl Context {
             return;
         }
         if result != ABORTED {
-            self.failure.borrow_mut().get_or_insert(io::Error::from_raw_os_error(-result));
-            (self.notify)(Notice::Failing);
+            (self.notify)(Notice::Failing(QueueError::Fetch(io::Error::from_raw_os_error(-result))));
         }
         self.serving.set(self.serving.get() - 1);
         self.tag(number).set(Stage::Ended);
