@@ -284,6 +284,11 @@ impl Device {
     }
 
     /// Stops the device: the queues' fetches are aborted when their requests have finished.
+    ///
+    /// Killed meanwhile, this process stays until they have: the kernel waits for the command before it lets go of what the
+    /// process has, and the driver (Linux 6.15) fails them when nobody has the character device any more. A thread with a file
+    /// table of its own would not change that, since the mapped descriptors keep the device as well, with the memory that all
+    /// threads share; only another process could.
     pub(crate) fn stop(&mut self) -> Result<(), DeviceError> {
         self.control.stop(self.id())?;
         self.state = State::Added;
