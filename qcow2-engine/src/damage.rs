@@ -31,7 +31,13 @@ pub(crate) struct Damage {
 }
 
 impl Damage {
-    /// Damage that was seen at open. It counts when something is about to be changed.
+    /// The mark that an image had when it was opened: it is condemned already.
+    pub(crate) fn marked(mark: Error) -> Self {
+        tracing::warn!("{mark}");
+        Self { found: OnceLock::from(mark), is_marked: AtomicBool::new(true) }
+    }
+
+    /// The first table that was seen at open to lie where it cannot. It counts when something is about to be changed.
     pub(crate) fn seen(damage: Option<Error>) -> Self {
         let found = OnceLock::new();
         if let Some(error) = damage {

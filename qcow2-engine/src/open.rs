@@ -47,6 +47,9 @@ pub const DEFAULT_EXTENT_BYTES: u64 = 16 << 20;
 pub struct OpenOptions {
     /// Never change the image.
     pub read_only: bool,
+    /// Open an image for writing that is marked corrupt, as one whose damage was met in this session: what a redo log
+    /// owes can be replayed, reads go on, changes are refused.
+    pub serve_corrupt: bool,
     /// Bytes of L2 tables to keep in memory.
     pub cache_bytes: u64,
     /// Bytes of clusters that each lane counts ahead for its writes.
@@ -63,6 +66,7 @@ impl Default for OpenOptions {
     fn default() -> Self {
         Self {
             read_only: false,
+            serve_corrupt: false,
             cache_bytes: DEFAULT_CACHE_BYTES,
             extent_bytes: DEFAULT_EXTENT_BYTES,
             backing_format: None,
@@ -99,7 +103,7 @@ impl Image {
         path: &Path,
         options: &OpenOptions,
     ) -> Result<Arc<Self>> {
-        let (top, header, first_page) = open_top(io, storage, path, options.read_only).await?;
+        let (top, header, first_page) = open_top(io, storage, path, options).await?;
         let mut layers = vec![Layer::Qcow2(new_layer(&top, &header, 0, options.paging))];
         let mut next = backing::of(&header, path, options.backing_format)?;
         let mut l1_bytes = u64::from(header.l1_entries) * 8;
@@ -133,7 +137,7 @@ impl Image {
         }
         l1::load_all(io, &layers).await?;
         let parts = if options.read_only {
-            Changeable { refcount_table: Vec::new(), territory: Territory::none(), damage: None }
+            Changeable { refcount_table: Vec::new(), territory: Territory::none(), damage: Damage::default() }
         } else {
             Changeable::read(io, storage, &top, &header, &layers).await?
         };
@@ -185,7 +189,7 @@ impl Image {
             cache,
             flat,
             sieve: Arc::clone(meta.territory.sieve()),
-            damage: Damage::seen(damage),
+            damage,
             unpacked: Unpacked::default(),
             workers: OnceLock::new(),
             vouched: (0..l1_entries.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
@@ -250,12 +254,17 @@ async fn open_top(
     io: &impl Io,
     storage: &(impl Storage + ?Sized),
     path: &Path,
-    read_only: bool,
+    options: &OpenOptions,
 ) -> Result<(Opened, Header, Vec<u8>)> {
-    let access = if read_only { Access::ReadOnly } else { Access::ReadWrite };
+    let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
     let mut top = open_file(storage, path, access)?;
     let (header, first_page) = read_header(io, &top, access).await?;
-    if read_only || header.incompatible & header::DIRTY == 0 {
+    let is_dirty = header.incompatible & header::DIRTY != 0;
+    // A repair would change what is damaged in other ways, too.
+    if access == Access::ReadWrite && (is_dirty || !options.serve_corrupt) {
+        header.check_writable().map_err(|source| top.unsupported(source))?;
+    }
+    if options.read_only || !is_dirty {
         return Ok((top, header, first_page));
     }
     let mut file = ImageFile::around(io, storage, top.file, Arc::clone(&top.name), header, top.len);
@@ -302,8 +311,7 @@ impl Opened {
 struct Changeable {
     refcount_table: Vec<u64>,
     territory: Territory,
-    /// The first table that lies where it cannot.
-    damage: Option<Error>,
+    damage: Damage,
 }
 
 impl Changeable {
@@ -325,6 +333,10 @@ impl Changeable {
             refcount_table: &refcount_table,
             snapshots: &snapshots,
         });
+        let damage = match header.check_writable() {
+            Ok(()) => Damage::seen(damage),
+            Err(source) => Damage::marked(top.unsupported(source)),
+        };
         Ok(Self { refcount_table, territory, damage })
     }
 }
@@ -378,9 +390,6 @@ async fn read_header(io: &impl Io, opened: &Opened, access: Access) -> Result<(H
     let unusable = defects.refcount_table.filter(|_| access == Access::ReadWrite).or(defects.snapshot_count);
     if let Some(source) = unusable {
         return Err(damaged(source));
-    }
-    if access == Access::ReadWrite {
-        header.check_writable().map_err(|source| opened.unsupported(source))?;
     }
     header.check_supported().map_err(|source| opened.unsupported(source))?;
     bytes.resize(header.geometry().cluster_size().min(MAX_PAGE) as usize, 0);

@@ -8,7 +8,7 @@ use qcow2_engine::{
     Error, Image, Lane, MIN_REDO_BYTES, OpenOptions, RedoLog, RedoMemory, ZeroMode,
     io::{Buf, mem::MemFiles},
 };
-use qcow2_format::CreateOptions;
+use qcow2_format::{CreateOptions, header};
 use std::{
     collections::BTreeSet,
     path::Path,
@@ -96,6 +96,43 @@ fn a_full_log_makes_room_by_writing_back() {
     let (next, replayed) = next_process(mirror, &memory);
     assert!(replayed > 0 && replayed <= 1024, "{replayed}");
     next.verify();
+}
+
+/// A server that had condemned its image was killed: nobody could replay its log, so all I/O hung, reads too, and the image could not be
+/// repaired either.
+#[test]
+fn a_condemned_image_is_gone_on_with() {
+    let (size, memory) = (8 << 20, memory());
+    let mut killed = first_process(&empty(size, 16), &memory, size);
+    killed.write(0, 1, 128 << 10);
+    killed.flush();
+    killed.write(1 << 20, 2, 128 << 10);
+    let Mirror { files, lane, bytes } = killed;
+    drop(lane);
+    let mut marked = files.get(IMAGE).expect("there");
+    marked[header::INCOMPATIBLE_OFFSET as usize + 7] |= header::CORRUPT as u8;
+    files.put(IMAGE, marked);
+
+    let open = |options| run(Image::open(&files, &files, Path::new(IMAGE), &options));
+    let refused = open(OpenOptions::default()).err().expect("refused");
+    assert!(refused.to_string().contains("corrupt"), "{refused}");
+    let image = open(OpenOptions { serve_corrupt: true, ..OpenOptions::default() }).expect("opens");
+    let next = Mirror::around(&files, &image, bytes);
+    let log = RedoLog::open(Arc::clone(&memory)).expect("sound");
+    assert!(run(next.lane.replay(&log)).expect("replays") > 0);
+    image.keep_redo_log(RedoLog::create(Arc::clone(&memory)).expect("large enough"));
+    next.verify();
+    let write = run(next.lane.write(2 << 20, Buf::from_bytes(&[3; 512]))).expect_err("refused");
+    assert!(matches!(write, Error::Condemned { .. }), "{write}");
+    assert!(next.lane.direct_write(0, 512).is_none(), "nor by the short cut");
+    next.verify();
+    run(next.lane.flush()).expect("flushes");
+    run(next.lane.close()).expect("closes");
+    assert!(RedoLog::open(memory).unwrap().is_empty());
+    assert!(open(OpenOptions::default()).is_err(), "still marked");
+    let read_only = OpenOptions { read_only: true, ..OpenOptions::default() };
+    let again = Mirror::around(&files, &open(read_only).expect("readers go on"), next.bytes);
+    again.verify();
 }
 
 /// Words that note how long the log has been: what a process that is killed may leave.

@@ -7,6 +7,7 @@
 //! sequence, content, mirror               seeded requests and what must come of them
 //! fio, fs, kill, refusals, shape          what else a device has to stand
 //! recovery, leaks, server                 what becomes of a device whose server dies, and of its image
+//! condemned                               what becomes of an image in which damage was met
 //! power                                   what a host whose power fails finds
 //! suite → report                          all cases, one line each
 //! ```
@@ -15,6 +16,7 @@
 //! through the engine in one process, which needs no device.
 
 pub mod command;
+pub mod condemned;
 pub mod content;
 pub mod data_path;
 pub mod device;

@@ -3,7 +3,7 @@
 //! Cheap and telling ones come first: when the device does not work at all, that shows in seconds.
 
 use crate::{
-    data_path,
+    condemned, data_path,
     device::{Binary, DeviceDisk},
     disk::{Disk, Op, Server},
     durability,
@@ -163,6 +163,12 @@ impl Cases {
             lifecycle::recovered_although_the_successor_dies(&it.binary, dir)
         });
         self.add("lifecycle/recovered-unheard", 300, |it, dir| lifecycle::recovered_unheard(&it.binary, dir));
+        self.add("lifecycle/condemned-detached", 120, |it, dir| {
+            condemned::detached_and_repaired(&it.binary, dir)
+        });
+        self.add("lifecycle/condemned-recovered", 120, |it, dir| {
+            condemned::served_by_a_successor(&it.binary, dir)
+        });
         self.add("lifecycle/added-unheard", 300, |it, dir| lifecycle::added_unheard(&it.binary, dir));
     }
 

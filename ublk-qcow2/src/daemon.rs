@@ -20,7 +20,7 @@ use crate::{
 };
 use nix::sys::signal::Signal;
 use qcow2_engine::{
-    Image, Lane, RedoError, RedoLog, Workers,
+    Image, Lane, OpenOptions, RedoError, RedoLog, Workers,
     exec::block_on,
     io::{Files, uring::Uring},
 };
@@ -135,7 +135,7 @@ struct Ready {
 /// Opens the image and makes a device for it.
 fn make(id: Option<u32>, config: &Config, namespace: Namespace) -> Result<Ready, ServeError> {
     let files = Arc::new(config.files());
-    let image = open_image(config, &files)?;
+    let image = open_image(&config.image, &config.open_options(), &files)?;
     let shape = shape_of(&image, config)?;
     let &Config { queues, depth, recovery, part_scan, zero_copy, .. } = config;
     let cookie = random().map_err(ServeError::SetUp)?;
@@ -270,11 +270,12 @@ fn new_log(device: &Device, image: &Image, config: &Config) -> Result<Option<Log
     Ok(Some(Log::begin(RedoFile::create(device.id())?, config)?))
 }
 
-/// Opens the image of a dead server, which the kernel may not have let go of yet.
+/// Opens the image of a dead server, which the kernel may not have let go of yet, and which that may have condemned.
 fn open_when_let_go(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {
+    let options = OpenOptions { serve_corrupt: true, ..config.open_options() };
     let deadline = Instant::now() + DEAD_LOCK_WAIT;
     loop {
-        match open_image(config, files) {
+        match open_image(&config.image, &options, files) {
             Err(ServeError::Open(error)) if error.is_locked() && Instant::now() < deadline => {
                 thread::sleep(DEAD_LOCK_PAUSE);
             }
@@ -378,9 +379,9 @@ fn die(device: &Device, run_file: RunFile, error: &ServeError) -> ! {
     process::exit(1)
 }
 
-fn open_image(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {
+fn open_image(path: &Path, options: &OpenOptions, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {
     let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
-    block_on(&ring, Image::open(&ring, &**files, &config.image, &config.open_options()))
+    block_on(&ring, Image::open(&ring, &**files, path, options))
         .map_err(ServeError::SetUp)?
         .map_err(ServeError::Open)
 }
