@@ -386,7 +386,7 @@ fn what_ends_in_mid_cluster_is_kept_where_a_file_is_extended_by_writing() {
     host.files.put(IMAGE, bytes.clone());
     assert!(bytes[last..].iter().any(|&byte| byte != 0), "it holds something");
     let grown =
-        qcow2_engine::grow(host.clone(), &host.files, Path::new(IMAGE), 64 << 20, &OpenOptions::default());
+        qcow2_engine::grow(host.clone(), &host.files, Path::new(IMAGE), &OpenOptions::default(), 64 << 20);
     run(grown).expect("needs a longer L1 table, behind the end");
     let after = host.files.get(IMAGE).expect("kept");
     assert_eq!(after[last..bytes.len()], bytes[last..]);
