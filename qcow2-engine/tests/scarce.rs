@@ -385,8 +385,8 @@ fn what_ends_in_mid_cluster_is_kept_where_a_file_is_extended_by_writing() {
     let last = bytes.len() - 412;
     host.files.put(IMAGE, bytes.clone());
     assert!(bytes[last..].iter().any(|&byte| byte != 0), "it holds something");
-    let grown =
-        qcow2_engine::grow(host.clone(), &host.files, Path::new(IMAGE), &OpenOptions::default(), 64 << 20);
+    let options = OpenOptions::default();
+    let grown = qcow2_engine::grow(host.clone(), &host.files, Path::new(IMAGE), &options, 64 << 20);
     run(grown).expect("needs a longer L1 table, behind the end");
     let after = host.files.get(IMAGE).expect("kept");
     assert_eq!(after[last..bytes.len()], bytes[last..]);
