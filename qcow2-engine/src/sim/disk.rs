@@ -277,6 +277,12 @@ impl Disk {
         self.0.borrow_mut().file_system = file_system;
     }
 
+    /// Whether holes can be punched.
+    #[must_use]
+    pub fn punches(&self) -> bool {
+        self.0.borrow().file_system.punches
+    }
+
     /// From now on the barriers that this rule of a tool asks for are left out.
     pub fn disable_rule(&self, rule: RuleName) {
         self.0.borrow_mut().disabled = Some(rule);
