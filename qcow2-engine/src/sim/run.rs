@@ -46,6 +46,8 @@ pub struct Case {
     pub held_back: HeldBack,
     /// Operations that fail, counted from the opening.
     pub fault: Option<Failing>,
+    /// The host is full after so many operations.
+    pub fills_after: Option<u64>,
     /// What the file system can do.
     pub file_system: FileSystem,
     /// How the metadata is cut into pages.
@@ -55,6 +57,11 @@ pub struct Case {
 }
 
 impl Case {
+    /// Whether an operation may fail.
+    fn has_faults(&self) -> bool {
+        self.fault.is_some() || self.fills_after.is_some()
+    }
+
     fn searches_for_leaks(&self) -> bool {
         let Work::Lanes(lanes) = &self.work else { return false };
         lanes.iter().flatten().any(|request| matches!(request, Request::Reclaim(_)))
@@ -167,11 +174,14 @@ fn serve(
     if let Some(failing) = case.fault {
         life.disk.fail(failing);
     }
+    if let Some(operations) = case.fills_after {
+        life.disk.fill_after(operations);
+    }
     life.totals.workloads += 1;
     let image = match life.open() {
         Ok(image) => image,
         // An image that cannot be read is not opened, and nothing has happened.
-        Err(_) if case.fault.is_some() => return Ok(()),
+        Err(_) if case.has_faults() => return Ok(()),
         Err(error) => return Err(format!("it does not open: {error}")),
     };
     image.keep_redo_log(life.redo.create().map_err(|error| error.to_string())?);
@@ -185,7 +195,7 @@ fn serve(
         let first = next;
         next += requests.len() as u32;
         let requests = requests.iter().copied().filter(|request| fixture.takes(request));
-        let has_faults = case.fault.is_some();
+        let has_faults = case.has_faults();
         let player = Player {
             lane: lane.clone(),
             model: Rc::clone(&life.model),
@@ -198,6 +208,7 @@ fn serve(
     let tasks = tasks.collect();
     life.drive(tasks, true)?;
     let may_leak = fixture.past.leaks() && (!case.searches_for_leaks() || case.search_may_give_up());
+    // Whoever flushes or closes needs no room: a host that is full is no excuse.
     life.end(&lanes[0], case.fault.is_some(), may_leak)
 }
 
