@@ -70,6 +70,20 @@ pub(super) fn fill_table(fixture: &Fixture) -> Result<Fixture, String> {
     }
 }
 
+/// An image behind whose end lies what a loss of power has left of writes that it has undone: so many clusters, the last
+/// of them in part.
+const TAIL: usize = 9;
+
+/// Makes the file longer: the clusters are free, and have old content.
+pub(super) fn leave_tail(fixture: &Fixture) -> Fixture {
+    let mut image = fixture.image.clone();
+    let sectors = TAIL * fixture.variant.cluster_sectors + fixture.variant.cluster_sectors / 2;
+    image.resize(image.len().next_multiple_of(fixture.variant.cluster_sectors * 512), 0);
+    let old = (0..sectors).map(|sector| Value::Stamp { request: EARLIER, sector: sector as u32 });
+    image.extend(old.flat_map(Value::bytes));
+    Fixture { name: format!("{} with a tail", fixture.name), image, past: Past::Tailed, ..fixture.clone() }
+}
+
 impl Life<'_> {
     fn live_on(&mut self, lane: &Lane<Disk>, requests: Vec<Request>, first: u32) -> Result<(), String> {
         let player = Player {

@@ -4,7 +4,7 @@
 //! crash states, which is as good as never: `--mutate` tells.
 
 use super::{
-    age::{age, fill_table},
+    age::{age, fill_table, leave_tail},
     damage::Damage,
     disk::{Failing, Fault, FileSystem, HeldBack, Victim},
     rng::Rng,
@@ -30,6 +30,26 @@ enum Plan {
     Long,
     /// An operation fails.
     Faulty,
+    /// There is no room for a new extent, or for a whole one.
+    NoRoom,
+    /// The host is full from some moment on: who needs no new cluster goes on.
+    FullHost,
+    /// Several flushes share a cut that fails.
+    FailedCut,
+    /// Clusters of a write that failed, and has written a part of them, are given to the next one.
+    TornWrite,
+    /// Tables that a snapshot shares are copied, several at a time, and some cannot be read: what was reserved for them
+    /// goes back to the extent, or does not fit there any more.
+    FailedCopy,
+    /// Lanes give clusters back at the same time.
+    Freeing,
+    /// A lane gives clusters back, and takes more when that is done: what another one has freed meanwhile, in a cut that
+    /// has failed.
+    FreeingAfterFailedCut,
+    /// Counts of clusters that are to be given back cannot be read.
+    FreeingUnread,
+    /// Refcount pages go from memory, and come back, while a cut writes them.
+    FreeingBesideCut,
     /// Reads and overwrites, in place, of clusters that another lane discards, gives back and reuses for
     /// what it writes elsewhere (R5). The first one lands when all of that has been done.
     Reuse,
@@ -55,13 +75,22 @@ enum Plan {
 }
 
 /// Of so many cases, how many follow which plan.
-const MIX: [(u64, Plan); 15] = [
+const MIX: [(u64, Plan); 24] = [
     (20, Plan::Short),
     (8, Plan::ShortAtOnce),
     (14, Plan::Lanes),
     (24, Plan::Meeting),
     (8, Plan::Long),
-    (40, Plan::Faulty),
+    (30, Plan::Faulty),
+    (16, Plan::NoRoom),
+    (14, Plan::FullHost),
+    (12, Plan::FailedCut),
+    (8, Plan::TornWrite),
+    (8, Plan::Freeing),
+    (12, Plan::FreeingAfterFailedCut),
+    (14, Plan::FreeingUnread),
+    (10, Plan::FreeingBesideCut),
+    (8, Plan::FailedCopy),
     (16, Plan::Reuse),
     (8, Plan::ReuseForTables),
     (12, Plan::Flushed),
@@ -74,6 +103,8 @@ const MIX: [(u64, Plan); 15] = [
 ];
 /// One in so many cases is on a file system that cannot allocate ahead, one that cannot punch holes.
 const UNABLE_SHARE: u64 = 4;
+/// One in so many is on an image with a tail.
+const TAILED_SHARE: u64 = 4;
 /// One in so many cases holds the oldest operation back.
 const STARVING_SHARE: u64 = 3;
 
@@ -94,6 +125,8 @@ pub fn fixtures(directory: &Path) -> io::Result<Vec<Fixture>> {
         fixture.variant == Variant::SMALL_BLOCKS && fixture.initial.makes_writes_allocate()
     });
     let full: Result<Vec<_>, _> = fillable.map(fill_table).collect();
+    let tailed: Vec<_> = fixtures.iter().map(leave_tail).collect();
+    fixtures.extend(tailed);
     fixtures.extend(aged.map_err(io::Error::other)?);
     fixtures.extend(full.map_err(io::Error::other)?);
     fixtures.push(maker.make_full_table()?);
@@ -110,19 +143,35 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
         Plan::FullTable => Past::CrashedFull,
         Plan::Search => Past::Crashed,
         Plan::SearchWhileAllocating | Plan::Tool if rng.below(2) == 0 => Past::Crashed,
+        Plan::Tool => Past::Made,
+        _ if rng.below(TAILED_SHARE) == 0 => Past::Tailed,
         _ => Past::Made,
+    };
+    // Of many refcount pages few are kept; new blocks are made.
+    let needs_blocks = match plan {
+        Plan::FreeingUnread | Plan::FreeingBesideCut => true,
+        Plan::Freeing | Plan::FullHost => rng.below(2) == 0,
+        _ => false,
     };
     let is_fit = |fixture: &Fixture| {
         let is_fit = match plan {
-            Plan::Flushed => fixture.initial.is_shared(),
+            Plan::Flushed | Plan::FailedCopy => fixture.initial.is_shared(),
             Plan::ReuseForTables => matches!(fixture.initial, Initial::Unallocated | Initial::Backing),
-            Plan::Reuse => fixture.initial == Initial::Data,
+            // Those of a compressed cluster's host clusters had several references.
+            Plan::Reuse => matches!(fixture.initial, Initial::Data | Initial::Compressed),
             Plan::Growing => {
                 fixture.variant == Variant::SMALL_BLOCKS && fixture.initial.makes_writes_allocate()
             }
+            Plan::NoRoom | Plan::FullHost | Plan::FailedCut | Plan::TornWrite => {
+                fixture.initial.makes_writes_allocate()
+            }
+            _ if plan.frees() => {
+                !matches!(fixture.initial, Initial::Unallocated | Initial::Backing | Initial::ZeroPlain)
+                    && fixture.can_discard
+            }
             _ => true,
         };
-        is_fit && fixture.past == past
+        is_fit && fixture.past == past && (!needs_blocks || fixture.variant == Variant::SMALL_BLOCKS)
     };
     let candidates: Vec<usize> = (0..fixtures.len()).filter(|&index| is_fit(&fixtures[index])).collect();
     let fixture = candidates[rng.below(candidates.len() as u64) as usize];
@@ -130,20 +179,24 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
         Plan::Tool => Work::Tool(tool(&mut rng, &fixtures[fixture])),
         _ => Work::Lanes(plan.lanes(&mut rng)),
     };
-    let is_faulty = plan == Plan::Faulty || plan == Plan::Tool && rng.below(4) == 0;
-    let fault = is_faulty.then(|| failing(&mut rng));
+    let fault = plan.fault(&mut rng);
+    let fills_after = (plan == Plan::FullHost).then(|| rng.below(120));
     let file_system = FileSystem {
-        allocates: rng.below(UNABLE_SHARE) != 0,
+        allocates: matches!(plan, Plan::NoRoom | Plan::FullHost) || rng.below(UNABLE_SHARE) != 0,
         punches: plan != Plan::ReuseForTables && rng.below(UNABLE_SHARE) != 0,
     };
     let held_back = match plan {
         Plan::Growing | Plan::SearchWhileAllocating => HeldBack::Growth,
-        Plan::Reuse => HeldBack::Oldest,
+        Plan::Reuse => [HeldBack::Oldest, HeldBack::Direct][rng.below(2) as usize],
+        Plan::Freeing | Plan::FreeingAfterFailedCut => HeldBack::Punch,
+        Plan::FreeingBesideCut => HeldBack::Metadata,
+        Plan::Search if rng.below(4) == 0 => HeldBack::Punch,
         _ if rng.below(STARVING_SHARE) == 0 => HeldBack::Oldest,
         _ => HeldBack::Nothing,
     };
-    let paging = if rng.below(2) == 0 { Paging::TINY } else { Paging::default() };
-    (fixture, Case { work, seed: rng.draw(), held_back, fault, file_system, paging, disabled: None })
+    let paging = if plan.frees() || rng.below(2) == 0 { Paging::TINY } else { Paging::default() };
+    let seed = rng.draw();
+    (fixture, Case { work, seed, held_back, fault, fills_after, file_system, paging, disabled: None })
 }
 
 impl Plan {
@@ -156,6 +209,37 @@ impl Plan {
             left -= share;
         }
         Self::Short
+    }
+
+    /// Whether clusters are given back, of as many refcount pages as there can be.
+    fn frees(self) -> bool {
+        matches!(
+            self,
+            Self::Freeing | Self::FreeingAfterFailedCut | Self::FreeingUnread | Self::FreeingBesideCut
+        )
+    }
+
+    /// What fails in a case of this kind.
+    fn fault(self, rng: &mut Rng) -> Option<Failing> {
+        let some = |rng: &mut Rng, victim, fault, reach| {
+            Some(Failing { victim, after: rng.below(reach), times: 1 + rng.below(4), fault })
+        };
+        let refusal = [Fault::Enospc, Fault::Enospc, Fault::Eio][rng.below(3) as usize];
+        match self {
+            Self::Faulty => Some(failing(rng)),
+            Self::Tool if rng.below(4) == 0 => Some(failing(rng)),
+            Self::NoRoom => some(rng, Victim::Growth, refusal, 4),
+            Self::FailedCut => some(rng, Victim::Metadata, refusal, 12),
+            Self::TornWrite => some(rng, Victim::Write, Fault::Torn, 8),
+            Self::FailedCopy => some(rng, Victim::Read, Fault::Eio, 12),
+            // The other lane's last cuts, and then no more.
+            Self::FreeingAfterFailedCut => {
+                let (after, times) = (2 + rng.below(14), 2 + rng.below(10));
+                Some(Failing { victim: Victim::Metadata, after, times, fault: Fault::Eio })
+            }
+            Self::FreeingUnread => some(rng, Victim::Read, Fault::Eio, 24),
+            _ => None,
+        }
     }
 
     fn lanes(self, rng: &mut Rng) -> Vec<Vec<Request>> {
@@ -171,6 +255,24 @@ impl Plan {
                 _ => (0..1 + rng.below(2)).map(|_| random(rng, 10)).collect(),
             },
             Self::Reuse => vec![(0..4).map(|_| touch(rng)).collect(), churn(rng)],
+            Self::NoRoom | Self::TornWrite => (0..1 + rng.below(2)).map(|_| allocating(rng)).collect(),
+            Self::FullHost => match rng.below(3) {
+                0 => writers(rng).into_iter().map(with_flushes).collect(),
+                1 => meeting(rng),
+                _ => (0..1 + rng.below(3)).map(|_| random(rng, 12)).collect(),
+            },
+            Self::FailedCut => (0..3 + rng.below(2)).map(|_| flushed(rng)).collect(),
+            Self::Freeing => (0..2 + rng.below(2)).map(|_| freeing(rng)).collect(),
+            Self::FreeingUnread => vec![freeing(rng)],
+            Self::FreeingAfterFailedCut => {
+                let discards = (0..4 + rng.below(6)).map(|_| discard(rng)).collect();
+                vec![freeing(rng), with_flushes(discards)]
+            }
+            Self::FreeingBesideCut => {
+                let flushes = vec![Request::Flush; 2 + rng.below(5) as usize];
+                vec![freeing(rng), flushes, (0..2 + rng.below(3)).map(|_| long_write(rng)).collect()]
+            }
+            Self::FailedCopy => (0..1 + rng.below(2)).map(|_| crossing(rng)).collect(),
             Self::ReuseForTables => vec![tables_after_data(rng)],
             Self::Flushed => (0..1 + rng.below(2)).map(|_| flushed(rng)).collect(),
             Self::Search => {
@@ -225,13 +327,13 @@ fn tool(rng: &mut Rng, fixture: &Fixture) -> Tool {
 
 /// What fails: any operation of a life, or one of the first few of a kind; once, or for a while.
 fn failing(rng: &mut Rng) -> Failing {
-    let victims = [Victim::Any, Victim::Read, Victim::Write, Victim::Growth, Victim::Sync];
+    let victims = [Victim::Any, Victim::Read, Victim::Write, Victim::Metadata, Victim::Growth, Victim::Sync];
     let reach = [4, 16, 120][rng.below(3) as usize];
     Failing {
-        victim: victims[rng.below(5) as usize],
+        victim: victims[rng.below(6) as usize],
         after: rng.below(reach),
         times: if rng.below(3) == 0 { 2 + rng.below(8) } else { 1 },
-        fault: [Fault::Eio, Fault::Enospc, Fault::Short][rng.below(3) as usize],
+        fault: [Fault::Eio, Fault::Enospc, Fault::Short, Fault::Torn][rng.below(4) as usize],
     }
 }
 
@@ -273,6 +375,43 @@ fn flushed(rng: &mut Rng) -> Vec<Request> {
     (0..2 + rng.below(5)).flat_map(|_| [small_write(rng), Request::Flush]).collect()
 }
 
+/// Writes that take a cluster or two each, so that there may be room for one and not for a whole extent.
+fn allocating(rng: &mut Rng) -> Vec<Request> {
+    (0..3 + rng.below(6)).map(|_| if rng.below(5) == 0 { Request::Flush } else { small_write(rng) }).collect()
+}
+
+/// With a flush after each request.
+fn with_flushes(requests: Vec<Request>) -> Vec<Request> {
+    requests.into_iter().flat_map(|request| [request, Request::Flush]).collect()
+}
+
+/// Some clusters.
+fn discard(rng: &mut Rng) -> Request {
+    let count = 8 + rng.below(24) as usize;
+    Request::Discard(rng.below((SECTORS - count) as u64) as usize, count)
+}
+
+/// Gives clusters of several refcount pages back, and takes some of them again.
+fn freeing(rng: &mut Rng) -> Vec<Request> {
+    let mut requests = Vec::new();
+    for _ in 0..2 + rng.below(3) {
+        requests.extend((0..1 + rng.below(4)).map(|_| discard(rng)));
+        requests.extend([Request::Flush, Request::Maintain]);
+        requests.extend((0..rng.below(3)).map(|_| small_write(rng)));
+    }
+    requests.push(Request::Maintain);
+    requests
+}
+
+/// Writes that reach into two L2 tables, or nearly: both are copied at the same time.
+fn crossing(rng: &mut Rng) -> Vec<Request> {
+    let write = |rng: &mut Rng| {
+        let table = [64, 128, 256, 512][rng.below(4) as usize];
+        Request::Write(table - 1 - rng.below(6) as usize, 2 + rng.below(5) as usize)
+    };
+    (0..2 + rng.below(6)).map(|_| if rng.below(6) == 0 { Request::Flush } else { write(rng) }).collect()
+}
+
 /// A few requests of the alphabet.
 fn short(rng: &mut Rng) -> Vec<Request> {
     let len = 1 + rng.below(3);
@@ -304,9 +443,14 @@ fn touch(rng: &mut Rng) -> Request {
 /// Frees clusters of two places, and writes to one of them: that is given the other's.
 fn churn(rng: &mut Rng) -> Vec<Request> {
     let elsewhere = 20 + 40 * rng.below(8) as usize;
+    // Enough for all that one cluster holds, compressed.
+    let all = if rng.below(2) == 0 { 20 } else { 160 };
     vec![
+        // The mapping is in memory then.
+        Request::Read(4, 10),
+        Request::Read(elsewhere, 20),
         Request::Discard(4, 10),
-        Request::Discard(elsewhere, 20),
+        Request::Discard(elsewhere, all),
         Request::Flush,
         Request::Maintain,
         Request::Write(elsewhere, 20),

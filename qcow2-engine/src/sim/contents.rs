@@ -99,9 +99,9 @@ mod tests {
             write(100, 1, 700),
             Change::Length(1000),
             write(2000, 2, 600),
-            Change::Extend(5000),
+            Change::Extend { from: 0, end: 5000 },
             Change::Punch { at: 512, len: 9999 },
-            Change::Extend(300),
+            Change::Extend { from: 0, end: 300 },
             Change::Length(2048),
         ];
         let durable = vec![7; 1536];

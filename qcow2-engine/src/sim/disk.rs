@@ -6,7 +6,7 @@
 //! there as well. The file's length is an item of its own. What a failed barrier should have covered is
 //! lost, though it goes on being read.
 
-use super::contents::Contents;
+use super::{contents::Contents, model::Value};
 use crate::{
     RuleName,
     io::{Access, Buf, FileId, Io, Storage},
@@ -48,8 +48,14 @@ pub enum Change {
     },
     /// A new length.
     Length(u64),
-    /// At least this length: an allocation never cuts a file off that has grown meanwhile.
-    Extend(u64),
+    /// Space for all that lies between, and at least the length that it ends with: an allocation never cuts a file
+    /// off that has grown meanwhile.
+    Extend {
+        /// Where it begins.
+        from: u64,
+        /// Where it ends.
+        end: u64,
+    },
 }
 
 /// What the host does to an operation.
@@ -61,6 +67,8 @@ pub enum Fault {
     Enospc,
     /// Half of a read or write is carried out, and reported.
     Short,
+    /// Input/output error, and half of a write has been carried out.
+    Torn,
 }
 
 /// Which operations fail, and how.
@@ -85,6 +93,8 @@ pub enum Victim {
     Read,
     /// A write.
     Write,
+    /// A write of anything but a guest's data.
+    Metadata,
     /// One that makes the file longer without writing to it.
     Growth,
     /// A barrier.
@@ -101,6 +111,12 @@ pub enum HeldBack {
     Oldest,
     /// One that makes a file longer, if there is one.
     Growth,
+    /// A transfer that the engine does not wait for (`direct.rs`), if there is one.
+    Direct,
+    /// A hole that is being punched, if there is one.
+    Punch,
+    /// A write of metadata, if there is one.
+    Metadata,
 }
 
 /// What the file system can do besides reading and writing.
@@ -119,7 +135,7 @@ impl FileSystem {
     /// What becomes of an operation here.
     fn admit(self, kind: Kind) -> Kind {
         match kind {
-            Kind::Change(Change::Extend(_)) if !self.allocates => Kind::Refused,
+            Kind::Change(Change::Extend { .. }) if !self.allocates => Kind::Refused,
             Kind::Change(Change::Punch { .. }) if !self.punches => Kind::Refused,
             other => other,
         }
@@ -155,6 +171,8 @@ struct State {
     /// Operations completed so far.
     completed: u64,
     failing: Option<Failing>,
+    /// So many operations may complete before the host has no room for more.
+    fills_after: Option<u64>,
     /// A barrier has failed.
     has_lost: bool,
     file_system: FileSystem,
@@ -173,12 +191,15 @@ pub struct File {
     pub durable: Contents,
     /// Completed and not durable, oldest first, with the moment of completion.
     pub pending: Vec<(u64, Change)>,
+    /// The sectors that have space on the host. The file was made without holes.
+    pub(super) has_space: Vec<bool>,
 }
 
 struct Operation {
     id: u64,
     file: usize,
     kind: Kind,
+    is_direct: bool,
 }
 
 enum Kind {
@@ -191,6 +212,12 @@ enum Kind {
     Sync(u64),
     /// The file system cannot do this.
     Refused,
+}
+
+impl Fault {
+    fn is_error(self) -> bool {
+        self != Self::Short
+    }
 }
 
 impl Failing {
@@ -208,13 +235,22 @@ impl Failing {
     }
 }
 
+impl Kind {
+    /// Whether it writes something that is neither a guest's data nor zeros.
+    fn is_metadata(&self) -> bool {
+        let Self::Change(Change::Write { bytes, .. }) = self else { return false };
+        bytes.chunks_exact(SECTOR).any(|sector| Value::read(sector) == Value::Foreign)
+    }
+}
+
 impl Victim {
     fn is(self, kind: &Kind) -> bool {
         match self {
             Self::Any => true,
             Self::Read => matches!(kind, Kind::Read { .. }),
             Self::Write => matches!(kind, Kind::Change(Change::Write { .. })),
-            Self::Growth => matches!(kind, Kind::Change(Change::Extend(_) | Change::Length(_))),
+            Self::Metadata => kind.is_metadata(),
+            Self::Growth => matches!(kind, Kind::Change(Change::Extend { .. } | Change::Length(_))),
             Self::Sync => matches!(kind, Kind::Sync(_)),
         }
     }
@@ -235,7 +271,7 @@ impl Change {
                 bytes[start..end].fill(0);
             }
             Self::Length(len) => bytes.resize(*len as usize, 0),
-            Self::Extend(len) => bytes.resize(bytes.len().max(*len as usize), 0),
+            Self::Extend { end, .. } => bytes.resize(bytes.len().max(*end as usize), 0),
         }
     }
 
@@ -244,7 +280,18 @@ impl Change {
         match *self {
             Self::Write { at, ref bytes } => (at as usize).min(file_len)..at as usize + bytes.len(),
             Self::Punch { at, len } => (at as usize).min(file_len)..file_len.min((at + len) as usize),
-            Self::Length(len) | Self::Extend(len) => file_len.min(len as usize)..file_len.max(len as usize),
+            Self::Length(len) => file_len.min(len as usize)..file_len.max(len as usize),
+            Self::Extend { end, .. } => file_len.min(end as usize)..file_len.max(end as usize),
+        }
+    }
+
+    /// The bytes that it needs space for, or gives the space of back.
+    fn space(&self) -> Range<u64> {
+        match *self {
+            Self::Write { at, ref bytes } => at..at + bytes.len() as u64,
+            Self::Punch { at, len } => at..at + len,
+            Self::Extend { from, end } => from..end,
+            Self::Length(len) => len..u64::MAX,
         }
     }
 }
@@ -257,6 +304,7 @@ impl Disk {
             current: bytes.to_vec(),
             durable: Contents::new(bytes.to_vec()),
             pending: Vec::new(),
+            has_space: vec![true; bytes.len().div_ceil(SECTOR)],
         };
         let files = contents.iter().map(|bytes| durable(bytes)).collect();
         Self::around(files, FileSystem::ABLE)
@@ -270,6 +318,24 @@ impl Disk {
     /// From now on operations fail in this way.
     pub fn fail(&self, failing: Failing) {
         self.0.borrow_mut().failing = Some(failing);
+    }
+
+    /// The host is full when so many operations have completed, and stays so, whatever is given back.
+    pub fn fill_after(&self, operations: u64) {
+        self.0.borrow_mut().fills_after = Some(operations);
+    }
+
+    /// Whether holes can be punched.
+    #[must_use]
+    pub fn punches(&self) -> bool {
+        self.0.borrow().file_system.punches
+    }
+
+    /// Whether the host will be full one day, and can allocate ahead until then.
+    #[must_use]
+    pub fn is_scarce(&self) -> bool {
+        let state = self.0.borrow();
+        state.fills_after.is_some() && state.file_system.allocates
     }
 
     /// From now on the files are on a file system that can do this.
@@ -303,6 +369,12 @@ impl Disk {
             HeldBack::Nothing => None,
             HeldBack::Oldest => Some(0),
             HeldBack::Growth => state.waiting.iter().position(grows),
+            HeldBack::Direct => state.waiting.iter().position(|operation| operation.is_direct),
+            HeldBack::Punch => state
+                .waiting
+                .iter()
+                .position(|operation| matches!(operation.kind, Kind::Change(Change::Punch { .. }))),
+            HeldBack::Metadata => state.waiting.iter().position(|operation| operation.kind.is_metadata()),
         }
     }
 
@@ -329,12 +401,14 @@ impl Disk {
         let mut state = self.0.borrow_mut();
         let state = &mut *state;
         let operation = state.waiting.remove(choice);
-        let fault = state.failing.as_mut().and_then(|failing| failing.strike(&operation.kind));
+        let mut fault = state.failing.as_mut().and_then(|failing| failing.strike(&operation.kind));
         state.completed += 1;
         let now = state.completed;
         let file = &mut state.files[operation.file];
-        state.has_lost |=
-            matches!((&operation.kind, fault), (Kind::Sync(_), Some(Fault::Eio | Fault::Enospc)));
+        if state.fills_after.is_some_and(|full| now > full) && file.lacks_space(&operation.kind) {
+            fault = Some(Fault::Enospc);
+        }
+        state.has_lost |= matches!(operation.kind, Kind::Sync(_)) && fault.is_some_and(Fault::is_error);
         state.version += u64::from(!matches!(operation.kind, Kind::Read { .. }));
         let result = file.carry_out(operation.kind, now, fault);
         state.lengths[operation.file].store(file.current.len() as u64, Ordering::Relaxed);
@@ -384,13 +458,28 @@ impl Disk {
         look(&mut state.files[file], changes)
     }
 
+    /// A read by one who has asked the engine where the bytes are.
+    pub(super) async fn read_directly(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
+        self.issue_as(true, file, |_| Kind::Read { at, buf }).await
+    }
+
+    /// As [`Self::read_directly`].
+    pub(super) async fn write_directly(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
+        let bytes = buf.to_vec().into();
+        self.issue_as(true, file, |_| Kind::Change(Change::Write { at, bytes })).await
+    }
+
     fn issue(&self, file: FileId, kind: impl FnOnce(u64) -> Kind) -> Pending {
+        self.issue_as(false, file, kind)
+    }
+
+    fn issue_as(&self, is_direct: bool, file: FileId, kind: impl FnOnce(u64) -> Kind) -> Pending {
         let mut state = self.0.borrow_mut();
         state.next_id += 1;
         let id = state.next_id;
         let kind = state.file_system.admit(kind(state.completed));
         state.version += u64::from(matches!(kind, Kind::Change(_)));
-        state.waiting.push(Operation { id, file: file.0 as usize, kind });
+        state.waiting.push(Operation { id, file: file.0 as usize, kind, is_direct });
         Pending { disk: self.clone(), id }
     }
 }
@@ -398,14 +487,19 @@ impl Disk {
 impl File {
     fn carry_out(&mut self, kind: Kind, now: u64, fault: Option<Fault>) -> io::Result<usize> {
         let error = match fault {
-            Some(Fault::Eio) => Some(libc::EIO),
+            Some(Fault::Eio | Fault::Torn) => Some(libc::EIO),
             Some(Fault::Enospc) => Some(libc::ENOSPC),
             Some(Fault::Short) | None => None,
         };
         if let Some(error) = error {
-            if let Kind::Sync(issued) = kind {
+            match kind {
                 // As a kernel does: what could not be written counts as written, and is read as such.
-                drop(self.settle(issued));
+                Kind::Sync(issued) => drop(self.settle(issued)),
+                Kind::Change(Change::Write { at, bytes }) if fault == Some(Fault::Torn) => {
+                    let half = bytes.len().div_ceil(2).next_multiple_of(SECTOR).min(bytes.len());
+                    self.change(now, Change::Write { at, bytes: bytes[..half].into() });
+                }
+                _ => {}
             }
             return Err(io::Error::from_raw_os_error(error));
         }
@@ -447,8 +541,24 @@ impl File {
         self.pending.drain(..covered).collect()
     }
 
+    /// Whether a host that is full has to refuse this.
+    fn lacks_space(&self, kind: &Kind) -> bool {
+        let Kind::Change(change @ (Change::Write { .. } | Change::Extend { .. })) = kind else {
+            return false;
+        };
+        let Range { start, end } = change.space();
+        let sectors = start as usize / SECTOR..(end as usize).div_ceil(SECTOR);
+        !self.has_space.get(sectors).is_some_and(|sectors| sectors.iter().all(|&has_space| has_space))
+    }
+
     fn change(&mut self, now: u64, change: Change) {
         change.apply(&mut self.current);
+        self.has_space.resize(self.current.len().div_ceil(SECTOR), false);
+        let Range { start, end } = change.space();
+        let sectors = start as usize / SECTOR..self.has_space.len().min((end as usize).div_ceil(SECTOR));
+        if let Some(sectors) = self.has_space.get_mut(sectors) {
+            sectors.fill(matches!(change, Change::Write { .. } | Change::Extend { .. }));
+        }
         self.pending.push((now, change));
     }
 }
@@ -506,7 +616,7 @@ impl Io for Disk {
     }
 
     async fn allocate(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {
-        self.issue(file, |_| Kind::Change(Change::Extend(at + len))).await.map(drop)
+        self.issue(file, |_| Kind::Change(Change::Extend { from: at, end: at + len })).await.map(drop)
     }
 
     async fn punch_hole(&self, file: FileId, at: u64, len: u64) -> io::Result<()> {

@@ -5,7 +5,7 @@
 //! short in both ways, by power and by another kill.
 
 use super::{
-    disk::{Disk, HeldBack},
+    disk::{Disk, File, HeldBack},
     model::{Model, Value},
     oracle,
     play::{Player, play},
@@ -33,6 +33,8 @@ const MAX_PROCESSES: u32 = 3;
 /// One successor of the first process in this many goes on to serve, until one has: it is judged at every moment,
 /// which takes as long as all that was before.
 const SERVING_CHANCE: u64 = 16;
+/// One of the others in this many closes at once.
+const CLOSING_CHANCE: u64 = 4;
 /// Requests that it serves, at the most, before it searches for leaks.
 const MAX_REQUESTS: u64 = 3;
 /// The numbers of its requests, apart from those of the first process.
@@ -111,6 +113,7 @@ impl Life<'_> {
         let image = self.open().map_err(|error| format!("it does not open: {error}"))?;
         let log = self.redo.open().map_err(|error| error.to_string())?;
         let lane = Lane::new(&image, self.disk.clone(), 1);
+        let had_records = !log.is_empty();
         let replay = {
             let lane = lane.clone();
             Box::pin(async move { lane.replay(&log).await.map(drop).map_err(|error| error.to_string()) })
@@ -125,8 +128,45 @@ impl Life<'_> {
         self.drive(vec![read], false)?;
         self.check_live(&buf)?;
         // Nothing of the mapping, of the counts or of a snapshot has come to harm either.
-        self.judge_file()?;
-        if serves { self.serve_on(&image, &lane, &buf) } else { Ok(()) }
+        let (_, is_durable) = self.judge_file()?;
+        if had_records {
+            // It may begin a log of its own now.
+            if !is_durable {
+                return Err("the log was replayed, and not everything is durable".to_owned());
+            }
+            self.check_live_file()?;
+        }
+        match self.rng.below(CLOSING_CHANCE) {
+            _ if serves => self.serve_on(&image, &lane, &buf),
+            0 => self.close_at_once(&lane),
+            _ => Ok(()),
+        }
+    }
+
+    /// What the file says by itself, without the log.
+    fn check_live_file(&self) -> Result<(), String> {
+        let model = self.model.borrow();
+        let read = |file: &mut File, _| {
+            oracle::read(&file.current, self.fixture.backing.as_deref(), model.len(), &self.memo)
+        };
+        for (sector, value) in self.disk.look(0, read)?.into_iter().take(model.len()).enumerate() {
+            let found = value.ok_or_else(|| format!("sector {sector} cannot be read"))?;
+            model.check_live(sector, found).map_err(|allowed| {
+                format!("the log was replayed, and sector {sector} holds {found:?}, allowed are {allowed:?}")
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The process closes: whatever it believes to be free is given back.
+    fn close_at_once(&mut self, lane: &Lane<Disk>) -> Result<(), String> {
+        let close = {
+            let lane = lane.clone();
+            Box::pin(async move { lane.close().await.map_err(|error| error.to_string()) })
+        };
+        self.drive(vec![close], false)?;
+        self.judge_file().map_err(|error| format!("the next one closed: {error}"))?;
+        self.check_live_file()
     }
 
     /// The process serves what it has `found`, gives back what the dead one has leaked, and closes.

@@ -9,7 +9,10 @@ use qcow2_format::{
     Geometry, Header, L1Entry, Mapping, RefcountTableEntry, refcount,
     snapshot::{Snapshot, decode_table},
 };
-use std::{cell::RefCell, collections::HashMap};
+use std::{
+    cell::RefCell,
+    collections::{BTreeSet, HashMap},
+};
 
 /// What is judged besides the image itself.
 pub struct Case<'a> {
@@ -57,6 +60,8 @@ pub(super) struct Reader<'a> {
     references: Vec<u64>,
     /// Whether a cluster belongs to one owner alone.
     exclusive: Vec<bool>,
+    /// Whether an entry of the active mapping refers to it and does not say that it is its own.
+    unflagged: Vec<bool>,
 }
 
 /// Judges an image.
@@ -105,6 +110,24 @@ pub fn judge(bytes: &[u8], case: &Case<'_>) -> Result<Findings, String> {
     Ok(findings)
 }
 
+/// The clusters of a sound image that are counted by nobody.
+///
+/// # Errors
+/// It cannot be read.
+pub(super) fn free_clusters(bytes: &[u8]) -> Result<BTreeSet<usize>, String> {
+    let reader = Reader::of(bytes)?;
+    let per_block = reader.geometry.refcounts_per_block() as usize;
+    let mut free = BTreeSet::new();
+    for cluster in 0..reader.references.len() {
+        let counts = reader.refcount_block((cluster / per_block) as u64)?;
+        let order = reader.geometry.refcount_order;
+        if counts.is_none_or(|bytes| refcount::get(bytes, order, cluster % per_block) == 0) {
+            free.insert(cluster);
+        }
+    }
+    Ok(free)
+}
+
 /// What the sectors of a damaged image hold, and then those of each snapshot; `None` where that cannot
 /// be told.
 ///
@@ -142,7 +165,14 @@ impl<'a> Reader<'a> {
         let header = Header::decode(bytes, bytes.len() as u64).map_err(|error| error.to_string())?;
         let geometry = header.geometry();
         let clusters = geometry.clusters_for(bytes.len() as u64) as usize;
-        Ok(Self { bytes, header, geometry, references: vec![0; clusters], exclusive: vec![false; clusters] })
+        Ok(Self {
+            bytes,
+            header,
+            geometry,
+            references: vec![0; clusters],
+            exclusive: vec![false; clusters],
+            unflagged: vec![false; clusters],
+        })
     }
 
     fn slice(&self, at: u64, len: u64) -> Result<&'a [u8], String> {
@@ -221,6 +251,7 @@ impl<'a> Reader<'a> {
         let L1Entry::Table { offset, copied } = entry else { return Ok(()) };
         let cluster = self.refer(offset.0, "an L2 table")?;
         self.check_copied(cluster, copied && is_active, "L2 table")?;
+        self.unflagged[cluster] |= is_active && !copied;
         let what = L2_NAMES[index.min(L2_NAMES.len() - 1)];
         for raw in self.table(offset.0, self.geometry.l2_entries() as usize)? {
             if raw == 0 {
@@ -236,6 +267,7 @@ impl<'a> Reader<'a> {
                 Mapping::Data { host, copied } | Mapping::Zero { host: Some(host), copied } => {
                     let cluster = self.refer(host.0, what)?;
                     self.check_copied(cluster, copied && is_active, what)?;
+                    self.unflagged[cluster] |= is_active && !copied;
                     self.slice(host.0, self.geometry.cluster_size())?;
                 }
                 Mapping::Unallocated | Mapping::Zero { host: None, .. } => {}
@@ -268,6 +300,9 @@ impl<'a> Reader<'a> {
                 }
                 if self.exclusive[cluster] && count != 1 {
                     return Err(format!("cluster {cluster} has one owner and refcount {count}"));
+                }
+                if self.unflagged[cluster] && count == 1 {
+                    return Err(format!("cluster {cluster} has one owner, which does not say so"));
                 }
                 findings.leaks += u64::from(count > references);
             }

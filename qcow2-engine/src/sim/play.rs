@@ -105,6 +105,11 @@ impl Player {
         let issued = self.model.borrow_mut().flush_issued();
         let flushed = self.lane.flush().await;
         self.has_been_told.set(self.has_been_told.get() || flushed.is_err() && self.lane.io().has_lost());
+        if let Err(error) = &flushed
+            && self.lane.io().is_scarce()
+        {
+            return Err(Trouble::Wrong(format!("a flush needs no room on the host, and fails: {error}")));
+        }
         flushed?;
         if had_lost {
             return Err(Trouble::Wrong("it succeeds, and an earlier fdatasync has failed".into()));
@@ -134,7 +139,8 @@ impl Player {
         let data: Vec<u8> = sectors.flat_map(|sector| value(sector).bytes()).collect();
         let buf = Buf::from_bytes(&data);
         if let Some(direct) = lane.direct_write(at, buf.len() as u64) {
-            let written = transfer(&direct, &buf, |run, part| lane.io().write(run.file, run.at, part)).await;
+            let written =
+                transfer(&direct, &buf, |run, part| lane.io().write_directly(run.file, run.at, part)).await;
             lane.end_direct(direct);
             if written == buf.len() {
                 return Ok(());
@@ -164,7 +170,8 @@ impl Player {
     async fn read_into(&self, at: u64, buf: &Buf) -> Result<(), Error> {
         let lane = &self.lane;
         if let Some(direct) = lane.direct_read(at, buf.len() as u64) {
-            let read = transfer(&direct, buf, |run, part| lane.io().read(run.file, run.at, part)).await;
+            let read =
+                transfer(&direct, buf, |run, part| lane.io().read_directly(run.file, run.at, part)).await;
             lane.end_direct(direct);
             if read == buf.len() {
                 return Ok(());

@@ -46,6 +46,8 @@ pub struct Case {
     pub held_back: HeldBack,
     /// Operations that fail, counted from the opening.
     pub fault: Option<Failing>,
+    /// The host is full after so many operations.
+    pub fills_after: Option<u64>,
     /// What the file system can do.
     pub file_system: FileSystem,
     /// How the metadata is cut into pages.
@@ -55,6 +57,11 @@ pub struct Case {
 }
 
 impl Case {
+    /// Whether an operation may fail.
+    fn has_faults(&self) -> bool {
+        self.fault.is_some() || self.fills_after.is_some()
+    }
+
     fn searches_for_leaks(&self) -> bool {
         let Work::Lanes(lanes) = &self.work else { return false };
         lanes.iter().flatten().any(|request| matches!(request, Request::Reclaim(_)))
@@ -167,11 +174,14 @@ fn serve(
     if let Some(failing) = case.fault {
         life.disk.fail(failing);
     }
+    if let Some(operations) = case.fills_after {
+        life.disk.fill_after(operations);
+    }
     life.totals.workloads += 1;
     let image = match life.open() {
         Ok(image) => image,
         // An image that cannot be read is not opened, and nothing has happened.
-        Err(_) if case.fault.is_some() => return Ok(()),
+        Err(_) if case.has_faults() => return Ok(()),
         Err(error) => return Err(format!("it does not open: {error}")),
     };
     image.keep_redo_log(life.redo.create().map_err(|error| error.to_string())?);
@@ -185,7 +195,7 @@ fn serve(
         let first = next;
         next += requests.len() as u32;
         let requests = requests.iter().copied().filter(|request| fixture.takes(request));
-        let has_faults = case.fault.is_some();
+        let has_faults = case.has_faults();
         let player = Player {
             lane: lane.clone(),
             model: Rc::clone(&life.model),
@@ -198,6 +208,7 @@ fn serve(
     let tasks = tasks.collect();
     life.drive(tasks, true)?;
     let may_leak = fixture.past.leaks() && (!case.searches_for_leaks() || case.search_may_give_up());
+    // Whoever flushes or closes needs no room: a host that is full is no excuse.
     life.end(&lanes[0], case.fault.is_some(), may_leak)
 }
 
@@ -356,7 +367,30 @@ impl<'a> Life<'a> {
         if is_closed && (leaks > 0 || !is_durable) {
             return Err(format!("a clean close left {leaks} leaks, or something that is not durable"));
         }
-        Ok(())
+        // Where it cannot be given back it stays, and that is no reason to fail. What a dead process had not counted yet
+        // nobody knows of.
+        let knows_all = self.processes == 1 && !is_faulty && self.disk.punches();
+        if is_closed && knows_all { self.check_holes() } else { Ok(()) }
+    }
+
+    /// The space of what has been freed is given back to the host: it reads as zeros, unless it is as it was.
+    fn check_holes(&self) -> Result<(), String> {
+        let before = oracle::free_clusters(&self.fixture.image)?;
+        self.disk.look(0, |file, _| {
+            let size = self.fixture.variant.cluster_sectors * 512;
+            for cluster in oracle::free_clusters(&file.current)? {
+                let bytes = |image: &[u8]| {
+                    let end = image.len().min((cluster + 1) * size);
+                    image.get(cluster * size..end).map(<[u8]>::to_vec)
+                };
+                let now = bytes(&file.current);
+                let is_as_before = before.contains(&cluster) && bytes(&self.fixture.image) == now;
+                if !is_as_before && now.is_some_and(|bytes| bytes.iter().any(|&byte| byte != 0)) {
+                    return Err(format!("cluster {cluster} is free, and the host still keeps its content"));
+                }
+            }
+            Ok(())
+        })
     }
 
     /// Carries one thing out, alone, and says whether it succeeded. That it does not is a violation, unless

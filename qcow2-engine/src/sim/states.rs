@@ -108,6 +108,7 @@ mod tests {
             current: vec![0; 2048],
             durable: Contents::new(vec![0; 2048]),
             pending: vec![(1, write(0, 1, 512)), (2, write(512, 2, 1024))],
+            ..File::default()
         };
         let mut seen = BTreeSet::new();
         for_each(&mut file, vec![write(1536, 3, 512)], &mut Rng::new(1), |Crashed { bytes, .. }| {

@@ -290,6 +290,7 @@ impl<'a> Work<'a> {
             seed: hash,
             held_back: HeldBack::Nothing,
             fault: None,
+            fills_after: None,
             file_system: FileSystem::ABLE,
             paging: crate::Paging::default(),
             disabled: None,

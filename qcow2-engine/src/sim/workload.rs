@@ -129,6 +129,8 @@ pub enum Past {
     MadeFull,
     /// A crash has left it, with leaks.
     Crashed,
+    /// A loss of power has left it, and behind its end what was written to clusters that nobody had counted yet.
+    Tailed,
     /// A crash has left it, with leaks nearly up to where its refcount table ends.
     CrashedFull,
 }
