@@ -133,7 +133,7 @@ impl<I: Io> Lane<I> {
     /// A failed write of metadata: it stays dirty, and a later flush tries again. A failed barrier:
     /// the image then accepts nothing more, because what is on disk is not known.
     pub async fn flush(&self) -> Result<()> {
-        if self.image().read_only {
+        if self.image().read_only || self.image().is_disabled(RuleName::CutBeforeFlushReturns) {
             return Ok(());
         }
         self.write_back().await
@@ -143,13 +143,7 @@ impl<I: Io> Lane<I> {
     pub(crate) async fn write_back(&self) -> Result<()> {
         let image = self.image();
         image.flusher.check()?;
-        let wanted = {
-            let meta = image.meta.lock();
-            if meta.graph.is_disabled(RuleName::CutBeforeFlushReturns) {
-                return Ok(());
-            }
-            meta.cuts_begun + 1
-        };
+        let wanted = image.meta.lock().cuts_begun + 1;
         match image.flusher.turn(wanted).await {
             Turn::Done(outcome) => outcome,
             Turn::Lead => self.lead().await,

@@ -395,7 +395,7 @@ impl Image {
         (Watching(self), self.epochs.advance())
     }
 
-    fn is_disabled(&self, rule: RuleName) -> bool {
+    pub(crate) fn is_disabled(&self, rule: RuleName) -> bool {
         self.meta.lock().graph.is_disabled(rule)
     }
 
