@@ -19,8 +19,9 @@ const CLUSTER: u64 = 65536;
 static MARK: [u8; CLUSTER as usize] = [7; CLUSTER as usize];
 /// The guest cluster whose entry is damaged.
 const DAMAGED: u64 = CLUSTER;
-/// A header's field.
+/// Fields of a header.
 const L1_TABLE_OFFSET: u64 = 40;
+const REFCOUNT_TABLE_OFFSET: u64 = 48;
 /// Bit 63 of entries, and the bits that are a place.
 const COPIED: u64 = 1 << 63;
 const PLACE: u64 = 0x00ff_ffff_ffff_fe00;
@@ -72,18 +73,19 @@ fn condemned(binary: &Binary, image: &Path) -> Result<DeviceDisk> {
     damage(image)?;
     let mut disk = DeviceDisk::open(binary.add(&[], image)?)?;
     let written = disk.run(&[Op::Write { at: DAMAGED, bytes: MARK.to_vec().into() }]);
-    ensure!(written.is_err(), "a write to the L1 table succeeded");
+    ensure!(written.is_err(), "a write to the refcount block succeeded");
     Ok(disk)
 }
 
-/// Has the entry of the cluster at [`DAMAGED`] lead to the L1 table.
+/// Has the entry of the cluster at [`DAMAGED`] lead to the refcount block: the one kind of table that a repair can make anew.
 fn damage(image: &Path) -> Result<()> {
     let file = OpenOptions::new().read(true).write(true).open(image)?;
     let l1_table = word(&file, L1_TABLE_OFFSET)?;
     let l2_table = word(&file, l1_table)? & PLACE;
     ensure!(l2_table != 0, "there is no L2 table");
+    let block = word(&file, word(&file, REFCOUNT_TABLE_OFFSET)?)?;
     let at = l2_table + DAMAGED / CLUSTER * 8;
-    file.write_all_at(&(l1_table | COPIED).to_be_bytes(), at).context("the entry")
+    file.write_all_at(&(block | COPIED).to_be_bytes(), at).context("the entry")
 }
 
 fn word(file: &File, at: u64) -> Result<u64> {
