@@ -207,7 +207,7 @@ impl Crew {
             Event::Queue { index, notice: Notice::Failing(source) } => self.fail(index, source),
             Event::Ended { index, result } => {
                 self.running -= 1;
-                // Until the device is stopped a queue does not end by itself.
+                // A queue does not end well by itself, but when the device is stopped, by us or by somebody else.
                 self.is_failing = true;
                 if let Err(source) = result {
                     self.fail(index, source);
@@ -225,9 +225,9 @@ impl Crew {
         }
     }
 
-    /// How the first queue failed that has.
-    pub(crate) fn into_failure(self) -> ServeError {
-        self.failure.unwrap_or(ServeError::QueueFailed)
+    /// How the first queue failed that has, if any: all of them end well when somebody else stops the device.
+    pub(crate) fn failure(&self) -> Option<&ServeError> {
+        self.failure.as_ref()
     }
 
     /// Whether to go on starting.

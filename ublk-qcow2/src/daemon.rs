@@ -335,10 +335,10 @@ fn serve(
         run_file.leave();
         return Err(served.err().unwrap_or(ServeError::QueueFailed));
     }
-    if let Err(ServeError::QueueFailed) = served
+    if let (Err(ServeError::QueueFailed), Some(failure)) = (&served, crew.failure())
         && (is_announced || was_in_use)
     {
-        die(&device, run_file, &crew.into_failure());
+        die(&device, run_file, failure);
     }
     let written = match &served {
         Ok(()) if device.is_recoverable() => device.write_back().map_err(ServeError::from),
