@@ -124,6 +124,11 @@ impl Image {
         meta.watch.disable(rule);
     }
 
+    /// Whether a mutation check has switched the rule off.
+    pub(crate) fn is_disabled(&self, rule: crate::RuleName) -> bool {
+        self.meta.lock().graph.is_disabled(rule)
+    }
+
     pub(crate) fn top(&self) -> &Qcow2Layer {
         self.qcow2_layer(0)
     }

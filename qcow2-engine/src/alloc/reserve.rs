@@ -187,8 +187,10 @@ impl<I: Io> Lane<I> {
         loop {
             let Range { start, end } = run.clusters;
             let Err(error) = self.extend_file(&run.clusters).await else { return Ok(run) };
-            let shorter = if error.kind() == ErrorKind::NoSpace { start + max } else { start };
-            let kept = if shorter < end { shorter } else { start };
+            let kept = match error.kind() {
+                ErrorKind::NoSpace if start + max < end => start + max,
+                _ => start,
+            };
             self.give_up(Run { clusters: kept..end, ..run }).await;
             if kept == start {
                 return Err(error);

@@ -103,8 +103,8 @@ pub async fn check<I: Io>(
     let statistics = survey.statistics;
     let is_marked = file.header().incompatible & MARKS != 0;
     let is_true = found.is_clean() && found.counted_beyond_end == 0 && !is_marked;
-    if options.repair != Repair::None {
-        // Of an image that is sound, too: what an unknown bit vouches for is not checked here, and QEMU clears it then.
+    if options.repair != Repair::None && is_true {
+        // As a repair does: what an unknown bit vouches for is not checked here, and QEMU clears it then.
         clear_unknown_autoclear(&mut file).await?;
     }
     if options.repair == Repair::None || is_true {

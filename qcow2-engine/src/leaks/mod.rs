@@ -395,10 +395,6 @@ impl Image {
         (Watching(self), self.epochs.advance())
     }
 
-    pub(crate) fn is_disabled(&self, rule: RuleName) -> bool {
-        self.meta.lock().graph.is_disabled(rule)
-    }
-
     /// A request may meet damage while the search is under way.
     fn undamaged(&self) -> Result<(), Stop> {
         self.damage.check(&self.top().name).map_err(|damage| doubt(&damage.to_string()))
