@@ -40,9 +40,9 @@ struct RunArgs {
     /// Where images go; a disk file system with a few GiB.
     #[arg(long, default_value = ".")]
     dir: PathBuf,
-    /// Only cases whose name contains this.
-    #[arg(long, default_value = "")]
-    filter: String,
+    /// Only cases whose name contains this; may be repeated, then one of these.
+    #[arg(long = "filter", value_name = "PART")]
+    filters: Vec<String>,
     /// Only print the names of the cases.
     #[arg(long)]
     list: bool,
@@ -71,12 +71,13 @@ fn run(args: RunArgs) -> Result<ExitCode> {
     let dir = args.dir.canonicalize().with_context(|| format!("no directory {}", args.dir.display()))?;
     let binary = Binary::new(args.binary);
     let mut cases = cases(Setting { binary: binary.clone(), dir, seed, scale });
-    cases.retain(|case| case.name().contains(&args.filter));
+    cases
+        .retain(|case| args.filters.is_empty() || args.filters.iter().any(|part| case.name().contains(part)));
     if args.list {
         cases.iter().for_each(|case| println!("{}", case.name()));
         return Ok(ExitCode::SUCCESS);
     }
-    ensure!(!cases.is_empty(), "no case has {:?} in its name", args.filter);
+    ensure!(!cases.is_empty(), "no case has one of {:?} in its name", args.filters);
     println!("{} cases, seed {seed}: repeat with --seed {seed}", cases.len());
     let before = existing();
     let tidy = || {
