@@ -82,8 +82,8 @@ impl Cases {
         body: impl FnOnce(&Setting, &Path) -> Result<()> + Send + 'static,
     ) {
         let setting = Arc::clone(&self.setting);
-        // The full suite may share the machine with others.
-        let factor = if setting.scale == Scale::Full { 3 } else { 1 };
+        // The machine may be shared with others; the full suite is alone with it least of all.
+        let factor = if setting.scale == Scale::Full { 3 } else { 2 };
         self.cases.push(Case::new(name, Duration::from_secs(limit * factor), move || {
             let dir = tempfile::Builder::new().prefix("compat-").tempdir_in(&setting.dir)?;
             body(&setting, dir.path())

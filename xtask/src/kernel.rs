@@ -29,7 +29,8 @@ pub(crate) enum Kernel {
 impl Kernel {
     pub(crate) const ALL: [Self; 2] = [Self::V6_12, Self::V7_3];
 
-    const fn series(self) -> &'static str {
+    /// Its version's first two numbers.
+    pub(crate) const fn series(self) -> &'static str {
         match self {
             Self::V6_12 => "6.12",
             Self::V7_3 => "7.3",

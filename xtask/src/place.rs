@@ -77,6 +77,14 @@ impl Place {
         }
     }
 
+    /// What tells its lines from those of another place.
+    pub(crate) const fn label(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Machine(kernel) => kernel.series(),
+        }
+    }
+
     /// Sees to it that everything for this place is installed and fetched.
     ///
     /// # Errors

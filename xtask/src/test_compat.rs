@@ -5,6 +5,7 @@ use crate::{
     place::Place,
     powercut,
     test::{Matrix, Report, device_lane},
+    vm::machine::Console,
 };
 use anyhow::Result;
 use std::{process::ExitCode, time::Duration};
@@ -34,7 +35,9 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
     for kernel in kernels {
         let place = Place::Machine(kernel);
         place.prepare()?;
-        report.lane(&format!("full matrix on {place}"), || device_lane(place, Matrix::Full(limit)));
+        report.lane(&format!("full matrix on {place}"), || {
+            device_lane(place, Matrix::Full(limit), Console::Streamed)
+        });
         report.lane(&format!("power cuts of {place}"), || powercut::lane(kernel, POWER_CUTS, None));
     }
     Ok(report.finish())

@@ -63,6 +63,8 @@ pub(crate) enum Console {
     Interactive,
     /// The script's output is passed on as it comes.
     Streamed,
+    /// The same, line by line and behind a label: others speak meanwhile.
+    Labelled(&'static str),
     /// The script's output is only kept.
     Silent,
 }
@@ -333,21 +335,40 @@ fn wait(child: &mut Child, limit: Duration) -> Result<Ended> {
     }
 }
 
-/// Keeps all of `pipe`, and passes it on when the console is streamed.
+/// Keeps all of `pipe`, and passes it on if the console is for that.
 pub(crate) fn collect(mut pipe: impl Read + Send + 'static, console: Console) -> thread::JoinHandle<Vec<u8>> {
     thread::spawn(move || {
-        let mut all = Vec::new();
+        let (mut all, mut told) = (Vec::new(), 0);
         let mut buffer = [0; 8192];
         while let Ok(len @ 1..) = pipe.read(&mut buffer) {
             all.extend_from_slice(&buffer[..len]);
-            if console == Console::Streamed {
-                let mut stdout = io::stdout().lock();
-                // Nobody may be listening any more; the run goes on all the same.
-                let _ = stdout.write_all(&buffer[..len]).and_then(|()| stdout.flush());
-            }
+            // Nobody may be listening any more; the run goes on all the same.
+            let _ = pass_on(&all[told..], console).map(|len| told += len);
         }
         all
     })
+}
+
+/// Passes on what can be, and says how much that is.
+fn pass_on(new: &[u8], console: Console) -> io::Result<usize> {
+    let mut stdout = io::stdout().lock();
+    let passed = match console {
+        Console::Streamed => {
+            stdout.write_all(new)?;
+            new.len()
+        }
+        Console::Labelled(label) => {
+            let whole = new.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
+            for line in new[..whole].split_inclusive(|&byte| byte == b'\n') {
+                stdout.write_all(format!("{label}: ").as_bytes())?;
+                stdout.write_all(line)?;
+            }
+            whole
+        }
+        Console::Interactive | Console::Silent => return Ok(0),
+    };
+    stdout.flush()?;
+    Ok(passed)
 }
 
 fn tail(text: &str, lines: usize) -> String {
