@@ -163,10 +163,12 @@ impl Window {
     /// What is still open is what this raw file has.
     pub(crate) fn ask_raw(&mut self, index: u16, raw: &RawLayer) {
         self.answer(|at, end| {
-            Some(match () {
-                () if at >= raw.len => Answer::Zero,
-                () if end <= raw.len => Answer::Data { layer: index, at },
-                () => Answer::Ask { layer: index },
+            Some(if at >= raw.len {
+                Answer::Zero
+            } else if end <= raw.len {
+                Answer::Data { layer: index, at }
+            } else {
+                Answer::Ask { layer: index }
             })
         });
     }

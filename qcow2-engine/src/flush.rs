@@ -24,7 +24,7 @@ use parking_lot::Mutex;
 use std::{
     collections::BTreeMap,
     future::poll_fn,
-    sync::Arc,
+    sync::{Arc, OnceLock},
     task::{Poll, Waker},
 };
 
@@ -39,7 +39,11 @@ const MAX_FREES: usize = 1 << 16;
 
 /// Who carries the next cut out, and how the last one went.
 #[derive(Default)]
-pub(crate) struct Flusher(Mutex<State>);
+pub(crate) struct Flusher {
+    state: Mutex<State>,
+    /// After this nothing more is accepted. Every write asks for it, and is not to take a lock for that.
+    poisoned: OnceLock<Error>,
+}
 
 #[derive(Default)]
 struct State {
@@ -50,7 +54,6 @@ struct State {
     outcome: Option<Error>,
     /// The last cut that ended well.
     durable: u64,
-    poisoned: Option<Error>,
 }
 
 /// What a waiting flush does next.
@@ -78,26 +81,26 @@ impl Flusher {
     /// # Errors
     /// The failure after which nothing more is accepted.
     pub(crate) fn check(&self) -> Result<()> {
-        self.0.lock().poisoned.clone().map_or(Ok(()), Err)
+        self.poisoned.get().cloned().map_or(Ok(()), Err)
     }
 
     pub(crate) fn poison(&self, error: Error) {
-        self.0.lock().poisoned.get_or_insert(error);
+        self.poisoned.get_or_init(|| error);
     }
 
     pub(crate) fn durable_cut(&self) -> u64 {
-        self.0.lock().durable
+        self.state.lock().durable
     }
 
     /// Waits until cut `wanted`, or a later one, has ended, or until it is the caller's turn.
     async fn turn(&self, wanted: u64) -> Turn {
         poll_fn(|context| {
-            let mut state = self.0.lock();
+            let mut state = self.state.lock();
             if state.ended >= wanted {
                 // A later cut includes whatever an earlier one failed to write.
                 return Poll::Ready(Turn::Done(state.outcome.clone().map_or(Ok(()), Err)));
             }
-            if let Some(error) = &state.poisoned {
+            if let Some(error) = self.poisoned.get() {
                 // It has failed while this one waited, and the kernel tells of what it lost only once.
                 return Poll::Ready(Turn::Done(Err(error.clone())));
             }
@@ -113,7 +116,7 @@ impl Flusher {
 
     fn end(&self, number: u64, outcome: Option<Error>) {
         let waiting = {
-            let mut state = self.0.lock();
+            let mut state = self.state.lock();
             state.leading = false;
             state.ended = number;
             if outcome.is_none() {

@@ -2,7 +2,7 @@
 //!
 //! A lane joins an [`Image`], which all threads share, to the [`Io`] of one thread, and counts the
 //! requests that this thread has in flight. The operations themselves are in the modules named
-//! after them; each runs inside [`Lane::in_flight`].
+//! after them; each runs between [`Lane::begin`] and [`Lane::end`], or inside [`Lane::in_flight`].
 
 use crate::{
     alloc::reserve::LaneSpace,
@@ -20,10 +20,15 @@ use std::{
     task::{Poll, Waker},
 };
 
-/// Buffers for such parts that a lane keeps.
+/// Buffers for metadata that a lane keeps.
 const KEPT_PAGES: usize = 32;
 
 /// One thread's handle of an image. Clones share the handle.
+///
+/// Futures of requests may be dropped, and what they have under way in the kernel goes on. A dropped request stays in
+/// flight for good: nothing that is freed later is used again until the image is opened anew. A dropped flush, or write into
+/// a zero cluster that keeps its place, leaves unknown what is in the file, and the image accepts no more changes
+/// ([`Error::Interrupted`]).
 pub struct Lane<I>(Rc<Inner<I>>);
 
 struct Inner<I> {

@@ -8,6 +8,8 @@
 //! crash at any moment leaves an image whose mapping is consistent and whose worst defect is leaked
 //! clusters; docs/crash-consistency.md has the rules and the argument.
 
+const _: () = assert!(usize::BITS >= 64, "lengths of 64 bits index memory");
+
 mod alloc;
 mod backing;
 mod cache;

@@ -51,7 +51,7 @@ impl<I: Io> Lane<I> {
         let image = self.image();
         let layer = image.qcow2_layer(key.layer);
         loop {
-            let _load = image.loads.acquire(load_number(key)).await;
+            let load = image.loads.acquire(load_number(key)).await;
             let Some(at) = layer.slice_location(key.slice)? else { return Ok(()) };
             if image.has_in_memory(key) {
                 return Ok(());
@@ -72,7 +72,7 @@ impl<I: Io> Lane<I> {
                 return Ok(());
             }
             // Every slot is dirty: writing back makes room.
-            drop(_load);
+            drop(load);
             self.write_back().await?;
         }
     }
@@ -81,7 +81,7 @@ impl<I: Io> Lane<I> {
     async fn load_window(&self, flat: &Flat, key: SliceKey) -> Result<()> {
         let image = self.image();
         loop {
-            let _load = image.loads.acquire(load_number(key)).await;
+            let load = image.loads.acquire(load_number(key)).await;
             if image.has_in_memory(key) {
                 return Ok(());
             }
@@ -99,7 +99,7 @@ impl<I: Io> Lane<I> {
             if inserted {
                 return Ok(());
             }
-            drop(_load);
+            drop(load);
             self.write_back().await?;
         }
     }

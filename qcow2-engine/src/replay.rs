@@ -19,7 +19,10 @@ use crate::{
     lane::Lane,
     redo::{Record, RedoLog},
 };
-use qcow2_format::{HostOffset, L1Entry, Mapping};
+use qcow2_format::{
+    Geometry, HostOffset, L1Entry, Mapping,
+    geometry::{MAX_MAPPED_HOST_BYTES, MAX_REFTABLE_BYTES},
+};
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
@@ -52,6 +55,7 @@ impl<I: Io> Lane<I> {
             return Ok(0);
         }
         let outcome = Outcome::of(&records);
+        outcome.check(image.geometry()).map_err(|reason| image.bad_log(reason))?;
         image.restore_refcount_table(&outcome)?;
         let clusters = outcome.clusters(image)?;
         for cluster in clusters {
@@ -170,6 +174,27 @@ impl Outcome {
         outcome
     }
 
+    /// Refuses numbers that no image of this geometry has, before anything is made of them. Whether its tables have such
+    /// entries is seen when these are looked up.
+    fn check(&self, geometry: &Geometry) -> std::result::Result<(), String> {
+        let beyond = |cluster: u64| cluster >= MAX_MAPPED_HOST_BYTES >> geometry.cluster_bits;
+        if let Some((first, clusters)) = self.refcount_table
+            && (beyond(first) || clusters > MAX_REFTABLE_BYTES >> geometry.cluster_bits)
+        {
+            return Err(format!("a refcount table of {clusters} clusters at cluster {first}"));
+        }
+        if let Some(cluster) = self.blocks.values().chain(self.tables.values()).find(|&&at| beyond(at)) {
+            return Err(format!("a table at host cluster {cluster}"));
+        }
+        let guest_clusters = geometry.virtual_size.div_ceil(geometry.cluster_size());
+        match self.mappings.last_key_value() {
+            Some((&cluster, _)) if cluster >= guest_clusters => {
+                Err(format!("guest cluster {cluster} of {guest_clusters}"))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Every host cluster that the outcome refers to.
     fn clusters(&self, image: &Image) -> Result<BTreeSet<u64>> {
         let bits = image.geometry().cluster_bits;
@@ -188,6 +213,32 @@ impl Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use qcow2_format::Version;
+
+    #[test]
+    fn numbers_that_no_image_has_are_refused() {
+        let geometry = Geometry {
+            version: Version::V3,
+            cluster_bits: 16,
+            refcount_order: 4,
+            extended_l2: false,
+            virtual_size: 1 << 20,
+        };
+        let check = |record| Outcome::of(&[record]).check(&geometry);
+        let last = (1 << 40) - 1;
+        assert_eq!(check(Record::Table { index: 0, cluster: last }), Ok(()));
+        assert_eq!(check(Record::RefcountTable { clusters: 128, first: last }), Ok(()));
+        assert_eq!(check(Record::Mapping { cluster: 15, entry: 0 }), Ok(()));
+        for record in [
+            Record::Table { index: 0, cluster: last + 1 },
+            Record::Block { block: 0, cluster: u64::MAX },
+            Record::RefcountTable { clusters: 1, first: last + 1 },
+            Record::RefcountTable { clusters: 129, first: 5 },
+            Record::Mapping { cluster: 16, entry: 0 },
+        ] {
+            check(record).expect_err("too large");
+        }
+    }
 
     #[test]
     fn the_last_word_on_each_entry_counts() {

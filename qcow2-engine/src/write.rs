@@ -112,7 +112,7 @@ impl<I: Io> Lane<I> {
         let image = self.image();
         let bits = image.geometry().cluster_bits;
         let end = at + buf.len() as u64;
-        let _mapping = image.mappings.acquire(at >> bits..((end - 1) >> bits) + 1).await;
+        let mapping = image.mappings.acquire(at >> bits..((end - 1) >> bits) + 1).await;
         // Whoever held the range before may have gone away with its writes under way.
         image.flusher.check()?;
         // Whoever held the range before may have mapped a part of it.
@@ -124,7 +124,7 @@ impl<I: Io> Lane<I> {
                 Kind::Allocate => self.allocate(piece.at, part).await?,
             }
         }
-        drop(_mapping);
+        drop(mapping);
         self.relieve().await
     }
 

@@ -1,35 +1,12 @@
-//! The two address spaces, as types, so that one is never passed for the other.
+//! A position in the image file, as a type, so that none on the virtual disk (plain numbers) is passed for it.
 //!
-//! A guest offset is a position on the virtual disk; a host offset is a position in the image
-//! file. Both are bytes. Whether an offset lies inside the disk or the file is not known here.
+//! Whether it lies inside the file is not known here.
 
 use std::fmt;
-
-/// A byte offset on the virtual disk.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct GuestOffset(pub u64);
 
 /// A byte offset in the image file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct HostOffset(pub u64);
-
-impl GuestOffset {
-    /// This offset plus `bytes`, or `None` when the sum does not fit.
-    #[must_use]
-    pub const fn checked_add(self, bytes: u64) -> Option<Self> {
-        match self.0.checked_add(bytes) {
-            Some(sum) => Some(Self(sum)),
-            None => None,
-        }
-    }
-
-    /// Whether the offset is a multiple of `unit` bytes; `unit` is a power of two.
-    #[must_use]
-    pub const fn is_aligned(self, unit: u64) -> bool {
-        debug_assert!(unit.is_power_of_two());
-        self.0 & (unit - 1) == 0
-    }
-}
 
 impl HostOffset {
     /// This offset plus `bytes`, or `None` when the sum does not fit.
@@ -49,12 +26,6 @@ impl HostOffset {
     }
 }
 
-impl fmt::Display for GuestOffset {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "guest {:#x}", self.0)
-    }
-}
-
 impl fmt::Display for HostOffset {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "host {:#x}", self.0)
@@ -69,13 +40,13 @@ mod tests {
     fn sums_that_do_not_fit_are_refused() {
         assert_eq!(HostOffset(8).checked_add(8), Some(HostOffset(16)));
         assert_eq!(HostOffset(u64::MAX).checked_add(1), None);
-        assert_eq!(GuestOffset(u64::MAX - 1).checked_add(1), Some(GuestOffset(u64::MAX)));
+        assert_eq!(HostOffset(u64::MAX - 1).checked_add(1), Some(HostOffset(u64::MAX)));
     }
 
     #[test]
     fn alignment_is_judged_by_the_unit() {
         assert!(HostOffset(0).is_aligned(512));
         assert!(HostOffset(1024).is_aligned(512));
-        assert!(!GuestOffset(513).is_aligned(512));
+        assert!(!HostOffset(513).is_aligned(512));
     }
 }

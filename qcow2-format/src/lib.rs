@@ -25,6 +25,8 @@
 
 #![forbid(unsafe_code)]
 
+const _: () = assert!(usize::BITS >= 64, "tables of the format are indexed by numbers of 64 bits");
+
 pub mod address;
 pub mod bitmap;
 pub mod blueprint;
@@ -41,7 +43,7 @@ pub mod snapshot;
 pub mod subcluster;
 mod validate;
 
-pub use address::{GuestOffset, HostOffset};
+pub use address::HostOffset;
 pub use blueprint::{Backing, Blueprint, CreateOptions};
 pub use compressed::CompressedRange;
 pub use error::{Corruption, Field, FormatError, Unsupported};

@@ -4,7 +4,7 @@
 
 mod common;
 
-use common::{info, qemu_is_there, run};
+use common::{info, run};
 use qcow2_format::{Backing, Blueprint, Compression, CreateOptions, Version};
 use std::{fs::File, os::unix::fs::FileExt, path::Path};
 
@@ -53,9 +53,6 @@ fn matrix() -> impl Iterator<Item = CreateOptions> {
 
 #[test]
 fn qemu_calls_every_combination_clean() {
-    if !qemu_is_there("qemu_calls_every_combination_clean") {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     for options in matrix() {
         check(dir.path(), &options);
@@ -64,9 +61,6 @@ fn qemu_calls_every_combination_clean() {
 
 #[test]
 fn sizes_from_nothing_to_the_limit_are_clean() {
-    if !qemu_is_there("sizes_from_nothing_to_the_limit_are_clean") {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     for (cluster_bits, virtual_size) in [
         (16, 0),
@@ -90,9 +84,6 @@ fn sizes_from_nothing_to_the_limit_are_clean() {
 
 #[test]
 fn features_are_what_qemu_reads() {
-    if !qemu_is_there("features_are_what_qemu_reads") {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let virtual_size = 1 << 30;
     check(dir.path(), &CreateOptions { virtual_size, lazy_refcounts: true, ..CreateOptions::default() });
@@ -102,9 +93,6 @@ fn features_are_what_qemu_reads() {
 
 #[test]
 fn backing_files_are_found_by_qemu() {
-    if !qemu_is_there("backing_files_are_found_by_qemu") {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     run(dir, "qemu-img", &["create", "-q", "-f", "raw", "base.raw", "1M"]);
@@ -137,9 +125,6 @@ fn backing_files_are_found_by_qemu() {
 /// QEMU allocates in the new image, so that the tables that it found are put to use.
 #[test]
 fn qemu_writes_to_new_images() {
-    if !qemu_is_there("qemu_writes_to_new_images") {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     for options in matrix().filter(|options| [9, 12, 16, 21].contains(&options.cluster_bits)) {

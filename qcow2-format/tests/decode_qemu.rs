@@ -8,7 +8,7 @@
 
 mod common;
 
-use common::{info, qemu_is_there, run, try_run};
+use common::{info, run, try_run};
 use qcow2_format::{
     Compression, CryptMethod, ExtendedEntry, Geometry, Header, HostOffset, L1Entry, Mapping,
     RefcountTableEntry, Unsupported, Version,
@@ -171,9 +171,6 @@ fn fill(dir: &Path, image: &str) {
 
 #[test]
 fn counts_agree_over_the_matrix() {
-    if !qemu_is_there("counts_agree_over_the_matrix") {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     for cluster in [512, 4096, 65536, 2 << 20] {
@@ -214,9 +211,6 @@ fn counts_agree_over_the_matrix() {
 
 #[test]
 fn counts_agree_with_compressed_clusters() {
-    if !qemu_is_there("counts_agree_with_compressed_clusters") {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     run(dir, "qemu-img", &["create", "-q", "-f", "qcow2", "a.qcow2", "16M"]);
@@ -242,9 +236,6 @@ fn counts_agree_with_compressed_clusters() {
 
 #[test]
 fn counts_agree_with_snapshots() {
-    if !qemu_is_there("counts_agree_with_snapshots") {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     for options in ["compat=0.10", "cluster_size=512", "cluster_size=4k,refcount_bits=2", "refcount_bits=64"]
@@ -270,9 +261,6 @@ fn counts_agree_with_snapshots() {
 
 #[test]
 fn counts_agree_with_bitmaps() {
-    if !qemu_is_there("counts_agree_with_bitmaps") {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     for options in ["cluster_size=512", "cluster_size=64k"] {
@@ -293,9 +281,6 @@ fn counts_agree_with_bitmaps() {
 
 #[test]
 fn backing_name_and_format_are_read() {
-    if !qemu_is_there("backing_name_and_format_are_read") {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     run(dir, "qemu-img", &["create", "-q", "-f", "raw", "base.raw", "1M"]);
@@ -311,9 +296,6 @@ fn backing_name_and_format_are_read() {
 
 #[test]
 fn what_is_not_served_is_recognised_in_real_images() {
-    if !qemu_is_there("what_is_not_served_is_recognised_in_real_images") {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     let create = |options: &[&str]| {
@@ -347,9 +329,6 @@ fn what_is_not_served_is_recognised_in_real_images() {
 /// The dirty bit stays behind when a writer with lazy refcounts is killed.
 #[test]
 fn a_killed_writer_leaves_the_dirty_bit() {
-    if !qemu_is_there("a_killed_writer_leaves_the_dirty_bit") {
-        return;
-    }
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     run(dir, "qemu-img", &["create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", "a.qcow2", "1M"]);

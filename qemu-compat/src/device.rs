@@ -5,6 +5,8 @@
 //! O_DIRECT, one thread per request in flight, so that all queues get some. Knows nothing of the
 //! image's content.
 
+#![allow(unsafe_code, reason = "ioctls of block devices")]
+
 use crate::{
     command::{Finished, run},
     disk::{Disk, Op, SECTOR, Server},

@@ -5,6 +5,8 @@
 //! because the kernel may still write to it. This module knows the commands, what their errors
 //! mean and how to help; the order in which a device is made and unmade is [`crate::device`]'s.
 
+#![allow(unsafe_code, reason = "commands that name memory")]
+
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use libublk::sys;
 use std::{
@@ -218,17 +220,17 @@ impl Control {
             .cmd(command_bytes(&header))
             .build()
             .user_data(id);
-        let result = self.push(&entry).and_then(|()| self.wait(id, command, limit, give_up));
-        if let Err(Unended { error }) = result {
+        let ended = match self.push(&entry).and_then(|()| self.wait(id, command, limit, give_up)) {
+            Ok(ended) => ended,
             // The payload stays allocated: the kernel may still use it.
-            return Err(error);
-        }
+            Err(Unended { error }) => return Err(error),
+        };
         // SAFETY: it came from `Box::into_raw` above, and the command that could change it has ended.
         let payload = unsafe { *Box::from_raw(payload) };
-        match result {
-            Ok(Ended::Done) => Ok(payload),
-            Ok(Ended::Refused(errno)) => Err(ControlError::Refused { command, errno }),
-            Ok(Ended::Cancelled(error)) | Err(Unended { error }) => Err(error),
+        match ended {
+            Ended::Done => Ok(payload),
+            Ended::Refused(errno) => Err(ControlError::Refused { command, errno }),
+            Ended::Cancelled(error) => Err(error),
         }
     }
 

@@ -3,6 +3,8 @@
 //! [`into_background`] forks before any thread or ring exists. The parent waits until the child
 //! either serves its device or has failed, and reports that as its own result.
 
+#![allow(unsafe_code, reason = "fork, and closing what was inherited")]
+
 use crate::runfile;
 use nix::{
     sys::signal::{SigHandler, Signal, signal},
@@ -38,7 +40,7 @@ pub(crate) struct Reporter(File);
 pub(crate) fn into_background() -> io::Result<Side> {
     notice_children()?;
     let (from_child, to_parent) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
-    // SAFETY: the process has one thread only: the command line has been read and nothing else done.
+    // SAFETY: the process has one thread: `add` has started none by now, nor does a supervisor, ever.
     match unsafe { fork() }? {
         ForkResult::Parent { child } => {
             drop(to_parent);

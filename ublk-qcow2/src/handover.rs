@@ -6,6 +6,8 @@
 //! The device is quiesced, so no request comes meanwhile. What the driver has got already it refuses, which does
 //! no harm; should this be cut short as well, the next server does it again.
 
+#![allow(unsafe_code, reason = "submissions to a ring")]
+
 use crate::queue::command_area;
 use io_uring::{IoUring, opcode, types};
 use libublk::sys;

@@ -4,6 +4,8 @@
 //! `/dev/ublkbNp1` on our word that the device serves might come too early. Where the driver leaves the scan to its user
 //! (Linux 7.0) we have it made here, and wait for it. It reads through the queues, hence on a thread of its own and with a bound.
 
+#![allow(unsafe_code, reason = "an ioctl")]
+
 use std::{
     fs::File,
     io,

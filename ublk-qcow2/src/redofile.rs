@@ -12,6 +12,8 @@
 //! the image must not have been modified since. When it was last modified would not do: who then modifies it for the first time in
 //! a while, with a request or by a replay, may be killed before it can note that.
 
+#![allow(unsafe_code, reason = "a mapping seen as atomic words")]
+
 use crate::{runfile, safety};
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, fallocate};

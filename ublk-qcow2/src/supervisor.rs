@@ -235,6 +235,7 @@ mod tests {
     fn a_server_s_death_is_noticed_whatever_was_inherited() {
         const IS_CHILD: &str = "UBLK_QCOW2_TEST_IS_CHILD";
         if env::var_os(IS_CHILD).is_some() {
+            #[allow(unsafe_code, reason = "in a process of its own")]
             // SAFETY: it installs no handler.
             unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }.unwrap();
             match detach::into_background().unwrap() {

@@ -27,12 +27,12 @@ pub(crate) struct Reservation<'a> {
     image: &'a Image,
     lane: usize,
     run: Run,
-    use_: Use,
+    stage: Stage,
 }
 
 /// What a reservation's clusters have been through.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Use {
+enum Stage {
     Untouched,
     /// Writes are under way; if their owner goes away they still are.
     Writing,
@@ -111,31 +111,31 @@ impl Reservation<'_> {
 
     /// From now on the clusters' content is not known.
     pub(crate) fn begin_writing(&mut self) {
-        self.use_ = Use::Writing;
+        self.stage = Stage::Writing;
     }
 
     /// No write to the clusters is under way any more.
     pub(crate) fn end_writing(&mut self) {
-        self.use_ = Use::Written;
+        self.stage = Stage::Written;
     }
 
     /// Something refers to the clusters now: they are no longer the reservation's.
     pub(crate) fn commit(mut self) {
-        self.use_ = Use::Committed;
+        self.stage = Stage::Committed;
     }
 }
 
 impl Drop for Reservation<'_> {
     fn drop(&mut self) {
-        match self.use_ {
-            Use::Committed => {}
+        match self.stage {
+            Stage::Committed => {}
             // The kernel may still write to them. Leaked, until the image is opened again.
-            Use::Writing => {
+            Stage::Writing => {
                 tracing::warn!(clusters = ?self.run.clusters, "clusters of an abandoned write are leaked");
                 self.image.meta.lock().watch.go_blind();
             }
-            Use::Written => self.image.meta.lock().unmapped(self.run.clusters.clone()),
-            Use::Untouched => self.image.meta.lock().put_back(self.lane, &self.run),
+            Stage::Written => self.image.meta.lock().unmapped(self.run.clusters.clone()),
+            Stage::Untouched => self.image.meta.lock().put_back(self.lane, &self.run),
         }
     }
 }
@@ -148,7 +148,7 @@ impl<I: Io> Lane<I> {
         loop {
             let taken = image.meta.lock().lanes[lane].take(max);
             if let Some(run) = taken {
-                return Ok(Reservation { image, lane, run, use_: Use::Untouched });
+                return Ok(Reservation { image, lane, run, stage: Stage::Untouched });
             }
             let _refill = image.refills.acquire(lane as u64..lane as u64 + 1).await;
             if image.meta.lock().lanes[lane].extent.is_none() {
@@ -162,7 +162,7 @@ impl<I: Io> Lane<I> {
     pub(crate) async fn reserve_row(&self, count: u64) -> Result<Reservation<'_>> {
         let image = self.image();
         let run = self.take(|meta| meta.next_row(count)).await?;
-        Ok(Reservation { image, lane: self.number(), run, use_: Use::Written })
+        Ok(Reservation { image, lane: self.number(), run, stage: Stage::Written })
     }
 
     /// Asks the allocator, and does what it needs, until it has a run.

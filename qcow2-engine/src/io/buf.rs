@@ -1,5 +1,7 @@
 //! Aligned memory that an I/O operation can own while the kernel works on it.
 
+#![allow(unsafe_code, reason = "memory that the kernel fills")]
+
 use std::{
     alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error},
     cell::{Cell, RefCell},
@@ -150,16 +152,6 @@ impl Buf {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), to.as_ptr(), bytes.len()) }
     }
 
-    /// Copies the whole of `from` in at `at`; the two may share memory.
-    ///
-    /// # Panics
-    /// When the range does not lie inside the window.
-    pub fn copy_from_buf(&self, at: usize, from: &Buf) {
-        let to = self.slice(at..at + from.len);
-        // SAFETY: both windows lie inside allocations that are alive; `copy` allows overlap.
-        unsafe { std::ptr::copy(from.as_ptr(), to.as_ptr(), from.len) }
-    }
-
     /// Sets every byte.
     pub fn fill(&self, byte: u8) {
         // SAFETY: the window lies inside the allocation that it keeps alive.
@@ -205,7 +197,8 @@ impl Buf {
     }
 
     /// Where the window begins, for the kernel.
-    pub(crate) fn as_ptr(&self) -> *mut u8 {
+    #[must_use]
+    pub fn as_ptr(&self) -> *mut u8 {
         // SAFETY: `start` is at most the allocation's size: every constructor and `slice` keep it so.
         unsafe { self.owner.ptr.as_ptr().add(self.start) }
     }
@@ -237,7 +230,8 @@ impl Pool {
     /// Takes back what [`Self::take`] gave, unless somebody else has it as well: the kernel, perhaps.
     pub fn give_back(&self, buf: Buf) {
         let mut kept = self.kept.borrow_mut();
-        if buf.is_sole() && kept.len() < self.most {
+        let room = buf.owner.layout.size() - buf.start;
+        if buf.is_sole() && room >= self.bytes && kept.len() < self.most {
             kept.push(Buf { len: self.bytes, ..buf });
         }
     }
@@ -282,6 +276,17 @@ mod tests {
             assert!(buf.to_vec().iter().all(|&b| b == 0));
             buf.fill(1);
         }
+    }
+
+    #[test]
+    fn a_pool_takes_back_only_what_is_long_enough() {
+        let pool = Pool::new(4096, 2);
+        pool.give_back(Buf::zeroed(512));
+        let whole = Buf::zeroed(4096);
+        let rest = whole.slice(512..4096);
+        drop(whole);
+        pool.give_back(rest);
+        assert_eq!(pool.kept.borrow().len(), 0);
     }
 
     #[test]

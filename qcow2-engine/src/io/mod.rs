@@ -1,8 +1,8 @@
 //! The one boundary between the engine and storage.
 //!
-//! Every byte that the engine reads or writes passes [`Io`]. There are two implementations: the
-//! io_uring of a serving thread ([`uring`]) and files in memory ([`mem`]). An `Io` belongs to one
-//! thread; the files it names belong to the [`Storage`] that opened them and are shared by all
+//! Every byte that the engine reads or writes passes [`Io`]. It is implemented by the io_uring of a serving
+//! thread ([`uring`]) and by files in memory ([`mem`]); with the feature `sim` also by a simulated disk and by plain
+//! files. An `Io` belongs to one thread; the files it names belong to the [`Storage`] that opened them and are shared by all
 //! threads, so a [`FileId`] means the same file on every ring.
 //!
 //! Contract of every operation: the future may be dropped at any time; the kernel may then still

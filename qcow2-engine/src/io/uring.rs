@@ -10,6 +10,8 @@
 //! (`slots`); a dropped future cancels nothing (except a timer), and dropping the last handle
 //! waits for what is in flight, for `TEARDOWN` at most, and then leaks the memory rather than free it.
 
+#![allow(unsafe_code, reason = "submissions name memory; its parts are covered")]
+
 mod registered;
 mod report;
 mod setup;
@@ -252,9 +254,11 @@ impl Uring {
         Rc::as_ptr(&self.0).addr()
     }
 
+    /// The memory that the entry names lies in `keep`.
     fn start(&self, prepared: Prepared, keep: Keep, on_drop: OnDrop) -> Op {
         let key = self.0.slots.borrow_mut().take(keep);
-        if let Err(error) = self.hand_over(prepared, u64::from(key)) {
+        // SAFETY: `keep` is in the slot `key` until the completion.
+        if let Err(error) = unsafe { self.hand_over(prepared, u64::from(key)) } {
             self.0.slots.borrow_mut().complete(key, -error.raw_os_error().unwrap_or(libc::EIO));
         }
         Op { ring: self.clone(), key, on_drop }
@@ -302,7 +306,8 @@ impl Uring {
         }
         let (fd, buf) = (types::Fd(self.0.kick.event.as_fd().as_raw_fd()), &self.0.kick_buf);
         let read = opcode::Read::new(fd, buf.as_ptr(), buf.len() as u32).build().user_data(KICK);
-        self.0.kick_armed.set(self.push(&read).is_ok());
+        // SAFETY: the ring has `kick_buf`, and leaks it if it ends before the read.
+        self.0.kick_armed.set(unsafe { self.push(&read) }.is_ok());
     }
 
     /// What is known of `file`: its slot in the ring's table if it got one, else its descriptor.
@@ -446,7 +451,9 @@ impl Drop for Op {
         let in_flight = self.ring.0.slots.borrow_mut().abandon(self.key);
         if let (true, OnDrop::Cancel) = (in_flight, self.on_drop) {
             // If it cannot be submitted the operation runs its course: nobody waits for it.
-            let _ = self.ring.push(&opcode::AsyncCancel::new(u64::from(self.key)).build().user_data(CANCEL));
+            let cancel = opcode::AsyncCancel::new(u64::from(self.key)).build().user_data(CANCEL);
+            // SAFETY: it names no memory.
+            let _ = unsafe { self.ring.push(&cancel) };
         }
     }
 }
@@ -487,7 +494,8 @@ impl Uring {
             return;
         }
         let everything = types::CancelBuilder::any();
-        let _ = self.push(&opcode::AsyncCancel2::new(everything).build().user_data(CANCEL));
+        // SAFETY: it names no memory.
+        let _ = unsafe { self.push(&opcode::AsyncCancel2::new(everything).build().user_data(CANCEL)) };
         let deadline = Instant::now() + TEARDOWN;
         while self.in_flight() > 0 || self.0.kick_armed.get() {
             let left = deadline.saturating_duration_since(Instant::now());

@@ -1,26 +1,17 @@
 //! QEMU's tools, for the tests that hold this crate against them.
 
 use std::{
-    io::Write,
     path::Path,
     process::{Command, Output},
 };
 
-/// Whether qemu-img and qemu-io can be run. Where they cannot, says so on the real standard error,
-/// which the test harness does not capture, so that a skipped test is seen.
-pub(crate) fn qemu_is_there(test: &str) -> bool {
-    let there =
-        ["qemu-img", "qemu-io"].iter().all(|tool| Command::new(tool).arg("--version").output().is_ok());
-    if !there {
-        let _ =
-            writeln!(std::io::stderr(), "\n*** SKIPPED {test}: qemu-img and qemu-io are not installed ***");
-    }
-    there
-}
-
 /// Runs a tool in `dir`.
 pub(crate) fn try_run(dir: &Path, tool: &str, args: &[&str]) -> Output {
-    Command::new(tool).current_dir(dir).args(args).output().expect("the tool starts")
+    Command::new(tool)
+        .current_dir(dir)
+        .args(args)
+        .output()
+        .unwrap_or_else(|error| panic!("{tool} does not start: {error}; `cargo xtask setup` installs it"))
 }
 
 /// Runs a tool that must succeed; returns its standard output.

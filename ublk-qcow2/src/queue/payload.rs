@@ -145,7 +145,7 @@ impl Payloads {
     pub(super) async fn collect(&self, tag: u16, buf: &Buf) -> io::Result<()> {
         let at = offset_of(self.queue, tag);
         let entry = entry_for!(self.target, |fd| {
-            opcode::Read::new(fd, buf.address() as *mut u8, buf.len() as u32).offset(at).build()
+            opcode::Read::new(fd, buf.as_ptr(), buf.len() as u32).offset(at).build()
         });
         self.copy(entry, buf).await
     }
@@ -154,7 +154,7 @@ impl Payloads {
     pub(super) async fn deliver(&self, tag: u16, buf: &Buf) -> io::Result<()> {
         let at = offset_of(self.queue, tag);
         let entry = entry_for!(self.target, |fd| {
-            opcode::Write::new(fd, buf.address() as *const u8, buf.len() as u32).offset(at).build()
+            opcode::Write::new(fd, buf.as_ptr(), buf.len() as u32).offset(at).build()
         });
         self.copy(entry, buf).await
     }

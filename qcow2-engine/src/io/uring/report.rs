@@ -109,7 +109,8 @@ impl Uring {
     /// Memory of ours that the entry names is kept by the ring.
     fn start_reporting(&self, prepared: Prepared, token: u32) {
         self.0.reporting.set(self.0.reporting.get() + 1);
-        if let Err(error) = self.hand_over(prepared, REPORT | u64::from(token)) {
+        // SAFETY: so those who prepare say; see above.
+        if let Err(error) = unsafe { self.hand_over(prepared, REPORT | u64::from(token)) } {
             self.0.reporting.set(self.0.reporting.get() - 1);
             self.report_failure(&error, token);
         }

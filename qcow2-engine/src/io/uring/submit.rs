@@ -96,22 +96,30 @@ impl Pace {
 }
 
 impl Uring {
-    /// Takes an operation over for the kernel. Its memory belongs to the slot that `user_data` names, or is kept by the ring.
-    pub(super) fn hand_over(&self, prepared: Prepared, user_data: u64) -> io::Result<()> {
+    /// Takes an operation over for the kernel.
+    ///
+    /// # Safety
+    /// The memory that the operation names belongs to the slot that `user_data` names, or is kept by the ring.
+    pub(super) unsafe fn hand_over(&self, prepared: Prepared, user_data: u64) -> io::Result<()> {
         match prepared {
             Prepared::DirectWrite(entry) if self.0.writes.go_by_twos() => {
                 self.0.writes.held.borrow_mut().push(entry.user_data(user_data));
                 Ok(())
             }
-            Prepared::DirectWrite(entry) | Prepared::Other(entry) => self.push(&entry.user_data(user_data)),
+            Prepared::DirectWrite(entry) | Prepared::Other(entry) => {
+                // SAFETY: the caller's word.
+                unsafe { self.push(&entry.user_data(user_data)) }
+            }
         }
     }
 
     /// Puts an entry on the submission queue, submitting what is there when it is full.
-    pub(super) fn push(&self, entry: &squeue::Entry) -> io::Result<()> {
+    ///
+    /// # Safety
+    /// The memory that the entry names is in a slot, or kept by the ring, until the completion.
+    pub(super) unsafe fn push(&self, entry: &squeue::Entry) -> io::Result<()> {
         loop {
-            // SAFETY: the caller has put the entry's memory into a slot, or keeps it in `self.0`,
-            // until the completion.
+            // SAFETY: the caller's word.
             if unsafe { self.0.ring.borrow_mut().submission().push(entry) }.is_ok() {
                 return Ok(());
             }
@@ -131,7 +139,8 @@ impl Uring {
         }
         let before = self.0.arrived();
         for pair in held.chunks(UNPLUGGED) {
-            pair.iter().try_for_each(|entry| self.push(entry))?;
+            // SAFETY: `hand_over` was given the word for each.
+            pair.iter().try_for_each(|entry| unsafe { self.push(entry) })?;
             self.call(Inner::submit)?;
         }
         let complete = self.0.arrived().saturating_sub(before);
