@@ -50,14 +50,18 @@ impl<I: Io> Lane<I> {
     async fn trim_file(&self) -> Result<()> {
         let image = self.image();
         let bits = image.geometry().cluster_bits;
-        let file_end = image.meta.lock().space.file_end;
+        let (file_end, may_be_longer) = {
+            let space = &image.meta.lock().space;
+            (space.file_end, space.may_be_longer)
+        };
         let lowest = image.geometry().clusters_for(image.opened_len);
         let mut used = image.geometry().clusters_for(file_end);
         while used > lowest && self.refcount(used - 1).await? == 0 {
             used -= 1;
         }
-        if used << bits < file_end && file_end > image.opened_len {
-            let (file, len) = (image.top().file, (used << bits).max(image.opened_len));
+        let len = (used << bits).min(file_end).max(image.opened_len);
+        if len < file_end || may_be_longer {
+            let file = image.top().file;
             self.io()
                 .set_len(file, len)
                 .await

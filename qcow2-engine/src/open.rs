@@ -173,7 +173,12 @@ impl Image {
                 options.paging,
                 refcount_pages,
             ),
-            space: Space { cursor: 0, fresh_from: geometry.clusters_for(top.len), file_end: top.len },
+            space: Space {
+                cursor: 0,
+                fresh_from: geometry.clusters_for(top.len),
+                file_end: top.len,
+                may_be_longer: false,
+            },
             lanes: Vec::new(),
             frees: Frees::default(),
             territory,

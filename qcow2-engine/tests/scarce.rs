@@ -309,11 +309,68 @@ fn fills_up(host: &Hooked<impl Hook>, lane: &Lane<Hooked<impl Hook>>, room: u64)
     // Header, refcount table, refcount block, L1 and L2 table; the rest is the guest's.
     assert_eq!((image_len(&host.files), written / 512 + 5), (room, room / 512));
     run(lane.flush()).expect("flush");
+    // No later than the next request needs it: it was refused what the next flush would have made room for.
     run(lane.discard(0, 1024)).expect("discard");
-    run(lane.flush()).expect("flush");
-    run(lane.maintain()).expect("gives back");
     run(lane.write(written, Buf::from_bytes(&[5; 512])))
         .expect("there is room where the discarded clusters were");
+}
+
+/// Each queue has an extent of its own, and a full host one more cluster for none: what the others had counted and not used was
+/// not to be had.
+#[test]
+fn a_full_host_is_filled_whichever_queue_has_the_room() {
+    let host = Hooked::new(&MemFiles::default(), Full { room: Cell::new(u64::MAX) });
+    let options = CreateOptions { virtual_size: 64 * 512, cluster_bits: 9, ..CreateOptions::default() };
+    create(&host.files, IMAGE, &options);
+    let image = host.open(16 * 512);
+    let (lane, other) = (host.lane(&image), host.lane(&image));
+    run(other.write(0, Buf::from_bytes(&[1; 512]))).expect("an extent with room for 16");
+    host.hook.room.set(image_len(&host.files));
+    // The L2 table has one of them.
+    for cluster in 1..15 {
+        run(lane.write(cluster * 512, Buf::from_bytes(&[cluster as u8; 512]))).expect("the other lane's");
+    }
+    let refused = run(lane.write(15 * 512, Buf::from_bytes(&[15; 512]))).expect_err("nobody has any");
+    assert_eq!(refused.kind(), ErrorKind::NoSpace, "{refused}");
+    run(other.close()).expect("close");
+    assert_eq!(findings(&host.files), Vec::<String>::new());
+}
+
+/// A host whose file grows by a half of what is asked for, as ext4's does when it has no room for the rest.
+struct Halfway {
+    files: MemFiles,
+    is_full: Cell<bool>,
+}
+
+impl Hook for Halfway {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        match operation {
+            Operation::Allocate { at, end } if self.is_full.get() => {
+                self.files.allocate(FileId(0), at, (end - at) / 2).await?;
+                Err(io::Error::from_raw_os_error(libc::ENOSPC))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What a failed allocation had added stayed for good, on a host that is full: no count, and so no check, tells of it.
+#[test]
+fn what_a_failed_allocation_has_added_is_cut_off() {
+    let files = MemFiles::default();
+    let host = Hooked::new(&files, Halfway { files: files.clone(), is_full: Cell::new(false) });
+    let options = CreateOptions { virtual_size: 64 * 512, cluster_bits: 9, ..CreateOptions::default() };
+    create(&host.files, IMAGE, &options);
+    let image = host.open(4 * 512);
+    let lane = host.lane(&image);
+    // The extent is used up, with the L2 table: the last cluster of the file stays.
+    run(lane.write(0, Buf::from_bytes(&[1; 3 * 512]))).expect("write");
+    let len = image_len(&host.files);
+    host.hook.is_full.set(true);
+    run(lane.write(3 * 512, Buf::from_bytes(&[2; 4 * 512]))).expect_err("no room");
+    assert!(image_len(&host.files) > len, "it has grown all the same");
+    run(lane.close()).expect("close");
+    assert_eq!(image_len(&host.files), len);
 }
 
 #[test]

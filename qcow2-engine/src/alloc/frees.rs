@@ -6,7 +6,7 @@
 
 use crate::epoch::Epoch;
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, VecDeque, btree_map::Entry},
     ops::Range,
 };
 
@@ -15,6 +15,8 @@ use std::{
 pub(crate) struct Frees {
     /// Oldest first.
     waiting: VecDeque<Free>,
+    /// The same by their places, and how many references to each: every run that is handed out is looked for here.
+    places: BTreeMap<u64, u64>,
     /// What was taken out last and has not been given back yet: cluster → references.
     taken: BTreeMap<u64, u64>,
 }
@@ -32,6 +34,7 @@ pub(crate) struct Free {
 impl Frees {
     pub(crate) fn push(&mut self, free: Free) {
         self.waiting.push_back(free);
+        *self.places.entry(free.cluster).or_default() += 1;
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -40,8 +43,10 @@ impl Frees {
 
     /// A cluster of `run` that has not been given back yet.
     pub(crate) fn find(&self, run: &Range<u64>) -> Option<u64> {
-        let taken = self.taken.range(run.clone()).next().map(|(&cluster, _)| cluster);
-        taken.or_else(|| self.waiting.iter().map(|free| free.cluster).find(|cluster| run.contains(cluster)))
+        [&self.taken, &self.places]
+            .into_iter()
+            .find_map(|places| places.range(run.clone()).next())
+            .map(|(&cluster, _)| cluster)
     }
 
     /// All that was taken out of a cluster's references is given back, under the same lock that lowers its
@@ -74,6 +79,12 @@ impl Frees {
         let count = ready.count();
         for free in self.waiting.drain(..count) {
             *self.taken.entry(free.cluster).or_default() += 1;
+            if let Entry::Occupied(mut place) = self.places.entry(free.cluster) {
+                *place.get_mut() -= 1;
+                if *place.get() == 0 {
+                    place.remove();
+                }
+            }
         }
         self.taken.iter().map(|(&cluster, &references)| (cluster, references)).collect()
     }

@@ -90,6 +90,11 @@ impl Meta {
         }
     }
 
+    /// Takes of the first extent that a lane has: the file cannot grow, and while another lane has room, so has the image.
+    fn take_from_any(&mut self, max: u64) -> Option<Run> {
+        self.lanes.iter_mut().find_map(|lane| lane.take(max))
+    }
+
     /// An untouched run goes back to its lane's extent, or the way of freed clusters.
     fn put_back(&mut self, lane: usize, run: &Run) {
         self.watch.reserved(run.clusters.clone());
@@ -145,17 +150,42 @@ impl<I: Io> Lane<I> {
     pub(crate) async fn reserve(&self, max: u64) -> Result<Reservation<'_>> {
         let image = self.image();
         let lane = self.number();
-        loop {
+        let mut has_freed = false;
+        let run = loop {
             let taken = image.meta.lock().lanes[lane].take(max);
             if let Some(run) = taken {
-                return Ok(Reservation { image, lane, run, stage: Stage::Untouched });
+                break run;
             }
             let _refill = image.refills.acquire(lane as u64..lane as u64 + 1).await;
-            if image.meta.lock().lanes[lane].extent.is_none() {
-                let run = self.find_extent(max).await?;
-                image.meta.lock().fill_lane(lane, run);
+            if image.meta.lock().lanes[lane].extent.is_some() {
+                continue;
             }
+            match self.find_extent(max).await {
+                Ok(run) => image.meta.lock().fill_lane(lane, run),
+                Err(error) if matches!(error.kind(), ErrorKind::NoSpace | ErrorKind::TooLarge) => {
+                    if let Some(run) = image.meta.lock().take_from_any(max) {
+                        break run;
+                    }
+                    if has_freed || !self.give_back_now().await? {
+                        return Err(error);
+                    }
+                    has_freed = true;
+                }
+                Err(error) => return Err(error),
+            }
+        };
+        Ok(Reservation { image, lane, run, stage: Stage::Untouched })
+    }
+
+    /// Has no request wait for its place where what was freed could be its place. False if that cannot be yet.
+    async fn give_back_now(&self) -> Result<bool> {
+        let image = self.image();
+        if !image.can_free(&image.meta.lock()) {
+            return Ok(false);
         }
+        self.write_back().await?;
+        self.reclaim().await?;
+        Ok(true)
     }
 
     /// Reserves exactly `count` clusters in a row, for a table.
@@ -203,13 +233,16 @@ impl<I: Io> Lane<I> {
     /// freed clusters do, the next request would look for its place behind it, where there is even less room.
     async fn give_up(&self, run: Run) {
         for cluster in run.clusters.clone().rev() {
+            {
+                // While it is counted. Afterwards somebody may have been given it, and have written to it.
+                let space = &mut self.image().meta.lock().space;
+                if run.fresh && space.fresh_from == cluster + 1 {
+                    space.fresh_from = cluster;
+                }
+            }
             if self.lower(cluster, 1).await.is_err() {
                 self.image().meta.lock().unmapped(run.clusters.start..cluster + 1);
                 return;
-            }
-            let space = &mut self.image().meta.lock().space;
-            if run.fresh && space.fresh_from == cluster + 1 {
-                space.fresh_from = cluster;
             }
         }
     }
@@ -252,7 +285,12 @@ impl<I: Io> Lane<I> {
             Err(error) if error.kind() == IoKind::Unsupported => {
                 exact::write_all(self.io(), file, part.end - SECTOR, &Buf::zeroed(SECTOR as usize)).await
             }
-            other => other,
+            Err(error) => {
+                // Of what it was to be, the file may have become a part.
+                image.meta.lock().space.may_be_longer = true;
+                Err(error)
+            }
+            Ok(()) => Ok(()),
         };
         grown.map_err(|source| image.io_error("allocation", file, part.start, source))
     }

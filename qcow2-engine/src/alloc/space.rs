@@ -29,6 +29,8 @@ pub(crate) struct Space {
     pub(crate) fresh_from: u64,
     /// The file extends at least to this byte.
     pub(crate) file_end: u64,
+    /// An extension has failed, and may have gone a part of its way.
+    pub(crate) may_be_longer: bool,
 }
 
 /// Clusters in a row, counted once and not referred to yet.

@@ -84,6 +84,8 @@ struct Inner {
     kick: Arc<Kick>,
     kick_buf: Buf,
     kick_armed: Cell<bool>,
+    /// The error of a call into the kernel that was given up.
+    failure: Cell<Option<i32>>,
 }
 
 /// What a submission has to know of a file.
@@ -178,6 +180,7 @@ impl Uring {
             kick: Arc::new(Kick { event, asleep: AtomicBool::new(false) }),
             kick_buf: Buf::zeroed(size_of::<u64>()),
             kick_armed: Cell::new(false),
+            failure: Cell::new(None),
         })))
     }
 
@@ -209,6 +212,10 @@ impl Uring {
     /// # Errors
     /// The ring's: it is of no use afterwards.
     pub fn turn(&self, wait: Wait) -> io::Result<()> {
+        if let Some(errno) = self.0.failure.get() {
+            // While something was queued. What was to go along with it may never have reached the kernel.
+            return Err(io::Error::from_raw_os_error(errno));
+        }
         self.submit_writes()?;
         if wait != Wait::No && self.0.arrived() == 0 {
             self.arm_kick();

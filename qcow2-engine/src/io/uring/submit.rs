@@ -158,8 +158,16 @@ impl Uring {
         self.call(|inner| inner.turn(wait))
     }
 
-    /// One io_uring_enter.
-    fn call(&self, call: impl Fn(&Inner) -> io::Result<usize>) -> io::Result<()> {
+    /// One io_uring_enter. When it has failed for good the ring is of no use: whoever turns it is told, too.
+    pub(super) fn call(&self, call: impl Fn(&Inner) -> io::Result<usize>) -> io::Result<()> {
+        let outcome = self.call_patiently(call);
+        if let Err(error) = &outcome {
+            self.0.failure.set(error.raw_os_error());
+        }
+        outcome
+    }
+
+    fn call_patiently(&self, call: impl Fn(&Inner) -> io::Result<usize>) -> io::Result<()> {
         for _ in 0..MAX_RETRIES {
             let Err(error) = call(&self.0) else { return Ok(()) };
             match error.raw_os_error() {

@@ -51,6 +51,16 @@ fn what_is_written_is_read_back_directly_and_buffered() {
     }
 }
 
+/// A call into the kernel was given up while an operation was queued: that one failed, others of the same call never ended, and
+/// nobody was told.
+#[test]
+fn a_ring_that_has_failed_once_does_not_turn_again() {
+    let it = Fixture::new(Caching::Buffered, 0);
+    it.ring.turn(Wait::No).unwrap();
+    it.ring.call(|_| Err(io::Error::from_raw_os_error(libc::EBADR))).unwrap_err();
+    assert_eq!(it.ring.turn(Wait::No).unwrap_err().raw_os_error(), Some(libc::EBADR));
+}
+
 #[test]
 fn space_is_allocated_punched_and_the_length_set() {
     let it = Fixture::new(Caching::Auto, 0);
