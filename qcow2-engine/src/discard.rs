@@ -63,29 +63,35 @@ impl<I: Io> Lane<I> {
             false => [at..clusters.start << bits, end.min(clusters.end << bits)..end],
         };
         for edge in edges.into_iter().filter(|edge| !edge.is_empty()) {
-            self.in_flight(self.write_zero_bytes(edge)).await?;
+            self.write_zero_bytes(edge).await?;
         }
         self.zero_clusters(clusters, mode).await
     }
 
-    /// Writes zeros where the range does not read as zeros already, cluster by cluster.
+    /// Writes zeros where the range does not read as zeros already, cluster by cluster, each in flight for itself: in an image of
+    /// version 2 that is all that zeroes can be, and a request may be long.
     async fn write_zero_bytes(&self, range: Range<u64>) -> Result<()> {
-        self.begin_mutation().await?;
         let cluster = self.image().geometry().cluster_size();
         let mut at = range.start;
         while at < range.end {
             let end = range.end.min((at / cluster + 1) * cluster);
-            let extents = self.resolve(at, end - at).await?;
-            if !extents.iter().all(|extent| matches!(extent, Extent::Zero { .. })) {
-                self.write_entered(at, Buf::zeroed((end - at) as usize)).await?;
-            }
+            self.in_flight(self.write_zeros_in_cluster(at..end)).await?;
             at = end;
         }
         Ok(())
     }
 
-    /// Makes whole clusters read as zeros by their mapping, a slice at a time. Each slice is in flight for itself: were it the
-    /// request as a whole, all that a long one frees would wait for its end.
+    async fn write_zeros_in_cluster(&self, Range { start, end }: Range<u64>) -> Result<()> {
+        self.begin_mutation().await?;
+        let extents = self.resolve(start, end - start).await?;
+        if extents.iter().all(|extent| matches!(extent, Extent::Zero { .. })) {
+            return Ok(());
+        }
+        self.write_entered(start, Buf::zeroed((end - start) as usize)).await
+    }
+
+    /// Makes whole clusters read as zeros by their mapping, a slice at a time. Each slice is in flight for itself, too: were it the
+    /// request as a whole, all that is freed meanwhile would wait for its end.
     async fn zero_clusters(&self, clusters: Range<u64>, mode: ZeroMode) -> Result<()> {
         self.image().check_changes()?;
         let per_slice = self.image().top().slice_entries();

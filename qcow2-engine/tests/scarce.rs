@@ -9,10 +9,10 @@ use common::{
     run,
 };
 use qcow2_engine::{
-    CheckOptions, ErrorKind, Image, Lane, OpenOptions, Preallocation, check,
+    CheckOptions, ErrorKind, Image, Lane, OpenOptions, Preallocation, ZeroMode, check,
     io::{Access, Buf, FileId, Io, Storage, mem::MemFiles},
 };
-use qcow2_format::{Backing, CreateOptions};
+use qcow2_format::{Backing, CreateOptions, Version};
 use std::{
     cell::{Cell, RefCell},
     future::Future,
@@ -536,6 +536,62 @@ impl Hook for Barriers {
         }
         Ok(())
     }
+}
+
+/// A host that carries out only so many writes of zeros, until it is allowed more.
+#[derive(Default)]
+struct Tired {
+    allowed: Cell<u64>,
+}
+
+impl Hook for Tired {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        if let Operation::Write { buf, .. } = operation
+            && buf.to_vec().iter().all(|&byte| byte == 0)
+        {
+            std::future::poll_fn(|_| if self.allowed.get() == 0 { Poll::Pending } else { Poll::Ready(()) })
+                .await;
+            self.allowed.set(self.allowed.get() - 1);
+        }
+        Ok(())
+    }
+}
+
+/// An image of version 2 has zeros written, a gigabyte of them in one request: what others freed meanwhile had to wait for its end.
+#[test]
+fn what_is_freed_does_not_wait_for_the_end_of_a_long_request() {
+    const CLUSTER: u64 = 4096;
+    let host = Hooked::new(&MemFiles::default(), Tired::default());
+    let options = CreateOptions {
+        version: Version::V2,
+        virtual_size: 64 * CLUSTER,
+        cluster_bits: 12,
+        ..CreateOptions::default()
+    };
+    create(&host.files, IMAGE, &options);
+    host.hook.allowed.set(u64::MAX);
+    let image = host.open(4 * CLUSTER);
+    let (lane, other) = (host.lane(&image), host.lane(&image));
+    let data = Buf::from_bytes(&[7; 8 * CLUSTER as usize]);
+    for at in [0, 32, 40] {
+        run(lane.write(at * CLUSTER, data.clone())).expect("write");
+    }
+    host.hook.allowed.set(2);
+    let mut zeros = Box::pin(lane.write_zeroes(0, 8 * CLUSTER, ZeroMode::Keep));
+    let mut context = Context::from_waker(Waker::noop());
+    assert!(zeros.as_mut().poll(&mut context).is_pending(), "in the third cluster");
+    run(other.discard(32 * CLUSTER, 16 * CLUSTER)).expect("discard");
+    host.hook.allowed.set(1);
+    assert!(zeros.as_mut().poll(&mut context).is_pending(), "in the fourth");
+    run(other.flush()).expect("flush");
+    run(other.maintain()).expect("gives back");
+    let len = image_len(&host.files);
+    run(other.write(48 * CLUSTER, data.clone())).expect("write");
+    run(other.write(56 * CLUSTER, data)).expect("write");
+    let grown = image_len(&host.files) - len;
+    assert!(grown <= 4 * CLUSTER, "the freed clusters are used again, not {grown} bytes behind the end");
+    host.hook.allowed.set(u64::MAX);
+    assert!(zeros.as_mut().poll(&mut context).is_ready());
 }
 
 /// A refcount block of several pages is made where the file has old bytes, as what a crash has left behind the
