@@ -535,3 +535,39 @@ fn a_new_refcount_block_over_old_content_is_written_whole() {
     run(lane.close()).expect("closes");
     assert_eq!(findings(&host.files), Vec::<String>::new());
 }
+
+/// The longer L1 table was to lie behind the end of the file, so that an image that fills a block device could not be grown
+/// though nearly all of it was free.
+#[test]
+fn the_longer_table_lies_inside_a_file_that_cannot_grow() {
+    const CLUSTER: u64 = 64 << 10;
+    /// Its L1 table has 10 clusters.
+    const NEW_SIZE: u64 = 40 << 40;
+    // What there is of the image without data, and so much more.
+    for (spare, fits) in [(10, true), (60, true), (9, false)] {
+        let options = CreateOptions { virtual_size: 1 << 20, ..CreateOptions::default() };
+        let files = MemFiles::default();
+        create(&files, IMAGE, &options);
+        let mut bytes = files.get(IMAGE).expect("made");
+        let size = (bytes.len() as u64).next_multiple_of(CLUSTER) + spare * CLUSTER;
+        bytes.resize(size as usize, 0xee);
+        files.put(IMAGE, bytes);
+        let host = Hooked::new(&files, Device { capacity: size });
+        let before = files.get(IMAGE);
+        let outcome = run(qcow2_engine::grow(
+            host.clone(),
+            &files,
+            Path::new(IMAGE),
+            &OpenOptions::default(),
+            NEW_SIZE,
+        ));
+        assert_eq!(
+            outcome.as_ref().map_err(qcow2_engine::Error::kind).err(),
+            (!fits).then_some(ErrorKind::NoSpace)
+        );
+        assert!(fits || files.get(IMAGE) == before, "it was changed");
+        assert_eq!(host.open(CLUSTER).virtual_size(), if fits { NEW_SIZE } else { 1 << 20 });
+        assert_eq!(findings(&files), Vec::<String>::new());
+        assert_eq!(image_len(&files), size);
+    }
+}
