@@ -2,8 +2,8 @@
 
 use crate::{error::Result, io::Io, lane::Lane};
 
-/// Rounds of "write back, give back": freed clusters → their counts → nothing. A request that
-/// never ended would keep its clusters; they are then left as leaks.
+/// Rounds of "write back, give back": freed clusters → their counts → nothing. A request that never ended would keep its
+/// clusters, and so does a count that cannot be read; they are then left as leaks.
 const MAX_ROUNDS: usize = 4;
 
 impl<I: Io> Lane<I> {
@@ -36,10 +36,11 @@ impl<I: Io> Lane<I> {
             }
         }
         for _ in 0..MAX_ROUNDS {
+            image.meta.lock().frees.try_again();
             self.write_back().await?;
             self.reclaim().await?;
             let meta = image.meta.lock();
-            if meta.graph.len() == 0 && meta.frees.len() == 0 {
+            if meta.graph.len() == 0 && meta.frees.clusters().next().is_none() {
                 break;
             }
         }

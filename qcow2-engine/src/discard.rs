@@ -51,7 +51,8 @@ impl<I: Io> Lane<I> {
         self.settle(outcome).await
     }
 
-    async fn write_zeroes_in_parts(&self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
+    /// [`Self::write_zeroes`], from inside a request.
+    pub(crate) async fn write_zeroes_in_parts(&self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
         let image = self.image();
         let bits = image.geometry().cluster_bits;
         let keeps_bytes =

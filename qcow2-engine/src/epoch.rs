@@ -24,6 +24,8 @@ pub(crate) struct Epochs {
 pub(crate) struct Epoch(u64);
 
 impl Epoch {
+    /// Before all others.
+    pub(crate) const START: Self = Self(0);
     /// After all others.
     pub(crate) const END: Self = Self(u64::MAX);
 }

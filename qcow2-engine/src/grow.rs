@@ -1,22 +1,30 @@
-//! Growing the virtual disk: zeros in the rest of its last cluster, a longer L1 table, then the header that names it.
+//! Growing the virtual disk: a longer L1 table, zeros in the new part, then the header that says its size.
 //!
 //! The new table is written to clusters of its own and the header changes in one sector, so a crash
-//! leaves the old size or the new one (R2). It is done on an image that nobody else uses; a served
-//! image would have to be paused first.
+//! leaves the old size or the new one (R2). What the new part has to have is written behind the end of the disk, where
+//! nobody looks: for that the image is opened once more, as one that has its new size. It is done on an image that
+//! nobody else uses; a served image would have to be paused first.
 
 use crate::{
     check::Owner,
+    discard::ZeroMode,
     error::{Error, Result},
     image::Image,
     inspect::SECTOR,
-    io::{Buf, Io, Storage, exact},
+    io::{Access, Buf, FileId, Io, Storage, exact},
     lane::Lane,
     layer::Layer,
     open::OpenOptions,
     order::rules::{Page, Rule},
 };
-use qcow2_format::{Geometry, Mapping, Version, geometry::MAX_L1_BYTES, header};
-use std::{path::Path, sync::Arc};
+use parking_lot::Mutex;
+use qcow2_format::{Geometry, Version, geometry::MAX_L1_BYTES, header};
+use std::{
+    io,
+    ops::Range,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 /// Grows the virtual disk of an image to `size` bytes, rounded up to a sector. The new part reads as
 /// zeros. Durable on return.
@@ -24,81 +32,125 @@ use std::{path::Path, sync::Arc};
 /// # Errors
 /// As for opening and writing; a smaller size, a size beyond the format's limits, a version 2 image
 /// with snapshots (which could not say how long they are), an image with bitmaps that are true (and would be
-/// given up), a backing file that reaches beyond the present end (and would show in the new part). The image then
-/// has its old size.
-pub async fn grow<I: Io>(
+/// given up), a version 2 image whose backing file reaches beyond the present end (and would show in the new part). The
+/// image then has its old size.
+pub async fn grow<I: Io + Clone>(
     io: I,
     storage: &(impl Storage + ?Sized),
     path: &Path,
     options: &OpenOptions,
     size: u64,
 ) -> Result<()> {
-    let image = Image::open(&io, storage, path, options).await?;
-    Lane::new(&image, io, 1).grow_and_close(size).await
+    grow_to(&io, storage, path, options, |_| size, |_| ()).await
 }
 
 /// [`grow`], by so many bytes.
 ///
 /// # Errors
 /// As for [`grow`].
-pub async fn grow_by<I: Io>(
+pub async fn grow_by<I: Io + Clone>(
     io: I,
     storage: &(impl Storage + ?Sized),
     path: &Path,
     options: &OpenOptions,
     bytes: u64,
 ) -> Result<()> {
-    let image = Image::open(&io, storage, path, options).await?;
     // A sum that is no number is beyond every limit.
-    let size = image.virtual_size().saturating_add(bytes);
-    Lane::new(&image, io, 1).grow_and_close(size).await
+    grow_to(&io, storage, path, options, |present| present.saturating_add(bytes), |_| ()).await
+}
+
+/// [`grow`], to a size that follows from the present one. `prepare` is shown the image whenever it has been opened.
+pub(crate) async fn grow_to<I: Io + Clone>(
+    io: &I,
+    storage: &(impl Storage + ?Sized),
+    path: &Path,
+    options: &OpenOptions,
+    size: impl FnOnce(u64) -> u64,
+    prepare: impl Fn(&Image),
+) -> Result<()> {
+    let storage = OpenOnce { storage, open: Mutex::default() };
+    let image = Image::open(io, &storage, path, options).await?;
+    prepare(&image);
+    let present = image.virtual_size();
+    let size = size(present).checked_next_multiple_of(SECTOR).unwrap_or(u64::MAX);
+    let lane = Lane::new(&image, io.clone(), 1);
+    let outcome = lane.lengthen_l1(size).await;
+    lane.end_with(outcome).await?;
+    if size == present {
+        return Ok(());
+    }
+    let image = Image::open_as(io, &storage, path, options, Some(size)).await?;
+    prepare(&image);
+    let lane = Lane::new(&image, io.clone(), 1);
+    let outcome = lane.take_new_part(present).await;
+    lane.end_with(outcome).await
+}
+
+/// Files that are open stay so: a second lock on one would be in the way of the first.
+struct OpenOnce<'a, S: ?Sized> {
+    storage: &'a S,
+    open: Mutex<Vec<(PathBuf, Access, FileId)>>,
+}
+
+impl<S: Storage + ?Sized> Storage for OpenOnce<'_, S> {
+    fn open(&self, path: &Path, access: Access) -> io::Result<FileId> {
+        let mut open = self.open.lock();
+        let known = open.iter().find(|(other, kind, _)| (&**other, *kind) == (path, access));
+        if let Some((_, _, file)) = known {
+            return Ok(*file);
+        }
+        let file = self.storage.open(path, access)?;
+        open.push((path.to_owned(), access, file));
+        Ok(file)
+    }
+
+    fn len(&self, file: FileId) -> io::Result<u64> {
+        self.storage.len(file)
+    }
+
+    fn is_hole(&self, file: FileId, at: u64, len: u64) -> bool {
+        self.storage.is_hole(file, at, len)
+    }
 }
 
 impl<I: Io> Lane<I> {
-    /// [`grow`], of an image that is open. It is not used any more afterwards.
-    pub(crate) async fn grow_and_close(&self, size: u64) -> Result<()> {
-        let outcome = self.grow(size.checked_next_multiple_of(512).unwrap_or(u64::MAX)).await;
+    /// Ends the work on an image, which is not used any more afterwards.
+    async fn end_with(&self, outcome: Result<()>) -> Result<()> {
         let outcome = self.settle(outcome).await;
         // What was reserved goes back even if it failed.
         outcome.and(self.close().await)
     }
 
-    async fn grow(&self, size: u64) -> Result<()> {
+    /// Gives the image an L1 table that is long enough for another size, which it does not have yet.
+    async fn lengthen_l1(&self, size: u64) -> Result<()> {
         let image = self.image();
         image.can_grow_to(size)?;
-        if size == image.virtual_size() {
+        let wanted = Geometry { virtual_size: size, ..*image.geometry() }.l1_entries();
+        let present = image.header_u32(header::L1_SIZE_OFFSET);
+        if wanted <= u64::from(present) {
             return Ok(());
         }
         self.begin_mutation().await?;
-        self.zero_tail().await?;
-        let wanted = Geometry { virtual_size: size, ..*image.geometry() }.l1_entries();
-        let present = image.header_u32(header::L1_SIZE_OFFSET);
-        if wanted > u64::from(present) {
-            self.move_l1(u64::from(present), wanted).await?;
-        }
-        {
-            let mut meta = image.meta.lock();
-            meta.header.set_u64(header::SIZE_OFFSET as usize, size);
-            meta.graph.require(Rule::moved_l1_before_header());
-        }
+        self.move_l1(u64::from(present), wanted).await?;
         self.write_back().await
     }
 
-    /// Makes what the last cluster has behind the end of the disk read as zeros, durably: it may be what was there when
-    /// the disk was larger.
-    async fn zero_tail(&self) -> Result<()> {
-        let (size, bits) = (self.image().virtual_size(), self.image().geometry().cluster_bits);
-        let (at, end) = (size.next_multiple_of(SECTOR), size.next_multiple_of(1 << bits));
-        if at >= end {
-            return Ok(());
+    /// Makes what an image that ended at `present` has behind it read as zeros, and then has its header say the size as
+    /// which it was opened.
+    async fn take_new_part(&self, present: u64) -> Result<()> {
+        let image = self.image();
+        self.begin_mutation().await?;
+        let old = image.old_content(present);
+        if !old.is_empty() {
+            self.write_zeroes_in_parts(old.start, old.end - old.start, ZeroMode::Unmap).await?;
+            self.write_back().await?;
         }
-        match self.mapping(size >> bits).await? {
-            Mapping::Unallocated | Mapping::Zero { .. } => Ok(()),
-            Mapping::Data { .. } | Mapping::Compressed(_) => {
-                self.write_entered(at, Buf::zeroed((end - at) as usize)).await?;
-                self.write_back().await
-            }
+        {
+            let mut meta = image.meta.lock();
+            meta.header.set_u64(header::SIZE_OFFSET as usize, image.virtual_size());
+            meta.graph.touch(Page::Header);
         }
+        self.write_back().await
     }
 
     /// Writes a longer copy of the L1 table and has the header point to it. What lies behind its `present` entries, in the
@@ -157,14 +209,30 @@ impl Image {
                  (and `qemu-img bitmap --remove` removes one)",
             );
         }
-        let backing_size = self.layers.get(1).map_or(0, |layer| match layer {
-            Layer::Qcow2(layer) => layer.size(),
-            Layer::Raw(layer) => layer.len,
-        });
-        if size > self.virtual_size() && backing_size > self.virtual_size() {
-            return refuse("its backing file is longer and would show in the new part");
+        let last = self.virtual_size().next_multiple_of(geometry.cluster_size());
+        if geometry.version == Version::V2 && self.backing_size().min(size) > last {
+            return refuse(
+                "its backing file is longer and would show in the new part, and version 2 has no zero clusters \
+                 (`qemu-img amend -o compat=1.1` makes it a version 3 image)",
+            );
         }
         Ok(())
+    }
+
+    /// What may show behind the end at which the disk was: the rest of its last cluster, which may have what was there when
+    /// the disk was larger, and what a backing file has there.
+    fn old_content(&self, end: u64) -> Range<u64> {
+        let cluster = self.geometry().cluster_size();
+        let whole = |end: u64| end.checked_next_multiple_of(cluster).unwrap_or(u64::MAX);
+        end.next_multiple_of(SECTOR)..whole(end).max(whole(self.backing_size())).min(self.virtual_size())
+    }
+
+    /// How far the backing file reaches.
+    fn backing_size(&self) -> u64 {
+        self.layers.get(1).map_or(0, |layer| match layer {
+            Layer::Qcow2(layer) => layer.size(),
+            Layer::Raw(layer) => layer.len,
+        })
     }
 
     /// A field of the header as it is, or is about to be, on disk.

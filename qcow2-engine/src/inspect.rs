@@ -16,7 +16,7 @@ use qcow2_format::{
     Defects, FormatError, Geometry, Header, Snapshot,
     bitmap::{self, Bitmap},
     header::HEADER_READ_BYTES,
-    snapshot::{self, Salvage, TableExtent},
+    snapshot::{self, MAX_SALVAGE_BYTES, MIN_ENTRY_BYTES, Salvage, TableExtent},
 };
 use std::{io, path::Path, sync::Arc};
 
@@ -111,23 +111,42 @@ impl<'a, I: Io> ImageFile<'a, I> {
             TableExtent::Complete(len) => Ok(Ok((snapshot::decode_table(bytes, count)?, len))),
             TableExtent::NeedsAtLeast(needed) => Ok(Err(needed)),
         };
-        self.read_snapshots(decoded).await
+        self.read_snapshots(self.bytes_behind_table(), decoded).await
     }
 
-    /// What can be kept of the snapshot table.
+    /// What can be kept of the snapshot table. The last entry may say too much of itself, and lead beyond the end of the file,
+    /// where zeros are read, as by QEMU. Of another one that does nobody knows where the next begins.
     pub(crate) async fn salvage_snapshots(&self) -> Result<Salvage> {
         let (count, geometry) = (self.header.snapshot_count, self.geometry());
-        self.read_snapshots(|bytes| Ok(snapshot::salvage(bytes, count, &geometry))).await
+        let salvaged = |bytes: &[u8]| Ok(snapshot::salvage(bytes, count, &geometry));
+        let cut_off = match self.read_snapshots(self.bytes_behind_table(), salvaged).await {
+            Err(error @ Error::Format { .. }) => error,
+            outcome => return outcome,
+        };
+        let salvage = self.read_snapshots(MAX_SALVAGE_BYTES + MIN_ENTRY_BYTES, salvaged).await?;
+        match salvage.defects.last() {
+            Some(FormatError::SnapshotExtraData { index, len, max, .. })
+                if index + 1 == count && len > max =>
+            {
+                Ok(salvage)
+            }
+            _ => Err(cut_off),
+        }
     }
 
-    /// Decodes the snapshot table, which does not say how long it is: from ever more bytes, as many as
+    /// From where the snapshot table begins to the end of the file.
+    fn bytes_behind_table(&self) -> u64 {
+        self.file_len.saturating_sub(self.header.snapshot_table.0)
+    }
+
+    /// Decodes the snapshot table, which does not say how long it is: from ever more of the `available` bytes, as many as
     /// `decoded` says that it needs.
     async fn read_snapshots<T>(
         &self,
+        available: u64,
         decoded: impl Fn(&[u8]) -> std::result::Result<std::result::Result<T, u64>, FormatError>,
     ) -> Result<T> {
         let at = self.header.snapshot_table.0;
-        let available = self.file_len.saturating_sub(at);
         // Without snapshots the table may be anywhere.
         let mut wanted = if self.header.snapshot_count == 0 { 0 } else { SNAPSHOT_READ_BYTES };
         loop {

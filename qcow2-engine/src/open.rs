@@ -103,7 +103,20 @@ impl Image {
         path: &Path,
         options: &OpenOptions,
     ) -> Result<Arc<Self>> {
-        let (top, header, first_page) = open_top(io, storage, path, options).await?;
+        Self::open_as(io, storage, path, options, None).await
+    }
+
+    /// [`Self::open`], as an image of another size than its header says: for one that is to get that size, and whose L1
+    /// table is long enough.
+    pub(crate) async fn open_as<I: Io>(
+        io: &I,
+        storage: &(impl Storage + ?Sized),
+        path: &Path,
+        options: &OpenOptions,
+        size: Option<u64>,
+    ) -> Result<Arc<Self>> {
+        let (top, mut header, first_page) = open_top(io, storage, path, options).await?;
+        header.virtual_size = size.unwrap_or(header.virtual_size);
         let mut layers = vec![Layer::Qcow2(new_layer(&top, &header, 0, options.paging))];
         let mut next = backing::of(&header, path, options.backing_format)?;
         let mut l1_bytes = u64::from(header.l1_entries) * 8;

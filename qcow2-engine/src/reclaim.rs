@@ -56,7 +56,8 @@ impl<I: Io> Lane<I> {
     /// As [`Self::flush`]; nothing is lost, the next pass tries again.
     pub async fn maintain(&self) -> Result<()> {
         let idle = {
-            let meta = self.image().meta.lock();
+            let mut meta = self.image().meta.lock();
+            meta.frees.begin_pass();
             meta.graph.len() == 0 && meta.frees.len() == 0
         };
         if idle || self.image().read_only {
@@ -84,13 +85,16 @@ impl<I: Io> Lane<I> {
     async fn give_back(&self, batch: &mut Batch<'_>) -> Result<()> {
         let (mut counted, mut unused) = (Vec::with_capacity(batch.references.len()), Vec::new());
         for &(cluster, gone) in &batch.references {
+            if self.image().is_set_aside(cluster) {
+                continue;
+            }
             match self.refcount(cluster).await {
                 Ok(count) if count < gone => return Err(self.image().too_low(cluster, count)),
                 Ok(count) => {
                     counted.push((cluster, gone));
                     unused.extend((count == gone).then_some(cluster));
                 }
-                Err(error) => self.image().pass_over(error)?,
+                Err(error) => self.image().pass_over(cluster, error)?,
             }
         }
         batch.is_punching = true;
@@ -99,8 +103,11 @@ impl<I: Io> Lane<I> {
         }
         batch.is_punching = false;
         for (cluster, gone) in counted {
+            if self.image().is_set_aside(cluster) {
+                continue;
+            }
             if let Err(error) = self.lower(cluster, gone).await {
-                self.image().pass_over(error)?;
+                self.image().pass_over(cluster, error)?;
             }
         }
         Ok(())
@@ -169,11 +176,28 @@ impl Image {
         }
     }
 
-    /// A count that cannot be read cannot be lowered: its cluster waits on. The others are not to wait with it, and
-    /// no request that has been carried out is to fail by it.
-    fn pass_over(&self, error: Error) -> Result<()> {
+    /// Sets a cluster aside whose count cannot be read, as another one of the same page has shown: to read the page for each
+    /// of them, one after the other, would take as long as the disk takes to give up, thousands of times.
+    fn is_set_aside(&self, cluster: u64) -> bool {
+        let mut meta = self.meta.lock();
+        let page = meta.refcounts.page_of(cluster);
+        let is_unreadable = meta.frees.is_unreadable(page);
+        if is_unreadable {
+            meta.frees.set_aside(cluster, page);
+        }
+        is_unreadable
+    }
+
+    /// A count that cannot be read cannot be lowered: its cluster waits for another attempt. The others are not to wait with
+    /// it, and no request that has been carried out is to fail by it.
+    fn pass_over(&self, cluster: u64, error: Error) -> Result<()> {
         if !matches!(error, Error::Io { .. }) {
             return Err(error);
+        }
+        {
+            let mut meta = self.meta.lock();
+            let page = meta.refcounts.page_of(cluster);
+            meta.frees.set_aside(cluster, page);
         }
         if !self.has_told_of_counts.swap(true, Ordering::Relaxed) {
             tracing::warn!("{error}: freed clusters that are counted there cannot be used again");

@@ -6,14 +6,18 @@ mod common;
 #[path = "common/damaged.rs"]
 mod damaged;
 
-use common::{IMAGE, Mirror, create, run};
+use common::{
+    IMAGE, Mirror, create,
+    hooked::{Hook, Hooked, Operation},
+    run,
+};
 use damaged::{Parts, tool};
 use qcow2_engine::{
     ErrorKind, Image, Lane, OpenOptions, grow,
     io::{Buf, mem::MemFiles},
 };
 use qcow2_format::{Backing, CreateOptions, Header, Version, header};
-use std::{path::Path, process::Command};
+use std::{cell::Cell, io, path::Path, process::Command};
 
 fn options(cluster_bits: u32, refcount_order: u32, version: Version) -> CreateOptions {
     CreateOptions { virtual_size: 1 << 20, cluster_bits, refcount_order, version, ..CreateOptions::default() }
@@ -145,12 +149,11 @@ fn the_file_grows_by_what_the_table_needs() {
 #[test]
 fn what_cannot_be_grown_is_refused_and_unchanged() {
     let files = MemFiles::default();
-    files.put("base.raw", vec![7; 2 << 20]);
-    let backing = Some(Backing { name: b"base.raw".to_vec(), format: "raw".into() });
-    create(&files, IMAGE, &CreateOptions { backing, ..options(16, 4, Version::V3) });
+    over_sevens(&files, 2 << 20, &options(16, 4, Version::V2));
     let before = files.get(IMAGE);
     for (size, kind) in [
         (512 << 10, ErrorKind::Unsupported),
+        // Where version 2 would have to write the zeros. QEMU does not do it either.
         (4 << 20, ErrorKind::Unsupported),
         (u64::MAX / 2 - 511, ErrorKind::TooLarge),
     ] {
@@ -159,6 +162,86 @@ fn what_cannot_be_grown_is_refused_and_unchanged() {
         assert_eq!(error.kind(), kind, "{error}");
         assert_eq!(files.get(IMAGE), before);
     }
+}
+
+/// An empty image over a raw file of sevens.
+fn over_sevens(files: &MemFiles, backing_size: usize, options: &CreateOptions) {
+    files.put("base.raw", vec![7; backing_size]);
+    let backing = Some(Backing { name: b"base.raw".to_vec(), format: "raw".into() });
+    create(files, IMAGE, &CreateOptions { backing, ..options.clone() });
+}
+
+/// An image over a backing file that was longer could not be grown, where QEMU's tools write zeros over what would show.
+#[test]
+fn a_longer_backing_file_does_not_show_in_the_new_part() {
+    const K: usize = 1 << 10;
+    for (bits, version) in [(9, Version::V3), (12, Version::V3), (16, Version::V3), (16, Version::V2)] {
+        for (old, backing, new) in [
+            (1024 * K, 2048 * K, 3072 * K),
+            (1024 * K, 2048 * K, 2048 * K),
+            (1024 * K, 3072 * K, 2048 * K),
+            (100 * K + 512, 300 * K + 512, 200 * K + 1536),
+            (100 * K + 512, 150 * K + 512, 200 * K + 1536),
+            // Inside the last cluster, which is where version 2 can do it.
+            (100 * K + 512, 101 * K, 102 * K),
+            (100 * K + 512, 101 * K, 300 * K),
+        ] {
+            if version == Version::V2 && backing.min(new) > 128 * K {
+                continue;
+            }
+            for is_written in [false, true] {
+                let files = MemFiles::default();
+                let options = CreateOptions { virtual_size: old as u64, ..options(bits, 4, version) };
+                over_sevens(&files, backing, &options);
+                let mut mirror = Mirror::open(&files, vec![7; old]);
+                if is_written {
+                    mirror.write(old as u64 - 512, 9, 512);
+                }
+                run(mirror.lane.close()).expect("close");
+                let mut bytes = mirror.bytes;
+                for size in [new, new + 5 * K] {
+                    let options = OpenOptions::default();
+                    run(grow(files.clone(), &files, Path::new(IMAGE), &options, size as u64)).expect("grow");
+                    bytes.resize(size, 0);
+                }
+                let mirror = Mirror::open(&files, bytes);
+                mirror.verify();
+                mirror.close_and_judge();
+            }
+        }
+    }
+}
+
+/// Notes whether the header says the new size before all that was written is durable.
+struct Order {
+    new_size: u64,
+    is_durable: Cell<bool>,
+    has_grown: Cell<bool>,
+}
+
+impl Hook for Order {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        match operation {
+            Operation::Write { at: 0, buf } if buf.to_vec()[24..32] == self.new_size.to_be_bytes() => {
+                assert!(self.is_durable.get(), "what the new part has may be lost, and the new size not");
+                self.has_grown.set(true);
+            }
+            Operation::Write { .. } => self.is_durable.set(false),
+            Operation::Sync(_) => self.is_durable.set(true),
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+#[test]
+fn the_new_size_follows_the_zeros_in_the_new_part() {
+    let new_size = 40 << 20;
+    let order = Order { new_size, is_durable: Cell::new(true), has_grown: Cell::new(false) };
+    let host = Hooked::new(&MemFiles::default(), order);
+    over_sevens(&host.files, 2 << 20, &options(12, 4, Version::V3));
+    run(grow(host.clone(), &host.files, Path::new(IMAGE), &OpenOptions::default(), new_size)).expect("grow");
+    assert!(host.hook.has_grown.get());
 }
 
 /// The first change of an image makes its bitmaps stale, and whoever keeps backups by them has to make a full one. To

@@ -429,15 +429,15 @@ fn snapshots_beyond_the_limits_are_dropped_and_their_clusters_freed() {
     let known = [0u64.to_be_bytes(), (1u64 << 30).to_be_bytes()].concat();
     let many: Vec<u8> = (0..65536).flat_map(|id| entry(&empty(id + 10), &known, 16)).collect();
     let last = entry(&one, &known, 16);
-    // The first one's extra data ends where the second cannot begin any more.
-    let long = entry(&empty(10), &known, (64 << 20) - 64);
+    // The first one's extra data is longer than what is looked through.
+    let long = entry(&empty(10), &known, 80 << 20);
     for (name, kept, table, count) in
-        [("too many", 65536, [many, last.clone()].concat(), 65537), ("too long", 1, [long, last].concat(), 2)]
+        [("too many", 65536, [many, last.clone()].concat(), 65537), ("too long", 0, [long, last].concat(), 2)]
     {
         let mut damaged = with_table(&sound, &table, count);
         if name == "too long" {
             // A hole is as good as extra data.
-            let end = damaged.bytes.len() + (64 << 20);
+            let end = damaged.bytes.len() + (80 << 20);
             damaged.bytes.resize(end, 0);
         }
         let (report, _) = repaired(&damaged.bytes, Repair::None);
@@ -462,6 +462,32 @@ fn snapshots_beyond_the_limits_are_dropped_and_their_clusters_freed() {
     }
 }
 
+/// An entry with so much extra data that it goes beyond the end of the file kept the table from being repaired, and one that
+/// needed the room of others had them dropped, though all fit in when it is cut short. (QEMU's iotest 261.)
+#[test]
+fn what_an_entry_says_too_much_of_itself_costs_no_other_snapshot() {
+    let sound = Parts::with_snapshot("compat=1.1,cluster_size=64k");
+    let one = snapshots(&sound).remove(0);
+    let known = [0u64.to_be_bytes(), (1u64 << 30).to_be_bytes()].concat();
+    let beyond = [entry(&one, &known, 16), entry(&empty(7), &known, 65536)].concat();
+    let long = entry(&empty(7), &vec![0; 64 << 20], 64 << 20);
+    for (name, table) in [("beyond the end", beyond), ("too long", [long, entry(&one, &known, 16)].concat())]
+    {
+        let damaged = with_table(&sound, &table, 2);
+        let (_, after) = repaired(&damaged.bytes, Repair::Leaks);
+        assert!(after == damaged.bytes, "{name}: freeing leaks changed it");
+        let (report, after) = repaired(&damaged.bytes, Repair::All);
+        assert!(report.remaining.is_clean(), "{name}: {:?} {:?}", report.refused, report.remaining.list);
+        let (code, text, theirs) = qemu_img(&damaged.bytes, &["check", "-f", "qcow2", "-r", "all"]);
+        assert_eq!(code, 0, "{name}: {text}");
+        let count = |bytes: &[u8]| Parts::of(bytes.to_vec()).header.snapshot_count;
+        assert_eq!((count(&after), count(&theirs)), (2, 2), "{name}");
+        let (code, text, _) = qemu_img(&after, &["check", "-f", "qcow2"]);
+        assert_eq!(code, 0, "{name}: {text}");
+        assert!(is_same(&after, &sound.bytes, true), "{name}: the disk or the snapshot has changed");
+    }
+}
+
 /// What is dropped with the snapshot table goes when that is replaced, and not where it cannot be: an entry that names
 /// an L2 table keeps the repair from making anything new.
 #[test]
@@ -471,7 +497,7 @@ fn snapshots_that_stay_in_the_table_keep_their_clusters() {
     let known = [0u64.to_be_bytes(), (1u64 << 30).to_be_bytes()].concat();
     let long = entry(&empty(10), &known, (64 << 20) - 64);
     let mut damaged = with_table(&sound, &[long, entry(&one, &known, 16)].concat(), 2);
-    let end = damaged.bytes.len() + (64 << 20);
+    let end = damaged.bytes.len() + (80 << 20);
     damaged.bytes.resize(end, 0);
     damaged.set(damaged.l2_entry(9 * sound.cluster()), sound.l2_table(sound.geometry.l2_coverage_bytes()));
     let (report, after) = repaired(&damaged.bytes, Repair::All);

@@ -453,12 +453,14 @@ fn what_ends_in_mid_cluster_is_kept_where_a_file_is_extended_by_writing() {
 #[derive(Default)]
 struct BadPages {
     bad: RefCell<Vec<u64>>,
+    failed: Cell<usize>,
 }
 
 impl Hook for BadPages {
     async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
         match operation {
             Operation::Read { at, .. } if self.bad.borrow().contains(&at) => {
+                self.failed.set(self.failed.get() + 1);
                 Err(io::Error::from_raw_os_error(libc::EIO))
             }
             _ => Ok(()),
@@ -466,19 +468,15 @@ impl Hook for BadPages {
     }
 }
 
-/// Refcount pages that were let go of cannot be read any more. What they count cannot be given back;
-/// everything else waited with it, and in the end every write failed after it had been carried out.
-#[test]
-fn refcount_pages_that_cannot_be_read_hold_back_only_what_they_count() {
+/// An image that has let go of the refcount pages of what it has discarded, and a disk that cannot read them any more. Also its
+/// length, and how many pages there are.
+fn with_bad_counts(host: &Hooked<BadPages>) -> (Lane<Hooked<BadPages>>, u64, usize) {
     // A block of a cluster has 64 counts of 64 bits: there are twice as many as are kept.
-    const SIZE: u64 = 4 << 20;
-    const STEP: u64 = 64 << 10;
-    let host = Hooked::new(&MemFiles::default(), BadPages::default());
     let options =
         CreateOptions { virtual_size: SIZE, cluster_bits: 9, refcount_order: 6, ..CreateOptions::default() };
     create(&host.files, IMAGE, &options);
     let options = OpenOptions { extent_bytes: STEP, cache_bytes: 0, ..OpenOptions::default() };
-    let image = run(Image::open(&host, &host.files, Path::new(IMAGE), &options)).expect("opens");
+    let image = run(Image::open(host, &host.files, Path::new(IMAGE), &options)).expect("opens");
     let lane = host.lane(&image);
     for at in (0..SIZE - STEP).step_by(STEP as usize) {
         run(lane.write(at, Buf::from_bytes(&[1; STEP as usize]))).expect("write");
@@ -490,12 +488,44 @@ fn refcount_pages_that_cannot_be_read_hold_back_only_what_they_count() {
     host.hook.bad.borrow_mut().extend(blocks);
     run(lane.discard(0, SIZE)).expect("discard");
     run(lane.flush()).expect("flush");
+    (lane, bytes.len() as u64, 128)
+}
+
+/// The disk of [`with_bad_counts`], and the extents that are taken.
+const SIZE: u64 = 4 << 20;
+const STEP: u64 = 64 << 10;
+
+/// Refcount pages that were let go of cannot be read any more. What they count cannot be given back;
+/// everything else waited with it, and in the end every write failed after it had been carried out.
+#[test]
+fn refcount_pages_that_cannot_be_read_hold_back_only_what_they_count() {
+    let host = Hooked::new(&MemFiles::default(), BadPages::default());
+    let (lane, len, _) = with_bad_counts(&host);
     run(lane.maintain()).expect("passes over what it cannot read");
     host.hook.bad.borrow_mut().clear();
     run(lane.write(SIZE - STEP, Buf::from_bytes(&[1; STEP as usize]))).expect("write");
-    assert_eq!(image_len(&host.files), bytes.len() as u64, "others can be used again");
+    assert_eq!(image_len(&host.files), len, "others can be used again");
     run(lane.close()).expect("close");
     assert_eq!(findings(&host.files), Vec::<String>::new(), "what was passed over has waited");
+}
+
+/// Such a page was read once for each of its clusters, all of them once a second, and once more for each round of closing. A disk
+/// that takes seconds to give up was kept from everything else.
+#[test]
+fn refcount_pages_that_cannot_be_read_are_seldom_tried_again() {
+    let host = Hooked::new(&MemFiles::default(), BadPages::default());
+    let (lane, _, pages) = with_bad_counts(&host);
+    let taken = || host.hook.failed.take();
+    taken();
+    run(lane.maintain()).expect("passes over them");
+    let first = taken();
+    assert!((1..=pages).contains(&first), "{first} reads of {pages} pages");
+    (0..100).for_each(|_| run(lane.maintain()).expect("passes over them"));
+    let others = taken();
+    assert!((1..=7 * pages).contains(&others), "{others} reads of {pages} pages in 100 passes");
+    run(lane.close()).expect("close");
+    let closing = taken();
+    assert!((1..=5 * pages).contains(&closing), "{closing} reads of {pages} pages");
 }
 
 /// What a request of many clusters frees could not be given back before its end, and past 65536 of them each further slice
@@ -617,4 +647,40 @@ fn a_new_refcount_block_over_old_content_is_written_whole() {
     }
     run(lane.close()).expect("closes");
     assert_eq!(findings(&host.files), Vec::<String>::new());
+}
+
+/// The longer L1 table was to lie behind the end of the file, so that an image that fills a block device could not be grown
+/// though nearly all of it was free.
+#[test]
+fn the_longer_table_lies_inside_a_file_that_cannot_grow() {
+    const CLUSTER: u64 = 64 << 10;
+    /// Its L1 table has 10 clusters.
+    const NEW_SIZE: u64 = 40 << 40;
+    // What there is of the image without data, and so much more.
+    for (spare, fits) in [(10, true), (60, true), (9, false)] {
+        let options = CreateOptions { virtual_size: 1 << 20, ..CreateOptions::default() };
+        let files = MemFiles::default();
+        create(&files, IMAGE, &options);
+        let mut bytes = files.get(IMAGE).expect("made");
+        let size = (bytes.len() as u64).next_multiple_of(CLUSTER) + spare * CLUSTER;
+        bytes.resize(size as usize, 0xee);
+        files.put(IMAGE, bytes);
+        let host = Hooked::new(&files, Device { capacity: size });
+        let before = files.get(IMAGE);
+        let outcome = run(qcow2_engine::grow(
+            host.clone(),
+            &files,
+            Path::new(IMAGE),
+            &OpenOptions::default(),
+            NEW_SIZE,
+        ));
+        assert_eq!(
+            outcome.as_ref().map_err(qcow2_engine::Error::kind).err(),
+            (!fits).then_some(ErrorKind::NoSpace)
+        );
+        assert!(fits || files.get(IMAGE) == before, "it was changed");
+        assert_eq!(host.open(CLUSTER).virtual_size(), if fits { NEW_SIZE } else { 1 << 20 });
+        assert_eq!(findings(&files), Vec::<String>::new());
+        assert_eq!(image_len(&files), size);
+    }
 }

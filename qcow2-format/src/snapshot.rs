@@ -16,6 +16,9 @@ use zerocopy::IntoBytes;
 pub const MIN_ENTRY_BYTES: u64 = size_of::<RawSnapshot>() as u64;
 /// Longest table in bytes, as QEMU: 65536 snapshots of 1 KiB.
 pub const MAX_TABLE_BYTES: u64 = 64 << 20;
+/// Longest stretch of a file over which a table is salvaged whose entries say too much of themselves: with what is cut off of
+/// them it may be within its limits.
+pub const MAX_SALVAGE_BYTES: u64 = MAX_TABLE_BYTES + (16 << 20);
 /// Longest extra data in bytes, as QEMU.
 pub const MAX_EXTRA_BYTES: u32 = 1024;
 
@@ -125,8 +128,8 @@ pub struct Salvage {
 /// What can be kept of a table that says of itself that it has `count` snapshots. `bytes` may go on after
 /// its end.
 ///
-/// Gone are snapshots above the largest number, those that end beyond the longest table, and unknown extra
-/// data of an entry that has too much of it. The disk's size, where an entry of version 3 lacks it, is the
+/// Gone are snapshots above the largest number, those that end beyond the longest table (counted without what is cut off), and
+/// unknown extra data of an entry that has too much of it. The disk's size, where an entry of version 3 lacks it, is the
 /// present one.
 ///
 /// # Errors
@@ -136,12 +139,14 @@ pub fn salvage(bytes: &[u8], count: u32, geometry: &Geometry) -> Result<Salvage,
     if count > MAX_SNAPSHOTS {
         table.defects.push(FormatError::SnapshotCount { count, max: MAX_SNAPSHOTS });
     }
+    let mut cut_off = 0;
     for index in 0..count.min(MAX_SNAPSHOTS) {
         let start = table.len.next_multiple_of(ENTRY_ALIGN);
         let entry = bytes.get(start as usize..).unwrap_or_default();
         let fixed: RawSnapshot = raw::read(entry).ok_or(start + MIN_ENTRY_BYTES)?;
         let len = start + entry_bytes(&fixed);
-        if len > MAX_TABLE_BYTES {
+        cut_off += u64::from(fixed.extra_data_size.get().saturating_sub(MAX_EXTRA_BYTES));
+        if len.saturating_sub(cut_off) > MAX_TABLE_BYTES || len > MAX_SALVAGE_BYTES {
             table.defects.push(FormatError::SnapshotTableTooLong { index, len, max: MAX_TABLE_BYTES });
             break;
         }

@@ -404,6 +404,7 @@ fn shape_of(image: &Image, config: &Config) -> Result<Shape, ServeError> {
         cluster_bytes: image.geometry().cluster_size() as u32,
         read_only: image.is_read_only(),
         can_discard: image.can_discard(),
+        has_zero_clusters: image.has_zero_clusters(),
     })
 }
 

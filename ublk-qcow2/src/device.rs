@@ -37,6 +37,9 @@ const PHYSICAL_SHIFT: u8 = 12;
 /// The largest discard or write-zeroes request: 1 GiB, so that one request stays well below a second
 /// even where every cluster is freed by itself.
 const MAX_DISCARD_SECTORS: u32 = 1 << (30 - LOGICAL_SHIFT);
+/// The largest write-zeroes request where the zeros are written, cluster by cluster: 32 MiB. The kernel has as many
+/// of them under way as the queue is deep.
+const MAX_WRITTEN_ZEROES_SECTORS: u32 = 1 << (25 - LOGICAL_SHIFT);
 /// How long the kernel may take to end the I/O of a server that died. Linux before 6.15 may begin after 30 s.
 const ORPHAN_WAIT: Duration = Duration::from_secs(90);
 /// Between two questions whether it has.
@@ -92,6 +95,8 @@ pub(crate) struct Shape {
     pub(crate) read_only: bool,
     /// Whether a discard can free space; write-zeroes works in any case.
     pub(crate) can_discard: bool,
+    /// Whether zeros need not be written.
+    pub(crate) has_zero_clusters: bool,
 }
 
 /// Why a device could not be made.
@@ -449,10 +454,11 @@ fn params(shape: &Shape, max_io_bytes: u32) -> sys::ublk_params {
     // No dma_align: with copied data the kernel takes any alignment that the user's memory has.
     if !shape.read_only {
         params.types |= sys::UBLK_PARAM_TYPE_DISCARD;
+        let zeroes = if shape.has_zero_clusters { MAX_DISCARD_SECTORS } else { MAX_WRITTEN_ZEROES_SECTORS };
         params.discard = sys::ublk_param_discard {
             discard_granularity: shape.cluster_bytes,
             max_discard_sectors: if shape.can_discard { MAX_DISCARD_SECTORS } else { 0 },
-            max_write_zeroes_sectors: MAX_DISCARD_SECTORS,
+            max_write_zeroes_sectors: zeroes,
             max_discard_segments: 1,
             ..Default::default()
         };
@@ -484,7 +490,13 @@ fn check_params(wanted: &sys::ublk_params, taken: &sys::ublk_params) -> Result<(
 mod tests {
     use super::*;
 
-    const SHAPE: Shape = Shape { sectors: 2048, cluster_bytes: 65536, read_only: false, can_discard: true };
+    const SHAPE: Shape = Shape {
+        sectors: 2048,
+        cluster_bytes: 65536,
+        read_only: false,
+        can_discard: true,
+        has_zero_clusters: true,
+    };
 
     #[test]
     fn limits_follow_the_image() {
@@ -496,6 +508,15 @@ mod tests {
         assert_eq!((small.basic.io_opt_shift, small.discard.discard_granularity), (12, 512));
         let keeping = params(&Shape { can_discard: false, ..SHAPE }, MAX_IO_BYTES).discard;
         assert_eq!((keeping.max_discard_sectors, keeping.max_write_zeroes_sectors > 0), (0, true));
+    }
+
+    /// Version 2 has no zero clusters: a request of 1 GiB that keeps its space was written out in one piece, one cluster after the
+    /// other, and took as long as the disk takes for that.
+    #[test]
+    fn requests_for_zeros_are_short_where_zeros_are_written() {
+        let limit = |shape: &Shape| params(shape, MAX_IO_BYTES).discard.max_write_zeroes_sectors;
+        assert_eq!(limit(&SHAPE), (1 << 30) / 512);
+        assert_eq!(limit(&Shape { has_zero_clusters: false, ..SHAPE }), (32 << 20) / 512);
     }
 
     #[test]

@@ -6,19 +6,35 @@
 
 use crate::epoch::Epoch;
 use std::{
-    collections::{BTreeMap, VecDeque, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet, VecDeque, btree_map::Entry},
     ops::Range,
 };
+
+/// Passes of maintenance, a second each, between two attempts at what cannot be given back, at the most.
+const MAX_PAUSE: u32 = 64;
 
 /// Freed clusters.
 #[derive(Default)]
 pub(crate) struct Frees {
     /// Oldest first.
     waiting: VecDeque<Free>,
-    /// The same by their places, and how many references to each: every run that is handed out is looked for here.
-    places: BTreeMap<u64, u64>,
+    /// All that has not been given back yet, cluster → references: what is handed out is looked for here.
+    references: BTreeMap<u64, u64>,
     /// What was taken out last and has not been given back yet: cluster → references.
     taken: BTreeMap<u64, u64>,
+    aside: Aside,
+}
+
+/// What R5 allows to be given back, but its counts cannot be read.
+#[derive(Default)]
+struct Aside {
+    /// Cluster → references.
+    clusters: BTreeMap<u64, u64>,
+    /// Refcount pages whose reads have failed since the last attempt.
+    pages: BTreeSet<u64>,
+    /// Passes until the next attempt, and from that one to the one after it.
+    pause: u32,
+    next_pause: u32,
 }
 
 /// One reference to a host cluster that is gone from the mapping.
@@ -34,7 +50,7 @@ pub(crate) struct Free {
 impl Frees {
     pub(crate) fn push(&mut self, free: Free) {
         self.waiting.push_back(free);
-        *self.places.entry(free.cluster).or_default() += 1;
+        *self.references.entry(free.cluster).or_default() += 1;
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -43,27 +59,74 @@ impl Frees {
 
     /// A cluster of `run` that has not been given back yet.
     pub(crate) fn find(&self, run: &Range<u64>) -> Option<u64> {
-        [&self.taken, &self.places]
-            .into_iter()
-            .find_map(|places| places.range(run.clone()).next())
-            .map(|(&cluster, _)| cluster)
+        self.references.range(run.clone()).next().map(|(&cluster, _)| cluster)
     }
 
     /// All that was taken out of a cluster's references is given back, under the same lock that lowers its
     /// count: somebody else may be given it at once.
     pub(crate) fn given_back(&mut self, cluster: u64) {
-        self.taken.remove(&cluster);
+        if let Some(references) = self.taken.remove(&cluster) {
+            self.forget(cluster, references);
+        }
+    }
+
+    fn forget(&mut self, cluster: u64, references: u64) {
+        if let Entry::Occupied(mut left) = self.references.entry(cluster) {
+            *left.get_mut() -= references;
+            if *left.get() == 0 {
+                left.remove();
+            }
+        }
+    }
+
+    /// Sets what was taken out of a cluster's references aside: `page`, which has its count, cannot be read.
+    pub(crate) fn set_aside(&mut self, cluster: u64, page: u64) {
+        let Some(references) = self.taken.remove(&cluster) else { return };
+        *self.aside.clusters.entry(cluster).or_default() += references;
+        self.aside.pages.insert(page);
+        if self.aside.pause == 0 {
+            self.aside.pause = self.aside.next_pause.max(1);
+            self.aside.next_pause = MAX_PAUSE.min(self.aside.pause * 2);
+        }
+    }
+
+    /// Whether a refcount page could not be read at the last attempt.
+    pub(crate) fn is_unreadable(&self, page: u64) -> bool {
+        self.aside.pages.contains(&page)
+    }
+
+    /// Another pass of maintenance: what was set aside is due again when its pause is over, and pauses twice as long when that
+    /// is of no use.
+    pub(crate) fn begin_pass(&mut self) {
+        if self.aside.clusters.is_empty() {
+            self.aside = Aside::default();
+            return;
+        }
+        self.aside.pause = self.aside.pause.saturating_sub(1);
+        if self.aside.pause == 0 {
+            self.try_again();
+        }
+    }
+
+    /// What was set aside may be taken out again.
+    pub(crate) fn try_again(&mut self) {
+        self.aside.pages.clear();
+        for (cluster, references) in std::mem::take(&mut self.aside.clusters) {
+            let free = Free { cluster, cut: 0, epoch: Epoch::START };
+            (0..references).for_each(|_| self.waiting.push_front(free));
+        }
     }
 
     /// Takes what was taken out and has not been given back: it is to wait again.
     pub(crate) fn take_rest(&mut self) -> BTreeMap<u64, u64> {
-        std::mem::take(&mut self.taken)
+        let rest = std::mem::take(&mut self.taken);
+        rest.iter().for_each(|(&cluster, &references)| self.forget(cluster, references));
+        rest
     }
 
     /// The clusters that have not been given back yet, as often as references to them.
     pub(crate) fn clusters(&self) -> impl Iterator<Item = u64> + '_ {
-        let taken = self.taken.iter().flat_map(|(&cluster, &times)| (0..times).map(move |_| cluster));
-        self.waiting.iter().map(|free| free.cluster).chain(taken)
+        self.references.iter().flat_map(|(&cluster, &times)| (0..times).map(move |_| cluster))
     }
 
     /// What has waited longest.
@@ -79,12 +142,6 @@ impl Frees {
         let count = ready.count();
         for free in self.waiting.drain(..count) {
             *self.taken.entry(free.cluster).or_default() += 1;
-            if let Entry::Occupied(mut place) = self.places.entry(free.cluster) {
-                *place.get_mut() -= 1;
-                if *place.get() == 0 {
-                    place.remove();
-                }
-            }
         }
         self.taken.iter().map(|(&cluster, &references)| (cluster, references)).collect()
     }
@@ -111,5 +168,34 @@ mod tests {
         frees.given_back(9);
         assert_eq!((frees.find(&(0..10)), frees.clusters().count()), (None, 0));
         assert!(frees.take_ready(5, epochs.oldest(), 8).is_empty(), "once only");
+    }
+
+    /// What could not be counted was as ready as before, and whoever gives back until nothing is ready never came to an end.
+    #[test]
+    fn what_is_set_aside_is_due_again_after_ever_longer_pauses() {
+        let mut frees = Frees::default();
+        let epochs = Epochs::new();
+        (5..8).for_each(|cluster| frees.push(Free { cluster, cut: 1, epoch: epochs.advance() }));
+        frees.push(Free { cluster: 6, cut: 1, epoch: epochs.advance() });
+        let take = |frees: &mut Frees| frees.take_ready(9, epochs.oldest(), 8);
+        assert_eq!(take(&mut frees), [(5, 1), (6, 2), (7, 1)]);
+        frees.given_back(5);
+        let mut tried = Vec::new();
+        for pass in 0..200 {
+            frees.begin_pass();
+            if !take(&mut frees).is_empty() {
+                tried.push(pass);
+            }
+            frees.set_aside(6, 1);
+            frees.set_aside(7, 1);
+            assert!(take(&mut frees).is_empty() && frees.is_unreadable(1) && !frees.is_unreadable(0));
+            assert_eq!((frees.find(&(0..7)), frees.clusters().count()), (Some(6), 3), "not given back yet");
+        }
+        assert_eq!(tried, [0, 1, 3, 7, 15, 31, 63, 127, 191]);
+        frees.try_again();
+        assert_eq!(take(&mut frees), [(6, 2), (7, 1)]);
+        (6..8).for_each(|cluster| frees.given_back(cluster));
+        frees.begin_pass();
+        assert!(frees.clusters().next().is_none() && !frees.is_unreadable(1));
     }
 }

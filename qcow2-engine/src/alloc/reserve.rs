@@ -191,7 +191,8 @@ impl<I: Io> Lane<I> {
     /// Reserves exactly `count` clusters in a row, for a table.
     pub(crate) async fn reserve_row(&self, count: u64) -> Result<Reservation<'_>> {
         let image = self.image();
-        let run = self.take(|meta| meta.next_row(count)).await?;
+        let mut from = 0;
+        let run = self.take(|meta| meta.next_row(count, &mut from)).await?;
         Ok(Reservation { image, lane: self.number(), run, stage: Stage::Written })
     }
 

@@ -92,25 +92,31 @@ impl Meta {
         }
     }
 
-    /// Takes `count` clusters in a row, behind the end of the file, and counts them.
-    pub(crate) fn next_row(&mut self, count: u64) -> Result<Next> {
-        match self.row_in_page(count)? {
+    /// Takes `count` clusters in a row, and counts them: the first there are, or behind everything that is counted so far.
+    /// `from` is where to go on looking; nothing is found below it.
+    pub(crate) fn next_row(&mut self, count: u64, from: &mut u64) -> Result<Next> {
+        match self.row_in_page(count, from)? {
             Some(next) => Ok(next),
             None => self.row_with_blocks(count),
         }
     }
 
-    /// A row of clusters that one refcount page counts, the first there is.
-    fn row_in_page(&mut self, count: u64) -> Result<Option<Next>> {
+    /// A row of clusters that one refcount page counts, the first there is from `from` on. A file that cannot grow has no
+    /// other room than what is free inside it.
+    fn row_in_page(&mut self, count: u64, from: &mut u64) -> Result<Option<Next>> {
         let per_page = self.refcounts.clusters_per_page();
-        let end = self.refcounts.blocks_end() * self.geometry.refcounts_per_block();
-        let mut from = self.space.fresh_from;
-        while count <= per_page && from < end {
-            let Place::Page(page) = self.refcounts.place(from)? else { break };
-            match self.refcounts.free_run(page, from, count) {
+        let per_block = self.geometry.refcounts_per_block();
+        let end = self.refcounts.blocks_end() * per_block;
+        *from = self.space.cursor.max(*from);
+        while count <= per_page && *from < end {
+            let Place::Page(page) = self.refcounts.place(*from)? else {
+                *from = (self.refcounts.block_of(*from) + 1) * per_block;
+                continue;
+            };
+            match self.refcounts.free_run(page, *from, count) {
                 Count::Needs(page) => return Ok(Some(Next::Needs(page))),
-                Count::Is(None) => from = (page + 1) * per_page,
-                Count::Is(Some(row)) if row.end - row.start < count => from = row.end,
+                Count::Is(None) => *from = self.refcounts.next_not_full(page + 1) * per_page,
+                Count::Is(Some(row)) if row.end - row.start < count => *from = row.end,
                 Count::Is(Some(row)) => return self.take_row(row, 0..0).map(Some),
             }
         }

@@ -24,7 +24,7 @@ use super::{
     workload::Fixture,
 };
 use crate::{
-    CheckOptions, Error, Image, Lane, OpenOptions, Preallocation, Repair, check, create, exec::run_at_once,
+    CheckOptions, Error, Image, OpenOptions, Preallocation, Repair, check, create, exec::run_at_once, grow,
     io::mem::MemFiles,
 };
 use qcow2_format::CreateOptions;
@@ -202,11 +202,9 @@ impl<'a> Work<'a> {
                 }
                 Tool::OpenDirty(_) => Image::open(&disk, &names, path, &open_options()).await.map(drop),
                 Tool::Grow(_) => {
-                    let image = Image::open(&disk, &names, path, &open_options()).await?;
-                    if let Some(rule) = disabled {
-                        image.disable_rule(rule);
-                    }
-                    Lane::new(&image, disk, 1).grow_and_close(new_size).await
+                    let prepare =
+                        |image: &Image| disabled.into_iter().for_each(|rule| image.disable_rule(rule));
+                    grow::grow_to(&disk, &names, path, &open_options(), |_| new_size, prepare).await
                 }
                 Tool::Create(preallocation) => {
                     create::create(&disk, &names, path, &options, preallocation).await

@@ -184,9 +184,9 @@ fn what_is_beyond_the_limits_is_not_salvaged() {
 
     let mut bytes = encode_table(&[sample(), sample(), sample()]).unwrap();
     let second = bytes.len() / 3;
-    bytes[second + 36..][..4].copy_from_slice(&(64_u32 << 20).to_be_bytes());
+    bytes[second + 36..][..4].copy_from_slice(&(80_u32 << 20).to_be_bytes());
     let table = salvaged(&bytes, 3).unwrap();
-    let len = (64 << 20) + second as u64 + MIN_ENTRY_BYTES + 7;
+    let len = (80 << 20) + second as u64 + MIN_ENTRY_BYTES + 7;
     assert_eq!(table.defects, [FormatError::SnapshotTableTooLong { index: 1, len, max: MAX_TABLE_BYTES }]);
     assert_eq!((table.snapshots, table.len.next_multiple_of(8)), (vec![sample()], second as u64));
 
