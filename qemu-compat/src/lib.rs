@@ -41,4 +41,5 @@ pub mod report;
 pub mod sequence;
 pub mod server;
 pub mod shape;
+pub mod stopping;
 pub mod suite;

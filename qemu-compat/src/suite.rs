@@ -16,7 +16,7 @@ use crate::{
     power::{self, Outage},
     qemu_img, recovery, refusals,
     report::Case,
-    server, shape,
+    server, shape, stopping,
 };
 use anyhow::{Context, Result, ensure};
 use std::{
@@ -169,6 +169,7 @@ impl Cases {
         self.add("lifecycle/condemned-recovered", 120, |it, dir| {
             condemned::served_by_a_successor(&it.binary, dir)
         });
+        self.add("lifecycle/killed-while-stopping", 400, |it, dir| stopping::killed(&it.binary, dir));
         self.add("lifecycle/added-unheard", 300, |it, dir| lifecycle::added_unheard(&it.binary, dir));
     }
 

@@ -10,6 +10,7 @@ use crate::{
     config::Config,
     control::{Control, ControlError},
     crew::{Crew, Service},
+    deputy::Deputy,
     device::{self, Device, DeviceError, Shape},
     namespace::Namespace,
     queue::QueueError,
@@ -104,13 +105,15 @@ pub(crate) fn run(
     announce: impl FnOnce(&Path, u32) -> io::Result<()>,
 ) -> Result<(), ServeError> {
     safety::prepare();
+    // While there is one thread, and nothing that it would keep.
+    let deputy = Deputy::fork().map_err(ServeError::SetUp)?;
     let crew = Crew::new().map_err(ServeError::SetUp)?;
     let ready = apart(|| match start {
         Start::New { id, config } => make(*id, config, namespace),
         Start::Recover { id } => take_over(*id, namespace),
     })?;
     safety::keep_control();
-    serve(ready, crew, announce)
+    serve(ready, crew, deputy, announce)
 }
 
 /// Takes a step on a thread that ends with it. So do the kernel's own threads for its I/O, which would
@@ -323,6 +326,7 @@ fn keep_log(image: &Image, log: Option<Log>) -> Result<Option<Witness>, ServeErr
 fn serve(
     ready: Ready,
     mut crew: Crew,
+    mut deputy: Deputy,
     announce: impl FnOnce(&Path, u32) -> io::Result<()>,
 ) -> Result<(), ServeError> {
     let Ready { service, mut device, mut run_file, mut witness } = ready;
@@ -341,10 +345,10 @@ fn serve(
         die(&device, run_file, failure);
     }
     let written = match &served {
-        Ok(()) if device.is_recoverable() => device.write_back().map_err(ServeError::from),
+        Ok(()) if device.is_recoverable() => device.write_back(&mut deputy).map_err(ServeError::from),
         _ => Ok(()),
     };
-    let stopped = device.stop().map_err(ServeError::from);
+    let stopped = device.stop(&mut deputy).map_err(ServeError::from);
     let drained = crew.drain(if stopped.is_ok() { DRAIN_WAIT } else { HOPELESS_DRAIN_WAIT });
     let Service { image, files, char_device, .. } = service;
     // While a queue may still write the image cannot be closed; it is then as after a crash.
@@ -358,6 +362,8 @@ fn serve(
     // The driver deletes a device when nobody has it open.
     drop((image, files, char_device));
     let deleted = device.delete().map_err(ServeError::from);
+    // Before the record: with that gone nothing of this server is to be left that sees its image's file system.
+    drop(deputy);
     // A failed queue is the cause of whatever else went wrong.
     let result = drained.and(served).and(closed).and(written).and(stopped).and(deleted);
     // Before the announcement the one who waits for it learns of the error; after, `del` does.

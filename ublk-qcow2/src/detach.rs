@@ -13,7 +13,7 @@ use nix::{
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Write},
-    os::fd::OwnedFd,
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
@@ -68,6 +68,16 @@ fn notice_children() -> io::Result<()> {
 pub(crate) fn let_go_of_inherited() {
     // SAFETY: it names no memory, and nobody in this process owns one of these descriptors.
     unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0_u32) };
+}
+
+/// Closes every descriptor but the standard ones and `kept`: for a child that never returns to what its parent has open.
+pub(crate) fn let_go_of_inherited_but(kept: BorrowedFd<'_>) {
+    // A descriptor that is open is not negative.
+    let kept = kept.as_raw_fd().cast_unsigned();
+    for (first, last) in [(3, kept.saturating_sub(1)), (kept.max(2) + 1, u32::MAX)] {
+        // SAFETY: it names no memory, and whoever owns one of these descriptors does not run in this process any more.
+        unsafe { libc::syscall(libc::SYS_close_range, first, last, 0_u32) };
+    }
 }
 
 fn receive(from_child: OwnedFd) -> Result<u32, String> {
