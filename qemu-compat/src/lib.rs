@@ -43,3 +43,4 @@ pub mod server;
 pub mod shape;
 pub mod stopping;
 pub mod suite;
+pub mod unheard;

@@ -16,7 +16,7 @@ use crate::{
     power::{self, Outage},
     qemu_img, recovery, refusals,
     report::Case,
-    server, shape, stopping,
+    server, shape, stopping, unheard,
 };
 use anyhow::{Context, Result, ensure};
 use std::{
@@ -162,7 +162,7 @@ impl Cases {
         self.add("lifecycle/successor-dies", 300, |it, dir| {
             lifecycle::recovered_although_the_successor_dies(&it.binary, dir)
         });
-        self.add("lifecycle/recovered-unheard", 300, |it, dir| lifecycle::recovered_unheard(&it.binary, dir));
+        self.add("lifecycle/recovered-unheard", 300, |it, dir| unheard::recovered_unheard(&it.binary, dir));
         self.add("lifecycle/condemned-detached", 120, |it, dir| {
             condemned::detached_and_repaired(&it.binary, dir)
         });
@@ -170,7 +170,10 @@ impl Cases {
             condemned::served_by_a_successor(&it.binary, dir)
         });
         self.add("lifecycle/killed-while-stopping", 400, |it, dir| stopping::killed(&it.binary, dir));
-        self.add("lifecycle/added-unheard", 300, |it, dir| lifecycle::added_unheard(&it.binary, dir));
+        self.add("lifecycle/killed-unheard", 300, |it, dir| {
+            unheard::killed_before_it_is_heard(&it.binary, dir)
+        });
+        self.add("lifecycle/added-unheard", 300, |it, dir| unheard::added_unheard(&it.binary, dir));
     }
 
     fn matrix(&mut self) {

@@ -226,8 +226,8 @@ impl Crew {
     }
 
     /// How the first queue failed that has, if any: all of them end well when somebody else stops the device.
-    pub(crate) fn failure(&self) -> Option<&ServeError> {
-        self.failure.as_ref()
+    pub(crate) fn take_failure(&mut self) -> Option<ServeError> {
+        self.failure.take()
     }
 
     /// Whether to go on starting.

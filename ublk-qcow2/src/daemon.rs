@@ -27,7 +27,7 @@ use qcow2_engine::{
 };
 use std::{
     fs::File,
-    io::{self, Read},
+    io, mem,
     num::NonZero,
     path::{Path, PathBuf},
     process,
@@ -54,8 +54,8 @@ const MAX_WORKERS: usize = 8;
 /// How a server comes by its device.
 #[derive(Clone, Debug)]
 pub(crate) enum Start {
-    /// It makes one, with this number or one of the driver's choice.
-    New { id: Option<u32>, config: Config },
+    /// It makes one, with this number or one of the driver's choice. Whoever may have to remove it knows it by the cookie.
+    New { id: Option<u32>, config: Config, cookie: u64 },
     /// It takes over one whose server has died.
     Recover { id: u32 },
 }
@@ -109,7 +109,7 @@ pub(crate) fn run(
     let deputy = Deputy::fork().map_err(ServeError::SetUp)?;
     let crew = Crew::new().map_err(ServeError::SetUp)?;
     let ready = apart(|| match start {
-        Start::New { id, config } => make(*id, config, namespace),
+        Start::New { id, config, cookie } => make(*id, config, *cookie, namespace),
         Start::Recover { id } => take_over(*id, namespace),
     })?;
     safety::keep_control();
@@ -136,12 +136,11 @@ struct Ready {
 }
 
 /// Opens the image and makes a device for it.
-fn make(id: Option<u32>, config: &Config, namespace: Namespace) -> Result<Ready, ServeError> {
+fn make(id: Option<u32>, config: &Config, cookie: u64, namespace: Namespace) -> Result<Ready, ServeError> {
     let files = Arc::new(config.files());
     let image = open_image(&config.image, &config.open_options(), &files)?;
     let shape = shape_of(&image, config)?;
     let &Config { queues, depth, recovery, part_scan, zero_copy, .. } = config;
-    let cookie = random().map_err(ServeError::SetUp)?;
     let boot = runfile::boot().map_err(ServeError::SetUp)?;
     let request = device::Request { id, queues, depth, recovery, part_scan, zero_copy, cookie };
     let (mut device, run_file) = add_device(&request, |device| Record {
@@ -339,10 +338,17 @@ fn serve(
         run_file.leave();
         return Err(served.err().unwrap_or(ServeError::QueueFailed));
     }
-    if let (Err(ServeError::QueueFailed), Some(failure)) = (&served, crew.failure())
-        && (is_announced || was_in_use)
+    if let (Err(ServeError::QueueFailed), true) = (&served, device.is_started())
+        && let Some(failure) = crew.take_failure()
     {
-        die(&device, run_file, failure);
+        match farewell(is_announced, was_in_use) {
+            Farewell::Die => die(&device, run_file, &failure),
+            Farewell::Report => {
+                mem::forget((device, witness));
+                run_file.leave();
+                return Err(failure);
+            }
+        }
     }
     let written = match &served {
         Ok(()) if device.is_recoverable() => device.write_back(&mut deputy).map_err(ServeError::from),
@@ -373,9 +379,21 @@ fn serve(
     result
 }
 
-/// Ends this process, because a queue of a device that has users has failed. The device is not stopped before: the driver would
-/// wait for the requests that the queue has, and (Linux 6.15) fails them only when we have let go of the device, which a process that
-/// waits in the driver cannot do even when it is killed. A device for recovery is taken over, another one is stopped by the driver.
+/// How a server ends one of whose queues has failed while its device was started. The device is not stopped before: the driver would
+/// wait for the requests that the queue has, and (Linux 6.15) fails them only when we have let go of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Farewell {
+    /// It ends there and then: the device has users.
+    Die,
+    /// Who waits for the announcement hears why there is none, and removes the device when this process is gone.
+    Report,
+}
+
+fn farewell(is_announced: bool, was_in_use: bool) -> Farewell {
+    if is_announced || was_in_use { Farewell::Die } else { Farewell::Report }
+}
+
+/// Ends this process. A device for recovery is taken over, another one is stopped by the driver.
 fn die(device: &Device, run_file: RunFile, error: &ServeError) -> ! {
     tracing::error!(id = device.id(), "{error}; the server ends");
     if device.is_recoverable() {
@@ -413,8 +431,17 @@ fn shape_of(image: &Image, config: &Config) -> Result<Shape, ServeError> {
     })
 }
 
-fn random() -> io::Result<u64> {
-    let mut bytes = [0; 8];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(u64::from_ne_bytes(bytes))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A queue of a new device failed after START_DEV and before `add` was told: the server stopped the device itself, which waits for
+    /// the queue's requests, and `add` waited for the server.
+    #[test]
+    fn a_server_whose_queue_fails_before_anybody_knows_its_device_says_so_and_goes() {
+        assert_eq!(farewell(false, false), Farewell::Report);
+        for (is_announced, was_in_use) in [(true, false), (false, true), (true, true)] {
+            assert_eq!(farewell(is_announced, was_in_use), Farewell::Die);
+        }
+    }
 }

@@ -209,6 +209,11 @@ impl Device {
         self.state == State::Orphaned
     }
 
+    /// Whether it may have requests in the hands of this process.
+    pub(crate) fn is_started(&self) -> bool {
+        self.state == State::Started
+    }
+
     /// Whether it waits for another server when its own dies.
     pub(crate) fn is_recoverable(&self) -> bool {
         self.info.flags & RECOVERY == RECOVERY

@@ -5,9 +5,11 @@ use crate::{
     cli::{AddArgs, DelArgs, RecoverArgs},
     config::Config,
     control::Control,
-    daemon::{self, Start},
+    daemon::{self, ServeError, Start},
     detach::{self, Side},
-    device, namespace, supervisor,
+    device, namespace,
+    runfile::{self, Record},
+    supervisor,
 };
 use std::{
     io::{self, Write},
@@ -32,7 +34,8 @@ pub(crate) fn run(args: &AddArgs) -> Result<(), CommandError> {
         .map_err(|source| CommandError::Path { path: args.image.display().to_string(), source })?;
     image::refuse_awaited(&config.image)?;
     let care = care(args.foreground, args.no_supervisor || args.no_recovery);
-    begin(&Start::New { id: args.id, config }, care)
+    let cookie = runfile::new_cookie().map_err(CommandError::Background)?;
+    begin(&Start::New { id: args.id, config, cookie }, care)
 }
 
 /// Serves a device whose server has died. Returns as [`run`] does.
@@ -52,7 +55,8 @@ fn begin(start: &Start, care: Care) -> Result<(), CommandError> {
     // Who is not root need not read of all that a server cannot do then.
     Control::probe()?;
     if care == Care::Foreground {
-        return Ok(daemon::run(start, namespace::leave(), |_, id| print_device(id))?);
+        return daemon::run(start, namespace::leave(), |_, id| print_device(id))
+            .map_err(|error| with_what_is_left(start, error));
     }
     detach::let_go_of_inherited();
     match detach::into_background().map_err(CommandError::Background)? {
@@ -64,12 +68,27 @@ fn begin(start: &Start, care: Care) -> Result<(), CommandError> {
             // It has users, whoever knows that they need not wait any more.
             Start::Recover { .. } => Err(CommandError::Unheard { source, what: "which is served again" }),
         }),
-        Side::Parent { outcome: Err(error), .. } => Err(CommandError::Server(error)),
+        Side::Parent { child, outcome: Err(error) } => match *start {
+            Start::New { cookie, .. } => {
+                supervisor::remove_unheard_of(child, cookie);
+                Err(CommandError::Server(error.to_string()))
+            }
+            Start::Recover { .. } => Err(CommandError::Server(error.to_string())),
+        },
         Side::Child(reporter) if care == Care::Alone => {
             process::exit(supervisor::serve(start, namespace::leave(), reporter))
         }
         // What it has to say it says in its log, and to its parent.
         Side::Child(reporter) => process::exit(supervisor::run(start, reporter).map_or(1, |()| 0)),
+    }
+}
+
+/// The error with which a server has ended that nobody looks after, and what it could not remove itself.
+fn with_what_is_left(start: &Start, error: ServeError) -> CommandError {
+    let Start::New { cookie, .. } = start else { return error.into() };
+    match runfile::load_made(*cookie) {
+        Some(Record { id, .. }) => CommandError::LeftBehind { id, source: error },
+        None => error.into(),
     }
 }
 

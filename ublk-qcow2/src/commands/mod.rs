@@ -40,6 +40,8 @@ pub(crate) enum CommandError {
     Path { path: String, source: std::io::Error },
     #[error("nobody was told of the device, {what}: {source}")]
     Unheard { what: &'static str, source: std::io::Error },
+    #[error("{source}; `ublk-qcow2 del -n {id}` removes what is left of device {id}")]
+    LeftBehind { id: u32, source: ServeError },
     #[error("there is no device {0}")]
     NoDevice(u32),
     #[error(
