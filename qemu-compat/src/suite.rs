@@ -170,6 +170,9 @@ impl Cases {
             condemned::served_by_a_successor(&it.binary, dir)
         });
         self.add("lifecycle/killed-while-stopping", 400, |it, dir| stopping::killed(&it.binary, dir));
+        self.add("lifecycle/recovered-in-silence", 300, |it, dir| {
+            unheard::recovered_in_silence(&it.binary, dir)
+        });
         self.add("lifecycle/killed-unheard", 300, |it, dir| {
             unheard::killed_before_it_is_heard(&it.binary, dir)
         });

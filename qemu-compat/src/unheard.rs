@@ -66,6 +66,33 @@ pub fn recovered_unheard(binary: &Binary, dir: &Path) -> Result<()> {
     still_written(device)
 }
 
+/// The log of a device that is recovered is none to which one can write, so its server serves and cannot say so: `recover` said that it
+/// had died.
+///
+/// # Errors
+/// What does not hold.
+pub fn recovered_in_silence(binary: &Binary, dir: &Path) -> Result<()> {
+    let (image, out) = (dir.join("image.qcow2"), dir.join("out"));
+    qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
+    let device = written_unsupervised(binary, &image)?;
+    let id = device.id().to_string();
+    let log = PathBuf::from(format!("/run/ublk-qcow2/{id}.log"));
+    fs::remove_file(&log)?;
+    fs::create_dir(&log)?;
+    for option in ["--no-supervisor", ""] {
+        device.kill_server()?;
+        // The server keeps what it was started with, so that must not be a pipe of ours.
+        let mut command = binary.script(r#"exec "$BINARY" recover $OPTION -n "$ID" </dev/null >"$OUT" 2>&1"#);
+        let mut child = command.env("ID", &id).env("OUT", &out).env("OPTION", option).spawn()?;
+        let status = wait(&mut child, TOOL_LIMIT)?.context("`recover` does not end")?;
+        let said = fs::read_to_string(&out)?;
+        ensure!(status.success() && said.contains(&format!("/dev/ublkb{id}")), "{option}: {said}");
+        ensure!(device.listed()?.state == "serving", "{option}: it is {}", device.listed()?.state);
+    }
+    fs::remove_dir(&log)?;
+    still_written(device)
+}
+
 /// Ends `add` while it waits: what it has begun ends as well, or has all that it should. The server was left
 /// alone with a device that nobody knew of.
 ///

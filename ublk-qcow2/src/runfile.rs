@@ -142,6 +142,13 @@ pub(crate) struct Entry {
     pub(crate) is_alive: bool,
 }
 
+impl Entry {
+    /// Whether its server serves it.
+    pub(crate) fn serves(&self) -> bool {
+        self.is_alive && self.record.phase == Phase::Serving && !self.record.is_inherited
+    }
+}
+
 impl RunFile {
     /// Writes and locks the run file of this process's device. Whoever had the number before may have to finish first;
     /// if `owes` says of its redo log that it is still of use the number stays its own.

@@ -6,9 +6,9 @@ use crate::{
     config::Config,
     control::Control,
     daemon::{self, ServeError, Start},
-    detach::{self, Side},
+    detach::{self, Side, Unserved},
     device, namespace,
-    runfile::{self, Record},
+    runfile::{self, Entry, Record},
     supervisor,
 };
 use std::{
@@ -73,7 +73,7 @@ fn begin(start: &Start, care: Care) -> Result<(), CommandError> {
                 supervisor::remove_unheard_of(child, cookie);
                 Err(CommandError::Server(error.to_string()))
             }
-            Start::Recover { .. } => Err(CommandError::Server(error.to_string())),
+            Start::Recover { id } => not_heard_of(id, error, care),
         },
         Side::Child(reporter) if care == Care::Alone => {
             process::exit(supervisor::serve(start, namespace::leave(), reporter))
@@ -92,8 +92,54 @@ fn with_what_is_left(start: &Start, error: ServeError) -> CommandError {
     }
 }
 
+/// What has become of a device that was to be recovered, when its server has not said that it serves.
+fn not_heard_of(id: u32, error: Unserved, care: Care) -> Result<(), CommandError> {
+    if let Unserved::Failed(error) = error {
+        return Err(CommandError::Server(error));
+    }
+    match left_by_silence(id, runfile::load(id)?.as_ref(), care) {
+        None => {
+            print_device(id).map_err(|source| CommandError::Unheard { source, what: "which is served again" })
+        }
+        Some(error) => Err(error),
+    }
+}
+
+fn left_by_silence(id: u32, entry: Option<&Entry>, care: Care) -> Option<CommandError> {
+    match entry {
+        // It could not write to its log, say; or the next one was quicker than we were.
+        Some(entry) if entry.serves() => None,
+        Some(_) if care == Care::Supervised => Some(CommandError::NotYet(id)),
+        Some(_) => Some(CommandError::Waits(id)),
+        None => Some(CommandError::NoDevice(id)),
+    }
+}
+
 fn print_device(id: u32) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "{}", device::block_path(id).display())?;
     out.flush()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `recover` said that the server had died before it served the device, though that served and could not say so, or a supervisor
+    /// went on to the next.
+    #[test]
+    fn what_has_become_of_a_device_is_what_its_record_says() {
+        let served = Entry { record: runfile::example(), is_alive: true };
+        let told = |entry: &Entry, care| left_by_silence(7, Some(entry), care).map(|error| error.to_string());
+        assert_eq!(told(&served, Care::Supervised), None);
+        assert_eq!(told(&served, Care::Alone), None);
+        let dead = Entry { is_alive: false, ..served.clone() };
+        let begun = Entry { record: Record { is_inherited: true, ..runfile::example() }, is_alive: true };
+        for entry in [&dead, &begun] {
+            let supervised = told(entry, Care::Supervised).unwrap();
+            assert!(supervised.contains("another one") && supervised.contains("list"), "{supervised}");
+        }
+        let alone = told(&dead, Care::Alone).unwrap();
+        assert!(alone.contains("waits") && alone.contains("recover -n 7"), "{alone}");
+    }
 }
