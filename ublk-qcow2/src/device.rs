@@ -33,6 +33,9 @@ use std::{
 /// buffer of ours.
 const MAX_IO_BYTES: u32 = 512 << 10;
 const MAX_ZERO_COPY_BYTES: u32 = 1 << 20;
+/// Bytes of requests that a queue may have at once: there may be a buffer for each, or two where the data is copied, and what has
+/// been used of them stays locked in memory.
+const MAX_QUEUE_BYTES: u32 = 256 << 20;
 /// The kernel's limit on the depth of a queue.
 pub(crate) const MAX_DEPTH: u16 = sys::UBLK_MAX_QUEUE_DEPTH as u16;
 /// How long the kernel may take to end the I/O of a server that died. Linux before 6.15 may begin after 30 s.
@@ -146,7 +149,7 @@ impl Device {
         let info = control.add(sys::ublksrv_ctrl_dev_info {
             nr_hw_queues: request.queues,
             queue_depth: request.depth,
-            max_io_buf_bytes: if zero_copy { MAX_ZERO_COPY_BYTES } else { MAX_IO_BYTES },
+            max_io_buf_bytes: largest_request(zero_copy, request.depth),
             dev_id: request.id.unwrap_or(ANY_ID),
             ublksrv_pid: -1,
             flags: flags(request, offered) | if zero_copy { ZERO_COPY } else { 0 },
@@ -442,6 +445,12 @@ fn wait_for_node<T>(
     }
 }
 
+/// The largest request in bytes of a device with queues of this depth: a power of two, of a page at least.
+fn largest_request(zero_copy: bool, depth: u16) -> u32 {
+    let most = if zero_copy { MAX_ZERO_COPY_BYTES } else { MAX_IO_BYTES };
+    most.min(1 << (MAX_QUEUE_BYTES / u32::from(depth.max(1))).ilog2())
+}
+
 /// The features to ask a driver for that offers `offered`.
 fn flags(request: &Request, offered: u64) -> u64 {
     let recovery = if request.recovery { RECOVERY } else { 0 };
@@ -449,4 +458,24 @@ fn flags(request: &Request, offered: u64) -> u64 {
     // that a successor needs should the server die meanwhile.
     let part_scan = if request.part_scan { offered & NO_PART_SCAN } else { NO_PART_SCAN };
     u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE) | recovery | part_scan
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// With -d 4096 the buffers of one queue could come to 4 GiB, all of it locked in memory.
+    #[test]
+    fn deep_queues_have_smaller_requests() {
+        assert_eq!(largest_request(false, 128), MAX_IO_BYTES);
+        assert_eq!(largest_request(true, 256), MAX_ZERO_COPY_BYTES);
+        assert_eq!(largest_request(false, MAX_DEPTH), 64 << 10);
+        for depth in 1..=MAX_DEPTH {
+            for zero_copy in [false, true] {
+                let largest = largest_request(zero_copy, depth);
+                assert!(largest.is_power_of_two() && largest >= 4096);
+                assert!(u64::from(largest) * u64::from(depth) <= u64::from(MAX_QUEUE_BYTES), "{depth}");
+            }
+        }
+    }
 }
