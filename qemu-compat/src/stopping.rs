@@ -7,7 +7,8 @@
 
 use crate::{
     command::TOOL_LIMIT,
-    device::{Aligned, Binary, Device, has_process},
+    device::{Aligned, Binary, Device, DeviceDisk, has_process},
+    disk::{Disk, Op},
     fs::Kind,
     power::host::{Plain, make_disk},
     qemu_img,
@@ -61,6 +62,47 @@ pub fn killed(binary: &Binary, dir: &Path) -> Result<()> {
         only_leaks(&image)?;
         mounted.unmount()?;
     }
+    Ok(())
+}
+
+/// Has a served device removed by an instance with other records, to which it is somebody else's: what had been written to it is in the
+/// image, flushed or not.
+///
+/// # Errors
+/// What does not hold.
+pub fn by_a_stranger(binary: &Binary, dir: &Path) -> Result<()> {
+    let stranger = binary.in_run_dir(&dir.join("run"));
+    for (name, options) in
+        [("supervised", &[][..]), ("alone", &["--no-supervisor"]), ("no-recovery", &["--no-recovery"])]
+    {
+        let image = dir.join(format!("{name}.qcow2"));
+        qemu_img::create(&image, "cluster_size=64k", None, DISK)?;
+        let mut disk = DeviceDisk::open(binary.add(&[options, &["-q", "2"]].concat(), &image)?)?;
+        disk.run(&[Op::Write { at: 0, bytes: vec![7; CLUSTER].into() }])?;
+        removed_by(&stranger, binary, disk.into_device()).with_context(|| name.to_owned())?;
+        qemu_img::check_clean(&image).with_context(|| name.to_owned())?;
+        let mut disk = DeviceDisk::open(binary.add(&[], &image)?)?;
+        let found = disk.run(&[Op::Read { at: 0, len: CLUSTER as u64 }])?;
+        ensure!(found[0] == [7; CLUSTER], "{name}: what was written is lost");
+        disk.detach()?;
+    }
+    Ok(())
+}
+
+fn removed_by(stranger: &Binary, owner: &Binary, device: Device) -> Result<()> {
+    let (server, id, path) = (device.listed()?.pid, device.id().to_string(), device.path());
+    stranger.run(["del", "-n", &id])?.success()?;
+    let deadline = Instant::now() + TOOL_LIMIT;
+    while has_process(server) || path.exists() {
+        ensure!(Instant::now() < deadline, "the server (process {server}) or the device is still there");
+        thread::sleep(Duration::from_millis(10));
+    }
+    if device.listed().is_ok() {
+        // It may say that the end was not one that the server had been asked for.
+        owner.run(["del", "-n", &id])?;
+        ensure!(device.listed().is_err(), "the record is still there");
+    }
+    device.forget();
     Ok(())
 }
 

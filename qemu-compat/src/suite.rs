@@ -13,6 +13,7 @@ use crate::{
     journey::{Effort, journey},
     kill, leaks, lifecycle, matrix,
     mirror::Mirror,
+    origins,
     power::{self, Outage},
     qemu_img, recovery, refusals,
     report::Case,
@@ -169,6 +170,10 @@ impl Cases {
         self.add("lifecycle/condemned-recovered", 120, |it, dir| {
             condemned::served_by_a_successor(&it.binary, dir)
         });
+        self.add("origin/block-device", 180, |it, dir| origins::on_a_block_device(&it.binary, dir));
+        self.add("origin/grown", 60, |it, dir| origins::grown(&it.binary, dir));
+        self.add("origin/bitmaps", 180, |it, dir| origins::with_bitmaps(&it.binary, dir));
+        self.add("lifecycle/by-a-stranger", 180, |it, dir| stopping::by_a_stranger(&it.binary, dir));
         self.add("lifecycle/killed-while-stopping", 400, |it, dir| stopping::killed(&it.binary, dir));
         self.add("lifecycle/recovered-in-silence", 300, |it, dir| {
             unheard::recovered_in_silence(&it.binary, dir)
