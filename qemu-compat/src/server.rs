@@ -177,11 +177,13 @@ impl Process {
     }
 
     fn only_child(&self) -> Result<Self> {
-        let children = fs::read_to_string(self.path(&format!("task/{}/children", self.0)))?;
-        let [child] = children.split_whitespace().collect::<Vec<_>>()[..] else {
-            bail!("process {} has the children {children:?}", self.0);
-        };
-        Ok(Self(child.parse()?))
+        let names = fs::read_dir("/proc")?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let all = names.filter_map(|name| name.parse().ok()).map(Self);
+        let is_ours = |it: &Self| it.status_number("PPid", 10).is_ok_and(|parent| parent == self.0 as u64);
+        match &mut all.filter(is_ours).collect::<Vec<_>>()[..] {
+            [child] => Ok(Self(child.0)),
+            children => bail!("process {} has {} children", self.0, children.len()),
+        }
     }
 
     fn status_number(&self, field: &str, radix: u32) -> Result<u64> {

@@ -330,7 +330,7 @@ fn serve(
 ) -> Result<(), ServeError> {
     let Ready { service, mut device, mut run_file, mut witness } = ready;
     let was_in_use = device.is_waiting();
-    let started = crew.bring_up(&service, &mut device, &mut run_file, announce);
+    let started = crew.bring_up(&service, &mut device, &mut run_file, &mut deputy, announce);
     let is_announced = started.is_ok();
     let served = started.and_then(|()| crew.wait_for_end());
     if device.is_waiting() {

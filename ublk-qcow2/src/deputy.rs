@@ -1,6 +1,6 @@
 //! The process that waits for the driver in a server's stead.
 //!
-//! Stopping a device, and writing back what the kernel has in memory for it, wait for requests that the server has in hand. Who
+//! Stopping a device, writing back what the kernel has in memory for it, and looking for partitions on it wait for requests that the server has in hand. Who
 //! waits in the kernel lets go of nothing before that is over, not even when it is killed; and the driver (Linux 6.15) fails a
 //! dead server's requests only when nobody has the character device any more. So a server that waited itself, and was killed meanwhile,
 //! would stay until the machine is restarted, and its device's users with it. A thread for it would not do: the
@@ -16,7 +16,7 @@
 
 #![allow(unsafe_code, reason = "fork")]
 
-use crate::{control::Control, detach, device, safety};
+use crate::{control::Control, detach, device, partitions, safety};
 use nix::{
     errno::Errno,
     sys::{
@@ -48,6 +48,8 @@ const MAX_TEXT: usize = 1024;
 /// What waits for requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Job {
+    /// See [`partitions::scan`].
+    Scan,
     /// See [`device::write_back`].
     WriteBack,
     /// See [`Control::stop`].
@@ -80,6 +82,7 @@ impl Deputy {
             // Its ring has had nothing to do yet, so there are no threads of the kernel's that keep more.
             safety::keep_control();
             serve(socket, |job, id| match (job, &mut control) {
+                (Job::Scan, _) => partitions::scan(device::block_path(id)).map_err(|error| error.to_string()),
                 (Job::WriteBack, _) => device::write_back(id).map_err(|error| error.to_string()),
                 (Job::Stop, Ok(control)) => control.stop(id).map_err(|error| error.to_string()),
                 (Job::Stop, Err(error)) => Err(error.to_string()),
@@ -173,6 +176,7 @@ fn serve(mut socket: UnixStream, mut work: impl FnMut(Job, u32) -> Result<(), St
 fn encode(job: Job, id: u32) -> [u8; 5] {
     let [a, b, c, d] = id.to_ne_bytes();
     let job = match job {
+        Job::Scan => b'p',
         Job::WriteBack => b'w',
         Job::Stop => b's',
     };
@@ -181,6 +185,7 @@ fn encode(job: Job, id: u32) -> [u8; 5] {
 
 fn decode([job, a, b, c, d]: [u8; 5]) -> Option<(Job, u32)> {
     let job = match job {
+        b'p' => Job::Scan,
         b'w' => Job::WriteBack,
         b's' => Job::Stop,
         _ => return None,
@@ -229,7 +234,7 @@ mod tests {
         Deputy::fork_for(|socket| {
             serve(socket, |job, id| match job {
                 Job::WriteBack => Err(format!("not {id}")),
-                Job::Stop => Ok(()),
+                Job::Scan | Job::Stop => Ok(()),
             });
         })
         .unwrap()

@@ -16,7 +16,7 @@ use crate::{
     cli::ZeroCopy,
     control::{ANY_ID, Control, ControlError},
     deputy::{Deputy, DeputyError, Job},
-    handover, partitions,
+    handover,
     runfile::Phase,
 };
 use libublk::sys;
@@ -263,7 +263,11 @@ impl Device {
     }
 
     /// Starts the device; the block device and its partitions exist when this returns. See [`Control::start`].
-    pub(crate) fn start(&mut self, give_up: &mut dyn FnMut() -> bool) -> Result<(), DeviceError> {
+    pub(crate) fn start(
+        &mut self,
+        deputy: &mut Deputy,
+        give_up: &mut dyn FnMut() -> bool,
+    ) -> Result<(), DeviceError> {
         let pid = std::process::id();
         if self.state == State::Orphaned {
             self.control.end_recovery(self.id(), pid, give_up)?;
@@ -276,9 +280,21 @@ impl Device {
         // udev or devtmpfs makes the node; who reads its name from us will open it at once.
         wait_for_node(block_path(self.id()), |path| std::fs::metadata(path))?;
         if self.scans {
-            partitions::scan(block_path(self.id()), give_up);
+            self.scan(deputy);
         }
         Ok(())
+    }
+
+    /// Has partitions looked for. That it fails is worth a line in the log, as it is where the kernel looks by itself: the device
+    /// serves without.
+    fn scan(&self, deputy: &mut Deputy) {
+        if let Err(error) = deputy.have(Job::Scan, self.id()) {
+            let path = block_path(self.id());
+            let path = path.display();
+            tracing::warn!(
+                "{path}: partitions were not looked for: {error}; `blockdev --rereadpt {path}` does it"
+            );
+        }
     }
 
     /// Has the kernel write back what it has in memory for the block device. A device for recovery fails
