@@ -236,7 +236,7 @@ impl Drop for Device {
 }
 
 /// Whether a process is there. A zombie counts as ended: who reaps it is not the server's business.
-fn has_process(pid: i32) -> bool {
+pub(crate) fn has_process(pid: i32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with(['Z', 'X']))
 }

@@ -20,9 +20,9 @@ use std::{
 /// Bytes of the disk.
 const DISK: u64 = 32 << 20;
 /// How long the search may take on a small image, in an emulated machine.
-const SEARCH_LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const SEARCH_LIMIT: Duration = Duration::from_secs(60);
 /// What the server says when it has given clusters back.
-const GIVEN_BACK: &str = "gave back clusters";
+pub(crate) const GIVEN_BACK: &str = "gave back clusters";
 
 /// Makes leaks, and sees them left, and given back.
 ///
@@ -59,7 +59,7 @@ pub fn given_back(binary: &Binary, dir: &Path, queues: u16, seed: u64) -> Result
     qemu_img::check_clean(&image)
 }
 
-fn leaks_in(image: &Path) -> Result<()> {
+pub(crate) fn leaks_in(image: &Path) -> Result<()> {
     match qemu_img::check(image)? {
         Verdict::Leaks(_) => Ok(()),
         Verdict::Clean => bail!("there are no leaks, so that nothing is tested"),

@@ -7,6 +7,9 @@
 //! sequence, content, mirror               seeded requests and what must come of them
 //! fio, fs, kill, refusals, shape          what else a device has to stand
 //! recovery, leaks, server                 what becomes of a device whose server dies, and of its image
+//! stopping                                a device that is stopped by somebody else, or whose server is killed meanwhile
+//! unheard                                 commands and servers of which nobody hears
+//! origins                                 images on block devices, grown ones, ones with bitmaps
 //! condemned                               what becomes of an image in which damage was met
 //! power                                   what a host whose power fails finds
 //! suite → report                          all cases, one line each
@@ -32,6 +35,7 @@ pub mod leaks;
 pub mod lifecycle;
 pub mod matrix;
 pub mod mirror;
+pub mod origins;
 pub mod power;
 pub mod qemu_img;
 pub mod qemu_io;
@@ -41,4 +45,6 @@ pub mod report;
 pub mod sequence;
 pub mod server;
 pub mod shape;
+pub mod stopping;
 pub mod suite;
+pub mod unheard;

@@ -12,7 +12,7 @@ use crate::{
     qemu_img,
     refusals::refuse,
 };
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use std::{
     fs::{self, File, Permissions},
     os::unix::fs::{FileExt, PermissionsExt, chown},
@@ -34,9 +34,10 @@ const LATE_SCAN: Duration = Duration::from_secs(1);
 /// The driver's feature that a start without a partition scan takes.
 const NO_PART_SCAN: &str = "no-part-scan";
 
-/// Demands of a server, and of the supervisor behind it, that no thread waits for the device when it
+/// Demands of a server, of the supervisor behind it and of the process that waits for the driver in its stead, that no thread waits for the device when it
 /// allocates memory, that memory stays, that the OOM killer passes by, that mounts are its own; and
-/// of the server that it keeps no privileges but those that commanding the driver takes, in its first thread.
+/// of the server that it keeps no privileges but those that commanding the driver takes, in its first thread; and of who waits in its stead
+/// that it has no more either, and nothing open that a dead server must let go of.
 ///
 /// # Errors
 /// What does not hold, and for which thread.
@@ -48,8 +49,17 @@ pub fn guarded(binary: &Binary, dir: &Path) -> Result<()> {
     disk.run(&[Op::Write { at: 0, bytes: vec![1; 1 << 20].into() }, Op::Flush])?;
     let server = Process(disk.device().listed()?.pid);
     let supervisor = Process(server.status_number("PPid", 10)? as i32);
-    for process in [&server, &supervisor] {
+    let deputy = server.only_child()?;
+    for process in [&server, &supervisor, &deputy] {
         process.hold_common().with_context(|| format!("process {}", process.0))?;
+    }
+    ensure!(deputy.status_number("CapPrm", 16)? & !CONTROL == 0, "who waits for the driver keeps privileges");
+    for open in fs::read_dir(deputy.path("fd"))? {
+        let file = fs::read_link(open?.path())?;
+        let is_needed = ["/dev/null", "/dev/ublk-control"].iter().any(|needed| file == Path::new(needed));
+        let is_needed = is_needed
+            || ["socket:", "anon_inode:"].iter().any(|kind| file.to_string_lossy().starts_with(kind));
+        ensure!(is_needed, "who waits for the driver has {} open", file.display());
     }
     for thread in server.threads()? {
         let kept = number_in(&thread, "CapPrm", 16)?;
@@ -164,6 +174,16 @@ impl Process {
     fn threads(&self) -> Result<Vec<PathBuf>> {
         let tasks = fs::read_dir(self.path("task"))?;
         Ok(tasks.map(|task| task.map(|task| task.path())).collect::<Result<_, _>>()?)
+    }
+
+    fn only_child(&self) -> Result<Self> {
+        let names = fs::read_dir("/proc")?.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let all = names.filter_map(|name| name.parse().ok()).map(Self);
+        let is_ours = |it: &Self| it.status_number("PPid", 10).is_ok_and(|parent| parent == self.0 as u64);
+        match &mut all.filter(is_ours).collect::<Vec<_>>()[..] {
+            [child] => Ok(Self(child.0)),
+            children => bail!("process {} has {} children", self.0, children.len()),
+        }
     }
 
     fn status_number(&self, field: &str, radix: u32) -> Result<u64> {

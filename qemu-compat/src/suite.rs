@@ -13,10 +13,11 @@ use crate::{
     journey::{Effort, journey},
     kill, leaks, lifecycle, matrix,
     mirror::Mirror,
+    origins,
     power::{self, Outage},
     qemu_img, recovery, refusals,
     report::Case,
-    server, shape,
+    server, shape, stopping, unheard,
 };
 use anyhow::{Context, Result, ensure};
 use std::{
@@ -162,14 +163,25 @@ impl Cases {
         self.add("lifecycle/successor-dies", 300, |it, dir| {
             lifecycle::recovered_although_the_successor_dies(&it.binary, dir)
         });
-        self.add("lifecycle/recovered-unheard", 300, |it, dir| lifecycle::recovered_unheard(&it.binary, dir));
+        self.add("lifecycle/recovered-unheard", 300, |it, dir| unheard::recovered_unheard(&it.binary, dir));
         self.add("lifecycle/condemned-detached", 120, |it, dir| {
             condemned::detached_and_repaired(&it.binary, dir)
         });
         self.add("lifecycle/condemned-recovered", 120, |it, dir| {
             condemned::served_by_a_successor(&it.binary, dir)
         });
-        self.add("lifecycle/added-unheard", 300, |it, dir| lifecycle::added_unheard(&it.binary, dir));
+        self.add("origin/block-device", 180, |it, dir| origins::on_a_block_device(&it.binary, dir));
+        self.add("origin/grown", 60, |it, dir| origins::grown(&it.binary, dir));
+        self.add("origin/bitmaps", 180, |it, dir| origins::with_bitmaps(&it.binary, dir));
+        self.add("lifecycle/by-a-stranger", 180, |it, dir| stopping::by_a_stranger(&it.binary, dir));
+        self.add("lifecycle/killed-while-stopping", 400, |it, dir| stopping::killed(&it.binary, dir));
+        self.add("lifecycle/recovered-in-silence", 300, |it, dir| {
+            unheard::recovered_in_silence(&it.binary, dir)
+        });
+        self.add("lifecycle/killed-unheard", 300, |it, dir| {
+            unheard::killed_before_it_is_heard(&it.binary, dir)
+        });
+        self.add("lifecycle/added-unheard", 300, |it, dir| unheard::added_unheard(&it.binary, dir));
     }
 
     fn matrix(&mut self) {

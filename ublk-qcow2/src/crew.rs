@@ -5,6 +5,7 @@
 
 use crate::{
     daemon::ServeError,
+    deputy::Deputy,
     device::{self, Device},
     queue::{self, Notice, Queue, QueueError},
     request::{Bounds, device_sectors},
@@ -87,6 +88,7 @@ impl Crew {
         service: &Service,
         device: &mut Device,
         run_file: &mut RunFile,
+        deputy: &mut Deputy,
         announce: impl FnOnce(&Path, u32) -> io::Result<()>,
     ) -> Result<(), ServeError> {
         let go = self.start(service, device)?;
@@ -94,7 +96,7 @@ impl Crew {
         self.have_fetched(go)?;
         run_file.enter(Phase::Fetched)?;
         let is_in_use = device.is_waiting();
-        self.start_device(device)?;
+        self.start_device(device, deputy)?;
         let id = device.id();
         let unless_in_use = |outcome: Result<(), ServeError>| match outcome {
             Err(error) if is_in_use => {
@@ -157,8 +159,8 @@ impl Crew {
     }
 
     /// Starts the device, unless a queue fails or a signal comes meanwhile.
-    fn start_device(&mut self, device: &mut Device) -> Result<(), ServeError> {
-        let started = device.start(&mut || {
+    fn start_device(&mut self, device: &mut Device, deputy: &mut Deputy) -> Result<(), ServeError> {
+        let started = device.start(deputy, &mut || {
             while let Ok(event) = self.events.try_recv() {
                 self.note(event);
             }
@@ -226,8 +228,8 @@ impl Crew {
     }
 
     /// How the first queue failed that has, if any: all of them end well when somebody else stops the device.
-    pub(crate) fn failure(&self) -> Option<&ServeError> {
-        self.failure.as_ref()
+    pub(crate) fn take_failure(&mut self) -> Option<ServeError> {
+        self.failure.take()
     }
 
     /// Whether to go on starting.

@@ -10,6 +10,7 @@ use crate::{
     config::Config,
     control::{Control, ControlError},
     crew::{Crew, Service},
+    deputy::Deputy,
     device::{self, Device, DeviceError, Shape},
     namespace::Namespace,
     queue::QueueError,
@@ -26,7 +27,7 @@ use qcow2_engine::{
 };
 use std::{
     fs::File,
-    io::{self, Read},
+    io, mem,
     num::NonZero,
     path::{Path, PathBuf},
     process,
@@ -53,8 +54,8 @@ const MAX_WORKERS: usize = 8;
 /// How a server comes by its device.
 #[derive(Clone, Debug)]
 pub(crate) enum Start {
-    /// It makes one, with this number or one of the driver's choice.
-    New { id: Option<u32>, config: Config },
+    /// It makes one, with this number or one of the driver's choice. Whoever may have to remove it knows it by the cookie.
+    New { id: Option<u32>, config: Config, cookie: u64 },
     /// It takes over one whose server has died.
     Recover { id: u32 },
 }
@@ -104,13 +105,15 @@ pub(crate) fn run(
     announce: impl FnOnce(&Path, u32) -> io::Result<()>,
 ) -> Result<(), ServeError> {
     safety::prepare();
+    // While there is one thread, and nothing that it would keep.
+    let deputy = Deputy::fork().map_err(ServeError::SetUp)?;
     let crew = Crew::new().map_err(ServeError::SetUp)?;
     let ready = apart(|| match start {
-        Start::New { id, config } => make(*id, config, namespace),
+        Start::New { id, config, cookie } => make(*id, config, *cookie, namespace),
         Start::Recover { id } => take_over(*id, namespace),
     })?;
     safety::keep_control();
-    serve(ready, crew, announce)
+    serve(ready, crew, deputy, announce)
 }
 
 /// Takes a step on a thread that ends with it. So do the kernel's own threads for its I/O, which would
@@ -133,12 +136,11 @@ struct Ready {
 }
 
 /// Opens the image and makes a device for it.
-fn make(id: Option<u32>, config: &Config, namespace: Namespace) -> Result<Ready, ServeError> {
+fn make(id: Option<u32>, config: &Config, cookie: u64, namespace: Namespace) -> Result<Ready, ServeError> {
     let files = Arc::new(config.files());
     let image = open_image(&config.image, &config.open_options(), &files)?;
     let shape = shape_of(&image, config)?;
     let &Config { queues, depth, recovery, part_scan, zero_copy, .. } = config;
-    let cookie = random().map_err(ServeError::SetUp)?;
     let boot = runfile::boot().map_err(ServeError::SetUp)?;
     let request = device::Request { id, queues, depth, recovery, part_scan, zero_copy, cookie };
     let (mut device, run_file) = add_device(&request, |device| Record {
@@ -323,11 +325,12 @@ fn keep_log(image: &Image, log: Option<Log>) -> Result<Option<Witness>, ServeErr
 fn serve(
     ready: Ready,
     mut crew: Crew,
+    mut deputy: Deputy,
     announce: impl FnOnce(&Path, u32) -> io::Result<()>,
 ) -> Result<(), ServeError> {
     let Ready { service, mut device, mut run_file, mut witness } = ready;
     let was_in_use = device.is_waiting();
-    let started = crew.bring_up(&service, &mut device, &mut run_file, announce);
+    let started = crew.bring_up(&service, &mut device, &mut run_file, &mut deputy, announce);
     let is_announced = started.is_ok();
     let served = started.and_then(|()| crew.wait_for_end());
     if device.is_waiting() {
@@ -335,16 +338,23 @@ fn serve(
         run_file.leave();
         return Err(served.err().unwrap_or(ServeError::QueueFailed));
     }
-    if let (Err(ServeError::QueueFailed), Some(failure)) = (&served, crew.failure())
-        && (is_announced || was_in_use)
+    if let (Err(ServeError::QueueFailed), true) = (&served, device.is_started())
+        && let Some(failure) = crew.take_failure()
     {
-        die(&device, run_file, failure);
+        match farewell(is_announced, was_in_use) {
+            Farewell::Die => die(&device, run_file, &failure),
+            Farewell::Report => {
+                mem::forget((device, witness));
+                run_file.leave();
+                return Err(failure);
+            }
+        }
     }
     let written = match &served {
-        Ok(()) if device.is_recoverable() => device.write_back().map_err(ServeError::from),
+        Ok(()) if device.is_recoverable() => device.write_back(&mut deputy).map_err(ServeError::from),
         _ => Ok(()),
     };
-    let stopped = device.stop().map_err(ServeError::from);
+    let stopped = device.stop(&mut deputy).map_err(ServeError::from);
     let drained = crew.drain(if stopped.is_ok() { DRAIN_WAIT } else { HOPELESS_DRAIN_WAIT });
     let Service { image, files, char_device, .. } = service;
     // While a queue may still write the image cannot be closed; it is then as after a crash.
@@ -358,6 +368,8 @@ fn serve(
     // The driver deletes a device when nobody has it open.
     drop((image, files, char_device));
     let deleted = device.delete().map_err(ServeError::from);
+    // Before the record: with that gone nothing of this server is to be left that sees its image's file system.
+    drop(deputy);
     // A failed queue is the cause of whatever else went wrong.
     let result = drained.and(served).and(closed).and(written).and(stopped).and(deleted);
     // Before the announcement the one who waits for it learns of the error; after, `del` does.
@@ -367,9 +379,21 @@ fn serve(
     result
 }
 
-/// Ends this process, because a queue of a device that has users has failed. The device is not stopped before: the driver would
-/// wait for the requests that the queue has, and (Linux 6.15) fails them only when we have let go of the device, which a process that
-/// waits in the driver cannot do even when it is killed. A device for recovery is taken over, another one is stopped by the driver.
+/// How a server ends one of whose queues has failed while its device was started. The device is not stopped before: the driver would
+/// wait for the requests that the queue has, and (Linux 6.15) fails them only when we have let go of the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Farewell {
+    /// It ends there and then: the device has users.
+    Die,
+    /// Who waits for the announcement hears why there is none, and removes the device when this process is gone.
+    Report,
+}
+
+fn farewell(is_announced: bool, was_in_use: bool) -> Farewell {
+    if is_announced || was_in_use { Farewell::Die } else { Farewell::Report }
+}
+
+/// Ends this process. A device for recovery is taken over, another one is stopped by the driver.
 fn die(device: &Device, run_file: RunFile, error: &ServeError) -> ! {
     tracing::error!(id = device.id(), "{error}; the server ends");
     if device.is_recoverable() {
@@ -408,8 +432,17 @@ fn shape_of(image: &Image, config: &Config) -> Result<Shape, ServeError> {
     })
 }
 
-fn random() -> io::Result<u64> {
-    let mut bytes = [0; 8];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(u64::from_ne_bytes(bytes))
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A queue of a new device failed after START_DEV and before `add` was told: the server stopped the device itself, which waits for
+    /// the queue's requests, and `add` waited for the server.
+    #[test]
+    fn a_server_whose_queue_fails_before_anybody_knows_its_device_says_so_and_goes() {
+        assert_eq!(farewell(false, false), Farewell::Report);
+        for (is_announced, was_in_use) in [(true, false), (false, true), (true, true)] {
+            assert_eq!(farewell(is_announced, was_in_use), Farewell::Die);
+        }
+    }
 }

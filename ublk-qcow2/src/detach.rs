@@ -13,7 +13,7 @@ use nix::{
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Write},
-    os::fd::OwnedFd,
+    os::fd::{AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
 };
 
@@ -25,9 +25,22 @@ const FAILED: u8 = b'-';
 /// Which side of the fork this is.
 pub(crate) enum Side {
     /// The caller's process, with the child's result: the device's number or the error.
-    Parent { child: Pid, outcome: Result<u32, String> },
+    Parent { child: Pid, outcome: Result<u32, Unserved> },
     /// The server to be.
     Child(Reporter),
+}
+
+/// Why a child is not known to serve its device.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum Unserved {
+    /// What it said.
+    #[error("{0}")]
+    Failed(String),
+    /// It has died, or serves and could not say so.
+    #[error(
+        "the server has not said that it serves the device, most likely because it has died; see the kernel log (dmesg)"
+    )]
+    Silent,
 }
 
 /// The child's way of telling its parent, used once.
@@ -70,14 +83,25 @@ pub(crate) fn let_go_of_inherited() {
     unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0_u32) };
 }
 
-fn receive(from_child: OwnedFd) -> Result<u32, String> {
+/// Closes every descriptor but the standard ones and `kept`: for a child that never returns to what its parent has open.
+pub(crate) fn let_go_of_inherited_but(kept: BorrowedFd<'_>) {
+    // A descriptor that is open is not negative.
+    let kept = kept.as_raw_fd().cast_unsigned();
+    for (first, last) in [(3, kept.saturating_sub(1)), (kept.max(2) + 1, u32::MAX)] {
+        // SAFETY: it names no memory, and whoever owns one of these descriptors does not run in this process any more.
+        unsafe { libc::syscall(libc::SYS_close_range, first, last, 0_u32) };
+    }
+}
+
+fn receive(from_child: OwnedFd) -> Result<u32, Unserved> {
+    let failed = |text: &str| Unserved::Failed(text.to_owned());
     let mut message = Vec::new();
-    File::from(from_child).read_to_end(&mut message).map_err(|error| error.to_string())?;
+    File::from(from_child).read_to_end(&mut message).map_err(|error| failed(&error.to_string()))?;
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     match message.split_first() {
-        Some((&SERVING, id)) => text(id).parse().map_err(|_| "the server's answer makes no sense".to_owned()),
-        Some((_, error)) => Err(text(error)),
-        None => Err("the server died before it served the device; see the kernel log (dmesg)".to_owned()),
+        Some((&SERVING, id)) => text(id).parse().map_err(|_| failed("the server's answer makes no sense")),
+        Some((_, error)) => Err(failed(&text(error))),
+        None => Err(Unserved::Silent),
     }
 }
 
@@ -96,8 +120,12 @@ impl Reporter {
     }
 
     /// Device `id` is not served yet, as far as is known. Who says this goes on in the background.
-    pub(crate) fn failed_for_now(self, id: u32, error: &str) {
-        self.failed(error);
+    pub(crate) fn failed_for_now(self, id: u32, error: &Unserved) {
+        match error {
+            Unserved::Failed(error) => self.failed(error),
+            // What becomes of the device its record will say.
+            Unserved::Silent => drop(self),
+        }
         // A device that nobody knows has no log.
         if runfile::path_of(id).exists()
             && let Err(error) = give_up_terminal(&runfile::log_path(id))

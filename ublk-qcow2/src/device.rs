@@ -8,10 +8,15 @@
 //! requests. [`Device::recover`] is then another way of getting a `Device`, beside [`Device::add`]; the
 //! steps after it are the same. Should they fail, the device goes on waiting.
 
+mod shape;
+
+pub(crate) use shape::Shape;
+
 use crate::{
     cli::ZeroCopy,
     control::{ANY_ID, Control, ControlError},
-    handover, partitions,
+    deputy::{Deputy, DeputyError, Job},
+    handover,
     runfile::Phase,
 };
 use libublk::sys;
@@ -28,18 +33,11 @@ use std::{
 /// buffer of ours.
 const MAX_IO_BYTES: u32 = 512 << 10;
 const MAX_ZERO_COPY_BYTES: u32 = 1 << 20;
+/// Bytes of requests that a queue may have at once: there may be a buffer for each, or two where the data is copied, and what has
+/// been used of them stays locked in memory.
+const MAX_QUEUE_BYTES: u32 = 256 << 20;
 /// The kernel's limit on the depth of a queue.
 pub(crate) const MAX_DEPTH: u16 = sys::UBLK_MAX_QUEUE_DEPTH as u16;
-/// Logical block size: 512 bytes, as a shift.
-const LOGICAL_SHIFT: u8 = 9;
-/// What the kernel should rather not split: 4096 bytes, as a shift.
-const PHYSICAL_SHIFT: u8 = 12;
-/// The largest discard or write-zeroes request: 1 GiB, so that one request stays well below a second
-/// even where every cluster is freed by itself.
-const MAX_DISCARD_SECTORS: u32 = 1 << (30 - LOGICAL_SHIFT);
-/// The largest write-zeroes request where the zeros are written, cluster by cluster: 32 MiB. The kernel has as many
-/// of them under way as the queue is deep.
-const MAX_WRITTEN_ZEROES_SECTORS: u32 = 1 << (25 - LOGICAL_SHIFT);
 /// How long the kernel may take to end the I/O of a server that died. Linux before 6.15 may begin after 30 s.
 const ORPHAN_WAIT: Duration = Duration::from_secs(90);
 /// Between two questions whether it has.
@@ -85,25 +83,13 @@ pub(crate) struct Request {
     pub(crate) cookie: u64,
 }
 
-/// What the device looks like to its users.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Shape {
-    /// Capacity in sectors of 512 bytes.
-    pub(crate) sectors: u64,
-    /// The image's cluster size in bytes, a power of two: what a discard should cover.
-    pub(crate) cluster_bytes: u32,
-    pub(crate) read_only: bool,
-    /// Whether a discard can free space; write-zeroes works in any case.
-    pub(crate) can_discard: bool,
-    /// Whether zeros need not be written.
-    pub(crate) has_zero_clusters: bool,
-}
-
 /// Why a device could not be made.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DeviceError {
     #[error(transparent)]
     Control(#[from] ControlError),
+    #[error(transparent)]
+    Deputy(#[from] DeputyError),
     #[error("device {id} is {what}")]
     NotOurs { id: u32, what: &'static str },
     #[error("this kernel's driver cannot leave out the partition scan (--no-part-scan needs Linux 7.0)")]
@@ -118,6 +104,16 @@ pub(crate) enum DeviceError {
     Params(String),
     #[error("cannot open {}: {source}{hint}", .path.display())]
     Node { path: PathBuf, source: io::Error, hint: &'static str },
+}
+
+impl DeviceError {
+    /// The errno with which the driver refused a command, if it did.
+    fn refusal(&self) -> Option<i32> {
+        match self {
+            Self::Control(error) => error.errno(),
+            _ => None,
+        }
+    }
 }
 
 /// A device that exists; deleted when dropped.
@@ -153,7 +149,7 @@ impl Device {
         let info = control.add(sys::ublksrv_ctrl_dev_info {
             nr_hw_queues: request.queues,
             queue_depth: request.depth,
-            max_io_buf_bytes: if zero_copy { MAX_ZERO_COPY_BYTES } else { MAX_IO_BYTES },
+            max_io_buf_bytes: largest_request(zero_copy, request.depth),
             dev_id: request.id.unwrap_or(ANY_ID),
             ublksrv_pid: -1,
             flags: flags(request, offered) | if zero_copy { ZERO_COPY } else { 0 },
@@ -181,12 +177,12 @@ impl Device {
         reached: Phase,
     ) -> Result<Self, DeviceError> {
         let info = control.info(id)?;
-        let not_ours = |what| Err(DeviceError::NotOurs { id, what });
+        let not_ours = |what| DeviceError::NotOurs { id, what };
         if info.ublksrv_flags != cookie {
-            return not_ours("another one by now");
+            return Err(not_ours("another one by now"));
         }
         if info.flags & RECOVERY != RECOVERY {
-            return not_ours("without recovery; `ublk-qcow2 del` removes it");
+            return Err(not_ours("without recovery; `ublk-qcow2 del` removes it"));
         }
         let forgets =
             |control: &mut Control| control.features().is_ok_and(|bits| bits & FORGETS_SERVERS != 0);
@@ -195,12 +191,18 @@ impl Device {
             handover::complete(open_char(id)?, info.nr_hw_queues, info.queue_depth)
                 .map_err(|source| DeviceError::HandOver { id, source })?;
         }
-        let started = patiently(libc::EBUSY, || control.start_recovery(id), ControlError::errno);
-        match started {
+        let start = || match control.start_recovery(id) {
+            // By a server that was killed before it could delete it. Refused like one that will be ready soon.
+            Err(_) if control.info(id).is_ok_and(|info| is_stopped(&info)) => {
+                Err(not_ours("stopped; `ublk-qcow2 del` removes it"))
+            }
+            started => Ok(started?),
+        };
+        match patiently(libc::EBUSY, start, DeviceError::refusal) {
             // The recovery that the dead server had begun is still under way, and no queue was handed over. Of a device
             // for recovery it means nothing else; the server may have died before it could say how far it had come.
-            Err(error) if error.errno() == Some(libc::EINVAL) => {}
-            outcome => outcome?,
+            Err(error) if error.refusal() == Some(libc::EINVAL) => {}
+            started => started?,
         }
         Ok(Self { control, info, state: State::Orphaned, scans: false })
     }
@@ -208,6 +210,11 @@ impl Device {
     /// Whether it has no server: it was to be taken over, and has not been.
     pub(crate) fn is_waiting(&self) -> bool {
         self.state == State::Orphaned
+    }
+
+    /// Whether it may have requests in the hands of this process.
+    pub(crate) fn is_started(&self) -> bool {
+        self.state == State::Started
     }
 
     /// Whether it waits for another server when its own dies.
@@ -242,11 +249,11 @@ impl Device {
 
     /// Tells the driver what the device looks like, and makes sure that it has understood.
     pub(crate) fn describe(&mut self, shape: &Shape) -> Result<(), DeviceError> {
-        let wanted = params(shape, self.max_io_bytes());
+        let wanted = shape::params(shape, self.max_io_bytes());
         self.control.set_params(self.id(), wanted)?;
         // The driver drops what it does not know without a word.
         let taken = self.control.params(self.id(), wanted.types)?;
-        check_params(&wanted, &taken).map_err(DeviceError::Params)
+        shape::check_params(&wanted, &taken).map_err(DeviceError::Params)
     }
 
     /// Opens the character device. There can be one such descriptor at a time; the device is not
@@ -256,7 +263,11 @@ impl Device {
     }
 
     /// Starts the device; the block device and its partitions exist when this returns. See [`Control::start`].
-    pub(crate) fn start(&mut self, give_up: &mut dyn FnMut() -> bool) -> Result<(), DeviceError> {
+    pub(crate) fn start(
+        &mut self,
+        deputy: &mut Deputy,
+        give_up: &mut dyn FnMut() -> bool,
+    ) -> Result<(), DeviceError> {
         let pid = std::process::id();
         if self.state == State::Orphaned {
             self.control.end_recovery(self.id(), pid, give_up)?;
@@ -269,33 +280,45 @@ impl Device {
         // udev or devtmpfs makes the node; who reads its name from us will open it at once.
         wait_for_node(block_path(self.id()), |path| std::fs::metadata(path))?;
         if self.scans {
-            partitions::scan(block_path(self.id()), give_up);
+            self.scan(deputy);
         }
         Ok(())
     }
 
+    /// Has partitions looked for. That it fails is worth a line in the log, as it is where the kernel looks by itself: the device
+    /// serves without.
+    fn scan(&self, deputy: &mut Deputy) {
+        if let Err(error) = deputy.have(Job::Scan, self.id()) {
+            let path = block_path(self.id());
+            let path = path.display();
+            tracing::warn!(
+                "{path}: partitions were not looked for: {error}; `blockdev --rereadpt {path}` does it"
+            );
+        }
+    }
+
     /// Has the kernel write back what it has in memory for the block device. A device for recovery fails
     /// whatever comes after the beginning of [`Self::stop`], dirty pages included.
-    pub(crate) fn write_back(&self) -> Result<(), DeviceError> {
-        let path = block_path(self.id());
-        let (done, outcome) = mpsc::channel();
-        let synced = path.clone();
-        // Not to be waited for without a bound: the requests may hang.
-        std::thread::spawn(move || done.send(File::open(synced).and_then(|device| device.sync_all())));
-        let result = outcome
-            .recv_timeout(WRITE_BACK)
-            .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "it takes too long")));
-        result.map_err(|source| DeviceError::Node { path, source, hint: "; dirty pages may be lost" })
+    pub(crate) fn write_back(&self, deputy: &mut Deputy) -> Result<(), DeviceError> {
+        match deputy.have(Job::WriteBack, self.id()) {
+            Err(error @ DeputyError::Gone(_)) => {
+                tracing::warn!(id = self.id(), "{error}");
+                write_back(self.id())
+            }
+            done => Ok(done?),
+        }
     }
 
     /// Stops the device: the queues' fetches are aborted when their requests have finished.
-    ///
-    /// Killed meanwhile, this process stays until they have: the kernel waits for the command before it lets go of what the
-    /// process has, and the driver (Linux 6.15) fails them when nobody has the character device any more. A thread with a file
-    /// table of its own would not change that, since the mapped descriptors keep the device as well, with the memory that all
-    /// threads share; only another process could.
-    pub(crate) fn stop(&mut self) -> Result<(), DeviceError> {
-        self.control.stop(self.id())?;
+    pub(crate) fn stop(&mut self, deputy: &mut Deputy) -> Result<(), DeviceError> {
+        match deputy.have(Job::Stop, self.id()) {
+            Err(error @ DeputyError::Gone(_)) => {
+                // Should this process be killed before it is over it stays: see `deputy`.
+                tracing::warn!(id = self.id(), "{error}");
+                self.control.stop(self.id())?;
+            }
+            done => done?,
+        }
         self.state = State::Added;
         Ok(())
     }
@@ -328,6 +351,11 @@ impl Drop for Device {
     }
 }
 
+/// Whether no block device is there, and none comes back.
+fn is_stopped(info: &sys::ublksrv_ctrl_dev_info) -> bool {
+    u32::from(info.state) == sys::UBLK_S_DEV_DEAD
+}
+
 fn open_char(id: u32) -> Result<File, DeviceError> {
     wait_for_node(char_path(id), |path| {
         // A dead server may not have let go of it yet.
@@ -355,6 +383,19 @@ fn patiently<T, E>(
             outcome => return outcome,
         }
     }
+}
+
+/// Has the kernel write back what it has in memory for a block device; waits for requests to it.
+pub(crate) fn write_back(id: u32) -> Result<(), DeviceError> {
+    let path = block_path(id);
+    let (done, outcome) = mpsc::channel();
+    let synced = path.clone();
+    // Not to be waited for without a bound: the requests may hang.
+    std::thread::spawn(move || done.send(File::open(synced).and_then(|device| device.sync_all())));
+    let result = outcome
+        .recv_timeout(WRITE_BACK)
+        .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "it takes too long")));
+    result.map_err(|source| DeviceError::Node { path, source, hint: "; dirty pages may be lost" })
 }
 
 /// Stops and deletes what a dead server has left, unless the number belongs to another device by now.
@@ -420,6 +461,12 @@ fn wait_for_node<T>(
     }
 }
 
+/// The largest request in bytes of a device with queues of this depth: a power of two, of a page at least.
+fn largest_request(zero_copy: bool, depth: u16) -> u32 {
+    let most = if zero_copy { MAX_ZERO_COPY_BYTES } else { MAX_IO_BYTES };
+    most.min(1 << (MAX_QUEUE_BYTES / u32::from(depth.max(1))).ilog2())
+}
+
 /// The features to ask a driver for that offers `offered`.
 fn flags(request: &Request, offered: u64) -> u64 {
     let recovery = if request.recovery { RECOVERY } else { 0 };
@@ -429,103 +476,22 @@ fn flags(request: &Request, offered: u64) -> u64 {
     u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE) | recovery | part_scan
 }
 
-/// The driver's parameters for a device of this shape.
-fn params(shape: &Shape, max_io_bytes: u32) -> sys::ublk_params {
-    let cluster_shift = shape.cluster_bytes.trailing_zeros() as u8;
-    let read_only = if shape.read_only { sys::UBLK_ATTR_READ_ONLY } else { 0 };
-    let basic = sys::ublk_param_basic {
-        // FUA is not left to the kernel: it would make a write and a flush of it, and should the server die
-        // between them, Linux before 6.15 waits for that write before it wants another server, for ever.
-        attrs: sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA | read_only,
-        logical_bs_shift: LOGICAL_SHIFT,
-        physical_bs_shift: PHYSICAL_SHIFT,
-        io_min_shift: PHYSICAL_SHIFT,
-        io_opt_shift: cluster_shift.max(PHYSICAL_SHIFT),
-        max_sectors: max_io_bytes >> LOGICAL_SHIFT,
-        dev_sectors: shape.sectors,
-        ..Default::default()
-    };
-    let mut params = sys::ublk_params {
-        len: size_of::<sys::ublk_params>() as u32,
-        types: sys::UBLK_PARAM_TYPE_BASIC,
-        basic,
-        ..Default::default()
-    };
-    // No dma_align: with copied data the kernel takes any alignment that the user's memory has.
-    if !shape.read_only {
-        params.types |= sys::UBLK_PARAM_TYPE_DISCARD;
-        let zeroes = if shape.has_zero_clusters { MAX_DISCARD_SECTORS } else { MAX_WRITTEN_ZEROES_SECTORS };
-        params.discard = sys::ublk_param_discard {
-            discard_granularity: shape.cluster_bytes,
-            max_discard_sectors: if shape.can_discard { MAX_DISCARD_SECTORS } else { 0 },
-            max_write_zeroes_sectors: zeroes,
-            max_discard_segments: 1,
-            ..Default::default()
-        };
-    }
-    params
-}
-
-/// Compares what the driver holds with what it was given, field by field.
-fn check_params(wanted: &sys::ublk_params, taken: &sys::ublk_params) -> Result<(), String> {
-    let (w, t) = (&wanted.basic, &taken.basic);
-    let (wd, td) = (&wanted.discard, &taken.discard);
-    let fields = [
-        // The driver adds the kinds that only it can fill in.
-        ("types", u64::from(wanted.types), u64::from(wanted.types & taken.types)),
-        ("attrs", w.attrs.into(), t.attrs.into()),
-        ("logical_bs_shift", w.logical_bs_shift.into(), t.logical_bs_shift.into()),
-        ("max_sectors", w.max_sectors.into(), t.max_sectors.into()),
-        ("dev_sectors", w.dev_sectors, t.dev_sectors),
-        ("discard_granularity", wd.discard_granularity.into(), td.discard_granularity.into()),
-        ("max_discard_sectors", wd.max_discard_sectors.into(), td.max_discard_sectors.into()),
-    ];
-    match fields.iter().find(|(_, wanted, taken)| wanted != taken) {
-        None => Ok(()),
-        Some((name, wanted, taken)) => Err(format!("{name} is {taken}, not {wanted}")),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const SHAPE: Shape = Shape {
-        sectors: 2048,
-        cluster_bytes: 65536,
-        read_only: false,
-        can_discard: true,
-        has_zero_clusters: true,
-    };
-
+    /// With -d 4096 the buffers of one queue could come to 4 GiB, all of it locked in memory.
     #[test]
-    fn limits_follow_the_image() {
-        let it = params(&SHAPE, MAX_IO_BYTES);
-        assert_eq!(it.basic.max_sectors, 1024);
-        assert_eq!(it.basic.io_opt_shift, 16);
-        assert_eq!((it.discard.discard_granularity, it.discard.max_discard_segments), (65536, 1));
-        let small = params(&Shape { cluster_bytes: 512, ..SHAPE }, 4096);
-        assert_eq!((small.basic.io_opt_shift, small.discard.discard_granularity), (12, 512));
-        let keeping = params(&Shape { can_discard: false, ..SHAPE }, MAX_IO_BYTES).discard;
-        assert_eq!((keeping.max_discard_sectors, keeping.max_write_zeroes_sectors > 0), (0, true));
-    }
-
-    /// Version 2 has no zero clusters: a request of 1 GiB that keeps its space was written out in one piece, one cluster after the
-    /// other, and took as long as the disk takes for that.
-    #[test]
-    fn requests_for_zeros_are_short_where_zeros_are_written() {
-        let limit = |shape: &Shape| params(shape, MAX_IO_BYTES).discard.max_write_zeroes_sectors;
-        assert_eq!(limit(&SHAPE), (1 << 30) / 512);
-        assert_eq!(limit(&Shape { has_zero_clusters: false, ..SHAPE }), (32 << 20) / 512);
-    }
-
-    #[test]
-    fn a_read_only_device_has_no_discard_and_a_lost_parameter_is_noticed() {
-        let it = params(&Shape { read_only: true, ..SHAPE }, MAX_IO_BYTES);
-        assert_eq!(it.types, sys::UBLK_PARAM_TYPE_BASIC);
-        assert_ne!(it.basic.attrs & sys::UBLK_ATTR_READ_ONLY, 0);
-        let wanted = params(&SHAPE, MAX_IO_BYTES);
-        assert!(check_params(&wanted, &wanted).is_ok());
-        assert_eq!(check_params(&wanted, &it).unwrap_err(), "types is 1, not 3");
+    fn deep_queues_have_smaller_requests() {
+        assert_eq!(largest_request(false, 128), MAX_IO_BYTES);
+        assert_eq!(largest_request(true, 256), MAX_ZERO_COPY_BYTES);
+        assert_eq!(largest_request(false, MAX_DEPTH), 64 << 10);
+        for depth in 1..=MAX_DEPTH {
+            for zero_copy in [false, true] {
+                let largest = largest_request(zero_copy, depth);
+                assert!(largest.is_power_of_two() && largest >= 4096);
+                assert!(u64::from(largest) * u64::from(depth) <= u64::from(MAX_QUEUE_BYTES), "{depth}");
+            }
+        }
     }
 }

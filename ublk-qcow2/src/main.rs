@@ -11,6 +11,7 @@ mod config;
 mod control;
 mod crew;
 mod daemon;
+mod deputy;
 mod detach;
 mod device;
 mod errno;

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use std::{
     env,
     fs::{self, File},
-    io::{self, Write},
+    io::{self, Read, Write},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     thread::sleep,
@@ -140,6 +140,13 @@ pub(crate) struct Entry {
     pub(crate) record: Record,
     /// Whether its server lives.
     pub(crate) is_alive: bool,
+}
+
+impl Entry {
+    /// Whether its server serves it.
+    pub(crate) fn serves(&self) -> bool {
+        self.is_alive && self.record.phase == Phase::Serving && !self.record.is_inherited
+    }
 }
 
 impl RunFile {
@@ -303,6 +310,16 @@ pub(crate) fn load_all() -> Result<Vec<Entry>, RunFileError> {
     Ok(load_each()?.into_iter().filter_map(readable).collect())
 }
 
+/// What is left of the device that was made with this cookie, however far its server had come.
+pub(crate) fn load_made(cookie: u64) -> Option<Record> {
+    load_made_in(&directory(), cookie)
+}
+
+fn load_made_in(directory: &Path, cookie: u64) -> Option<Record> {
+    let records = load_each_in(directory).unwrap_or_default().into_iter().filter_map(Result::ok);
+    records.map(|entry| entry.record).find(|record| record.cookie == cookie)
+}
+
 /// All run files, in the order of their ids.
 pub(crate) fn load_each() -> Result<Vec<Result<Entry, RunFileError>>, RunFileError> {
     load_each_in(&directory())
@@ -333,6 +350,13 @@ fn remove_files(id: u32) {
     for path in [redo_path(id), log_path(id), path_of(id)] {
         let _ = fs::remove_file(path);
     }
+}
+
+/// A number by which a device is known that is to be made.
+pub(crate) fn new_cookie() -> io::Result<u64> {
+    let mut bytes = [0; 8];
+    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(u64::from_ne_bytes(bytes))
 }
 
 /// Which boot of the machine this is.

@@ -7,18 +7,18 @@
 //!
 //! It does next to nothing, so that it outlives what may kill a server: no ring, no image, no device
 //! and one thread, which is what makes the forks sound. It ends with the server that ends by itself. What a
-//! new server that is killed before it serves has made it removes; a device that was to be recovered goes on waiting. A
+//! new server has made and not told of, be it killed or one of its queues failed, it removes; a device that was to be recovered goes on waiting. A
 //! server that dies again and again as soon as it serves is given up: its device waits for
 //! `ublk-qcow2 recover` or `del`.
 
 use crate::{
     control::Control,
-    daemon::{self, Start},
-    detach::{self, Reporter, Side},
+    daemon::{self, ServeError, Start},
+    detach::{self, Reporter, Side, Unserved},
     device,
     keep::Kept,
     namespace::{self, Namespace},
-    runfile::{self, Entry, Phase, Record, RunFile},
+    runfile::{self, Phase, Record, RunFile},
     safety,
 };
 use nix::{
@@ -44,6 +44,8 @@ const MAX_EARLY_DEATHS: u32 = 8;
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// How long a server may take to write back and close that is to end as soon as it serves.
 const STOP_WAIT: Duration = Duration::from_secs(600);
+/// How long one may take to be gone that has failed before anybody was told of its device, or was killed.
+const GONE_WAIT: Duration = Duration::from_secs(60);
 /// How often to look whether it has ended.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -56,9 +58,9 @@ pub(crate) fn run(start: &Start, reporter: Reporter) -> io::Result<()> {
     let mut reporter = Some(reporter);
     let (server, outcome) = start_server(start, namespace, &mut reporter)?;
     let Some(reporter) = reporter else { return Ok(()) };
-    match start {
-        Start::New { .. } => begin_new(server, outcome, namespace, reporter),
-        &Start::Recover { id } => {
+    match *start {
+        Start::New { cookie, .. } => begin_new(server, outcome, cookie, namespace, reporter),
+        Start::Recover { id } => {
             match outcome {
                 Ok(_) => drop(reporter.serving(id, &runfile::log_path(id))),
                 Err(error) => reporter.failed_for_now(id, &error),
@@ -72,7 +74,13 @@ pub(crate) fn run(start: &Start, reporter: Reporter) -> io::Result<()> {
 }
 
 /// Goes on with a server that was to make a device, or with what it has left of one.
-fn begin_new(server: Pid, outcome: Result<u32, String>, namespace: Namespace, reporter: Reporter) {
+fn begin_new(
+    server: Pid,
+    outcome: Result<u32, Unserved>,
+    cookie: u64,
+    namespace: Namespace,
+    reporter: Reporter,
+) {
     match outcome {
         Ok(id) => match reporter.serving(id, &runfile::log_path(id)) {
             Ok(()) => watch(id, server, namespace),
@@ -82,8 +90,8 @@ fn begin_new(server: Pid, outcome: Result<u32, String>, namespace: Namespace, re
             }
         },
         Err(error) => {
-            remove_half_made(server);
-            reporter.failed(&error);
+            remove_unheard_of(server, cookie);
+            reporter.failed(&error.to_string());
         }
     }
 }
@@ -133,7 +141,7 @@ fn start_server(
     start: &Start,
     namespace: Namespace,
     ours: &mut Option<Reporter>,
-) -> io::Result<(Pid, Result<u32, String>)> {
+) -> io::Result<(Pid, Result<u32, Unserved>)> {
     match detach::into_background()? {
         Side::Parent { child, outcome } => Ok((child, outcome)),
         Side::Child(reporter) => {
@@ -167,17 +175,23 @@ pub(crate) fn serve(start: &Start, namespace: Namespace, reporter: Reporter) -> 
 fn stop(server: Pid) {
     // It is our child and was not waited for, so the number is its own even if it has ended.
     let _ = kill(server, Signal::SIGTERM);
-    let deadline = Instant::now() + STOP_WAIT;
+    ends_within(server, STOP_WAIT);
+}
+
+/// Waits for a server's end, but not for ever.
+fn ends_within(server: Pid, limit: Duration) -> bool {
+    let deadline = Instant::now() + limit;
     while let Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) = waitpid(server, Some(WaitPidFlag::WNOHANG)) {
         if Instant::now() >= deadline {
-            let seconds = STOP_WAIT.as_secs();
+            let seconds = limit.as_secs();
             tracing::error!(
                 "the server (process {server}) has not ended within {seconds} s; it is left alone"
             );
-            return;
+            return false;
         }
         sleep(LOOK);
     }
+    true
 }
 
 /// Waits for a server's end; the signal if it was killed.
@@ -192,35 +206,31 @@ fn wait_for_death(server: Pid) -> Option<Signal> {
     }
 }
 
-/// Removes the device that a new server had made and did not come to serve.
-fn remove_half_made(server: Pid) {
-    if wait_for_death(server).is_none() {
-        // It has ended by itself, and tidied up.
+/// Removes the device with this cookie, of which nobody was told: `server`, or the one that was to start it, has died or said why not. A
+/// server that has ended in order has removed it.
+pub(crate) fn remove_unheard_of(server: Pid, cookie: u64) {
+    if !ends_within(server, GONE_WAIT) {
         return;
     }
-    for Entry { record, .. } in runfile::load_all().unwrap_or_default() {
-        if !is_half_made(&record, server) {
-            continue;
-        }
-        let Record { id, cookie, .. } = record;
-        // A server that lives has another process of this number.
-        let Ok(run_file) = RunFile::take_over(id) else { continue };
-        let removed = Control::open().and_then(|mut control| device::delete_left(&mut control, id, cookie));
-        if let Err(error) = removed {
-            tracing::error!("device {id} is left behind: {error}");
-            run_file.leave();
-        }
+    let Some(Record { id, .. }) = runfile::load_made(cookie) else { return };
+    // A server that lives hears that nobody listens, and stops.
+    let Ok(run_file) = RunFile::take_over(id) else { return };
+    let record = run_file.record();
+    // Somebody else has removed it, and the number has been given out again.
+    let removed = if record.cookie == cookie { remove(record) } else { return run_file.leave() };
+    if let Err(error) = removed {
+        tracing::error!("device {id} is left behind: {error}; `ublk-qcow2 del -n {id}` removes it");
+        run_file.leave();
     }
 }
 
-/// Whether a record is that of a device which `server` has made and not served. The number of a process is given out again: a
-/// device that waits for a successor may have had a server with it.
-fn is_half_made(record: &Record, server: Pid) -> bool {
-    let is_before_service = match record.phase {
-        Phase::Preparing | Phase::Fetching | Phase::Fetched => true,
-        Phase::Serving | Phase::Removing => false,
-    };
-    record.pid == server.as_raw() && is_before_service && !record.is_inherited
+fn remove(record: &Record) -> Result<(), ServeError> {
+    device::delete_left(&mut Control::open()?, record.id, record.cookie)?;
+    match record.phase {
+        // Somebody may have found it by himself, and have written to it.
+        Phase::Serving if record.config.recovery => daemon::settle(record),
+        _ => Ok(()),
+    }
 }
 
 #[cfg(test)]
@@ -248,21 +258,5 @@ mod tests {
         child.args(["--exact", "supervisor::tests::a_server_s_death_is_noticed_whatever_was_inherited"]);
         let ended = child.args(["--nocapture", "--test-threads=1"]).env(IS_CHILD, "").output().unwrap();
         assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
-    }
-
-    /// A successor was killed before it had said that it serves, and the device was deleted, with the redo log that had what its
-    /// users had written.
-    #[test]
-    fn only_what_the_dead_server_has_made_itself_and_not_served_is_half_made() {
-        let server = Pid::from_raw(41);
-        let made = |phase| Record { pid: 41, phase, ..runfile::example() };
-        for phase in [Phase::Preparing, Phase::Fetching, Phase::Fetched] {
-            assert!(is_half_made(&made(phase), server), "{phase:?}");
-            assert!(!is_half_made(&Record { is_inherited: true, ..made(phase) }, server), "{phase:?}");
-            assert!(!is_half_made(&Record { pid: 42, ..made(phase) }, server), "{phase:?}");
-        }
-        for phase in [Phase::Serving, Phase::Removing] {
-            assert!(!is_half_made(&made(phase), server), "{phase:?}");
-        }
     }
 }

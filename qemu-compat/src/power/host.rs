@@ -47,14 +47,14 @@ pub(crate) fn make_file_system(kind: Kind, path: &Path) -> Result<()> {
 }
 
 /// A file as a block device.
-pub(super) struct Loop(PathBuf);
+pub(crate) struct Loop(PathBuf);
 
 impl Loop {
     /// Attaches a file.
     ///
     /// # Errors
     /// `losetup` fails.
-    pub(super) fn attach(file: &Path) -> Result<Self> {
+    pub(crate) fn attach(file: &Path) -> Result<Self> {
         // Built in, or loaded already: what is missing shows below.
         let _ = run(Command::new("modprobe").args(["-q", "loop"]), TOOL_LIMIT);
         let finished =
@@ -66,7 +66,7 @@ impl Loop {
 
     /// Its node.
     #[must_use]
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 }

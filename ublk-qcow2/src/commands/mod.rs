@@ -40,6 +40,17 @@ pub(crate) enum CommandError {
     Path { path: String, source: std::io::Error },
     #[error("nobody was told of the device, {what}: {source}")]
     Unheard { what: &'static str, source: std::io::Error },
+    #[error("{source}; `ublk-qcow2 del -n {id}` removes what is left of device {id}")]
+    LeftBehind { id: u32, source: ServeError },
+    #[error(
+        "device {0} is not served yet: a server died when it had taken it over. There will be another one: `ublk-qcow2 list` says how \
+         it goes, and the log /run/ublk-qcow2/{0}.log why it does not"
+    )]
+    NotYet(u32),
+    #[error(
+        "device {0} still waits: its new server died before it served; see the kernel log (dmesg). `ublk-qcow2 recover -n {0}` tries again"
+    )]
+    Waits(u32),
     #[error("there is no device {0}")]
     NoDevice(u32),
     #[error(

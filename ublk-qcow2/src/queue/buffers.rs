@@ -93,6 +93,18 @@ mod tests {
     use super::*;
 
     #[test]
+    fn buffers_take_memory_only_where_they_are_used() {
+        let resident = || {
+            let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+            statm.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap()
+        };
+        let before = resident();
+        let buffers = TagBuffers::sized(512, 1 << 19);
+        assert!(resident() < before + (16 << 20 >> 12), "of 512 MiB");
+        assert_ne!(buffers.address(0), 0);
+    }
+
+    #[test]
     fn large_requests_share_the_chunks_that_were_used_last() {
         let buffers = TagBuffers::sized(2, 1 << 19);
         let own = [buffers.address(0), buffers.address(1)];

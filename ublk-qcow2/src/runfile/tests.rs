@@ -116,3 +116,15 @@ fn a_glance_is_no_owner_and_a_file_without_a_name_tells_nothing() {
     );
     assert!(matches!(named(FlockArg::LockSharedNonblock), Named::Held(_)));
 }
+
+/// A server was killed when its record said that it serves and before it could: `add` failed, and took the device for one that somebody uses.
+#[test]
+fn what_an_add_has_made_is_known_by_its_cookie_and_not_by_how_far_it_came() {
+    let dir = tempfile::tempdir().unwrap();
+    for phase in [Phase::Preparing, Phase::Fetching, Phase::Fetched, Phase::Serving] {
+        let made = Record { phase, cookie: 5, ..example() };
+        drop(write_locked(&dir.path().join("7.json"), &made).unwrap());
+        assert_eq!(load_made_in(dir.path(), 5).map(|record| record.id), Some(7), "{phase:?}");
+        assert_eq!(load_made_in(dir.path(), 6), None, "{phase:?}");
+    }
+}

@@ -1,0 +1,287 @@
+//! The process that waits for the driver in a server's stead.
+//!
+//! Stopping a device, writing back what the kernel has in memory for it, and looking for partitions on it wait for requests that the server has in hand. Who
+//! waits in the kernel lets go of nothing before that is over, not even when it is killed; and the driver (Linux 6.15) fails a
+//! dead server's requests only when nobody has the character device any more. So a server that waited itself, and was killed meanwhile,
+//! would stay until the machine is restarted, and its device's users with it. A thread for it would not do: the
+//! mapped descriptors keep the device, and threads share those. Hence another process:
+//!
+//! ```text
+//! server ── fork, before it has opened anything ── deputy      waits in the driver
+//!    └──────────── a socket: jobs, answers ──────────┘
+//! ```
+//!
+//! The deputy has nothing but the socket and the driver's control device. It ends when the server closes its end of the socket or dies: if it
+//! waits then, as soon as the requests have been failed. Should the deputy be killed, the server does without.
+
+#![allow(unsafe_code, reason = "fork")]
+
+use crate::{control::Control, detach, device, partitions, safety};
+use nix::{
+    errno::Errno,
+    sys::{
+        signal::SigSet,
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
+    unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, fork},
+};
+use std::{
+    env,
+    fs::OpenOptions,
+    io::{self, Read, Write},
+    net::Shutdown,
+    os::{fd::AsFd, unix::net::UnixStream},
+    process,
+    thread::sleep,
+    time::{Duration, Instant},
+};
+
+/// How long a job may take: the deputy bounds its own waits, by 300 s and what it takes to cancel them.
+const ANSWER: Duration = Duration::from_secs(340);
+/// How long the deputy may take to end when it has nothing to do.
+const END: Duration = Duration::from_secs(2);
+/// How often to look whether it has.
+const LOOK: Duration = Duration::from_millis(1);
+/// The longest answer in bytes.
+const MAX_TEXT: usize = 1024;
+
+/// What waits for requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Job {
+    /// See [`partitions::scan`].
+    Scan,
+    /// See [`device::write_back`].
+    WriteBack,
+    /// See [`Control::stop`].
+    Stop,
+}
+
+/// Why a job is not done, as far as is known.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum DeputyError {
+    /// What it said.
+    #[error("{0}")]
+    Failed(String),
+    #[error("the process that waits for the driver did not answer within {} s", ANSWER.as_secs())]
+    Silent,
+    #[error("the process that waits for the driver is gone: {0}")]
+    Gone(io::Error),
+}
+
+/// A server's deputy; ended when dropped.
+pub(crate) struct Deputy {
+    process: Pid,
+    socket: UnixStream,
+}
+
+impl Deputy {
+    /// Forks one. This process has one thread, and no device, image or ring that the deputy would keep.
+    pub(crate) fn fork() -> io::Result<Self> {
+        Self::fork_for(|socket| {
+            let mut control = Control::open();
+            // Its ring has had nothing to do yet, so there are no threads of the kernel's that keep more.
+            safety::keep_control();
+            serve(socket, |job, id| match (job, &mut control) {
+                (Job::Scan, _) => partitions::scan(device::block_path(id)).map_err(|error| error.to_string()),
+                (Job::WriteBack, _) => device::write_back(id).map_err(|error| error.to_string()),
+                (Job::Stop, Ok(control)) => control.stop(id).map_err(|error| error.to_string()),
+                (Job::Stop, Err(error)) => Err(error.to_string()),
+            });
+        })
+    }
+
+    fn fork_for(work: impl FnOnce(UnixStream)) -> io::Result<Self> {
+        let (ours, theirs) = UnixStream::pair()?;
+        // SAFETY: the process has one thread only: see above.
+        match unsafe { fork() }? {
+            ForkResult::Parent { child } => Ok(Self { process: child, socket: ours }),
+            ForkResult::Child => {
+                drop(ours);
+                if let Err(error) = stand_alone(&theirs) {
+                    // The server, and so whoever has started it, will hear that its deputy is gone.
+                    tracing::error!("cannot wait for the driver: {error}");
+                    process::exit(1);
+                }
+                work(theirs);
+                process::exit(0)
+            }
+        }
+    }
+
+    /// Has a job done for device `id`.
+    pub(crate) fn have(&mut self, job: Job, id: u32) -> Result<(), DeputyError> {
+        let answer = self.socket.set_read_timeout(Some(ANSWER)).and_then(|()| {
+            self.socket.write_all(&encode(job, id))?;
+            receive(&mut self.socket)
+        });
+        match answer {
+            Ok(text) if text.is_empty() => Ok(()),
+            Ok(text) => Err(DeputyError::Failed(text)),
+            Err(error) => {
+                // Whatever it says later is not the answer to the next job.
+                let _ = self.socket.shutdown(Shutdown::Both);
+                match error.kind() {
+                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut => Err(DeputyError::Silent),
+                    _ => Err(DeputyError::Gone(error)),
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Deputy {
+    fn drop(&mut self) {
+        let _ = self.socket.shutdown(Shutdown::Both);
+        // It sees our mounts. One that cannot end ends after us.
+        let deadline = Instant::now() + END;
+        while let Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) =
+            waitpid(self.process, Some(WaitPidFlag::WNOHANG))
+        {
+            if Instant::now() >= deadline {
+                return;
+            }
+            sleep(LOOK);
+        }
+    }
+}
+
+/// Lets go of what was inherited, and of the signals that end a server: who ends all processes of a service means it to
+/// stop its device first.
+fn stand_alone(socket: &UnixStream) -> io::Result<()> {
+    SigSet::all().thread_block()?;
+    env::set_current_dir("/")?;
+    let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
+    dup2_stdin(&null)?;
+    dup2_stdout(&null)?;
+    dup2_stderr(&null)?;
+    drop(null);
+    detach::let_go_of_inherited_but(socket.as_fd());
+    // Locks on memory are not inherited.
+    safety::prepare();
+    Ok(())
+}
+
+/// Does jobs until the server ends.
+fn serve(mut socket: UnixStream, mut work: impl FnMut(Job, u32) -> Result<(), String>) {
+    let mut order = [0; 5];
+    while socket.read_exact(&mut order).is_ok() {
+        let Some((job, id)) = decode(order) else { return };
+        let text = work(job, id).err().unwrap_or_default();
+        if send(&mut socket, &text).is_err() {
+            return;
+        }
+    }
+}
+
+fn encode(job: Job, id: u32) -> [u8; 5] {
+    let [a, b, c, d] = id.to_ne_bytes();
+    let job = match job {
+        Job::Scan => b'p',
+        Job::WriteBack => b'w',
+        Job::Stop => b's',
+    };
+    [job, a, b, c, d]
+}
+
+fn decode([job, a, b, c, d]: [u8; 5]) -> Option<(Job, u32)> {
+    let job = match job {
+        b'p' => Job::Scan,
+        b'w' => Job::WriteBack,
+        b's' => Job::Stop,
+        _ => return None,
+    };
+    Some((job, u32::from_ne_bytes([a, b, c, d])))
+}
+
+/// An answer: why the job failed, or nothing.
+fn send(socket: &mut UnixStream, text: &str) -> io::Result<()> {
+    let text = &text.as_bytes()[..text.len().min(MAX_TEXT)];
+    let mut message = (text.len() as u16).to_ne_bytes().to_vec();
+    message.extend_from_slice(text);
+    socket.write_all(&message)
+}
+
+fn receive(socket: &mut UnixStream) -> io::Result<String> {
+    let mut len = [0; 2];
+    socket.read_exact(&mut len)?;
+    let mut text = vec![0; usize::from(u16::from_ne_bytes(len))];
+    socket.read_exact(&mut text)?;
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::{
+        sys::signal::{Signal, kill},
+        unistd::pipe,
+    };
+    use std::fs::{self, File};
+
+    /// Forks belong to a process with one thread, so one of its own takes such a test.
+    fn in_a_process(test: &str, body: impl FnOnce()) {
+        const IS_CHILD: &str = "UBLK_QCOW2_TEST_IS_CHILD";
+        if env::var_os(IS_CHILD).is_some() {
+            return body();
+        }
+        let mut child = process::Command::new(env::current_exe().unwrap());
+        child.args(["--exact", &format!("deputy::tests::{test}"), "--nocapture", "--test-threads=1"]);
+        let ended = child.env(IS_CHILD, "").output().unwrap();
+        assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
+    }
+
+    fn answering() -> Deputy {
+        Deputy::fork_for(|socket| {
+            serve(socket, |job, id| match job {
+                Job::WriteBack => Err(format!("not {id}")),
+                Job::Scan | Job::Stop => Ok(()),
+            });
+        })
+        .unwrap()
+    }
+
+    /// A server that was killed while it waited for the driver stayed, because it had the device until then. Who waits in its stead must not
+    /// have what was open before the fork, be it the device, or the pipe on which `add` waits for news.
+    #[test]
+    fn a_deputy_keeps_nothing_of_the_server_s() {
+        in_a_process("a_deputy_keeps_nothing_of_the_server_s", || {
+            let (reader, writer) = pipe().unwrap();
+            let mut deputy = answering();
+            assert!(deputy.have(Job::Stop, 3).is_ok());
+            let of = |file: &str| format!("/proc/{}/{file}", deputy.process);
+            let mut open: Vec<_> = fs::read_dir(of("fd")).unwrap().map(|fd| fd.unwrap().path()).collect();
+            open.retain(|fd| fs::read_link(fd).unwrap() != std::path::Path::new("/dev/null"));
+            assert_eq!(open.len(), 1, "{open:?}");
+            assert_eq!(fs::read_link(of("cwd")).unwrap(), std::path::Path::new("/"));
+            drop(writer);
+            assert_eq!(File::from(reader).read(&mut [0]).unwrap(), 0);
+        });
+    }
+
+    #[test]
+    fn jobs_are_answered_whatever_signals_come_and_a_death_is_noticed() {
+        in_a_process("jobs_are_answered_whatever_signals_come_and_a_death_is_noticed", || {
+            let mut deputy = answering();
+            assert!(deputy.have(Job::Stop, 3).is_ok());
+            for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
+                kill(deputy.process, signal).unwrap();
+            }
+            let said = deputy.have(Job::WriteBack, 70_000).unwrap_err();
+            assert!(matches!(&said, DeputyError::Failed(text) if text == "not 70000"), "{said:?}");
+            assert!(deputy.have(Job::Stop, 3).is_ok(), "after a failure");
+            kill(deputy.process, Signal::SIGKILL).unwrap();
+            assert!(matches!(deputy.have(Job::Stop, 3), Err(DeputyError::Gone(_))));
+            assert!(matches!(deputy.have(Job::Stop, 3), Err(DeputyError::Gone(_))));
+        });
+    }
+
+    #[test]
+    fn a_deputy_ends_with_its_server() {
+        in_a_process("a_deputy_ends_with_its_server", || {
+            let deputy = answering();
+            let process = deputy.process;
+            drop(deputy);
+            assert_eq!(kill(process, None), Err(Errno::ESRCH));
+        });
+    }
+}
