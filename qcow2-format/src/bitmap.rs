@@ -54,6 +54,12 @@ impl Bitmap {
     pub fn table_bytes(&self) -> u64 {
         u64::from(self.table_entries) * TABLE_ENTRY_BYTES
     }
+
+    /// Entries of the table of a bitmap of the whole disk.
+    fn entries_for(&self, geometry: &Geometry) -> u64 {
+        let bits = geometry.virtual_size.div_ceil(1 << self.granularity_bits);
+        geometry.clusters_for(bits.div_ceil(8))
+    }
 }
 
 /// What a cluster of a bitmap is made of.
@@ -102,7 +108,8 @@ impl BitmapTableEntry {
 ///
 /// Specification, "Bitmap directory": entries of 24 fixed bytes, extra data, name and zero padding
 /// to a multiple of 8; flag bits 3 to 31 are 0, the type is 1, the name is not empty, tables start at
-/// cluster boundaries.
+/// cluster boundaries. A bitmap that was saved has a bit for each part of the disk, and QEMU opens no image where one
+/// has fewer or more.
 ///
 /// # Errors
 /// Any field outside its limits, a table outside the file, or a directory that is shorter or longer
@@ -118,6 +125,11 @@ pub fn decode_directory(
     for _ in 0..extension.count {
         let start = HostOffset(extension.directory.0.saturating_add(at as u64));
         let (bitmap, len) = decode_entry(bytes.get(at..).unwrap_or_default(), start)?;
+        if bitmap.flags & FLAG_IN_USE == 0 {
+            let entries = bitmap.entries_for(geometry);
+            let field = Field::new("bitmap_table_size", start.0.saturating_add(8));
+            in_range(field, bitmap.table_entries.into(), entries, entries)?;
+        }
         let field = Field::new("bitmap_table_offset", start.0);
         check_table(field, bitmap.table, bitmap.table_bytes(), geometry.cluster_size(), file_len)?;
         bitmaps.push(bitmap);

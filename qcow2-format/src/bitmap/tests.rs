@@ -41,6 +41,29 @@ fn a_directory_decodes() {
     assert_eq!((&bitmaps[1].name[..], &bitmaps[1].extra[..]), (&b"second!"[..], &b"more"[..]));
 }
 
+/// QEMU does not open such an image, and it was called sound.
+#[test]
+fn a_table_has_as_many_entries_as_the_disk_needs() {
+    let disk = Geometry { virtual_size: (64 << 30) + 1, ..geometry(16) };
+    let decode = |entries: u32, flags: u32| {
+        let change = |raw: &mut RawBitmap| (raw.table_size, raw.flags) = (entries.into(), flags.into());
+        let bytes = entry(change, b"", b"name");
+        let (directory, directory_bytes) = (HostOffset(START), bytes.len() as u64);
+        decode_directory(&bytes, &BitmapsExtension { count: 1, directory, directory_bytes }, &disk, 1 << 30)
+    };
+    // A cluster of bits is for 32 GiB.
+    for entries in [0, 1, 2, 4, 100] {
+        let error = decode(entries, FLAG_AUTO).unwrap_err();
+        assert!(
+            matches!(error, FormatError::OutOfRange { field, .. } if field.offset == START + 8),
+            "{error:?}"
+        );
+        // It was not saved, and nobody reads it.
+        decode(entries, FLAG_IN_USE).unwrap();
+    }
+    decode(3, 0).unwrap();
+}
+
 #[test]
 fn each_field_is_judged() {
     let error = |change: fn(&mut RawBitmap)| decode(&entry(change, b"", b"name"), 1).unwrap_err();
