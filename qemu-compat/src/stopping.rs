@@ -6,7 +6,7 @@
 #![allow(unsafe_code, reason = "ioctls that freeze a file system")]
 
 use crate::{
-    command::TOOL_LIMIT,
+    command::{TOOL_LIMIT, wait},
     device::{Aligned, Binary, Device, DeviceDisk, has_process},
     disk::{Disk, Op},
     fs::Kind,
@@ -36,6 +36,10 @@ use std::{
 const DISK: u64 = 64 << 20;
 /// What is written: a cluster.
 const CLUSTER: usize = 65536;
+/// What lies in memory for a device: more than one request.
+const DIRTY: usize = 8 << 20;
+/// Its bytes.
+const MARK: u8 = 0xd7;
 /// How long a server may take to be where the test wants it.
 const ON_ITS_WAY: Duration = Duration::from_secs(2);
 /// How long a dead server's users may wait for what becomes of their requests, where the kernel notices only when they time out.
@@ -118,11 +122,7 @@ fn killed_while_it_stops(device: Device, mount_point: &Path, is_supervised: bool
     kill(Pid::from_raw(server), Signal::SIGKILL)?;
     thread::sleep(ON_ITS_WAY);
     drop(frozen);
-    let deadline = Instant::now() + SETTLED;
-    while has_process(server) {
-        ensure!(Instant::now() < deadline, "the server (process {server}) was killed and stays");
-        thread::sleep(Duration::from_millis(10));
-    }
+    wait_until_gone(server)?;
     if is_supervised {
         // It had not come to stopping the device, and its successor knows nothing of that.
         wait_until_replaced(&device, server)?;
@@ -131,6 +131,55 @@ fn killed_while_it_stops(device: Device, mount_point: &Path, is_supervised: bool
     let outcome = written.recv_timeout(SETTLED);
     // It may have succeeded or failed, but not be waited for.
     ensure!(outcome.is_ok(), "who had written to the device still waits");
+    Ok(())
+}
+
+/// Kills a server while the kernel writes back, at the demand of `del`, what lay in memory for its device. A thread of the server waited
+/// for that: the server stayed, nobody could recover the device, and what had been written to it was lost.
+///
+/// # Errors
+/// What does not hold.
+pub fn killed_while_it_writes_back(binary: &Binary, dir: &Path) -> Result<()> {
+    let (host, mount_point) = (dir.join("host.img"), dir.join("mnt"));
+    make_disk(Kind::Xfs, &host)?;
+    fs::create_dir(&mount_point)?;
+    let mounted = Plain::mount(Kind::Xfs, &host, &mount_point)?;
+    let image = mount_point.join("image.qcow2");
+    qemu_img::create(&image, "cluster_size=64k", None, DISK)?;
+    let device = binary.add(&[], &image)?;
+    let server = device.listed()?.pid;
+
+    let frozen = Frozen::freeze(&mount_point)?;
+    // Closed, it would be written back at once.
+    let user = File::options().write(true).open(device.path())?;
+    user.write_all_at(&vec![MARK; DIRTY], 0)?;
+    let mut command = binary.command();
+    let mut detaching = command.args(["del", "-n", &device.id().to_string()]).spawn()?;
+    wait_until_in_flight(&device)?;
+    thread::sleep(ON_ITS_WAY);
+    kill(Pid::from_raw(server), Signal::SIGKILL)?;
+    thread::sleep(ON_ITS_WAY);
+    drop(frozen);
+    wait_until_gone(server)?;
+    drop(user);
+    let status = wait(&mut detaching, SETTLED)?.context("`del` does not end")?;
+    ensure!(status.success(), "`del` ends with {status}");
+    device.has_gone()?;
+
+    let mut disk = DeviceDisk::open(binary.add(&[], &image)?)?;
+    let found = disk.run(&[Op::Read { at: 0, len: DIRTY as u64 }])?;
+    ensure!(found[0] == vec![MARK; DIRTY], "what was written before is not in the image");
+    disk.detach()?;
+    only_leaks(&image)?;
+    mounted.unmount()
+}
+
+fn wait_until_gone(server: i32) -> Result<()> {
+    let deadline = Instant::now() + SETTLED;
+    while has_process(server) {
+        ensure!(Instant::now() < deadline, "the server (process {server}) was killed and stays");
+        thread::sleep(Duration::from_millis(10));
+    }
     Ok(())
 }
 

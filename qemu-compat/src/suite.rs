@@ -175,6 +175,9 @@ impl Cases {
         self.add("origin/bitmaps", 180, |it, dir| origins::with_bitmaps(&it.binary, dir));
         self.add("lifecycle/by-a-stranger", 180, |it, dir| stopping::by_a_stranger(&it.binary, dir));
         self.add("lifecycle/killed-while-stopping", 400, |it, dir| stopping::killed(&it.binary, dir));
+        self.add("lifecycle/killed-while-writing-back", 300, |it, dir| {
+            stopping::killed_while_it_writes_back(&it.binary, dir)
+        });
         self.add("lifecycle/recovered-in-silence", 300, |it, dir| {
             unheard::recovered_in_silence(&it.binary, dir)
         });
