@@ -5,11 +5,13 @@
 //! server that has ended still holds.
 
 use crate::{
+    command::{TOOL_LIMIT, run},
     device::{Binary, Device, DeviceDisk},
     disk::{Disk, Op, Server},
     fs::Kind,
     power::host::{Plain, make_disk},
     qemu_img,
+    recovery::wait_until_replaced,
     refusals::refuse,
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -17,6 +19,7 @@ use std::{
     fs::{self, File, Permissions},
     os::unix::fs::{FileExt, PermissionsExt, chown},
     path::{Path, PathBuf},
+    process::Command,
     thread,
     time::Duration,
 };
@@ -130,10 +133,11 @@ pub fn given_away(binary: &Binary, dir: &Path) -> Result<()> {
 }
 
 /// Detaches and unmounts the image's file system at once, many times: the kernel takes rings apart late, and what they still
-/// had open kept it busy now and then.
+/// had open kept it busy now and then; so did server and supervisor on their way out, which had it mounted. While the image is served it
+/// cannot be unmounted, whoever serves it: it could be, and the server wrote on where nobody saw it.
 ///
 /// # Errors
-/// It is busy.
+/// It is busy, or not busy.
 pub fn file_system_let_go(binary: &Binary, dir: &Path) -> Result<()> {
     let (host, mount_point) = (dir.join("host.img"), dir.join("mnt"));
     make_disk(Kind::Xfs, &host)?;
@@ -146,6 +150,14 @@ pub fn file_system_let_go(binary: &Binary, dir: &Path) -> Result<()> {
         }
         let mut disk = binary.attach(&image, 2)?;
         disk.run(&[Op::Write { at: 0, bytes: vec![round; 1 << 20].into() }, Op::Flush])?;
+        if round % 4 == 3 {
+            let dead = disk.device().listed()?.pid;
+            disk.device().kill_server()?;
+            wait_until_replaced(disk.device(), dead)?;
+        }
+        let refused = run(Command::new("umount").arg(&mount_point), TOOL_LIMIT)?;
+        ensure!(!refused.status.success(), "it could be unmounted under the image, in round {round}");
+        ensure!(refused.stderr.contains("busy"), "`umount` says {}", refused.stderr);
         disk.detach()?;
         mounted.unmount().with_context(|| format!("round {round}"))?;
     }

@@ -13,6 +13,7 @@ use crate::{
     deputy::Deputy,
     device::{self, Device, DeviceError, Shape},
     namespace::Namespace,
+    processes::Process,
     queue::QueueError,
     redofile::{self, RedoFile, RedoFileError, Witness},
     request::device_sectors,
@@ -60,6 +61,16 @@ pub(crate) enum Start {
     Recover { id: u32 },
 }
 
+impl Start {
+    /// The image that is to be served, as far as anybody knows.
+    pub(crate) fn image(&self) -> Option<PathBuf> {
+        match self {
+            Self::New { config, .. } => Some(config.image.clone()),
+            Self::Recover { id } => Some(runfile::load(*id).ok()??.record.config.image),
+        }
+    }
+}
+
 /// Why a server could not start, or not end cleanly.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ServeError {
@@ -102,15 +113,18 @@ pub(crate) enum ServeError {
 pub(crate) fn run(
     start: &Start,
     namespace: Namespace,
+    supervisor: Option<Process>,
     announce: impl FnOnce(&Path, u32) -> io::Result<()>,
 ) -> Result<(), ServeError> {
     safety::prepare();
     // While there is one thread, and nothing that it would keep.
     let deputy = Deputy::fork().map_err(ServeError::SetUp)?;
     let crew = Crew::new().map_err(ServeError::SetUp)?;
+    let processes = Process::this().map_err(ServeError::SetUp)?;
+    let processes = [processes].into_iter().chain(supervisor).collect();
     let ready = apart(|| match start {
-        Start::New { id, config, cookie } => make(*id, config, *cookie, namespace),
-        Start::Recover { id } => take_over(*id, namespace),
+        Start::New { id, config, cookie } => make(*id, config, *cookie, namespace, processes),
+        Start::Recover { id } => take_over(*id, namespace, processes),
     })?;
     safety::keep_control();
     serve(ready, crew, deputy, announce)
@@ -136,7 +150,13 @@ struct Ready {
 }
 
 /// Opens the image and makes a device for it.
-fn make(id: Option<u32>, config: &Config, cookie: u64, namespace: Namespace) -> Result<Ready, ServeError> {
+fn make(
+    id: Option<u32>,
+    config: &Config,
+    cookie: u64,
+    namespace: Namespace,
+    processes: Vec<Process>,
+) -> Result<Ready, ServeError> {
     let files = Arc::new(config.files());
     let image = open_image(&config.image, &config.open_options(), &files)?;
     let shape = shape_of(&image, config)?;
@@ -153,6 +173,7 @@ fn make(id: Option<u32>, config: &Config, cookie: u64, namespace: Namespace) -> 
         is_inherited: false,
         config: Config { recovery: device.is_recoverable(), ..config.clone() },
         cookie,
+        processes: processes.clone(),
         boot: boot.clone(),
         error: None,
     })?;
@@ -186,8 +207,9 @@ fn add_device(
 }
 
 /// Takes a device over whose server has died. Whatever fails, the device goes on waiting.
-fn take_over(id: u32, namespace: Namespace) -> Result<Ready, ServeError> {
+fn take_over(id: u32, namespace: Namespace, processes: Vec<Process>) -> Result<Ready, ServeError> {
     let mut run_file = RunFile::take_over(id)?;
+    run_file.name(processes);
     match take_over_as(&mut run_file, namespace) {
         Ok((service, device, witness)) => Ok(Ready { service, device, run_file, witness }),
         Err(error) => {

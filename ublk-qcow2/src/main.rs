@@ -19,6 +19,7 @@ mod handover;
 mod keep;
 mod namespace;
 mod partitions;
+mod processes;
 mod queue;
 mod redofile;
 mod request;

@@ -7,18 +7,19 @@
 //!
 //! The namespace begins as a copy of the caller's. What is in it stays mounted, whoever unmounts it elsewhere: so
 //! when all is open only the mounts stay that lead to the files of the image ([`Namespace::keep_ways_to`]), for a successor to
-//! open them again.
+//! open them again. Elsewhere nothing would show that they are in use: the caller's mount of the image's file system is held ([`Hold`]),
+//! so that it cannot be unmounted under the image, as for everybody who has a file open.
 
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
 };
-use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, StatxFlags, open, statx};
 use std::{
     collections::BTreeSet,
     ffi::{OsStr, OsString},
     fs, io,
-    os::unix::ffi::OsStringExt,
+    os::{fd::OwnedFd, unix::ffi::OsStringExt},
     path::{Path, PathBuf},
 };
 
@@ -38,6 +39,11 @@ pub(crate) enum Namespace {
     Shared,
 }
 
+/// Keeps the caller's mount of the file system busy that an image lies on.
+pub(crate) struct Hold {
+    _file: Option<OwnedFd>,
+}
+
 /// A line of mountinfo.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Mount {
@@ -48,8 +54,14 @@ struct Mount {
     point: PathBuf,
 }
 
-/// Moves this process into a mount namespace of its own. It must have one thread.
-pub(crate) fn leave() -> Namespace {
+/// Moves this process into a mount namespace of its own, and holds the file system of its image in the one that it leaves. It must
+/// have one thread.
+pub(crate) fn leave(image: Option<&Path>) -> (Namespace, Hold) {
+    let hold = Hold::of(image);
+    (leave_mounts(), hold)
+}
+
+fn leave_mounts() -> Namespace {
     let private = MsFlags::MS_REC | MsFlags::MS_PRIVATE;
     let result = unshare(CloneFlags::CLONE_NEWNS)
         .and_then(|()| mount(None::<&str>, "/", None::<&str>, private, None::<&str>));
@@ -61,6 +73,14 @@ pub(crate) fn leave() -> Namespace {
             );
             Namespace::Shared
         }
+    }
+}
+
+impl Hold {
+    /// An image that cannot be found is found missing when it is to be opened.
+    fn of(image: Option<&Path>) -> Self {
+        let open = |image: &Path| open(image, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+        Self { _file: image.and_then(|image| open(image).ok()) }
     }
 }
 
@@ -229,6 +249,24 @@ mod tests {
 
     fn mount_at(number: u64, parent: u64, point: &str) -> Mount {
         Mount { number, parent, device: "259:3".to_owned(), point: point.into() }
+    }
+
+    /// `umount` of the file system on which a served image lies succeeded, and the server wrote on, to a file system that was
+    /// mounted nowhere for all that anybody could see.
+    #[test]
+    fn the_file_system_of_an_image_cannot_be_unmounted() {
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        // A thread may have mounts of its own, but its owner must be privileged; the device cases do this too.
+        if leave(None).0 == Namespace::Shared {
+            return;
+        }
+        mount(None::<&str>, dir.path(), Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        fs::write(&image, "").unwrap();
+        let hold = std::thread::scope(|scope| scope.spawn(|| leave(Some(&image)).1).join().unwrap());
+        assert_eq!(umount2(dir.path(), MntFlags::empty()), Err(nix::errno::Errno::EBUSY));
+        drop(hold);
+        umount2(dir.path(), MntFlags::empty()).unwrap();
     }
 
     #[test]

@@ -8,7 +8,7 @@
 //! one comes first, and a new device of the same number waits until nobody works with the old one's files, and is not made
 //! while a record of this boot is all that leads to writes which are in no image yet.
 
-use crate::config::Config;
+use crate::{config::Config, processes::Process};
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
@@ -73,6 +73,9 @@ pub(crate) struct Record {
     pub(crate) config: Config,
     /// What the driver knows the device by, so that it is not taken for another with its number.
     pub(crate) cookie: u64,
+    /// Who has the image's file system mounted, or keeps it busy: the server, and its supervisor.
+    #[serde(default)]
+    pub(crate) processes: Vec<Process>,
     /// The boot in which the device was made: it has not outlived it.
     pub(crate) boot: String,
     /// Why the server could not end cleanly.
@@ -223,6 +226,11 @@ impl RunFile {
         let fail = |source| RunFileError { what: "cannot write", path: self.path.clone(), source };
         self.lock = write_locked(&self.path, &self.record).map_err(fail)?;
         Ok(())
+    }
+
+    /// Says, with the next [`Self::enter`], who belongs to the service.
+    pub(crate) fn name(&mut self, processes: Vec<Process>) {
+        self.record.processes = processes;
     }
 
     /// What it says.
@@ -459,6 +467,7 @@ pub(crate) fn example() -> Record {
         depth: 64,
         config: crate::config::example(),
         cookie: u64::MAX,
+        processes: vec![Process::this().unwrap()],
         boot: boot().unwrap(),
         error: None,
     }

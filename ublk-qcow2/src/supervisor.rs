@@ -18,6 +18,7 @@ use crate::{
     device,
     keep::Kept,
     namespace::{self, Namespace},
+    processes::Process,
     runfile::{self, Phase, Record, RunFile},
     safety,
 };
@@ -53,7 +54,7 @@ const LOOK: Duration = Duration::from_millis(10);
 /// first one began.
 pub(crate) fn run(start: &Start, reporter: Reporter) -> io::Result<()> {
     // Before the device can be mounted, and for all servers to come.
-    let namespace = namespace::leave();
+    let (namespace, _hold) = namespace::leave(start.image().as_deref());
     safety::prepare();
     let mut reporter = Some(reporter);
     let (server, outcome) = start_server(start, namespace, &mut reporter)?;
@@ -142,19 +143,25 @@ fn start_server(
     namespace: Namespace,
     ours: &mut Option<Reporter>,
 ) -> io::Result<(Pid, Result<u32, Unserved>)> {
+    let supervisor = Process::this()?;
     match detach::into_background()? {
         Side::Parent { child, outcome } => Ok((child, outcome)),
         Side::Child(reporter) => {
             *ours = None;
-            process::exit(serve(start, namespace, reporter))
+            process::exit(serve(start, namespace, Some(supervisor), reporter))
         }
     }
 }
 
 /// The server's whole life; returns its exit code.
-pub(crate) fn serve(start: &Start, namespace: Namespace, reporter: Reporter) -> i32 {
+pub(crate) fn serve(
+    start: &Start,
+    namespace: Namespace,
+    supervisor: Option<Process>,
+    reporter: Reporter,
+) -> i32 {
     let mut reporter = Some(reporter);
-    let result = daemon::run(start, namespace, |_, id| match reporter.take() {
+    let result = daemon::run(start, namespace, supervisor, |_, id| match reporter.take() {
         Some(reporter) => reporter.serving(id, &runfile::log_path(id)),
         None => Ok(()),
     });

@@ -14,6 +14,7 @@ use crate::{
 use anyhow::{Context, Result, ensure};
 use std::{
     fs::{self, File},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     process::Command,
     sync::atomic::{AtomicU64, Ordering},
@@ -100,12 +101,14 @@ impl Plain {
         self.disk.path()
     }
 
-    /// Unmounts it.
+    /// Unmounts it; its disk is then nobody's.
     ///
     /// # Errors
-    /// Somebody uses it.
+    /// Somebody uses it, or has it mounted elsewhere.
     pub(crate) fn unmount(self) -> Result<()> {
-        self.mounted.unmount()
+        self.mounted.unmount()?;
+        let claim = File::options().read(true).custom_flags(libc::O_EXCL).open(self.disk.path());
+        claim.context("unmounted, but the disk is in use").map(drop)
     }
 }
 
@@ -184,9 +187,8 @@ impl Drop for Mapped {
     }
 }
 
-/// A server that has just ended may hold its view of the mounts for a moment.
 fn remove(name: &str) -> Result<()> {
-    dmsetup(&["remove", "--retry", name])
+    dmsetup(&["remove", name])
 }
 
 fn dmsetup(args: &[&str]) -> Result<()> {

@@ -55,7 +55,8 @@ fn begin(start: &Start, care: Care) -> Result<(), CommandError> {
     // Who is not root need not read of all that a server cannot do then.
     Control::probe()?;
     if care == Care::Foreground {
-        return daemon::run(start, namespace::leave(), |_, id| print_device(id))
+        let (namespace, _hold) = namespace::leave(start.image().as_deref());
+        return daemon::run(start, namespace, None, |_, id| print_device(id))
             .map_err(|error| with_what_is_left(start, error));
     }
     detach::let_go_of_inherited();
@@ -76,7 +77,8 @@ fn begin(start: &Start, care: Care) -> Result<(), CommandError> {
             Start::Recover { id } => not_heard_of(id, error, care),
         },
         Side::Child(reporter) if care == Care::Alone => {
-            process::exit(supervisor::serve(start, namespace::leave(), reporter))
+            let (namespace, _hold) = namespace::leave(start.image().as_deref());
+            process::exit(supervisor::serve(start, namespace, None, reporter))
         }
         // What it has to say it says in its log, and to its parent.
         Side::Child(reporter) => process::exit(supervisor::run(start, reporter).map_or(1, |()| 0)),

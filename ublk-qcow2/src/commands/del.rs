@@ -1,7 +1,8 @@
 //! `del`: detach devices.
 //!
 //! A device whose server lives is detached by that server: it is asked to stop, and this command
-//! waits until the image is closed and the device is gone. A device whose server has died is stopped
+//! waits until the image is closed, the device is gone and so are the processes that had to do with it, which hold the image's file
+//! system. A device whose server has died is stopped
 //! and deleted from here, and what that server had acknowledged is written to the image. Who has the lock of the run file
 //! does it: a supervisor may be about to replace the server, or another `del` be at work. Nothing else's devices
 //! are touched, unless named by `-n`. A device that is mounted, or claimed in another way, is not
@@ -13,6 +14,7 @@ use crate::{
     control::Control,
     daemon::{self, ServeError},
     device,
+    processes::Process,
     runfile::{self, Entry, Phase, Record, RunFile, TakeOverError},
 };
 use nix::{
@@ -21,6 +23,7 @@ use nix::{
     unistd::Pid,
 };
 use std::{
+    collections::BTreeSet,
     fs::OpenOptions,
     io,
     os::unix::fs::OpenOptionsExt,
@@ -31,6 +34,9 @@ use std::{
 
 /// How long a server may take to write back and close.
 const STOP_WAIT: Duration = Duration::from_secs(600);
+/// How long a server and its supervisor may take to end when their device is gone. One that had died early may be in the supervisor's
+/// pause before the next.
+const END_WAIT: Duration = Duration::from_secs(60);
 /// How often to look whether it has.
 const LOOK: Duration = Duration::from_millis(10);
 /// How long a device may be claimed by somebody who only has a look at it, as udev does.
@@ -72,14 +78,29 @@ fn detach_all(users: Users) -> Result<(), CommandError> {
     Err(CommandError::Several(failures.len()))
 }
 
-/// Detaches a device, whoever serves it in the meantime.
+/// Detaches a device, until nobody is left who holds its image's file system.
 fn detach(first: Entry, users: Users) -> Result<(), CommandError> {
+    let id = first.record.id;
+    let mut served_by = BTreeSet::new();
+    take_away(first, users, &mut served_by)?;
+    let deadline = Instant::now() + END_WAIT;
+    for process in served_by {
+        if !process.ends_by(deadline).map_err(|source| CommandError::Wait { id, pid: process.pid, source })? {
+            return Err(CommandError::Lingering { id, pid: process.pid, seconds: END_WAIT.as_secs() });
+        }
+    }
+    Ok(())
+}
+
+/// Takes a device away, whoever serves it in the meantime; tells who has.
+fn take_away(first: Entry, users: Users, served_by: &mut BTreeSet<Process>) -> Result<(), CommandError> {
     let Record { id, cookie, .. } = first.record;
     let deadline = Instant::now() + STOP_WAIT;
     let mut asked = None;
     let mut entry = first;
     loop {
         let pid = entry.record.pid;
+        served_by.extend(&entry.record.processes);
         match (entry.is_alive, entry.record.phase) {
             (false, _) => {
                 if let Cleaned::Whole = clean_up(&entry.record, users)? {

@@ -63,6 +63,13 @@ pub(crate) enum CommandError {
         "the server of device {id} (process {pid}) has not ended within {seconds} s; it may still be writing back"
     )]
     StillRunning { id: u32, pid: i32, seconds: u64 },
+    #[error(
+        "device {id} is detached, but process {pid}, which served it or looked after its server, has not ended within {seconds} s: until then \
+         it holds the image's file system"
+    )]
+    Lingering { id: u32, pid: i32, seconds: u64 },
+    #[error("device {id} is detached, but process {pid}, which served it, cannot be waited for: {source}")]
+    Wait { id: u32, pid: i32, source: std::io::Error },
     #[error("device {id} is detached, but its server did not end cleanly: {error}; check the image")]
     Unclean { id: u32, error: String },
     #[error("{0} devices could not be detached")]
