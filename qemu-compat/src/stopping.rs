@@ -70,7 +70,7 @@ pub fn killed(binary: &Binary, dir: &Path) -> Result<()> {
 }
 
 /// Has a served device removed by an instance with other records, to which it is somebody else's: what had been written to it is in the
-/// image, flushed or not.
+/// image, flushed or not, and nothing else is left: its owner's `list` showed a device that waited, for ever.
 ///
 /// # Errors
 /// What does not hold.
@@ -83,7 +83,7 @@ pub fn by_a_stranger(binary: &Binary, dir: &Path) -> Result<()> {
         qemu_img::create(&image, "cluster_size=64k", None, DISK)?;
         let mut disk = DeviceDisk::open(binary.add(&[options, &["-q", "2"]].concat(), &image)?)?;
         disk.run(&[Op::Write { at: 0, bytes: vec![7; CLUSTER].into() }])?;
-        removed_by(&stranger, binary, disk.into_device()).with_context(|| name.to_owned())?;
+        removed_by(&stranger, disk.into_device()).with_context(|| name.to_owned())?;
         qemu_img::check_clean(&image).with_context(|| name.to_owned())?;
         let mut disk = DeviceDisk::open(binary.add(&[], &image)?)?;
         let found = disk.run(&[Op::Read { at: 0, len: CLUSTER as u64 }])?;
@@ -93,7 +93,7 @@ pub fn by_a_stranger(binary: &Binary, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-fn removed_by(stranger: &Binary, owner: &Binary, device: Device) -> Result<()> {
+fn removed_by(stranger: &Binary, device: Device) -> Result<()> {
     let (server, id, path) = (device.listed()?.pid, device.id().to_string(), device.path());
     stranger.run(["del", "-n", &id])?.success()?;
     let deadline = Instant::now() + TOOL_LIMIT;
@@ -101,11 +101,7 @@ fn removed_by(stranger: &Binary, owner: &Binary, device: Device) -> Result<()> {
         ensure!(Instant::now() < deadline, "the server (process {server}) or the device is still there");
         thread::sleep(Duration::from_millis(10));
     }
-    if device.listed().is_ok() {
-        // It may say that the end was not one that the server had been asked for.
-        owner.run(["del", "-n", &id])?;
-        ensure!(device.listed().is_err(), "the record is still there");
-    }
+    ensure!(device.listed().is_err(), "the record is still there");
     device.forget();
     Ok(())
 }

@@ -45,6 +45,15 @@ enum Event {
     Ended { index: u16, result: Result<(), QueueError> },
 }
 
+/// What ends a service that does not fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// A signal: the device is to be stopped.
+    Asked,
+    /// Somebody else has stopped the device.
+    Stopped,
+}
+
 /// The queues' threads.
 pub(crate) struct Crew {
     events: Receiver<Event>,
@@ -65,10 +74,15 @@ impl Crew {
     /// A crew without threads. Watches the signals from now on: all threads started later leave them
     /// alone.
     pub(crate) fn new() -> io::Result<Self> {
+        let crew = Self::deaf();
+        watch_signals(crew.to_events.clone())?;
+        Ok(crew)
+    }
+
+    fn deaf() -> Self {
         let (to_events, events) = mpsc::channel();
-        watch_signals(to_events.clone())?;
         let (threads, failure, signal) = (Vec::new(), None, None);
-        Ok(Self {
+        Self {
             events,
             to_events,
             threads,
@@ -78,7 +92,7 @@ impl Crew {
             is_failing: false,
             failure,
             signal,
-        })
+        }
     }
 
     /// Brings the device into service and says so. That nobody hears it is a reason not to serve a new device, but one that was
@@ -170,19 +184,21 @@ impl Crew {
         Ok(started?)
     }
 
-    /// Waits for the signal that ends the service.
-    pub(crate) fn wait_for_end(&mut self) -> Result<(), ServeError> {
+    /// Waits for what ends the service.
+    pub(crate) fn wait_for_end(&mut self) -> Result<End, ServeError> {
         while self.signal.is_none() {
             match self.events.recv() {
                 Ok(event) => self.note(event),
                 // It cannot be: a sender is among our fields.
                 Err(_) => return Err(ServeError::QueueFailed),
             }
-            if self.is_failing {
-                return Err(ServeError::QueueFailed);
+            match self.failure {
+                _ if !self.is_failing => {}
+                Some(_) => return Err(ServeError::QueueFailed),
+                None => return Ok(End::Stopped),
             }
         }
-        Ok(())
+        Ok(End::Asked)
     }
 
     /// Waits for the queues to end, after the device has been stopped.
@@ -285,4 +301,26 @@ fn watch_signals(to_events: Sender<Event>) -> io::Result<()> {
         }
     })?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Another program stopped the device: its queues ended well, but the record said "a queue failed", `list` that the device waits, and
+    /// `del` failed, though there was nothing left to be done.
+    #[test]
+    fn a_device_that_somebody_else_stops_has_not_failed() {
+        let end_with = |events: Vec<Event>| {
+            let mut crew = Crew::deaf();
+            crew.running = 2;
+            events.into_iter().for_each(|event| crew.to_events.send(event).unwrap());
+            crew.wait_for_end()
+        };
+        let ended = |result| Event::Ended { index: 0, result };
+        assert!(matches!(end_with(vec![ended(Ok(()))]), Ok(End::Stopped)));
+        assert!(matches!(end_with(vec![Event::Signal(Signal::SIGTERM)]), Ok(End::Asked)));
+        let failed = end_with(vec![ended(Err(QueueError::Panicked))]);
+        assert!(matches!(failed, Err(ServeError::QueueFailed)));
+    }
 }

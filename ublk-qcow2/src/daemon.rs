@@ -9,7 +9,7 @@
 use crate::{
     config::Config,
     control::{Control, ControlError},
-    crew::{Crew, Service},
+    crew::{Crew, End, Service},
     deputy::Deputy,
     device::{self, Device, DeviceError, Shape},
     namespace::Namespace,
@@ -373,7 +373,14 @@ fn serve(
         }
     }
     let written = match &served {
-        Ok(()) if device.is_recoverable() => device.write_back(&mut deputy).map_err(ServeError::from),
+        Ok(End::Stopped) => {
+            tracing::warn!(
+                id = device.id(),
+                "stopped by another program; what the kernel still had to write to the device is lost"
+            );
+            Ok(())
+        }
+        Ok(End::Asked) if device.is_recoverable() => device.write_back(&mut deputy).map_err(ServeError::from),
         _ => Ok(()),
     };
     let stopped = device.stop(&mut deputy).map_err(ServeError::from);
@@ -393,7 +400,7 @@ fn serve(
     // Before the record: with that gone nothing of this server is to be left that sees its image's file system.
     drop(deputy);
     // A failed queue is the cause of whatever else went wrong.
-    let result = drained.and(served).and(closed).and(written).and(stopped).and(deleted);
+    let result = drained.and(served.map(drop)).and(closed).and(written).and(stopped).and(deleted);
     // Before the announcement the one who waits for it learns of the error; after, `del` does.
     if let (Err(error), true) = (&result, is_announced) {
         run_file.fail(error.to_string());

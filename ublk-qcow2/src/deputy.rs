@@ -84,7 +84,9 @@ impl Deputy {
             serve(socket, |job, id| match (job, &mut control) {
                 (Job::Scan, _) => partitions::scan(device::block_path(id)).map_err(|error| error.to_string()),
                 (Job::WriteBack, _) => device::write_back(id).map_err(|error| error.to_string()),
-                (Job::Stop, Ok(control)) => control.stop(id).map_err(|error| error.to_string()),
+                (Job::Stop, Ok(control)) => {
+                    device::unless_gone(control.stop(id)).map_err(|error| error.to_string())
+                }
                 (Job::Stop, Err(error)) => Err(error.to_string()),
             });
         })

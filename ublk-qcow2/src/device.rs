@@ -315,7 +315,7 @@ impl Device {
             Err(error @ DeputyError::Gone(_)) => {
                 // Should this process be killed before it is over it stays: see `deputy`.
                 tracing::warn!(id = self.id(), "{error}");
-                self.control.stop(self.id())?;
+                unless_gone(self.control.stop(self.id()))?;
             }
             done => done?,
         }
@@ -324,11 +324,17 @@ impl Device {
     }
 
     /// Deletes the device, for good. The character device must be closed. While somebody still has
-    /// the stopped block device open, deletion is under way when this returns, and ends with that.
+    /// the stopped block device open, deletion is under way when this returns, and ends with that. Somebody else may have deleted it, and
+    /// its number be another device's already.
     pub(crate) fn delete(mut self) -> Result<(), DeviceError> {
         self.state = State::Deleted;
         let id = self.id();
-        Ok(delete_patiently(&mut self.control, id)?)
+        let found = self.control.info(id).map(|info| info.ublksrv_flags);
+        let deleted = match found {
+            Ok(cookie) if cookie == self.info.ublksrv_flags => delete_patiently(&mut self.control, id),
+            found => found.map(drop),
+        };
+        Ok(unless_gone(deleted)?)
     }
 }
 
@@ -410,13 +416,16 @@ pub(crate) fn delete_left(control: &mut Control, id: u32, cookie: u64) -> Result
 /// Stops and deletes a device that has no server of ours any more. One that is gone is no error; one that
 /// somebody still has open is gone for everybody else, as in [`Device::delete`].
 pub(crate) fn delete_orphan(control: &mut Control, id: u32) -> Result<(), ControlError> {
-    for result in [control.stop(id), delete_patiently(control, id)] {
-        match result {
-            Err(error) if error.errno() != Some(libc::ENODEV) => return Err(error),
-            _ => {}
-        }
+    unless_gone(control.stop(id))?;
+    unless_gone(delete_patiently(control, id))
+}
+
+/// There is nothing to be done to a device that is gone.
+pub(crate) fn unless_gone(outcome: Result<(), ControlError>) -> Result<(), ControlError> {
+    match outcome {
+        Err(error) if error.errno() == Some(libc::ENODEV) => Ok(()),
+        outcome => outcome,
     }
-    Ok(())
 }
 
 /// Deletes a stopped device. While somebody has it open the deletion is under way when this returns.
@@ -479,6 +488,18 @@ fn flags(request: &Request, offered: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::control::Command;
+
+    /// Whoever had stopped the device had deleted it as well, and its server took that for a failure of its own.
+    #[test]
+    fn a_device_that_is_gone_needs_nothing_more() {
+        let refused = |command, errno| Err(ControlError::Refused { command, errno });
+        assert!(unless_gone(Ok(())).is_ok());
+        for command in [Command::Stop, Command::Delete] {
+            assert!(unless_gone(refused(command, libc::ENODEV)).is_ok());
+            assert!(unless_gone(refused(command, libc::EBUSY)).is_err());
+        }
+    }
 
     /// With -d 4096 the buffers of one queue could come to 4 GiB, all of it locked in memory.
     #[test]
