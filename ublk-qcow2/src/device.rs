@@ -431,12 +431,18 @@ pub(crate) fn unless_gone(outcome: Result<(), ControlError>) -> Result<(), Contr
 /// Deletes a stopped device. While somebody has it open the deletion is under way when this returns.
 fn delete_patiently(control: &mut Control, id: u32) -> Result<(), ControlError> {
     match control.delete(id) {
-        Err(error @ ControlError::TimedOut { .. }) => {
-            tracing::warn!(id, %error, "somebody still has the device open");
+        Err(error) if goes_on(&error) => {
+            tracing::warn!(id, %error, "the deletion is under way; somebody may still have the device open");
             Ok(())
         }
         result => result,
     }
+}
+
+/// Whether only the wait for a deletion ended, with our patience or by an interruption (a freezer, SIGSTOP). It is not asked for again: the
+/// number may be another device's by then.
+fn goes_on(error: &ControlError) -> bool {
+    matches!(error, ControlError::TimedOut { .. }) || error.errno() == Some(libc::EINTR)
 }
 
 /// The node through which the device is used.
@@ -489,6 +495,17 @@ fn flags(request: &Request, offered: u64) -> u64 {
 mod tests {
     use super::*;
     use crate::control::Command;
+
+    /// The wait for the end of a deletion was interrupted (the server was frozen, or stopped and continued): the server said that the driver had
+    /// refused it, `del` failed, and `list` showed a device that was gone.
+    #[test]
+    fn a_deletion_goes_on_when_the_wait_for_it_is_interrupted() {
+        let command = Command::Delete;
+        assert!(goes_on(&ControlError::Refused { command, errno: libc::EINTR }));
+        assert!(goes_on(&ControlError::TimedOut { command, limit: WRITE_BACK }));
+        assert!(!goes_on(&ControlError::Refused { command, errno: libc::EPERM }));
+        assert!(!goes_on(&ControlError::GivenUp { command }));
+    }
 
     /// Whoever had stopped the device had deleted it as well, and its server took that for a failure of its own.
     #[test]
