@@ -366,6 +366,10 @@ fn open_hint(error: &io::Error) -> &'static str {
 
 fn refusal_hint(command: Command, errno: i32) -> &'static str {
     match (command, errno) {
+        // What Linux 6.3 to 6.14 say of too many.
+        (Command::Add, libc::EACCES) => {
+            "; the driver allows no more devices (parameter ublks_max of ublk_drv), or you are not root"
+        }
         (_, libc::EPERM | libc::EACCES) => "; run as root (CAP_SYS_ADMIN is needed)",
         (Command::Add, libc::EEXIST) => {
             "; this device id is in use: see `ublk-qcow2 list`, delete it with `ublk-qcow2 del -n ID`, or leave -n out"
@@ -426,6 +430,11 @@ mod tests {
             busy.contains("ADD_DEV") && busy.contains("File exists") && busy.contains("del -n"),
             "{busy}"
         );
+        // Root was told to run it as root, on kernels that refuse one device too many like this.
+        let full = ControlError::Refused { command: Command::Add, errno: libc::EACCES }.to_string();
+        assert!(full.contains("ublks_max") && full.contains("root"), "{full}");
+        let denied = ControlError::Refused { command: Command::Stop, errno: libc::EACCES }.to_string();
+        assert!(denied.contains("run as root"), "{denied}");
         let missing = ControlError::Open(io::Error::from_raw_os_error(libc::ENOENT)).to_string();
         assert!(missing.contains("modprobe ublk_drv"), "{missing}");
     }
