@@ -8,9 +8,11 @@
 //! which contents each sector may have. [`workload`] makes images and sequences of requests, and
 //! `play` carries them out; `kill` ends the process and not the machine; [`tools`] has crashes while a
 //! tool is at work, on an image with [`damage`], and `counts` says whether that got worse; [`cases`] draws images and requests from a seed;
-//! [`run`] lives one case through; [`campaign`] runs many, counts, and shrinks what fails.
+//! [`run`] lives one case through; [`campaign`] runs many, counts, and shrinks what fails, in processes that may die
+//! of it ([`apart`]).
 
 mod age;
+pub mod apart;
 pub mod campaign;
 pub mod cases;
 pub mod contents;

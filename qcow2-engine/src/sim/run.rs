@@ -116,6 +116,8 @@ const THOROUGH: u64 = 600;
 const SAMPLED: u64 = 6;
 /// Rounds of polling without progress, at the most, before a case counts as a hang.
 const MAX_STEPS: u64 = 200_000;
+/// Rounds of polling between two operations of the disk, at the most.
+const MAX_POLLS: u64 = 10_000;
 
 /// Whether a task has been woken.
 #[derive(Default)]
@@ -291,7 +293,7 @@ impl<'a> Life<'a> {
         let woken = Arc::new(Woken::default());
         let waker = Waker::from(Arc::clone(&woken));
         let mut context = Context::from_waker(&waker);
-        loop {
+        for _ in 0..MAX_POLLS {
             let before = (tasks.len(), self.disk.waiting(), self.model.borrow().now());
             let mut failure = None;
             tasks.retain_mut(|task| match task.as_mut().poll(&mut context) {
@@ -310,6 +312,7 @@ impl<'a> Life<'a> {
                 return Ok(());
             }
         }
+        Err("requests wake each other for ever".into())
     }
 
     /// Tries every crash state of this moment, unless it is the same as the last one.
