@@ -232,7 +232,13 @@ fn describe(failure: &Failure) {
     }
     let case = &failure.case;
     println!(
-        "  fault {:?}, {:?}, order {}, held back {:?}",
-        case.fault, case.file_system, case.seed, case.held_back
+        "  fault {:?}, full after {:?}, {:?}, order {}, held back {:?}, {:?}, {}",
+        case.fault,
+        case.fills_after,
+        case.file_system,
+        case.seed,
+        case.held_back,
+        case.paging,
+        if case.is_one_lane { "all on one lane" } else { "lanes of their own" }
     );
 }

@@ -1,8 +1,9 @@
 //! One simulated life of an image: requests on several lanes, a crash at every moment, a verdict.
 
 use super::{
-    disk::{Disk, Failing, FileSystem, HeldBack},
-    kill::Memory,
+    disk::Disk,
+    faults::{Failing, FileSystem, HeldBack},
+    memory::Memory,
     model::{Model, Value},
     oracle,
     play::{Player, play},
@@ -52,6 +53,8 @@ pub struct Case {
     pub file_system: FileSystem,
     /// How the metadata is cut into pages.
     pub paging: Paging,
+    /// All requests are of one lane, as those of a queue are.
+    pub is_one_lane: bool,
     /// The rule that is switched off.
     pub disabled: Option<RuleName>,
 }
@@ -105,6 +108,8 @@ impl Totals {
 
 pub(super) type Task = Pin<Box<dyn Future<Output = Result<(), String>>>>;
 
+/// Requests that a lane carries out at a time: no case has more.
+const SLOTS: usize = 4;
 /// Clusters that a lane reserves: few, so that the file stays small and extents run out.
 const EXTENT_CLUSTERS: u64 = 8;
 /// One operation in so many may be the one that is to be left behind: a task that only
@@ -190,10 +195,11 @@ fn serve(
     if let Some(rule) = case.disabled {
         image.disable_rule(rule);
     }
-    let lanes: Vec<_> = requests.iter().map(|_| Lane::new(&image, life.disk.clone(), 4)).collect();
+    let count = if case.is_one_lane { 1 } else { requests.len() };
+    let lanes: Vec<_> = (0..count).map(|_| Lane::new(&image, life.disk.clone(), SLOTS)).collect();
     let has_been_told = Rc::default();
     let mut next = 0;
-    let tasks = requests.iter().zip(&lanes).map(|(requests, lane)| {
+    let tasks = requests.iter().zip(lanes.iter().cycle()).map(|(requests, lane)| {
         let first = next;
         next += requests.len() as u32;
         let requests = requests.iter().copied().filter(|request| fixture.takes(request));
@@ -268,8 +274,12 @@ impl<'a> Life<'a> {
     /// tasks have ended. With `judge`, at every moment a crash is tried.
     pub(super) fn drive(&mut self, mut tasks: Vec<Task>, judge: bool) -> Result<(), String> {
         for step in 0..MAX_STEPS {
+            if judge {
+                self.set_trap();
+            }
             self.poll(&mut tasks)?;
             if judge {
+                self.kill_in_trap()?;
                 self.crash_here()?;
                 self.kill_here()?;
             }
@@ -329,7 +339,7 @@ impl<'a> Life<'a> {
             model: &model,
             sizes: &[model.len() as u64 * 512],
             backing: self.fixture.backing.as_deref(),
-            snapshot: &self.fixture.snapshot,
+            snapshots: &self.fixture.snapshots,
             initial: &self.fixture.content,
             memo: &self.memo,
         };
@@ -422,7 +432,7 @@ impl<'a> Life<'a> {
             model: &model,
             sizes: &[model.len() as u64 * 512],
             backing: self.fixture.backing.as_deref(),
-            snapshot: &self.fixture.snapshot,
+            snapshots: &self.fixture.snapshots,
             initial: &self.fixture.content,
             memo: &self.memo,
         };
