@@ -34,8 +34,6 @@ const PARALLEL_WRITES: usize = 64;
 const MAX_WRITE_BYTES: usize = 1 << 20;
 /// Dirty pages before writers have to help: 8 MiB of copies at the most while a cut is under way.
 const MAX_DIRTY_PAGES: usize = 2048;
-/// Freed clusters before writers have to help: 24 bytes each.
-const MAX_FREES: usize = 1 << 16;
 
 /// Who carries the next cut out, and how the last one went.
 #[derive(Default)]
@@ -161,7 +159,7 @@ impl<I: Io> Lane<I> {
             let fills = meta.redo.as_ref().is_some_and(RedoLog::is_filling);
             (
                 fills || meta.graph.len() > image.dirty_limit(),
-                meta.frees.len() > MAX_FREES && image.can_free(&meta),
+                meta.frees.len() > image.paging.max_frees && image.can_free(&meta),
             )
         };
         if dirty || freed {

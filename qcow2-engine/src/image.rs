@@ -12,6 +12,7 @@ use crate::{
     locks::RangeLocks,
     meta::Meta,
     open::Autoclear,
+    paging::Paging,
     redo::RedoLog,
     resolve::{Chain, Extents, Stop},
     territory::Sieve,
@@ -60,6 +61,7 @@ pub struct Image {
     pub(crate) opened_len: u64,
     /// Clusters that a lane reserves at a time.
     pub(crate) extent_clusters: u64,
+    pub(crate) paging: Paging,
     /// Guest clusters whose mapping is being changed.
     pub(crate) mappings: RangeLocks,
     /// L1 entries whose table is being made or copied.

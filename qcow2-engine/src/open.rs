@@ -224,6 +224,7 @@ impl Image {
             header: header.clone(),
             opened_len: top.len,
             extent_clusters: (options.extent_bytes >> geometry.cluster_bits).max(1),
+            paging: options.paging,
             mappings: RangeLocks::default(),
             tables: RangeLocks::default(),
             loads: RangeLocks::default(),

@@ -1,4 +1,5 @@
-//! How metadata is cut into pages, and how many of them are kept however little memory there is.
+//! How metadata is cut into pages, how many of them are kept however little memory there is, and how many freed
+//! clusters may wait.
 
 /// The pages of an image's metadata.
 ///
@@ -13,6 +14,10 @@ pub struct Paging {
     pub(crate) least_slices: usize,
     /// The fewest pages of refcount blocks that are kept.
     pub(crate) least_refcount_pages: usize,
+    /// Freed clusters before writers have to help: 24 bytes each.
+    pub(crate) max_frees: usize,
+    /// References given back per step, so that a step is bounded.
+    pub(crate) free_step: usize,
 }
 
 /// Bytes of the longest page: the physical block of the disks there are.
@@ -22,12 +27,27 @@ impl Paging {
     /// For images of a few hundred clusters: their tables have several pages all the same, and more of them
     /// than are kept.
     #[cfg(feature = "sim")]
-    pub(crate) const TINY: Self = Self { page_bytes: 512, least_slices: 4, least_refcount_pages: 2 };
+    pub(crate) const SMALL: Self = Self {
+        page_bytes: 512,
+        least_slices: 4,
+        least_refcount_pages: 2,
+        max_frees: 1 << 16,
+        free_step: 4096,
+    };
+    /// And more is freed than may wait, or is given back in one step.
+    #[cfg(feature = "sim")]
+    pub(crate) const TINY: Self = Self { max_frees: 24, free_step: 10, ..Self::SMALL };
 }
 
 impl Default for Paging {
     /// Enough pages that a request which needs two, on each of several queues, cannot starve.
     fn default() -> Self {
-        Self { page_bytes: MAX_PAGE, least_slices: 64, least_refcount_pages: 64 }
+        Self {
+            page_bytes: MAX_PAGE,
+            least_slices: 64,
+            least_refcount_pages: 64,
+            max_frees: 1 << 16,
+            free_step: 4096,
+        }
     }
 }

@@ -20,9 +20,6 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
-/// References given back per step, so that a step is bounded.
-const STEP: usize = 4096;
-
 /// References that are being given back. What is left of them when it is dropped goes back into the queue.
 struct Batch<'a> {
     image: &'a Image,
@@ -73,7 +70,11 @@ impl<I: Io> Lane<I> {
         let image = self.image();
         let _reclaiming = image.reclaiming.acquire(0..1).await;
         while !image.damage.is_condemned() {
-            let mut batch = Batch { image, references: image.take_ready_frees(STEP), is_punching: false };
+            let mut batch = Batch {
+                image,
+                references: image.take_ready_frees(image.paging.free_step),
+                is_punching: false,
+            };
             if batch.references.is_empty() {
                 return Ok(());
             }

@@ -4,14 +4,16 @@ use clap::Parser;
 use qcow2_engine::{
     RuleName,
     sim::{
-        campaign::{self, Budget, Failure},
+        apart::{Ended, Wire, apart, numbered},
+        campaign::{self, Budget, Failure, NO_END},
         cases,
         run::{Totals, Work, simulate},
         workload::Fixture,
     },
 };
 use std::{
-    process::ExitCode,
+    process::{self, ExitCode},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -44,6 +46,10 @@ struct Args {
     threads: usize,
 }
 
+/// What a campaign's process has beyond its budget: for the cases that are under way at its end, and for judging the one
+/// that failed once more.
+const MARGIN: Duration = Duration::from_secs(180);
+
 fn main() -> ExitCode {
     let args = Args::parse();
     let prepared = tempfile::tempdir().and_then(|directory| cases::fixtures(directory.path()));
@@ -72,25 +78,59 @@ fn budget(args: &Args) -> Budget {
     Budget { time: Duration::from_secs(args.budget), states: args.states }
 }
 
+/// In a process of its own, as all campaigns: a case may panic or never end.
 fn search(fixtures: &[Fixture], args: &Args) -> bool {
-    let begun = Instant::now();
-    let (totals, failure) = match campaign::run(fixtures, args.seed, None, budget(args), args.threads) {
-        Ok(totals) => (totals, None),
-        Err((totals, failure)) => (totals, Some(failure)),
+    let ended = in_time(args, |wire| {
+        let begun = Instant::now();
+        match run(fixtures, args, None, wire) {
+            Ok(totals) => {
+                report(&totals, args.seed, begun.elapsed());
+                if totals.states < args.at_least {
+                    wire.say(&format!("too few crash states: {} of {}", totals.states, args.at_least));
+                }
+            }
+            Err((totals, failure)) => {
+                report(&totals, args.seed, begun.elapsed());
+                wire.say_of(failure.number, &failure.message);
+            }
+        }
+    });
+    match ended {
+        Ended::Well => return true,
+        Ended::Overran => println!("the campaign does not end"),
+        Ended::Said(said) => match numbered(&said) {
+            Some((number, message)) => shrink(fixtures, args, number, message),
+            None => println!("{said}"),
+        },
+    }
+    false
+}
+
+fn shrink(fixtures: &[Fixture], args: &Args, number: u64, message: &str) {
+    let mut failure = Failure::new(fixtures, args.seed, number, None, message);
+    println!("VIOLATION on {}: {}", fixtures[failure.fixture].name, failure.message);
+    println!("replay with --seed {} --case {}; it is being shrunk", failure.seed, failure.number);
+    failure.shrink(fixtures);
+    describe(&failure);
+}
+
+/// Runs a campaign in a process that is ended when its time is up.
+fn in_time(args: &Args, campaign: impl FnOnce(&Arc<Wire>)) -> Ended {
+    let limit = Duration::from_secs(args.budget).saturating_add(MARGIN);
+    apart(limit, campaign).unwrap_or_else(|error| Ended::Said(format!("there can be no process: {error}")))
+}
+
+fn run(
+    fixtures: &[Fixture],
+    args: &Args,
+    disabled: Option<RuleName>,
+    wire: &Arc<Wire>,
+) -> Result<Totals, (Totals, Box<Failure>)> {
+    let stuck = |number| {
+        wire.say_of(number, NO_END);
+        process::exit(1)
     };
-    report(&totals, args.seed, begun.elapsed());
-    if let Some(mut failure) = failure {
-        println!("VIOLATION on {}: {}", fixtures[failure.fixture].name, failure.message);
-        println!("replay with --seed {} --case {}; it is being shrunk", failure.seed, failure.number);
-        failure.shrink(fixtures);
-        describe(&failure);
-        return false;
-    }
-    if totals.states < args.at_least {
-        println!("too few crash states: {} of {}", totals.states, args.at_least);
-        return false;
-    }
-    true
+    campaign::run(fixtures, args.seed, disabled, budget(args), args.threads, &stuck)
 }
 
 fn rule(name: &str) -> Result<RuleName, String> {
@@ -104,35 +144,50 @@ fn rule(name: &str) -> Result<RuleName, String> {
 /// Takes a rule away; a violation must turn up, in a case that is sound with the rule.
 fn is_noticed(fixtures: &[Fixture], args: &Args, rule: RuleName) -> bool {
     let begun = Instant::now();
-    match campaign::run(fixtures, args.seed, Some(rule), budget(args), args.threads) {
+    let ended = in_time(args, |wire| match run(fixtures, args, Some(rule), wire) {
         Ok(totals) => {
-            println!(
-                "{rule:?}: NOT noticed in {} crash states of {} workloads",
-                totals.states, totals.workloads
-            );
-            false
+            wire.say(&format!("in {} crash states of {} workloads", totals.states, totals.workloads));
         }
         Err((totals, failure)) => {
-            println!(
-                "{rule:?}: noticed after {} crash states of {} workloads, {:.1} s: {}",
-                totals.states,
-                totals.workloads,
-                begun.elapsed().as_secs_f64(),
-                failure.message
+            let (states, workloads) = (totals.states, totals.workloads);
+            let seconds = begun.elapsed().as_secs_f64();
+            let message = failure.message;
+            wire.say_of(
+                failure.number,
+                &format!("after {states} crash states of {workloads} workloads, {seconds:.1} s: {message}"),
             );
-            let with_the_rule = is_sound_with_all_rules(fixtures, failure.seed, failure.number);
-            if !with_the_rule {
-                println!("{rule:?}: but case {} fails with the rule, too", failure.number);
-            }
-            with_the_rule
         }
-    }
+    });
+    let why_not = match ended {
+        Ended::Well => "the campaign said nothing".to_owned(),
+        Ended::Overran => {
+            format!("the campaign did not end, and was killed after {:.0} s", begun.elapsed().as_secs_f64())
+        }
+        Ended::Said(said) => match numbered(&said) {
+            Some((number, NO_END)) => format!("case {number} does not end"),
+            Some((number, message)) => {
+                println!("{rule:?}: noticed {message}");
+                match sound_with_all_rules(fixtures, args, number) {
+                    Ended::Well => return true,
+                    Ended::Overran => format!("but case {number} does not end with the rule either"),
+                    Ended::Said(message) => format!("but case {number} fails with the rule, too: {message}"),
+                }
+            }
+            None => said,
+        },
+    };
+    println!("{rule:?}: NOT noticed: {why_not}");
+    false
 }
 
 /// Whether a case of the campaign holds with no rule taken away.
-fn is_sound_with_all_rules(fixtures: &[Fixture], seed: u64, number: u64) -> bool {
-    let (index, case) = cases::case(fixtures, seed, number);
-    simulate(&fixtures[index], &case, &mut Totals::default()).is_ok()
+fn sound_with_all_rules(fixtures: &[Fixture], args: &Args, number: u64) -> Ended {
+    in_time(args, |wire| {
+        let (index, case) = cases::case(fixtures, args.seed, number);
+        if let Err(message) = simulate(&fixtures[index], &case, &mut Totals::default()) {
+            wire.say(&message);
+        }
+    })
 }
 
 fn replay(fixtures: &[Fixture], args: &Args, number: u64) -> bool {
@@ -177,7 +232,13 @@ fn describe(failure: &Failure) {
     }
     let case = &failure.case;
     println!(
-        "  fault {:?}, {:?}, order {}, held back {:?}",
-        case.fault, case.file_system, case.seed, case.held_back
+        "  fault {:?}, full after {:?}, {:?}, order {}, held back {:?}, {:?}, {}",
+        case.fault,
+        case.fills_after,
+        case.file_system,
+        case.seed,
+        case.held_back,
+        case.paging,
+        if case.is_one_lane { "all on one lane" } else { "lanes of their own" }
     );
 }

@@ -71,13 +71,19 @@ pub(super) fn fill_table(fixture: &Fixture) -> Result<Fixture, String> {
 }
 
 /// An image behind whose end lies what a loss of power has left of writes that it has undone: so many clusters, the last
-/// of them in part.
+/// of them in part,
 const TAIL: usize = 9;
+/// or all up to where the next refcount block is going to be, if that counts no more than this.
+const SMALL_BLOCK: usize = 128;
 
 /// Makes the file longer: the clusters are free, and have old content.
 pub(super) fn leave_tail(fixture: &Fixture) -> Fixture {
     let mut image = fixture.image.clone();
-    let sectors = TAIL * fixture.variant.cluster_sectors + fixture.variant.cluster_sectors / 2;
+    let cluster_bytes = fixture.variant.cluster_sectors * 512;
+    let per_block = cluster_bytes * 8 / fixture.variant.refcount_bits as usize;
+    let used = image.len().div_ceil(cluster_bytes);
+    let behind = if per_block <= SMALL_BLOCK { used.next_multiple_of(per_block) - used } else { 0 };
+    let sectors = (behind + TAIL) * fixture.variant.cluster_sectors + fixture.variant.cluster_sectors / 2;
     image.resize(image.len().next_multiple_of(fixture.variant.cluster_sectors * 512), 0);
     let old = (0..sectors).map(|sector| Value::Stamp { request: EARLIER, sector: sector as u32 });
     image.extend(old.flat_map(Value::bytes));

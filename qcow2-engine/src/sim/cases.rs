@@ -6,11 +6,15 @@
 use super::{
     age::{age, fill_table, leave_tail},
     damage::Damage,
-    disk::{Failing, Fault, FileSystem, HeldBack, Victim},
+    faults::{Failing, Fault, FileSystem, HeldBack, Victim},
     rng::Rng,
     run::{Case, Work},
+    sequences::{
+        allocating, changing_all, churn, crossing, discard, flushed, freeing, freeing_much, growing,
+        long_write, meeting, random, short, tables_after_data, touch, with_flushes, writers,
+    },
     tools::Tool,
-    workload::{Fixture, Initial, Maker, Past, Request, SECTORS, Variant},
+    workload::{Fixture, Initial, Maker, Past, Request, Variant},
 };
 use crate::{Paging, Preallocation, Repair};
 use std::{io, path::Path};
@@ -32,6 +36,8 @@ enum Plan {
     Faulty,
     /// There is no room for a new extent, or for a whole one.
     NoRoom,
+    /// Nor for the next one, and counts of the clusters that are given up for it cannot be read.
+    NoRoomUnread,
     /// The host is full from some moment on: who needs no new cluster goes on.
     FullHost,
     /// Several flushes share a cut that fails.
@@ -43,6 +49,8 @@ enum Plan {
     FailedCopy,
     /// Lanes give clusters back at the same time.
     Freeing,
+    /// More changes of the mapping than the redo log holds.
+    FullLog,
     /// A lane gives clusters back, and takes more when that is done: what another one has freed meanwhile, in a cut that
     /// has failed.
     FreeingAfterFailedCut,
@@ -75,7 +83,7 @@ enum Plan {
 }
 
 /// Of so many cases, how many follow which plan.
-const MIX: [(u64, Plan); 24] = [
+const MIX: [(u64, Plan); 26] = [
     (20, Plan::Short),
     (8, Plan::ShortAtOnce),
     (14, Plan::Lanes),
@@ -83,10 +91,12 @@ const MIX: [(u64, Plan); 24] = [
     (8, Plan::Long),
     (30, Plan::Faulty),
     (16, Plan::NoRoom),
+    (8, Plan::NoRoomUnread),
     (14, Plan::FullHost),
     (12, Plan::FailedCut),
     (8, Plan::TornWrite),
     (8, Plan::Freeing),
+    (4, Plan::FullLog),
     (12, Plan::FreeingAfterFailedCut),
     (14, Plan::FreeingUnread),
     (10, Plan::FreeingBesideCut),
@@ -105,6 +115,8 @@ const MIX: [(u64, Plan); 24] = [
 const UNABLE_SHARE: u64 = 4;
 /// One in so many is on an image with a tail.
 const TAILED_SHARE: u64 = 4;
+/// In one of so many cases all requests are of one lane.
+const ONE_LANE_SHARE: u64 = 3;
 /// One in so many cases holds the oldest operation back.
 const STARVING_SHARE: u64 = 3;
 
@@ -144,12 +156,14 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
         Plan::Search => Past::Crashed,
         Plan::SearchWhileAllocating | Plan::Tool if rng.below(2) == 0 => Past::Crashed,
         Plan::Tool => Past::Made,
+        // Its end is in a cluster that is free and has old content.
+        Plan::NoRoom if rng.below(2) == 0 => Past::Tailed,
         _ if rng.below(TAILED_SHARE) == 0 => Past::Tailed,
         _ => Past::Made,
     };
     // Of many refcount pages few are kept; new blocks are made.
     let needs_blocks = match plan {
-        Plan::FreeingUnread | Plan::FreeingBesideCut => true,
+        Plan::FreeingUnread | Plan::FreeingBesideCut | Plan::NoRoomUnread | Plan::FullLog => true,
         Plan::Freeing | Plan::FullHost => rng.below(2) == 0,
         _ => false,
     };
@@ -162,9 +176,11 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
             Plan::Growing => {
                 fixture.variant == Variant::SMALL_BLOCKS && fixture.initial.makes_writes_allocate()
             }
-            Plan::NoRoom | Plan::FullHost | Plan::FailedCut | Plan::TornWrite => {
+            Plan::NoRoom | Plan::NoRoomUnread | Plan::FullHost | Plan::FailedCut | Plan::TornWrite => {
                 fixture.initial.makes_writes_allocate()
             }
+            // What is zero already is not changed.
+            Plan::FullLog => fixture.initial == Initial::Data,
             _ if plan.frees() => {
                 !matches!(fixture.initial, Initial::Unallocated | Initial::Backing | Initial::ZeroPlain)
                     && fixture.can_discard
@@ -182,7 +198,8 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
     let fault = plan.fault(&mut rng);
     let fills_after = (plan == Plan::FullHost).then(|| rng.below(120));
     let file_system = FileSystem {
-        allocates: matches!(plan, Plan::NoRoom | Plan::FullHost) || rng.below(UNABLE_SHARE) != 0,
+        allocates: matches!(plan, Plan::NoRoom | Plan::NoRoomUnread | Plan::FullHost)
+            || rng.below(UNABLE_SHARE) != 0,
         punches: plan != Plan::ReuseForTables && rng.below(UNABLE_SHARE) != 0,
     };
     let held_back = match plan {
@@ -194,9 +211,17 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
         _ if rng.below(STARVING_SHARE) == 0 => HeldBack::Oldest,
         _ => HeldBack::Nothing,
     };
-    let paging = if plan.frees() || rng.below(2) == 0 { Paging::TINY } else { Paging::default() };
+    let paging = match plan.frees() || rng.below(2) == 0 {
+        false => Paging::default(),
+        // The search gives clusters up that change in each of four rounds: many small batches have them do so.
+        true if plan.searches() => Paging::SMALL,
+        true => Paging::TINY,
+    };
+    let is_one_lane = rng.below(ONE_LANE_SHARE) == 0;
     let seed = rng.draw();
-    (fixture, Case { work, seed, held_back, fault, fills_after, file_system, paging, disabled: None })
+    let case =
+        Case { work, seed, held_back, fault, fills_after, file_system, paging, is_one_lane, disabled: None };
+    (fixture, case)
 }
 
 impl Plan {
@@ -219,6 +244,10 @@ impl Plan {
         )
     }
 
+    fn searches(self) -> bool {
+        matches!(self, Self::Search | Self::SearchWhileAllocating | Self::SearchFullTable)
+    }
+
     /// What fails in a case of this kind.
     fn fault(self, rng: &mut Rng) -> Option<Failing> {
         let some = |rng: &mut Rng, victim, fault, reach| {
@@ -229,6 +258,10 @@ impl Plan {
             Self::Faulty => Some(failing(rng)),
             Self::Tool if rng.below(4) == 0 => Some(failing(rng)),
             Self::NoRoom => some(rng, Victim::Growth, refusal, 4),
+            Self::NoRoomUnread => {
+                let (after, times) = (rng.below(12), 2 + rng.below(6));
+                Some(Failing { victim: Victim::GrowthOrRead, after, times, fault: Fault::Eio })
+            }
             Self::FailedCut => some(rng, Victim::Metadata, refusal, 12),
             Self::TornWrite => some(rng, Victim::Write, Fault::Torn, 8),
             Self::FailedCopy => some(rng, Victim::Read, Fault::Eio, 12),
@@ -269,9 +302,16 @@ impl Plan {
                 vec![freeing(rng), with_flushes(discards)]
             }
             Self::FreeingBesideCut => {
-                let flushes = vec![Request::Flush; 2 + rng.below(5) as usize];
-                vec![freeing(rng), flushes, (0..2 + rng.below(3)).map(|_| long_write(rng)).collect()]
+                let flushes = vec![Request::Flush; 3 + rng.below(6) as usize];
+                let writes = (0..3 + rng.below(4)).map(|_| long_write(rng)).collect();
+                vec![if rng.below(2) == 0 { freeing(rng) } else { freeing_much(rng) }, flushes, writes]
             }
+            Self::NoRoomUnread => {
+                let mut lanes = writers(rng);
+                lanes.push(freeing(rng));
+                lanes
+            }
+            Self::FullLog => (0..2 + rng.below(2)).map(|_| changing_all(rng)).collect(),
             Self::FailedCopy => (0..1 + rng.below(2)).map(|_| crossing(rng)).collect(),
             Self::ReuseForTables => vec![tables_after_data(rng)],
             Self::Flushed => (0..1 + rng.below(2)).map(|_| flushed(rng)).collect(),
@@ -333,139 +373,6 @@ fn failing(rng: &mut Rng) -> Failing {
         victim: victims[rng.below(6) as usize],
         after: rng.below(reach),
         times: if rng.below(3) == 0 { 2 + rng.below(8) } else { 1 },
-        fault: [Fault::Eio, Fault::Enospc, Fault::Short, Fault::Torn][rng.below(4) as usize],
+        fault: [Fault::Eio, Fault::Enospc, Fault::Short, Fault::Torn, Fault::Done][rng.below(5) as usize],
     }
-}
-
-/// Two to four lanes whose requests are all within a few sectors.
-fn meeting(rng: &mut Rng) -> Vec<Vec<Request>> {
-    let window = 2 + rng.below(8) as usize;
-    let anywhere = rng.below((SECTORS - window) as u64) as usize;
-    let first = [6, 252, SECTORS - window, anywhere][rng.below(4) as usize];
-    let request = |rng: &mut Rng| {
-        let at = first + rng.below(window as u64) as usize;
-        let count = 1 + rng.below((first + window - at) as u64) as usize;
-        match rng.below(12) {
-            0..=5 => Request::Write(at, count),
-            6 => Request::Read(first, window),
-            7 => Request::Zero(at, count, rng.below(2) == 0),
-            8..=9 => Request::Discard(first, window),
-            10 => Request::Flush,
-            _ => Request::Maintain,
-        }
-    };
-    let lane = |rng: &mut Rng| (0..1 + rng.below(4)).map(|_| request(rng)).collect();
-    (0..2 + rng.below(3)).map(|_| lane(rng)).collect()
-}
-
-/// Frees clusters that had data, and then writes where there is no L2 table yet: it is given one of them. (Where they
-/// cannot be punched out the data is still there.)
-fn tables_after_data(rng: &mut Rng) -> Vec<Request> {
-    let below_second_table =
-        |rng: &mut Rng| Request::Write(rng.below(100) as usize, 18 + rng.below(7) as usize);
-    let mut requests = vec![below_second_table(rng), Request::Discard(0, 256)];
-    requests.extend([Request::Flush, Request::Maintain, Request::Flush, below_second_table(rng)]);
-    requests.extend((0..1 + rng.below(3)).map(|_| small_write(rng)));
-    requests.push(Request::Flush);
-    requests
-}
-
-/// Small writes with a flush after each.
-fn flushed(rng: &mut Rng) -> Vec<Request> {
-    (0..2 + rng.below(5)).flat_map(|_| [small_write(rng), Request::Flush]).collect()
-}
-
-/// Writes that take a cluster or two each, so that there may be room for one and not for a whole extent.
-fn allocating(rng: &mut Rng) -> Vec<Request> {
-    (0..3 + rng.below(6)).map(|_| if rng.below(5) == 0 { Request::Flush } else { small_write(rng) }).collect()
-}
-
-/// With a flush after each request.
-fn with_flushes(requests: Vec<Request>) -> Vec<Request> {
-    requests.into_iter().flat_map(|request| [request, Request::Flush]).collect()
-}
-
-/// Some clusters.
-fn discard(rng: &mut Rng) -> Request {
-    let count = 8 + rng.below(24) as usize;
-    Request::Discard(rng.below((SECTORS - count) as u64) as usize, count)
-}
-
-/// Gives clusters of several refcount pages back, and takes some of them again.
-fn freeing(rng: &mut Rng) -> Vec<Request> {
-    let mut requests = Vec::new();
-    for _ in 0..2 + rng.below(3) {
-        requests.extend((0..1 + rng.below(4)).map(|_| discard(rng)));
-        requests.extend([Request::Flush, Request::Maintain]);
-        requests.extend((0..rng.below(3)).map(|_| small_write(rng)));
-    }
-    requests.push(Request::Maintain);
-    requests
-}
-
-/// Writes that reach into two L2 tables, or nearly: both are copied at the same time.
-fn crossing(rng: &mut Rng) -> Vec<Request> {
-    let write = |rng: &mut Rng| {
-        let table = [64, 128, 256, 512][rng.below(4) as usize];
-        Request::Write(table - 1 - rng.below(6) as usize, 2 + rng.below(5) as usize)
-    };
-    (0..2 + rng.below(6)).map(|_| if rng.below(6) == 0 { Request::Flush } else { write(rng) }).collect()
-}
-
-/// A few requests of the alphabet.
-fn short(rng: &mut Rng) -> Vec<Request> {
-    let len = 1 + rng.below(3);
-    (0..len).map(|_| Request::ALPHABET[rng.below(Request::ALPHABET.len() as u64) as usize]).collect()
-}
-
-fn random(rng: &mut Rng, max: u64) -> Vec<Request> {
-    (0..1 + rng.below(max)).map(|_| Request::random(rng)).collect()
-}
-
-/// More than one extent's worth of clusters.
-fn long_write(rng: &mut Rng) -> Request {
-    let count = 18 + rng.below(7) as usize;
-    Request::Write(rng.below((SECTORS - count) as u64) as usize, count)
-}
-
-/// Lanes that need new extents all the time.
-fn writers(rng: &mut Rng) -> Vec<Vec<Request>> {
-    let lanes = 2 + rng.below(2);
-    (0..lanes).map(|_| (0..1 + rng.below(4)).map(|_| long_write(rng)).collect()).collect()
-}
-
-/// A request that uses clusters which [`churn`] frees.
-fn touch(rng: &mut Rng) -> Request {
-    let at = 6 + rng.below(4) as usize;
-    if rng.below(2) == 0 { Request::Write(at, 2) } else { Request::Read(at, 2) }
-}
-
-/// Frees clusters of two places, and writes to one of them: that is given the other's.
-fn churn(rng: &mut Rng) -> Vec<Request> {
-    let elsewhere = 20 + 40 * rng.below(8) as usize;
-    // Enough for all that one cluster holds, compressed.
-    let all = if rng.below(2) == 0 { 20 } else { 160 };
-    vec![
-        // The mapping is in memory then.
-        Request::Read(4, 10),
-        Request::Read(elsewhere, 20),
-        Request::Discard(4, 10),
-        Request::Discard(elsewhere, all),
-        Request::Flush,
-        Request::Maintain,
-        Request::Write(elsewhere, 20),
-        Request::Flush,
-    ]
-}
-
-fn small_write(rng: &mut Rng) -> Request {
-    let count = 1 + rng.below(3) as usize;
-    Request::Write(rng.below((SECTORS - count) as u64) as usize, count)
-}
-
-/// Requests of which the first makes a full refcount table grow.
-fn growing(rng: &mut Rng) -> Vec<Request> {
-    let mut lane = vec![long_write(rng), long_write(rng)];
-    lane.extend(random(rng, 6));
-    lane
 }

@@ -1,6 +1,6 @@
 //! The bytes of a file, with a hash that follows each change without reading all of them again.
 
-use super::disk::{Change, SECTOR};
+use super::file::{Change, SECTOR};
 use std::ops::Range;
 
 /// Bytes that changes are made to and taken back from.
@@ -74,8 +74,8 @@ impl Contents {
     }
 }
 
-/// A sector's part in the hash of the file: eight interleaved lanes of a multiplicative hash.
-fn sum(sector: usize, bytes: &[u8]) -> u64 {
+/// A sector's part in the hash of the file, if it has whole words: eight interleaved lanes of a multiplicative hash.
+pub(super) fn sum(sector: usize, bytes: &[u8]) -> u64 {
     let mut lanes = [0_u64; 8];
     for chunk in bytes.chunks(64) {
         for (lane, word) in lanes.iter_mut().zip(chunk.chunks_exact(8)) {

@@ -6,7 +6,11 @@
 //! there as well. The file's length is an item of its own. What a failed barrier should have covered is
 //! lost, though it goes on being read.
 
-use super::{contents::Contents, model::Value};
+use super::{
+    contents::Contents,
+    faults::{Failing, Fault, FileSystem, HeldBack},
+    file::{Change, File, Kind, SECTOR},
+};
 use crate::{
     RuleName,
     io::{Access, Buf, FileId, Io, Storage},
@@ -15,7 +19,6 @@ use std::{
     cell::RefCell,
     future::Future,
     io,
-    ops::Range,
     path::Path,
     pin::Pin,
     rc::Rc,
@@ -25,128 +28,6 @@ use std::{
     },
     task::{Context, Poll, Waker},
 };
-
-/// The unit that is written whole or not at all.
-pub const SECTOR: usize = 512;
-
-/// A change of a file that a crash may keep or lose.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
-    /// Bytes at an offset.
-    Write {
-        /// Where.
-        at: u64,
-        /// What.
-        bytes: Arc<[u8]>,
-    },
-    /// Zeros, by deallocation.
-    Punch {
-        /// Where.
-        at: u64,
-        /// How many bytes.
-        len: u64,
-    },
-    /// A new length.
-    Length(u64),
-    /// Space for all that lies between, and at least the length that it ends with: an allocation never cuts a file
-    /// off that has grown meanwhile.
-    Extend {
-        /// Where it begins.
-        from: u64,
-        /// Where it ends.
-        end: u64,
-    },
-}
-
-/// What the host does to an operation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Fault {
-    /// Input/output error.
-    Eio,
-    /// No space left.
-    Enospc,
-    /// Half of a read or write is carried out, and reported.
-    Short,
-    /// Input/output error, and half of a write has been carried out.
-    Torn,
-}
-
-/// Which operations fail, and how.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Failing {
-    /// The kind of operation.
-    pub victim: Victim,
-    /// So many of that kind do not fail first.
-    pub after: u64,
-    /// So many of that kind fail then, one after the other.
-    pub times: u64,
-    /// What happens to them.
-    pub fault: Fault,
-}
-
-/// A kind of operation that fails.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Victim {
-    /// Each.
-    Any,
-    /// A read.
-    Read,
-    /// A write.
-    Write,
-    /// A write of anything but a guest's data.
-    Metadata,
-    /// One that makes the file longer without writing to it.
-    Growth,
-    /// A barrier.
-    Sync,
-}
-
-/// Which operation is left behind for as long as there are others, though not for ever: it lands when
-/// everything else has moved on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HeldBack {
-    /// None.
-    Nothing,
-    /// The oldest.
-    Oldest,
-    /// One that makes a file longer, if there is one.
-    Growth,
-    /// A transfer that the engine does not wait for (`direct.rs`), if there is one.
-    Direct,
-    /// A hole that is being punched, if there is one.
-    Punch,
-    /// A write of metadata, if there is one.
-    Metadata,
-}
-
-/// What the file system can do besides reading and writing.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct FileSystem {
-    /// Space can be allocated ahead.
-    pub allocates: bool,
-    /// Holes can be punched.
-    pub punches: bool,
-}
-
-impl FileSystem {
-    /// One that can do everything.
-    pub const ABLE: Self = Self { allocates: true, punches: true };
-
-    /// What becomes of an operation here.
-    fn admit(self, kind: Kind) -> Kind {
-        match kind {
-            Kind::Change(Change::Extend { .. }) if !self.allocates => Kind::Refused,
-            Kind::Change(Change::Punch { .. }) if !self.punches => Kind::Refused,
-            other => other,
-        }
-    }
-}
-
-impl Default for FileSystem {
-    fn default() -> Self {
-        Self::ABLE
-    }
-}
 
 /// The disk. Clones share it.
 #[derive(Clone, Default)]
@@ -182,118 +63,11 @@ struct State {
     version: u64,
 }
 
-/// A file, as it is and as it may be after a crash.
-#[derive(Clone, Debug, Default)]
-pub struct File {
-    /// What readers see.
-    pub current: Vec<u8>,
-    /// What no crash can take away.
-    pub durable: Contents,
-    /// Completed and not durable, oldest first, with the moment of completion.
-    pub pending: Vec<(u64, Change)>,
-    /// The sectors that have space on the host. The file was made without holes.
-    pub(super) has_space: Vec<bool>,
-}
-
 struct Operation {
     id: u64,
     file: usize,
     kind: Kind,
     is_direct: bool,
-}
-
-enum Kind {
-    Read {
-        at: u64,
-        buf: Buf,
-    },
-    Change(Change),
-    /// With the moment of its issue.
-    Sync(u64),
-    /// The file system cannot do this.
-    Refused,
-}
-
-impl Fault {
-    fn is_error(self) -> bool {
-        self != Self::Short
-    }
-}
-
-impl Failing {
-    /// An operation's turn: what happens to it.
-    fn strike(&mut self, kind: &Kind) -> Option<Fault> {
-        if !self.victim.is(kind) || self.times == 0 {
-            return None;
-        }
-        if self.after > 0 {
-            self.after -= 1;
-            return None;
-        }
-        self.times -= 1;
-        Some(self.fault)
-    }
-}
-
-impl Kind {
-    /// Whether it writes something that is neither a guest's data nor zeros.
-    fn is_metadata(&self) -> bool {
-        let Self::Change(Change::Write { bytes, .. }) = self else { return false };
-        bytes.chunks_exact(SECTOR).any(|sector| Value::read(sector) == Value::Foreign)
-    }
-}
-
-impl Victim {
-    fn is(self, kind: &Kind) -> bool {
-        match self {
-            Self::Any => true,
-            Self::Read => matches!(kind, Kind::Read { .. }),
-            Self::Write => matches!(kind, Kind::Change(Change::Write { .. })),
-            Self::Metadata => kind.is_metadata(),
-            Self::Growth => matches!(kind, Kind::Change(Change::Extend { .. } | Change::Length(_))),
-            Self::Sync => matches!(kind, Kind::Sync(_)),
-        }
-    }
-}
-
-impl Change {
-    /// Carries the change out on the bytes of a file.
-    pub fn apply(&self, bytes: &mut Vec<u8>) {
-        match self {
-            Self::Write { at, bytes: new } => {
-                let (start, end) = (*at as usize, *at as usize + new.len());
-                bytes.resize(bytes.len().max(end), 0);
-                bytes[start..end].copy_from_slice(new);
-            }
-            Self::Punch { at, len } => {
-                let end = bytes.len().min((at + len) as usize);
-                let start = (*at as usize).min(end);
-                bytes[start..end].fill(0);
-            }
-            Self::Length(len) => bytes.resize(*len as usize, 0),
-            Self::Extend { end, .. } => bytes.resize(bytes.len().max(*end as usize), 0),
-        }
-    }
-
-    /// The bytes that it may change in a file of this length.
-    pub(super) fn reach(&self, file_len: usize) -> Range<usize> {
-        match *self {
-            Self::Write { at, ref bytes } => (at as usize).min(file_len)..at as usize + bytes.len(),
-            Self::Punch { at, len } => (at as usize).min(file_len)..file_len.min((at + len) as usize),
-            Self::Length(len) => file_len.min(len as usize)..file_len.max(len as usize),
-            Self::Extend { end, .. } => file_len.min(end as usize)..file_len.max(end as usize),
-        }
-    }
-
-    /// The bytes that it needs space for, or gives the space of back.
-    fn space(&self) -> Range<u64> {
-        match *self {
-            Self::Write { at, ref bytes } => at..at + bytes.len() as u64,
-            Self::Punch { at, len } => at..at + len,
-            Self::Extend { from, end } => from..end,
-            Self::Length(len) => len..u64::MAX,
-        }
-    }
 }
 
 impl Disk {
@@ -419,16 +193,16 @@ impl Disk {
     }
 
     /// What the next process finds when this one is killed: all that has completed, durable or not,
-    /// and of what is in flight whatever `keeps`.
+    /// and what has `landed` of each change that is in flight.
     #[must_use]
-    pub fn after_kill(&self, mut keeps: impl FnMut() -> bool) -> Self {
+    pub fn after_kill(&self, mut landed: impl FnMut(&Change) -> Option<Change>) -> Self {
         let state = self.0.borrow();
         let mut files = state.files.clone();
         for operation in &state.waiting {
             if let Kind::Change(change) = &operation.kind
-                && keeps()
+                && let Some(change) = landed(change)
             {
-                files[operation.file].change(0, change.clone());
+                files[operation.file].change(0, change);
             }
         }
         // The new disk's clock begins at 0: a barrier that it is asked for covers all of this.
@@ -481,85 +255,6 @@ impl Disk {
         state.version += u64::from(matches!(kind, Kind::Change(_)));
         state.waiting.push(Operation { id, file: file.0 as usize, kind, is_direct });
         Pending { disk: self.clone(), id }
-    }
-}
-
-impl File {
-    fn carry_out(&mut self, kind: Kind, now: u64, fault: Option<Fault>) -> io::Result<usize> {
-        let error = match fault {
-            Some(Fault::Eio | Fault::Torn) => Some(libc::EIO),
-            Some(Fault::Enospc) => Some(libc::ENOSPC),
-            Some(Fault::Short) | None => None,
-        };
-        if let Some(error) = error {
-            match kind {
-                // As a kernel does: what could not be written counts as written, and is read as such.
-                Kind::Sync(issued) => drop(self.settle(issued)),
-                Kind::Change(Change::Write { at, bytes }) if fault == Some(Fault::Torn) => {
-                    let half = bytes.len().div_ceil(2).next_multiple_of(SECTOR).min(bytes.len());
-                    self.change(now, Change::Write { at, bytes: bytes[..half].into() });
-                }
-                _ => {}
-            }
-            return Err(io::Error::from_raw_os_error(error));
-        }
-        let is_short = fault == Some(Fault::Short);
-        match kind {
-            Kind::Refused => Err(io::ErrorKind::Unsupported.into()),
-            Kind::Read { at, buf } => {
-                let start = self.current.len().min(at as usize);
-                let mut len = buf.len().min(self.current.len() - start);
-                if is_short && len > SECTOR {
-                    len = len / 2 / SECTOR * SECTOR;
-                }
-                buf.copy_from(0, &self.current[start..start + len]);
-                Ok(len)
-            }
-            Kind::Change(Change::Write { at, bytes }) if is_short && bytes.len() > SECTOR => {
-                let half: Arc<[u8]> = bytes[..bytes.len() / 2 / SECTOR * SECTOR].into();
-                let len = half.len();
-                self.change(now, Change::Write { at, bytes: half });
-                Ok(len)
-            }
-            Kind::Change(change) => {
-                let len = if let Change::Write { bytes, .. } = &change { bytes.len() } else { 0 };
-                self.change(now, change);
-                Ok(len)
-            }
-            Kind::Sync(issued) => {
-                for (_, change) in self.settle(issued) {
-                    self.durable.apply(&change);
-                }
-                Ok(0)
-            }
-        }
-    }
-
-    /// Takes out what a barrier covers that was issued at this moment.
-    fn settle(&mut self, issued: u64) -> Vec<(u64, Change)> {
-        let covered = self.pending.partition_point(|(completed, _)| *completed <= issued);
-        self.pending.drain(..covered).collect()
-    }
-
-    /// Whether a host that is full has to refuse this.
-    fn lacks_space(&self, kind: &Kind) -> bool {
-        let Kind::Change(change @ (Change::Write { .. } | Change::Extend { .. })) = kind else {
-            return false;
-        };
-        let Range { start, end } = change.space();
-        let sectors = start as usize / SECTOR..(end as usize).div_ceil(SECTOR);
-        !self.has_space.get(sectors).is_some_and(|sectors| sectors.iter().all(|&has_space| has_space))
-    }
-
-    fn change(&mut self, now: u64, change: Change) {
-        change.apply(&mut self.current);
-        self.has_space.resize(self.current.len().div_ceil(SECTOR), false);
-        let Range { start, end } = change.space();
-        let sectors = start as usize / SECTOR..self.has_space.len().min((end as usize).div_ceil(SECTOR));
-        if let Some(sectors) = self.has_space.get_mut(sectors) {
-            sectors.fill(matches!(change, Change::Write { .. } | Change::Extend { .. }));
-        }
-        self.pending.push((now, change));
     }
 }
 

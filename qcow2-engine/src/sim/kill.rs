@@ -1,11 +1,15 @@
 //! The process dies, the machine does not: the next process replays the redo log.
 //!
-//! Everything that has completed is in the file, durable or not; of what was in flight some is. Then,
-//! unlike after a loss of power, *everything acknowledged* must be there (R7). The replay is itself cut
-//! short in both ways, by power and by another kill.
+//! Everything that has completed is in the file, durable or not; of what was in flight some is, in whole or in part.
+//! Then, unlike after a loss of power, *everything acknowledged* must be there (R7). The replay is itself cut
+//! short in both ways, by power and by another kill, or operations fail under it, and it is done again by yet another
+//! process. A process dies between two operations of the disk, or while it is at its log.
 
 use super::{
-    disk::{Disk, File, HeldBack},
+    disk::Disk,
+    faults::{Failing, Fault, HeldBack, Victim},
+    file::File,
+    memory::{self, Moment},
     model::{Model, Value},
     oracle,
     play::{Player, play},
@@ -13,20 +17,19 @@ use super::{
     run::Life,
     workload::Request,
 };
-use crate::{Image, Lane, MIN_REDO_BYTES, RedoError, RedoLog, io::Buf};
-use std::{
-    cell::RefCell,
-    rc::Rc,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-};
+use crate::{Image, Lane, io::Buf};
+use std::{cell::RefCell, rc::Rc, sync::Arc};
 
 /// One moment in this many is a process's last.
-const KILL_CHANCE: u64 = 24;
+const KILL_CHANCE: u64 = 28;
 /// One replay in this many is cut short at every moment.
 const CUT_SHORT_CHANCE: u64 = 6;
+/// Between two operations, one process in this many may die while it is at its log,
+const TRAP_CHANCE: u64 = 20;
+/// which it has touched fewer times than this since the first of them.
+const MAX_TOUCHES: u64 = 48;
+/// Operations fail under one replay in this many.
+const FAILING_CHANCE: u64 = 8;
 /// Processes that die one after the other, and the last one, which lives.
 const MAX_PROCESSES: u32 = 3;
 
@@ -40,71 +43,93 @@ const MAX_REQUESTS: u64 = 3;
 /// The numbers of its requests, apart from those of the first process.
 const SUCCESSOR: u32 = 1 << 24;
 
-/// The memory of a redo log, which outlives processes.
-pub(super) struct Memory(Arc<Words>);
-
-struct Words(Vec<AtomicU64>);
-
-impl AsRef<[AtomicU64]> for Words {
-    fn as_ref(&self) -> &[AtomicU64] {
-        &self.0
-    }
-}
-
-impl Memory {
-    pub(super) fn new() -> Self {
-        Self(Arc::new(Words((0..MIN_REDO_BYTES / 8).map(|_| AtomicU64::new(0)).collect())))
-    }
-
-    pub(super) fn create(&self) -> Result<RedoLog, RedoError> {
-        RedoLog::create(Arc::clone(&self.0) as _)
-    }
-
-    fn open(&self) -> Result<RedoLog, RedoError> {
-        RedoLog::open(Arc::clone(&self.0) as _)
-    }
-
-    /// The memory as it is now, for a process that goes another way from here.
-    fn copy(&self) -> Self {
-        let value = |word: &AtomicU64| AtomicU64::new(word.load(Ordering::Relaxed));
-        Self(Arc::new(Words(self.0.0.iter().map(value).collect())))
-    }
-}
-
 impl Life<'_> {
     /// Kills the process, now and then, and sees what the next one makes of it.
     pub(super) fn kill_here(&mut self) -> Result<(), String> {
         if self.processes == MAX_PROCESSES || self.rng.below(KILL_CHANCE) != 0 {
             return Ok(());
         }
-        if self.disk.has_lost() {
+        let moment = self.present();
+        self.kill(moment)
+    }
+
+    /// Sees to it that the process may die before the next operation of the disk completes.
+    pub(super) fn set_trap(&mut self) {
+        memory::take_trap();
+        if self.processes < MAX_PROCESSES && self.rng.below(TRAP_CHANCE) == 0 {
+            let rng = Rng::new(self.rng.draw());
+            memory::set_trap(self.rng.below(MAX_TOUCHES), &self.disk, &self.model, rng);
+        }
+    }
+
+    /// Kills it then, if it has been at its log.
+    pub(super) fn kill_in_trap(&mut self) -> Result<(), String> {
+        let caught = memory::take_trap().map(|moment| self.kill(moment));
+        caught.unwrap_or(Ok(())).map_err(|error| format!("at its log: {error}"))
+    }
+
+    fn present(&mut self) -> Moment {
+        Moment::now(&self.disk, &self.model.borrow(), &self.redo, &mut self.rng)
+    }
+
+    fn kill(&mut self, moment: Moment) -> Result<(), String> {
+        if moment.has_lost {
             // The next one would build on what it reads, and cannot know that it is not on disk.
             return Ok(());
         }
         self.totals.kills += 1;
         let serves = !self.has_heir && self.rng.below(SERVING_CHANCE) == 0;
         self.has_heir |= serves;
-        let keeps = self.rng.below(3);
-        let disk = {
-            let rng = &mut self.rng;
-            self.disk.after_kill(|| keeps == 1 || keeps == 2 && rng.below(2) == 0)
-        };
-        let mut next = Life {
+        let fails = !serves && self.processes + 1 < MAX_PROCESSES && self.rng.below(FAILING_CHANCE) == 0;
+        let processes = self.processes;
+        let mut next = self.successor(moment);
+        let outcome = if fails { next.fail_to_recover() } else { next.recover(serves) };
+        outcome.map_err(|error| format!("process {processes} was killed: {error}"))
+    }
+
+    fn successor(&mut self, moment: Moment) -> Life<'_> {
+        Life {
             fixture: self.fixture,
-            disk,
-            model: Rc::clone(&self.model),
+            disk: moment.disk,
+            model: Rc::new(RefCell::new(moment.model)),
             rng: Rng::new(self.rng.draw()),
             totals: &mut *self.totals,
             judged: (u64::MAX, 0),
             tried: 0,
             memo: oracle::Memo::default(),
             held_back: HeldBack::Nothing,
-            redo: self.redo.copy(),
+            redo: moment.redo,
             paging: self.paging,
             processes: self.processes + 1,
             has_heir: true,
-        };
-        next.recover(serves).map_err(|error| format!("process {} was killed: {error}", self.processes))
+        }
+    }
+
+    /// Operations fail while the log is replayed, and the process ends. Yet another one replays all of it.
+    fn fail_to_recover(&mut self) -> Result<(), String> {
+        let image = self.open().map_err(|error| format!("it does not open: {error}"))?;
+        let log = self.redo.open().map_err(|error| error.to_string())?;
+        let lane = Lane::new(&image, self.disk.clone(), 1);
+        let faults = [Fault::Eio, Fault::Enospc, Fault::Torn, Fault::Done];
+        self.disk.fail(Failing {
+            victim: [Victim::Any, Victim::Metadata][self.rng.below(2) as usize],
+            after: self.rng.below(6),
+            times: 1 + self.rng.below(3),
+            fault: faults[self.rng.below(4) as usize],
+        });
+        let replay = Box::pin(async move {
+            // If it has not failed it may be done again all the same.
+            let _ = lane.replay(&log).await;
+            Ok(())
+        });
+        let is_cut_short = self.rng.below(CUT_SHORT_CHANCE) == 0;
+        self.drive(vec![replay], is_cut_short)?;
+        let moment = self.present();
+        if moment.has_lost {
+            return Ok(());
+        }
+        let recovered = self.successor(moment).recover(false);
+        recovered.map_err(|error| format!("operations failed under its replay: {error}"))
     }
 
     /// Replays the log and compares what is read then with all that was acknowledged, and what the file

@@ -3,7 +3,10 @@
 //! Shares nothing with the engine but the format crate and the decompressor: a second reading of the
 //! specification. The image is a slice of bytes; nothing is cached and nothing is trusted.
 
-use super::model::{Model, Value};
+use super::{
+    contents,
+    model::{Model, Value},
+};
 use crate::unpack::decompress;
 use qcow2_format::{
     Geometry, Header, L1Entry, Mapping, RefcountTableEntry, refcount,
@@ -22,17 +25,23 @@ pub struct Case<'a> {
     pub sizes: &'a [u64],
     /// The raw backing file.
     pub backing: Option<&'a [u8]>,
-    /// What every sector holds in every internal snapshot.
-    pub snapshot: &'a [Value],
+    /// What every sector holds in each internal snapshot; there are no others.
+    pub snapshots: &'a [Vec<Value>],
     /// What every sector held at first: it still does while an autoclear bit is set.
     pub initial: &'a [Value],
     /// Compressed clusters that were decompressed before.
     pub memo: &'a Memo,
 }
 
-/// What compressed bytes decompress to, so that the same bytes are decompressed once only.
+/// What compressed bytes decompress to, so that the same bytes are decompressed once only. By the hash of the bytes, of which
+/// the first that has it is kept.
 #[derive(Default)]
-pub struct Memo(RefCell<HashMap<Vec<u8>, Vec<Value>>>);
+pub struct Memo(RefCell<HashMap<u64, Decompressed>>);
+
+struct Decompressed {
+    input: Vec<u8>,
+    values: Vec<Value>,
+}
 
 /// What was found in a sound image.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -98,9 +107,12 @@ pub fn judge(bytes: &[u8], case: &Case<'_>) -> Result<Findings, String> {
             return Err(format!("sector {sector} holds {found:?}, and the autoclear bits are set"));
         }
     }
-    for snapshot in &snapshots {
+    if snapshots.len() != case.snapshots.len() {
+        return Err(format!("there are {} snapshots", snapshots.len()));
+    }
+    for (snapshot, content) in snapshots.iter().zip(case.snapshots) {
         let l1 = reader.table(snapshot.l1_table.0, snapshot.l1_entries as usize)?;
-        for (sector, &expected) in case.snapshot.iter().enumerate() {
+        for (sector, &expected) in content.iter().enumerate() {
             let found = reader.sector(&l1, sector, case.backing, case.memo)?;
             if found != expected {
                 return Err(format!("sector {sector} of a snapshot holds {found:?}, not {expected:?}"));
@@ -349,15 +361,16 @@ impl<'a> Reader<'a> {
             Mapping::Compressed(range) => {
                 let end = (range.offset + range.len).min(self.bytes.len() as u64);
                 let input = self.slice(range.offset, end.saturating_sub(range.offset))?;
-                if let Some(values) = memo.0.borrow().get(input) {
-                    return Ok(values[skip as usize / 512]);
+                let hash = contents::sum(0, input);
+                if let Some(known) = memo.0.borrow().get(&hash).filter(|known| known.input == input) {
+                    return Ok(known.values[skip as usize / 512]);
                 }
                 let len = self.geometry.cluster_size() as usize;
                 let cluster = decompress::cluster(self.header.compression, input, len)
                     .map_err(|error| error.to_string())?;
                 let values: Vec<Value> = cluster.chunks_exact(512).map(Value::read).collect();
                 let value = values[skip as usize / 512];
-                memo.0.borrow_mut().insert(input.to_vec(), values);
+                memo.0.borrow_mut().entry(hash).or_insert(Decompressed { input: input.to_vec(), values });
                 value
             }
         })

@@ -1,8 +1,9 @@
 //! One simulated life of an image: requests on several lanes, a crash at every moment, a verdict.
 
 use super::{
-    disk::{Disk, Failing, FileSystem, HeldBack},
-    kill::Memory,
+    disk::Disk,
+    faults::{Failing, FileSystem, HeldBack},
+    memory::Memory,
     model::{Model, Value},
     oracle,
     play::{Player, play},
@@ -52,6 +53,8 @@ pub struct Case {
     pub file_system: FileSystem,
     /// How the metadata is cut into pages.
     pub paging: Paging,
+    /// All requests are of one lane, as those of a queue are.
+    pub is_one_lane: bool,
     /// The rule that is switched off.
     pub disabled: Option<RuleName>,
 }
@@ -105,6 +108,8 @@ impl Totals {
 
 pub(super) type Task = Pin<Box<dyn Future<Output = Result<(), String>>>>;
 
+/// Requests that a lane carries out at a time: no case has more.
+const SLOTS: usize = 4;
 /// Clusters that a lane reserves: few, so that the file stays small and extents run out.
 const EXTENT_CLUSTERS: u64 = 8;
 /// One operation in so many may be the one that is to be left behind: a task that only
@@ -116,6 +121,8 @@ const THOROUGH: u64 = 600;
 const SAMPLED: u64 = 6;
 /// Rounds of polling without progress, at the most, before a case counts as a hang.
 const MAX_STEPS: u64 = 200_000;
+/// Rounds of polling between two operations of the disk, at the most.
+const MAX_POLLS: u64 = 10_000;
 
 /// Whether a task has been woken.
 #[derive(Default)]
@@ -188,10 +195,11 @@ fn serve(
     if let Some(rule) = case.disabled {
         image.disable_rule(rule);
     }
-    let lanes: Vec<_> = requests.iter().map(|_| Lane::new(&image, life.disk.clone(), 4)).collect();
+    let count = if case.is_one_lane { 1 } else { requests.len() };
+    let lanes: Vec<_> = (0..count).map(|_| Lane::new(&image, life.disk.clone(), SLOTS)).collect();
     let has_been_told = Rc::default();
     let mut next = 0;
-    let tasks = requests.iter().zip(&lanes).map(|(requests, lane)| {
+    let tasks = requests.iter().zip(lanes.iter().cycle()).map(|(requests, lane)| {
         let first = next;
         next += requests.len() as u32;
         let requests = requests.iter().copied().filter(|request| fixture.takes(request));
@@ -266,8 +274,12 @@ impl<'a> Life<'a> {
     /// tasks have ended. With `judge`, at every moment a crash is tried.
     pub(super) fn drive(&mut self, mut tasks: Vec<Task>, judge: bool) -> Result<(), String> {
         for step in 0..MAX_STEPS {
+            if judge {
+                self.set_trap();
+            }
             self.poll(&mut tasks)?;
             if judge {
+                self.kill_in_trap()?;
                 self.crash_here()?;
                 self.kill_here()?;
             }
@@ -291,7 +303,7 @@ impl<'a> Life<'a> {
         let woken = Arc::new(Woken::default());
         let waker = Waker::from(Arc::clone(&woken));
         let mut context = Context::from_waker(&waker);
-        loop {
+        for _ in 0..MAX_POLLS {
             let before = (tasks.len(), self.disk.waiting(), self.model.borrow().now());
             let mut failure = None;
             tasks.retain_mut(|task| match task.as_mut().poll(&mut context) {
@@ -310,6 +322,7 @@ impl<'a> Life<'a> {
                 return Ok(());
             }
         }
+        Err("requests wake each other for ever".into())
     }
 
     /// Tries every crash state of this moment, unless it is the same as the last one.
@@ -326,7 +339,7 @@ impl<'a> Life<'a> {
             model: &model,
             sizes: &[model.len() as u64 * 512],
             backing: self.fixture.backing.as_deref(),
-            snapshot: &self.fixture.snapshot,
+            snapshots: &self.fixture.snapshots,
             initial: &self.fixture.content,
             memo: &self.memo,
         };
@@ -419,7 +432,7 @@ impl<'a> Life<'a> {
             model: &model,
             sizes: &[model.len() as u64 * 512],
             backing: self.fixture.backing.as_deref(),
-            snapshot: &self.fixture.snapshot,
+            snapshots: &self.fixture.snapshots,
             initial: &self.fixture.content,
             memo: &self.memo,
         };

@@ -9,7 +9,7 @@
 //! each: changes are made in place, and undone.
 
 use super::{
-    disk::{Change, File, SECTOR},
+    file::{Change, File, SECTOR},
     rng::Rng,
 };
 

@@ -15,7 +15,9 @@ use super::{
     contents::Contents,
     counts::Standing,
     damage::{self, Damage},
-    disk::{Change, Disk, Failing, File, FileSystem, HeldBack},
+    disk::Disk,
+    faults::{Failing, FileSystem, HeldBack},
+    file::{Change, File},
     model::{Model, Value},
     oracle::{self, Memo},
     rng::Rng,
@@ -291,6 +293,7 @@ impl<'a> Work<'a> {
             fills_after: None,
             file_system: FileSystem::ABLE,
             paging: crate::Paging::default(),
+            is_one_lane: false,
             disabled: None,
         };
         let ended = next.drive(&disk, &mut Rng::new(hash), &case, &mut Totals::default())?;
@@ -316,7 +319,7 @@ impl<'a> Work<'a> {
             model,
             sizes: &[old, new],
             backing: self.fixture.backing.as_deref().filter(|_| !matches!(self.tool, Tool::Create(_))),
-            snapshot: &self.fixture.snapshot,
+            snapshots: if matches!(self.tool, Tool::Create(_)) { &[] } else { &self.fixture.snapshots },
             initial: &self.fixture.content,
             memo: &self.memo,
         };

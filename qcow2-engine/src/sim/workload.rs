@@ -37,11 +37,13 @@ pub enum Initial {
     Shared,
     /// A zero flag on a cluster that is shared with an internal snapshot.
     SharedZero,
+    /// Some of everything, and two internal snapshots ([`super::mixed`]).
+    Mixed,
 }
 
 impl Initial {
     /// Every state.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Unallocated,
         Self::Backing,
         Self::Data,
@@ -50,12 +52,13 @@ impl Initial {
         Self::Compressed,
         Self::Shared,
         Self::SharedZero,
+        Self::Mixed,
     ];
 
     /// Whether there is an internal snapshot.
     #[must_use]
     pub fn is_shared(self) -> bool {
-        matches!(self, Self::Shared | Self::SharedZero)
+        matches!(self, Self::Shared | Self::SharedZero | Self::Mixed)
     }
 
     /// Whether a write to a cluster needs a new one.
@@ -107,6 +110,17 @@ impl Variant {
         )
     }
 
+    /// What `qemu-img -o` takes.
+    pub(super) fn options(&self) -> String {
+        format!(
+            "cluster_size={},compat={},refcount_bits={},lazy_refcounts={}",
+            self.cluster_sectors * 512,
+            self.compat,
+            self.refcount_bits,
+            if self.lazy_refcounts { "on" } else { "off" }
+        )
+    }
+
     /// Whether QEMU can make an image of this variant in this state.
     #[must_use]
     pub fn can_be(&self, initial: Initial) -> bool {
@@ -115,6 +129,7 @@ impl Variant {
             // Compressed clusters share host clusters, snapshots share everything.
             Initial::Compressed | Initial::Shared => self.refcount_bits > 1,
             Initial::SharedZero => self.compat == "1.1" && self.refcount_bits > 1,
+            Initial::Mixed => self.compat == "1.1" && self.refcount_bits > 1 && !self.lazy_refcounts,
             Initial::Unallocated | Initial::Backing | Initial::Data => true,
         }
     }
@@ -164,8 +179,8 @@ pub struct Fixture {
     pub backing: Option<Vec<u8>>,
     /// The content of the virtual disk.
     pub content: Vec<Value>,
-    /// What every sector holds in every internal snapshot.
-    pub snapshot: Vec<Value>,
+    /// What every sector holds in each internal snapshot.
+    pub snapshots: Vec<Vec<Value>>,
     /// What it has been through.
     pub past: Past,
     /// Whether it can discard: not with version 2 and a backing file.
@@ -254,7 +269,7 @@ impl Request {
 
 /// Makes images in `directory`.
 pub struct Maker {
-    directory: PathBuf,
+    pub(super) directory: PathBuf,
 }
 
 impl Maker {
@@ -269,6 +284,9 @@ impl Maker {
     /// # Errors
     /// qemu-img or qemu-io is missing, or fails.
     pub fn make(&self, variant: Variant, initial: Initial) -> io::Result<Fixture> {
+        if initial == Initial::Mixed {
+            return self.make_mixed(variant);
+        }
         let stamps: Vec<Value> = (0..SECTORS)
             .map(|sector| Value::Stamp { request: super::model::INITIAL, sector: sector as u32 })
             .collect();
@@ -280,20 +298,14 @@ impl Maker {
                 .enumerate()
                 .map(|(i, &s)| if i < backing_sectors { s } else { Value::Zero })
                 .collect(),
-            Initial::Unallocated | Initial::ZeroPlain | Initial::ZeroAllocated | Initial::SharedZero => {
+            _ => {
                 vec![Value::Zero; SECTORS]
             }
         };
         let raw: Vec<u8> = stamps.iter().flat_map(|value| value.bytes()).collect();
         let backing = (initial == Initial::Backing).then(|| raw[..backing_sectors * 512].to_vec());
         std::fs::write(self.directory.join("raw"), &raw)?;
-        let options = format!(
-            "cluster_size={},compat={},refcount_bits={},lazy_refcounts={}",
-            variant.cluster_sectors * 512,
-            variant.compat,
-            variant.refcount_bits,
-            if variant.lazy_refcounts { "on" } else { "off" }
-        );
+        let options = variant.options();
         let size = (SECTORS * 512).to_string();
         match initial {
             Initial::Unallocated => {
@@ -313,7 +325,7 @@ impl Maker {
                     "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", &options, "raw", "image",
                 ])?;
             }
-            Initial::ZeroPlain | Initial::ZeroAllocated | Initial::SharedZero => {
+            Initial::ZeroPlain | Initial::ZeroAllocated | Initial::SharedZero | Initial::Mixed => {
                 self.qemu_img(&["create", "-f", "qcow2", "-o", &options, "image", &size])?;
                 let write = if initial == Initial::ZeroPlain { "write -z -u 0 " } else { "write -z 0 " };
                 if initial != Initial::ZeroPlain {
@@ -325,22 +337,27 @@ impl Maker {
         if initial.is_shared() {
             self.qemu_img(&["snapshot", "-c", "first", "image"])?;
         }
+        Ok(Fixture {
+            name: format!("{initial:?} {}", variant.name()),
+            initial,
+            variant,
+            image: self.made(variant)?,
+            can_discard: variant.compat == "1.1" || backing.is_none(),
+            backing,
+            snapshots: if initial.is_shared() { vec![content.clone()] } else { Vec::new() },
+            content,
+            past: Past::Made,
+        })
+    }
+
+    /// The image that is in the directory.
+    pub(super) fn made(&self, variant: Variant) -> io::Result<Vec<u8>> {
         let mut image = std::fs::read(self.directory.join("image"))?;
         if variant == Variant::LARGE {
             // A bit that nobody knows: it says that no content has changed since it was set.
             image[AUTOCLEAR_AT] |= UNKNOWN_BIT;
         }
-        Ok(Fixture {
-            name: format!("{initial:?} {}", variant.name()),
-            initial,
-            variant,
-            image,
-            can_discard: variant.compat == "1.1" || backing.is_none(),
-            backing,
-            snapshot: content.clone(),
-            content,
-            past: Past::Made,
-        })
+        Ok(image)
     }
 
     /// An image whose refcount table is nearly full, so that the next clusters make it grow: every
@@ -370,7 +387,7 @@ impl Maker {
             name: "FullTable".into(),
             image,
             backing: None,
-            snapshot: content.clone(),
+            snapshots: vec![content.clone()],
             content,
             past: Past::MadeFull,
             initial: Initial::Shared,
@@ -379,11 +396,11 @@ impl Maker {
         })
     }
 
-    fn qemu_img(&self, args: &[&str]) -> io::Result<()> {
+    pub(super) fn qemu_img(&self, args: &[&str]) -> io::Result<()> {
         self.run("qemu-img", args)
     }
 
-    fn run(&self, program: &str, args: &[&str]) -> io::Result<()> {
+    pub(super) fn run(&self, program: &str, args: &[&str]) -> io::Result<()> {
         let output = Command::new(program).args(args).current_dir(&self.directory).output()?;
         if output.status.success() {
             return Ok(());
