@@ -121,8 +121,8 @@ fn beside(overlay: &Path, path: &Path) -> PathBuf {
     overlay.parent().unwrap_or(Path::new("")).join(path)
 }
 
-/// Whether QEMU takes a stored name for a protocol and what that makes of the rest, not for a path: a name that
-/// has a colon before any slash. It then has nothing to do with the directory of the image.
+/// Whether QEMU takes a stored name for a protocol and what that makes of the rest, not for a path: a name
+/// that has a colon before any slash. It then has nothing to do with the directory of the image.
 #[must_use]
 pub fn has_protocol(name: &[u8]) -> bool {
     name.iter().find(|byte| b":/".contains(byte)) == Some(&b':')
@@ -136,7 +136,8 @@ fn literal_path(name: &[u8]) -> std::result::Result<&Path, String> {
     let shown = String::from_utf8_lossy(name);
     match name.strip_prefix(b"file:").map(|path| Path::new(OsStr::from_bytes(path))) {
         Some(path) if path.is_absolute() => Ok(path),
-        // Which file that is depends on where QEMU is started: there is none that could be opened in its place.
+        // Which file that is depends on where QEMU is started: there is none that could be opened in its
+        // place.
         Some(_) => Err(format!(
             "backing file '{shown}' is relative to the working directory, not to the image: \
              store a plain path with qemu-img rebase -u -b"
@@ -161,8 +162,8 @@ mod tests {
         assert_eq!(literal_path(b"/a:b"), Ok(Path::new("/a:b")));
     }
 
-    /// QEMU looks for `file:` before a relative path where it was started, which is another file than the one beside
-    /// the image.
+    /// QEMU looks for `file:` before a relative path where it was started, which is another file than the one
+    /// beside the image.
     #[test]
     fn a_file_protocol_is_served_before_an_absolute_path_only() {
         assert_eq!(literal_path(b"file:/dir/base.img"), Ok(Path::new("/dir/base.img")));

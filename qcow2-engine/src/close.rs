@@ -2,8 +2,8 @@
 
 use crate::{error::Result, io::Io, lane::Lane};
 
-/// Rounds of "write back, give back": freed clusters → their counts → nothing. A request that never ended would keep its
-/// clusters, and so does a count that cannot be read; they are then left as leaks.
+/// Rounds of "write back, give back": freed clusters → their counts → nothing. A request that never ended
+/// would keep its clusters, and so does a count that cannot be read; they are then left as leaks.
 const MAX_ROUNDS: usize = 4;
 
 impl<I: Io> Lane<I> {

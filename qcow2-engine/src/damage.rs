@@ -37,7 +37,8 @@ impl Damage {
         Self { found: OnceLock::from(mark), is_marked: AtomicBool::new(true) }
     }
 
-    /// The first table that was seen at open to lie where it cannot. It counts when something is about to be changed.
+    /// The first table that was seen at open to lie where it cannot. It counts when something is about to be
+    /// changed.
     pub(crate) fn seen(damage: Option<Error>) -> Self {
         let found = OnceLock::new();
         if let Some(error) = damage {

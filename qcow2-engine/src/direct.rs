@@ -1,11 +1,11 @@
 //! The short cut: a request that transfers alone answer is resolved at once and moved by the caller.
 //!
-//! Most requests find their mapping in memory and one run of bytes in one file, or a few: a read of data, or a
-//! write over clusters that are the image's own. For these the engine has nothing to wait for, so no
-//! future is needed: [`Lane::direct_read`] and [`Lane::direct_write`] say where the bytes are, the
-//! caller moves them and says when it is done. Whatever is not as simple, now or when the
-//! transfers end (short, or failed), goes to [`Lane::read`] and [`Lane::write`], which do the whole
-//! request from its beginning: doing a part of it twice is harmless, as it has not been answered.
+//! Most requests find their mapping in memory and one run of bytes in one file, or a few: a read of data, or
+//! a write over clusters that are the image's own. For these the engine has nothing to wait for, so no future
+//! is needed: [`Lane::direct_read`] and [`Lane::direct_write`] say where the bytes are, the caller moves them
+//! and says when it is done. Whatever is not as simple, now or when the transfers end (short, or failed),
+//! goes to [`Lane::read`] and [`Lane::write`], which do the whole request from its beginning: doing a part of
+//! it twice is harmless, as it has not been answered.
 //!
 //! The same decisions as on the long way: `resolve` and `write::split`. The request is in flight from
 //! before its look-up until [`Lane::end_direct`] (R5).
@@ -19,7 +19,8 @@ use crate::{
 };
 use smallvec::SmallVec;
 
-/// Runs of a request at most: a transfer costs something too, and small pieces are better gathered in a buffer.
+/// Runs of a request at most: a transfer costs something too, and small pieces are better gathered in a
+/// buffer.
 const MAX_RUNS: usize = 16;
 
 /// Where the bytes of a request are, in its order.

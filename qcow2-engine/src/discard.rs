@@ -69,8 +69,8 @@ impl<I: Io> Lane<I> {
         self.zero_clusters(clusters, mode).await
     }
 
-    /// Writes zeros where the range does not read as zeros already, cluster by cluster, each in flight for itself: in an image of
-    /// version 2 that is all that zeroes can be, and a request may be long.
+    /// Writes zeros where the range does not read as zeros already, cluster by cluster, each in flight for
+    /// itself: in an image of version 2 that is all that zeroes can be, and a request may be long.
     async fn write_zero_bytes(&self, range: Range<u64>) -> Result<()> {
         let cluster = self.image().geometry().cluster_size();
         let mut at = range.start;
@@ -91,8 +91,8 @@ impl<I: Io> Lane<I> {
         self.write_entered(start, Buf::zeroed((end - start) as usize)).await
     }
 
-    /// Makes whole clusters read as zeros by their mapping, a slice at a time. Each slice is in flight for itself, too: were it the
-    /// request as a whole, all that is freed meanwhile would wait for its end.
+    /// Makes whole clusters read as zeros by their mapping, a slice at a time. Each slice is in flight for
+    /// itself, too: were it the request as a whole, all that is freed meanwhile would wait for its end.
     async fn zero_clusters(&self, clusters: Range<u64>, mode: ZeroMode) -> Result<()> {
         self.image().check_changes()?;
         let per_slice = self.image().top().slice_entries();

@@ -33,8 +33,8 @@ impl Epoch {
 /// One slot per request that a lane can have in flight; each holds the epoch in which it began.
 pub(crate) struct Slots(Box<[Line]>);
 
-/// Slots that share no memory with those of another lane, which another thread writes for each of its requests.
-/// Processors fetch cache lines in pairs.
+/// Slots that share no memory with those of another lane, which another thread writes for each of its
+/// requests. Processors fetch cache lines in pairs.
 #[repr(align(128))]
 struct Line([AtomicU64; Self::SLOTS]);
 
@@ -64,7 +64,8 @@ impl Epochs {
         Epoch(self.now.fetch_add(1, SeqCst))
     }
 
-    /// The epoch in which the oldest request in flight began. Those before it have passed: none of their requests is left.
+    /// The epoch in which the oldest request in flight began. Those before it have passed: none of their
+    /// requests is left.
     pub(crate) fn oldest(&self) -> Epoch {
         self.lanes.lock().iter().map(|slots| slots.oldest()).min().unwrap_or(Epoch::END)
     }

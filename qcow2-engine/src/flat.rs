@@ -59,8 +59,9 @@ pub(crate) struct Window {
     answers: Vec<Option<Answer>>,
 }
 
-/// A chain with more windows is not flattened: their directory alone takes 6 MiB of memory at this limit, while the layers'
-/// tables may be a few bytes. It is reached with 64 TiB over a layer with clusters of 1 KiB.
+/// A chain with more windows is not flattened: their directory alone takes 6 MiB of memory at this limit,
+/// while the layers' tables may be a few bytes. It is reached with 64 TiB over a layer with clusters of 1
+/// KiB.
 const MAX_WINDOWS: u64 = 1 << 28;
 
 const DATA: u64 = 1 << 3;

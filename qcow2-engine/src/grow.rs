@@ -1,9 +1,9 @@
 //! Growing the virtual disk: a longer L1 table, zeros in the new part, then the header that says its size.
 //!
-//! The new table is written to clusters of its own and the header changes in one sector, so a crash
-//! leaves the old size or the new one (R2). What the new part has to have is written behind the end of the disk, where
-//! nobody looks: for that the image is opened once more, as one that has its new size. It is done on an image that
-//! nobody else uses; a served image would have to be paused first.
+//! The new table is written to clusters of its own and the header changes in one sector, so a crash leaves
+//! the old size or the new one (R2). What the new part has to have is written behind the end of the disk,
+//! where nobody looks: for that the image is opened once more, as one that has its new size. It is done on an
+//! image that nobody else uses; a served image would have to be paused first.
 
 use crate::{
     check::Owner,
@@ -30,10 +30,10 @@ use std::{
 /// zeros. Durable on return.
 ///
 /// # Errors
-/// As for opening and writing; a smaller size, a size beyond the format's limits, a version 2 image
-/// with snapshots (which could not say how long they are), an image with bitmaps that are true (and would be
-/// given up), a version 2 image whose backing file reaches beyond the present end (and would show in the new part). The
-/// image then has its old size.
+/// As for opening and writing; a smaller size, a size beyond the format's limits, a version 2 image with
+/// snapshots (which could not say how long they are), an image with bitmaps that are true (and would be given
+/// up), a version 2 image whose backing file reaches beyond the present end (and would show in the new part).
+/// The image then has its old size.
 pub async fn grow<I: Io + Clone>(
     io: I,
     storage: &(impl Storage + ?Sized),
@@ -59,7 +59,8 @@ pub async fn grow_by<I: Io + Clone>(
     grow_to(&io, storage, path, options, |present| present.saturating_add(bytes), |_| ()).await
 }
 
-/// [`grow`], to a size that follows from the present one. `prepare` is shown the image whenever it has been opened.
+/// [`grow`], to a size that follows from the present one. `prepare` is shown the image whenever it has been
+/// opened.
 pub(crate) async fn grow_to<I: Io + Clone>(
     io: &I,
     storage: &(impl Storage + ?Sized),
@@ -135,8 +136,8 @@ impl<I: Io> Lane<I> {
         self.write_back().await
     }
 
-    /// Makes what an image that ended at `present` has behind it read as zeros, and then has its header say the size as
-    /// which it was opened.
+    /// Makes what an image that ended at `present` has behind it read as zeros, and then has its header say
+    /// the size as which it was opened.
     async fn take_new_part(&self, present: u64) -> Result<()> {
         let image = self.image();
         self.begin_mutation().await?;
@@ -153,8 +154,8 @@ impl<I: Io> Lane<I> {
         self.write_back().await
     }
 
-    /// Writes a longer copy of the L1 table and has the header point to it. What lies behind its `present` entries, in the
-    /// last page of it that is in memory, is not a part of it and may be anything.
+    /// Writes a longer copy of the L1 table and has the header point to it. What lies behind its `present`
+    /// entries, in the last page of it that is in memory, is not a part of it and may be anything.
     async fn move_l1(&self, present: u64, entries: u64) -> Result<()> {
         let image = self.image();
         let (geometry, layer) = (image.geometry(), image.top());
@@ -202,7 +203,8 @@ impl Image {
         if geometry.version == Version::V2 && self.header_u32(header::SNAPSHOT_COUNT_OFFSET) > 0 {
             return refuse("a version 2 image with snapshots cannot be resized");
         }
-        // The first change makes them stale. A write has to go on all the same; this can be done by who keeps them.
+        // The first change makes them stale. A write has to go on all the same; this can be done by who keeps
+        // them.
         if size > self.virtual_size() && self.header.bitmaps_consistent() {
             return refuse(
                 "its persistent bitmaps would become stale; `qemu-img resize` keeps them \
@@ -219,8 +221,8 @@ impl Image {
         Ok(())
     }
 
-    /// What may show behind the end at which the disk was: the rest of its last cluster, which may have what was there when
-    /// the disk was larger, and what a backing file has there.
+    /// What may show behind the end at which the disk was: the rest of its last cluster, which may have what
+    /// was there when the disk was larger, and what a backing file has there.
     fn old_content(&self, end: u64) -> Range<u64> {
         let cluster = self.geometry().cluster_size();
         let whole = |end: u64| end.checked_next_multiple_of(cluster).unwrap_or(u64::MAX);

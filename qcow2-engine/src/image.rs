@@ -104,7 +104,8 @@ impl Image {
         self.geometry().version == qcow2_format::Version::V3 || self.layers.len() == 1
     }
 
-    /// Whether an entry can say that a cluster reads as zeros and keeps its place. In version 2 zeros have to be written.
+    /// Whether an entry can say that a cluster reads as zeros and keeps its place. In version 2 zeros have to
+    /// be written.
     #[must_use]
     pub fn has_zero_clusters(&self) -> bool {
         self.geometry().version == qcow2_format::Version::V3

@@ -41,8 +41,8 @@ pub struct ImageFile<'a, I> {
 }
 
 impl<'a, I: Io> ImageFile<'a, I> {
-    /// Opens a file and decodes its header. That it has no refcount table, or too many snapshots, is for those to
-    /// say who need them.
+    /// Opens a file and decodes its header. That it has no refcount table, or too many snapshots, is for
+    /// those to say who need them.
     ///
     /// # Errors
     /// The file cannot be opened or read, or its header is not that of a QCOW2 image.
@@ -114,8 +114,9 @@ impl<'a, I: Io> ImageFile<'a, I> {
         self.read_snapshots(self.bytes_behind_table(), decoded).await
     }
 
-    /// What can be kept of the snapshot table. The last entry may say too much of itself, and lead beyond the end of the file,
-    /// where zeros are read, as by QEMU. Of another one that does nobody knows where the next begins.
+    /// What can be kept of the snapshot table. The last entry may say too much of itself, and lead beyond the
+    /// end of the file, where zeros are read, as by QEMU. Of another one that does nobody knows where the
+    /// next begins.
     pub(crate) async fn salvage_snapshots(&self) -> Result<Salvage> {
         let (count, geometry) = (self.header.snapshot_count, self.geometry());
         let salvaged = |bytes: &[u8]| Ok(snapshot::salvage(bytes, count, &geometry));
@@ -139,8 +140,8 @@ impl<'a, I: Io> ImageFile<'a, I> {
         self.file_len.saturating_sub(self.header.snapshot_table.0)
     }
 
-    /// Decodes the snapshot table, which does not say how long it is: from ever more of the `available` bytes, as many as
-    /// `decoded` says that it needs.
+    /// Decodes the snapshot table, which does not say how long it is: from ever more of the `available`
+    /// bytes, as many as `decoded` says that it needs.
     async fn read_snapshots<T>(
         &self,
         available: u64,

@@ -1,8 +1,8 @@
 //! The L1 table of a file, in memory as far as it says anything.
 //!
 //! A page of it that has only zeros takes no memory, so that a chain of huge and mostly empty disks costs
-//! next to nothing. Readers take no lock; entries change under the metadata lock, and only the top layer's do.
-//! The tables of a chain are read together, several parts at a time.
+//! next to nothing. Readers take no lock; entries change under the metadata lock, and only the top layer's
+//! do. The tables of a chain are read together, several parts at a time.
 
 use crate::{
     cache::page::TablePage,

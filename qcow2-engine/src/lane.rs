@@ -25,10 +25,10 @@ const KEPT_PAGES: usize = 32;
 
 /// One thread's handle of an image. Clones share the handle.
 ///
-/// Futures of requests may be dropped, and what they have under way in the kernel goes on. A dropped request stays in
-/// flight for good: nothing that is freed later is used again until the image is opened anew. A dropped flush, or write into
-/// a zero cluster that keeps its place, leaves unknown what is in the file, and the image accepts no more changes
-/// ([`Error::Interrupted`]).
+/// Futures of requests may be dropped, and what they have under way in the kernel goes on. A dropped request
+/// stays in flight for good: nothing that is freed later is used again until the image is opened anew. A
+/// dropped flush, or write into a zero cluster that keeps its place, leaves unknown what is in the file, and
+/// the image accepts no more changes ([`Error::Interrupted`]).
 pub struct Lane<I>(Rc<Inner<I>>);
 
 struct Inner<I> {

@@ -45,8 +45,9 @@ pub(crate) struct Qcow2Layer {
     pub(crate) l1_at: u64,
 }
 
-/// What a disk of so many bytes shows to images above it: its whole sectors, as QEMU has it. A last sector that it
-/// has a part of reads as zeros there, and so must it here: that is what guests of the overlay have seen.
+/// What a disk of so many bytes shows to images above it: its whole sectors, as QEMU has it. A last sector
+/// that it has a part of reads as zeros there, and so must it here: that is what guests of the overlay have
+/// seen.
 pub(crate) fn size_below(virtual_size: u64) -> u64 {
     virtual_size - virtual_size % 512
 }

@@ -1,8 +1,9 @@
 //! A crash-consistent QCOW2 engine.
 //!
-//! An [`Image`] is opened once and shared by all threads; each thread uses it through a [`Lane`],
-//! which joins it to that thread's [`io::Io`]. The life of a request is in the module named after
-//! it: `read`, `write`, `discard`, `flush`; `direct` is the short cut for those that one transfer answers. The engine knows nothing of ublk.
+//! An [`Image`] is opened once and shared by all threads; each thread uses it through a [`Lane`], which joins
+//! it to that thread's [`io::Io`]. The life of a request is in the module named after it: `read`, `write`,
+//! `discard`, `flush`; `direct` is the short cut for those that one transfer answers. The engine knows
+//! nothing of ublk.
 //!
 //! Durability: a completed write or discard is durable after a later completed [`Lane::flush`]. A
 //! crash at any moment leaves an image whose mapping is consistent and whose worst defect is leaked

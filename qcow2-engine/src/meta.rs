@@ -58,7 +58,8 @@ impl HeaderPage {
 }
 
 impl Meta {
-    /// R7: remembers a change for the next process, the whole of it or nothing. Room has been asked for under the same lock.
+    /// R7: remembers a change for the next process, the whole of it or nothing. Room has been asked for under
+    /// the same lock.
     pub(crate) fn log(&mut self, change: impl IntoIterator<Item = Record>) {
         if let Some(redo) = &mut self.redo {
             redo.append(change);

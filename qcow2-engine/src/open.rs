@@ -47,8 +47,8 @@ pub const DEFAULT_EXTENT_BYTES: u64 = 16 << 20;
 pub struct OpenOptions {
     /// Never change the image.
     pub read_only: bool,
-    /// Open an image for writing that is marked corrupt, as one whose damage was met in this session: what a redo log
-    /// owes can be replayed, reads go on, changes are refused.
+    /// Open an image for writing that is marked corrupt, as one whose damage was met in this session: what a
+    /// redo log owes can be replayed, reads go on, changes are refused.
     pub serve_corrupt: bool,
     /// Bytes of L2 tables to keep in memory.
     pub cache_bytes: u64,
@@ -106,8 +106,8 @@ impl Image {
         Self::open_as(io, storage, path, options, None).await
     }
 
-    /// [`Self::open`], as an image of another size than its header says: for one that is to get that size, and whose L1
-    /// table is long enough.
+    /// [`Self::open`], as an image of another size than its header says: for one that is to get that size,
+    /// and whose L1 table is long enough.
     pub(crate) async fn open_as<I: Io>(
         io: &I,
         storage: &(impl Storage + ?Sized),

@@ -1,5 +1,5 @@
-//! How metadata is cut into pages, how many of them are kept however little memory there is, and how many freed
-//! clusters may wait.
+//! How metadata is cut into pages, how many of them are kept however little memory there is, and how many
+//! freed clusters may wait.
 
 /// The pages of an image's metadata.
 ///

@@ -145,8 +145,9 @@ impl<I: Io> Lane<I> {
         }
     }
 
-    /// Gives space back to the host. Where that is not possible the clusters are free all the same: nobody expects them to
-    /// read as zeros. (A full file system may need room for it; if discards failed then, no space could ever be freed.)
+    /// Gives space back to the host. Where that is not possible the clusters are free all the same: nobody
+    /// expects them to read as zeros. (A full file system may need room for it; if discards failed then, no
+    /// space could ever be freed.)
     pub(crate) async fn punch(&self, clusters: Range<u64>) {
         let image = self.image();
         let bits = image.geometry().cluster_bits;
@@ -177,8 +178,9 @@ impl Image {
         }
     }
 
-    /// Sets a cluster aside whose count cannot be read, as another one of the same page has shown: to read the page for each
-    /// of them, one after the other, would take as long as the disk takes to give up, thousands of times.
+    /// Sets a cluster aside whose count cannot be read, as another one of the same page has shown: to read
+    /// the page for each of them, one after the other, would take as long as the disk takes to give up,
+    /// thousands of times.
     fn is_set_aside(&self, cluster: u64) -> bool {
         let mut meta = self.meta.lock();
         let page = meta.refcounts.page_of(cluster);
@@ -189,8 +191,8 @@ impl Image {
         is_unreadable
     }
 
-    /// A count that cannot be read cannot be lowered: its cluster waits for another attempt. The others are not to wait with
-    /// it, and no request that has been carried out is to fail by it.
+    /// A count that cannot be read cannot be lowered: its cluster waits for another attempt. The others are
+    /// not to wait with it, and no request that has been carried out is to fail by it.
     fn pass_over(&self, cluster: u64, error: Error) -> Result<()> {
         if !matches!(error, Error::Io { .. }) {
             return Err(error);
@@ -216,8 +218,8 @@ impl Image {
         meta.frees.take_ready(durable_cut, oldest, max)
     }
 
-    /// Whether a cut, or nothing at all, is between the freed clusters and those who need some. What a request in flight
-    /// may still touch no cut sets free.
+    /// Whether a cut, or nothing at all, is between the freed clusters and those who need some. What a
+    /// request in flight may still touch no cut sets free.
     pub(crate) fn can_free(&self, meta: &Meta) -> bool {
         let is_held =
             |free: &Free| free.cut <= self.flusher.durable_cut() && free.epoch >= self.epochs.oldest();

@@ -111,8 +111,8 @@ impl RedoLog {
         Ok(log)
     }
 
-    /// Takes over the log that another process has left. One that it had not got to making, or was making anew because all of
-    /// it was durable, is empty.
+    /// Takes over the log that another process has left. One that it had not got to making, or was making
+    /// anew because all of it was durable, is empty.
     ///
     /// # Errors
     /// The memory holds no sound log.
@@ -168,7 +168,8 @@ impl RedoLog {
         self.room() < self.capacity / 2
     }
 
-    /// Adds records: a process that is killed has left all of them or none. Their request may be acknowledged from now on.
+    /// Adds records: a process that is killed has left all of them or none. Their request may be acknowledged
+    /// from now on.
     ///
     /// # Panics
     /// When there is no room: callers have asked under the same lock.

@@ -174,8 +174,8 @@ impl Outcome {
         outcome
     }
 
-    /// Refuses numbers that no image of this geometry has, before anything is made of them. Whether its tables have such
-    /// entries is seen when these are looked up.
+    /// Refuses numbers that no image of this geometry has, before anything is made of them. Whether its
+    /// tables have such entries is seen when these are looked up.
     fn check(&self, geometry: &Geometry) -> std::result::Result<(), String> {
         let beyond = |cluster: u64| cluster >= MAX_MAPPED_HOST_BYTES >> geometry.cluster_bits;
         if let Some((first, clusters)) = self.refcount_table

@@ -1,4 +1,5 @@
-//! Queues that end while the kernel still works for them: what they had begun is not undone, and nothing may meet it.
+//! Queues that end while the kernel still works for them: what they had begun is not undone, and nothing may
+//! meet it.
 
 #[allow(dead_code, reason = "shared by several test programs")]
 mod common;
@@ -65,8 +66,8 @@ fn host() -> Hooked<Stuck> {
     host
 }
 
-/// A write into a zero cluster that keeps its place writes zeros around its payload. They would land on what another
-/// queue writes to the same cluster, and is acknowledged, when the first one has gone.
+/// A write into a zero cluster that keeps its place writes zeros around its payload. They would land on what
+/// another queue writes to the same cluster, and is acknowledged, when the first one has gone.
 #[test]
 fn nothing_is_written_to_a_cluster_whose_writer_has_gone() {
     let host = host();

@@ -77,8 +77,9 @@ fn r6_a_flush_is_covered_by_a_cut_that_began_after_it() {
     assert_eq!(gate.issued.get(), barriers, "the third shares the second one's cut");
 }
 
-/// A flush that waited while another one's fdatasync failed carried out the next cut, whose fdatasync succeeded, because a
-/// kernel tells of a failed write-back only once: it was reported as a success, and what it covers was lost.
+/// A flush that waited while another one's fdatasync failed carried out the next cut, whose fdatasync
+/// succeeded, because a kernel tells of a failed write-back only once: it was reported as a success, and what
+/// it covers was lost.
 #[test]
 fn after_a_failed_fdatasync_no_flush_succeeds_and_nothing_is_accepted() {
     let (gate, lane) = gated();

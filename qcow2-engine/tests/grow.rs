@@ -55,8 +55,8 @@ fn the_l1_table_grows_where_it_must_and_nothing_is_lost() {
     }
 }
 
-/// `qemu-img resize --shrink` leaves the bytes of the last cluster behind the new end as they are, and they came back when the
-/// disk was made larger again.
+/// `qemu-img resize --shrink` leaves the bytes of the last cluster behind the new end as they are, and they
+/// came back when the disk was made larger again.
 #[test]
 fn what_the_last_cluster_had_behind_the_end_does_not_come_back() {
     const KEPT: usize = 1536;
@@ -102,8 +102,8 @@ fn with_size(parts: &Parts, size: u64) -> Vec<u8> {
     parts.bytes
 }
 
-/// Behind the L1 table's entries, in the rest of its cluster, may be anything: QEMU writes no more than the entries, and the
-/// cluster may have had other content. Here it names an L2 table that is in use.
+/// Behind the L1 table's entries, in the rest of its cluster, may be anything: QEMU writes no more than the
+/// entries, and the cluster may have had other content. Here it names an L2 table that is in use.
 #[test]
 fn what_lies_behind_the_l1_table_is_not_taken_for_entries() {
     const SIZE: u64 = 64 << 10;
@@ -130,8 +130,8 @@ fn what_lies_behind_the_l1_table_is_not_taken_for_entries() {
     mirror.close_and_judge();
 }
 
-/// The longer table lies at the end of the file, not where the next refcount block's clusters begin: that is 2 GiB on
-/// with clusters of 64 KiB, and more than a file system takes with clusters of 2 MiB.
+/// The longer table lies at the end of the file, not where the next refcount block's clusters begin: that is
+/// 2 GiB on with clusters of 64 KiB, and more than a file system takes with clusters of 2 MiB.
 #[test]
 fn the_file_grows_by_what_the_table_needs() {
     for (bits, order, size) in [(16, 4, 40 << 40), (21, 0, 2 << 40), (12, 4, 64 << 30)] {
@@ -171,7 +171,8 @@ fn over_sevens(files: &MemFiles, backing_size: usize, options: &CreateOptions) {
     create(files, IMAGE, &CreateOptions { backing, ..options.clone() });
 }
 
-/// An image over a backing file that was longer could not be grown, where QEMU's tools write zeros over what would show.
+/// An image over a backing file that was longer could not be grown, where QEMU's tools write zeros over what
+/// would show.
 #[test]
 fn a_longer_backing_file_does_not_show_in_the_new_part() {
     const K: usize = 1 << 10;
@@ -244,8 +245,8 @@ fn the_new_size_follows_the_zeros_in_the_new_part() {
     assert!(host.hook.has_grown.get());
 }
 
-/// The first change of an image makes its bitmaps stale, and whoever keeps backups by them has to make a full one. To
-/// resize is not worth that without a word.
+/// The first change of an image makes its bitmaps stale, and whoever keeps backups by them has to make a full
+/// one. To resize is not worth that without a word.
 #[test]
 fn bitmaps_are_not_given_up_for_a_new_size() {
     let directory = tempfile::tempdir().expect("temporary directory");

@@ -200,8 +200,8 @@ impl Hook for Watcher {
     }
 }
 
-/// Autoclear bits vouch for what this program does not keep true: they go before the first change, and only for
-/// one. Compatible bits and extensions that are not known stay.
+/// Autoclear bits vouch for what this program does not keep true: they go before the first change, and only
+/// for one. Compatible bits and extensions that are not known stay.
 #[test]
 fn unknown_bits_are_cleared_or_kept_as_the_format_asks() {
     let files = MemFiles::default();
@@ -272,7 +272,8 @@ fn read_by_qemu(image: &[u8], at: u64) -> Option<Vec<u8>> {
     Some(raw[at as usize..][..4096].to_vec())
 }
 
-/// Streams that give more or less than a cluster, and frames in a row: ours and QEMU read the same, or both refuse.
+/// Streams that give more or less than a cluster, and frames in a row: ours and QEMU read the same, or both
+/// refuse.
 #[test]
 fn compressed_data_of_another_length_is_as_qemu_has_it() {
     let bytes: Vec<u8> = (0..8192_u32).map(|at| (at / 9) as u8).collect();
@@ -333,8 +334,8 @@ fn chain_by_qemu(files: &MemFiles, names: &[String]) -> Vec<u8> {
     fs::read(path("raw")).expect("converted")
 }
 
-/// A disk whose size is no multiple of a sector, beneath others: QEMU shows the whole sectors of it. One file below
-/// the top, and more, which are flattened.
+/// A disk whose size is no multiple of a sector, beneath others: QEMU shows the whole sectors of it. One file
+/// below the top, and more, which are flattened.
 #[test]
 fn a_backing_disk_of_an_odd_size_ends_where_it_does_for_qemu() {
     let set_size = |files: &MemFiles, name: &str, size: u64| {

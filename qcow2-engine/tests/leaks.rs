@@ -145,8 +145,8 @@ fn a_search_stops_when_told_and_begins_anew_at_the_next_opening() {
     assert!(leaks(&files) > 0);
 }
 
-/// The first write makes bitmaps stale: nobody reads them any more, but their clusters stay counted until the next
-/// opening. To qemu-img they are leaks.
+/// The first write makes bitmaps stale: nobody reads them any more, but their clusters stay counted until the
+/// next opening. To qemu-img they are leaks.
 #[test]
 fn stale_bitmaps_are_given_back_at_the_next_opening() {
     let directory = tempfile::tempdir().expect("temporary directory");
@@ -232,7 +232,8 @@ impl Pace for Unlucky {
     }
 }
 
-/// The count of an L2 table is two, which the search by itself would leave alone; a write condemns the image for it.
+/// The count of an L2 table is two, which the search by itself would leave alone; a write condemns the image
+/// for it.
 #[test]
 fn damage_that_a_request_meets_ends_the_search() {
     const UNMAPPED: u64 = 2 << 20;
@@ -304,8 +305,8 @@ fn a_search_leaves_behind_what_it_has_learnt_of_the_mapping() {
     assert!(!is_known(0) && is_known(4096));
 }
 
-/// Compressed clusters that share one host cluster, which a crash has left with more counts than references, and a
-/// cluster that nobody refers to. With the guest's offsets.
+/// Compressed clusters that share one host cluster, which a crash has left with more counts than references,
+/// and a cluster that nobody refers to. With the guest's offsets.
 fn shared() -> (MemFiles, Vec<u64>) {
     const CLUSTER: u64 = 4096;
     const SHARERS: u64 = 20;
@@ -373,8 +374,8 @@ impl Hook for LetsGo {
     }
 }
 
-/// A shared cluster lost a reference between being judged and being lowered. It was not lowered then, rightly, but
-/// was not looked at again either, and kept what had leaked.
+/// A shared cluster lost a reference between being judged and being lowered. It was not lowered then,
+/// rightly, but was not looked at again either, and kept what had leaked.
 #[test]
 fn a_cluster_that_changes_after_it_was_judged_is_looked_at_again() {
     let (files, sharers) = shared();

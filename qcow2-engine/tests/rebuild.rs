@@ -1,5 +1,5 @@
-//! What a repair makes anew, as `qemu-img check -r all` does: a refcount structure that cannot be used, wherever
-//! the header or another table says that it is, and a snapshot table beyond its limits.
+//! What a repair makes anew, as `qemu-img check -r all` does: a refcount structure that cannot be used,
+//! wherever the header or another table says that it is, and a snapshot table beyond its limits.
 
 #[allow(dead_code, reason = "shared by several test programs")]
 mod common;
@@ -140,8 +140,8 @@ fn unusable_tables(sound: &Parts) -> Vec<(String, Parts)> {
 }
 
 /// An image that says that it has no refcount table, or whose table is where none can be, was refused by
-/// `check --repair all`; a block that was also an L2 table stopped the repair. `qemu-img check -r all` makes new
-/// refcounts from everything else.
+/// `check --repair all`; a block that was also an L2 table stopped the repair. `qemu-img check -r all` makes
+/// new refcounts from everything else.
 #[test]
 fn refcounts_that_cannot_be_used_are_made_anew() {
     for shape in SHAPES {
@@ -169,7 +169,8 @@ fn refcounts_give_way_to_what_an_entry_names() {
     }
 }
 
-/// An image of which every cluster is counted once, so that a row of counts has no bit that an entry cannot have.
+/// An image of which every cluster is counted once, so that a row of counts has no bit that an entry cannot
+/// have.
 fn without_snapshot() -> Parts {
     let files = MemFiles::default();
     create(&files, IMAGE, &CreateOptions { virtual_size: 1 << 24, ..CreateOptions::default() });
@@ -179,9 +180,9 @@ fn without_snapshot() -> Parts {
     Parts::of(files.get(IMAGE).expect("kept"))
 }
 
-/// The other way round: the L1 table or one of its entries is said to be where refcounts are. Read as a mapping, counts
-/// name what no file has. Clearing such entries would wipe the refcounts, and freeing what nobody names any more the
-/// disk, which a right offset would bring back.
+/// The other way round: the L1 table or one of its entries is said to be where refcounts are. Read as a
+/// mapping, counts name what no file has. Clearing such entries would wipe the refcounts, and freeing what
+/// nobody names any more the disk, which a right offset would bring back.
 #[test]
 fn refcounts_that_are_called_a_mapping_are_left_alone() {
     for (shape, sound) in [
@@ -207,8 +208,8 @@ fn refcounts_that_are_called_a_mapping_are_left_alone() {
     }
 }
 
-/// For reading nobody needs refcounts: QEMU reads a file whose refcount table was cut off, as the end of a copy
-/// that was interrupted may be. Ours refused it.
+/// For reading nobody needs refcounts: QEMU reads a file whose refcount table was cut off, as the end of a
+/// copy that was interrupted may be. Ours refused it.
 #[test]
 fn what_has_no_refcounts_is_read_and_not_written() {
     let sound = Parts::with_snapshot(SHAPES[0]);
@@ -237,9 +238,9 @@ impl Hook for FailingDisk {
     }
 }
 
-/// A header that names a refcount table behind the end of the file protects the image: it is not written to. The
-/// new structure grows into that place, where it would pass for a table, of no counts, if the header still named
-/// it when the repair is cut short; and the next writer would hand out every cluster anew.
+/// A header that names a refcount table behind the end of the file protects the image: it is not written to.
+/// The new structure grows into that place, where it would pass for a table, of no counts, if the header
+/// still named it when the repair is cut short; and the next writer would hand out every cluster anew.
 #[test]
 fn a_repair_that_is_cut_short_leaves_no_image_that_seems_to_have_counts() {
     let sound = Parts::with_snapshot(SHAPES[0]);
@@ -285,8 +286,9 @@ impl Hook for FullDisk {
     }
 }
 
-/// The new structure was put behind the end of the file, also where there was room inside it. A block device has nothing
-/// there: neither a repair nor the opening of an image that was marked dirty came to its end, however often it was tried.
+/// The new structure was put behind the end of the file, also where there was room inside it. A block device
+/// has nothing there: neither a repair nor the opening of an image that was marked dirty came to its end,
+/// however often it was tried.
 #[test]
 fn refcounts_are_made_anew_inside_a_file_that_has_room() {
     for shape in SHAPES {
@@ -387,9 +389,9 @@ fn listed(bytes: &[u8]) -> String {
     text
 }
 
-/// Snapshots' entries with more extra data than the limit, or in version 3 with too little, kept an image from
-/// being opened, and `check --repair all` from doing anything about it. `qemu-img check -r all` writes the table
-/// anew, without the unknown extra data and with the disk's size.
+/// Snapshots' entries with more extra data than the limit, or in version 3 with too little, kept an image
+/// from being opened, and `check --repair all` from doing anything about it. `qemu-img check -r all` writes
+/// the table anew, without the unknown extra data and with the disk's size.
 #[test]
 fn extra_data_of_snapshots_is_brought_within_the_limits() {
     for shape in SHAPES {
@@ -420,8 +422,9 @@ fn extra_data_of_snapshots_is_brought_within_the_limits() {
     }
 }
 
-/// A table that goes on beyond its limits: what overhangs is dropped by a repair of all, as QEMU does it, and what
-/// only the dropped ones had is free. Before that nothing is freed: the snapshots are still in the table.
+/// A table that goes on beyond its limits: what overhangs is dropped by a repair of all, as QEMU does it, and
+/// what only the dropped ones had is free. Before that nothing is freed: the snapshots are still in the
+/// table.
 #[test]
 fn snapshots_beyond_the_limits_are_dropped_and_their_clusters_freed() {
     let sound = Parts::with_snapshot("compat=1.1,cluster_size=64k");
@@ -462,8 +465,9 @@ fn snapshots_beyond_the_limits_are_dropped_and_their_clusters_freed() {
     }
 }
 
-/// An entry with so much extra data that it goes beyond the end of the file kept the table from being repaired, and one that
-/// needed the room of others had them dropped, though all fit in when it is cut short. (QEMU's iotest 261.)
+/// An entry with so much extra data that it goes beyond the end of the file kept the table from being
+/// repaired, and one that needed the room of others had them dropped, though all fit in when it is cut short.
+/// (QEMU's iotest 261.)
 #[test]
 fn what_an_entry_says_too_much_of_itself_costs_no_other_snapshot() {
     let sound = Parts::with_snapshot("compat=1.1,cluster_size=64k");
@@ -488,8 +492,8 @@ fn what_an_entry_says_too_much_of_itself_costs_no_other_snapshot() {
     }
 }
 
-/// What is dropped with the snapshot table goes when that is replaced, and not where it cannot be: an entry that names
-/// an L2 table keeps the repair from making anything new.
+/// What is dropped with the snapshot table goes when that is replaced, and not where it cannot be: an entry
+/// that names an L2 table keeps the repair from making anything new.
 #[test]
 fn snapshots_that_stay_in_the_table_keep_their_clusters() {
     let sound = Parts::with_snapshot("compat=1.1,cluster_size=64k");
@@ -541,8 +545,8 @@ fn only_a_check_takes_too_many_snapshots() {
     assert!(error.to_string().contains("nb_snapshots"), "{error}");
 }
 
-/// A crash of QEMU may leave clusters counted that the file does not reach. They were leaks for our check, with
-/// exit code 3, and are none for QEMU's. They cost nothing; a repair that somebody asks for clears them.
+/// A crash of QEMU may leave clusters counted that the file does not reach. They were leaks for our check,
+/// with exit code 3, and are none for QEMU's. They cost nothing; a repair that somebody asks for clears them.
 #[test]
 fn counts_beyond_the_end_of_the_file_are_no_leaks() {
     for shape in SHAPES {

@@ -98,8 +98,8 @@ fn a_full_log_makes_room_by_writing_back() {
     next.verify();
 }
 
-/// A server that had condemned its image was killed: nobody could replay its log, so all I/O hung, reads too, and the image could not be
-/// repaired either.
+/// A server that had condemned its image was killed: nobody could replay its log, so all I/O hung, reads too,
+/// and the image could not be repaired either.
 #[test]
 fn a_condemned_image_is_gone_on_with() {
     let (size, memory) = (8 << 20, memory());
@@ -148,8 +148,9 @@ impl AsRef<[AtomicU64]> for Watched {
     }
 }
 
-/// The refcount table is moved, and new blocks count the clusters that it lies in. A process that was killed between the
-/// records of the one and the others left a log that could not be replayed, with all that it had acknowledged.
+/// The refcount table is moved, and new blocks count the clusters that it lies in. A process that was killed
+/// between the records of the one and the others left a log that could not be replayed, with all that it had
+/// acknowledged.
 #[test]
 fn r7_a_change_is_in_the_log_whole_or_not_at_all() {
     // The table has 64 entries for blocks that count 64 clusters each.

@@ -52,8 +52,9 @@ fn content(parts: &Parts) -> Vec<u8> {
     buf.to_vec()
 }
 
-/// A compressed cluster at the end of the file whose entry claims more sectors than there are: the stream ends
-/// before that, so that it can be read. Whoever took it for lost would free it, or have it read as zeros.
+/// A compressed cluster at the end of the file whose entry claims more sectors than there are: the stream
+/// ends before that, so that it can be read. Whoever took it for lost would free it, or have it read as
+/// zeros.
 #[test]
 fn compressed_data_is_kept_whose_claim_goes_beyond_the_file() {
     for cluster in [512, 4096, 65536] {
@@ -82,9 +83,9 @@ fn an_overwritten_cluster_gives_back_no_more_than_it_can_have_had() {
     }
 }
 
-/// "may only write to an image with unknown auto-clear features if it clears the respective bits". They stayed where
-/// nothing else was to be repaired, because nothing was written then; whoever asks for a repair opens the image for
-/// writing, and QEMU clears them at that.
+/// "may only write to an image with unknown auto-clear features if it clears the respective bits". They
+/// stayed where nothing else was to be repaired, because nothing was written then; whoever asks for a repair
+/// opens the image for writing, and QEMU clears them at that.
 #[test]
 fn a_repair_clears_the_autoclear_bits_that_it_does_not_know_and_no_others() {
     for repair in [Repair::Leaks, Repair::All] {
@@ -106,9 +107,9 @@ fn a_repair_clears_the_autoclear_bits_that_it_does_not_know_and_no_others() {
     }
 }
 
-/// An entry of the disk that names an L2 table which only the snapshot has. Once it is counted for both and flagged as nobody's
-/// own, a write goes elsewhere and nothing is lost; but the overlap was reported for ever, and the corrupt bit kept the
-/// image read-only. `qemu-img check -r all` clears it.
+/// An entry of the disk that names an L2 table which only the snapshot has. Once it is counted for both and
+/// flagged as nobody's own, a write goes elsewhere and nothing is lost; but the overlap was reported for
+/// ever, and the corrupt bit kept the image read-only. `qemu-img check -r all` clears it.
 #[test]
 fn data_over_a_snapshots_l2_table_is_repaired_when_both_are_counted() {
     for options in

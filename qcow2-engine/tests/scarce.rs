@@ -107,8 +107,8 @@ impl Hook for NoHoles {
     }
 }
 
-/// On a full file system a hole may need room itself. What the guest discards can be used again all the same: otherwise
-/// nothing that it does could make room.
+/// On a full file system a hole may need room itself. What the guest discards can be used again all the same:
+/// otherwise nothing that it does could make room.
 #[test]
 fn what_is_discarded_is_free_though_no_hole_can_be_punched() {
     const CLUSTER: u64 = 4096;
@@ -154,9 +154,9 @@ impl Hook for Slow {
     }
 }
 
-/// Three lanes take extents, and the one that lies last in the file is the first to extend it: the file is long enough for
-/// the others' then, and their space has to be there, too. On a host that is full by the time they are written
-/// to, it would be missing under metadata.
+/// Three lanes take extents, and the one that lies last in the file is the first to extend it: the file is
+/// long enough for the others' then, and their space has to be there, too. On a host that is full by the time
+/// they are written to, it would be missing under metadata.
 #[test]
 fn the_file_is_never_extended_over_an_extent_without_space_for_it() {
     const CLUSTER: u64 = 4096;
@@ -206,8 +206,8 @@ impl Hook for BadDisk {
     }
 }
 
-/// The lowest file of a chain cannot be read, and a layer above it has all that is asked for: that is read. What is not
-/// there fails.
+/// The lowest file of a chain cannot be read, and a layer above it has all that is asked for: that is read.
+/// What is not there fails.
 #[test]
 fn a_layer_that_cannot_be_read_fails_only_what_needs_it() {
     const CLUSTER: usize = 4096;
@@ -253,10 +253,10 @@ impl Hook for Full {
     }
 }
 
-/// A write needs a new extent, with a refcount block for it or a longer refcount table, and the host has no room.
-/// The write fails, and nothing else: the block was made all the same, behind the end of the file, so that every
-/// flush failed with it until there was room; and with room for the block, but not for what it counts, closing
-/// cut it off again.
+/// A write needs a new extent, with a refcount block for it or a longer refcount table, and the host has no
+/// room. The write fails, and nothing else: the block was made all the same, behind the end of the file, so
+/// that every flush failed with it until there was room; and with room for the block, but not for what it
+/// counts, closing cut it off again.
 #[test]
 fn a_full_host_fails_writes_that_allocate_and_no_flush() {
     const CLUSTER: u64 = 512;
@@ -295,8 +295,8 @@ fn a_full_host_fails_writes_that_allocate_and_no_flush() {
     }
 }
 
-/// What there is room for, in clusters of 512 bytes: a lane's extent of 16 does not fit, and what was cut off from it had to
-/// wait as freed clusters do, while the next write looked for room behind it.
+/// What there is room for, in clusters of 512 bytes: a lane's extent of 16 does not fit, and what was cut off
+/// from it had to wait as freed clusters do, while the next write looked for room behind it.
 fn fills_up(host: &Hooked<impl Hook>, lane: &Lane<Hooked<impl Hook>>, room: u64) {
     let mut written = 0;
     let refused = loop {
@@ -315,8 +315,8 @@ fn fills_up(host: &Hooked<impl Hook>, lane: &Lane<Hooked<impl Hook>>, room: u64)
         .expect("there is room where the discarded clusters were");
 }
 
-/// Each queue has an extent of its own, and a full host one more cluster for none: what the others had counted and not used was
-/// not to be had.
+/// Each queue has an extent of its own, and a full host one more cluster for none: what the others had
+/// counted and not used was not to be had.
 #[test]
 fn a_full_host_is_filled_whichever_queue_has_the_room() {
     let host = Hooked::new(&MemFiles::default(), Full { room: Cell::new(u64::MAX) });
@@ -354,7 +354,8 @@ impl Hook for Halfway {
     }
 }
 
-/// What a failed allocation had added stayed for good, on a host that is full: no count, and so no check, tells of it.
+/// What a failed allocation had added stayed for good, on a host that is full: no count, and so no check,
+/// tells of it.
 #[test]
 fn what_a_failed_allocation_has_added_is_cut_off() {
     let files = MemFiles::default();
@@ -423,8 +424,8 @@ fn an_image_on_a_block_device_can_use_all_of_it() {
     }
 }
 
-/// The last cluster of a file may be cut short by its end. Where space cannot be allocated ahead the file is extended by a
-/// sector of zeros, and that was the last one of this very cluster.
+/// The last cluster of a file may be cut short by its end. Where space cannot be allocated ahead the file is
+/// extended by a sector of zeros, and that was the last one of this very cluster.
 #[test]
 fn what_ends_in_mid_cluster_is_kept_where_a_file_is_extended_by_writing() {
     let host =
@@ -468,8 +469,8 @@ impl Hook for BadPages {
     }
 }
 
-/// An image that has let go of the refcount pages of what it has discarded, and a disk that cannot read them any more. Also its
-/// length, and how many pages there are.
+/// An image that has let go of the refcount pages of what it has discarded, and a disk that cannot read them
+/// any more. Also its length, and how many pages there are.
 fn with_bad_counts(host: &Hooked<BadPages>) -> (Lane<Hooked<BadPages>>, u64, usize) {
     // A block of a cluster has 64 counts of 64 bits: there are twice as many as are kept.
     let options =
@@ -509,8 +510,8 @@ fn refcount_pages_that_cannot_be_read_hold_back_only_what_they_count() {
     assert_eq!(findings(&host.files), Vec::<String>::new(), "what was passed over has waited");
 }
 
-/// Such a page was read once for each of its clusters, all of them once a second, and once more for each round of closing. A disk
-/// that takes seconds to give up was kept from everything else.
+/// Such a page was read once for each of its clusters, all of them once a second, and once more for each
+/// round of closing. A disk that takes seconds to give up was kept from everything else.
 #[test]
 fn refcount_pages_that_cannot_be_read_are_seldom_tried_again() {
     let host = Hooked::new(&MemFiles::default(), BadPages::default());
@@ -528,8 +529,8 @@ fn refcount_pages_that_cannot_be_read_are_seldom_tried_again() {
     assert!((1..=5 * pages).contains(&closing), "{closing} reads of {pages} pages");
 }
 
-/// What a request of many clusters frees could not be given back before its end, and past 65536 of them each further slice
-/// made a cut for nothing: tens of thousands of barriers for one discard.
+/// What a request of many clusters frees could not be given back before its end, and past 65536 of them each
+/// further slice made a cut for nothing: tens of thousands of barriers for one discard.
 #[test]
 fn a_long_discard_does_not_make_a_cut_for_every_slice() {
     const SIZE: u64 = 80_000 * 512;
@@ -587,7 +588,8 @@ impl Hook for Tired {
     }
 }
 
-/// An image of version 2 has zeros written, a gigabyte of them in one request: what others freed meanwhile had to wait for its end.
+/// An image of version 2 has zeros written, a gigabyte of them in one request: what others freed meanwhile
+/// had to wait for its end.
 #[test]
 fn what_is_freed_does_not_wait_for_the_end_of_a_long_request() {
     const CLUSTER: u64 = 4096;
@@ -624,8 +626,8 @@ fn what_is_freed_does_not_wait_for_the_end_of_a_long_request() {
     assert!(zeros.as_mut().poll(&mut context).is_ready());
 }
 
-/// A refcount block of several pages is made where the file has old bytes, as what a crash has left behind the
-/// last count: all of its pages are written, not only the one that counts something.
+/// A refcount block of several pages is made where the file has old bytes, as what a crash has left behind
+/// the last count: all of its pages are written, not only the one that counts something.
 #[test]
 fn a_new_refcount_block_over_old_content_is_written_whole() {
     const CLUSTER: u64 = 8192;
@@ -649,8 +651,8 @@ fn a_new_refcount_block_over_old_content_is_written_whole() {
     assert_eq!(findings(&host.files), Vec::<String>::new());
 }
 
-/// The longer L1 table was to lie behind the end of the file, so that an image that fills a block device could not be grown
-/// though nearly all of it was free.
+/// The longer L1 table was to lie behind the end of the file, so that an image that fills a block device
+/// could not be grown though nearly all of it was free.
 #[test]
 fn the_longer_table_lies_inside_a_file_that_cannot_grow() {
     const CLUSTER: u64 = 64 << 10;

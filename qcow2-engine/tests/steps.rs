@@ -51,8 +51,8 @@ impl Hook for Recorder {
 }
 
 impl Recorder {
-    /// Demands a barrier with this name between the last write to `earlier` and the first one to `later`, both
-    /// of which are written.
+    /// Demands a barrier with this name between the last write to `earlier` and the first one to `later`,
+    /// both of which are written.
     fn hold_apart(&self, rule: RuleName, earlier: &Range<u64>, later: &Range<u64>) {
         let steps = self.steps.borrow();
         let touches = |step: &Step, place: &Range<u64>| matches!(step, Step::Write(at) if at.start < place.end && place.start < at.end);

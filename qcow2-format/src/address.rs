@@ -1,4 +1,5 @@
-//! A position in the image file, as a type, so that none on the virtual disk (plain numbers) is passed for it.
+//! A position in the image file, as a type, so that none on the virtual disk (plain numbers) is passed for
+//! it.
 //!
 //! Whether it lies inside the file is not known here.
 

@@ -106,9 +106,9 @@ impl BitmapTableEntry {
 /// Decodes the bitmap directory, whose bytes are `bytes`, exactly
 /// [`BitmapsExtension::directory_bytes`] of them.
 ///
-/// Specification, "Bitmap directory": entries of 24 fixed bytes, extra data, name and zero padding
-/// to a multiple of 8; flag bits 3 to 31 are 0, the type is 1, the name is not empty, tables start at
-/// cluster boundaries. A bitmap that was saved has a bit for each part of the disk, and QEMU opens no image where one
+/// Specification, "Bitmap directory": entries of 24 fixed bytes, extra data, name and zero padding to a
+/// multiple of 8; flag bits 3 to 31 are 0, the type is 1, the name is not empty, tables start at cluster
+/// boundaries. A bitmap that was saved has a bit for each part of the disk, and QEMU opens no image where one
 /// has fewer or more.
 ///
 /// # Errors

@@ -16,8 +16,8 @@ use zerocopy::IntoBytes;
 pub const MIN_ENTRY_BYTES: u64 = size_of::<RawSnapshot>() as u64;
 /// Longest table in bytes, as QEMU: 65536 snapshots of 1 KiB.
 pub const MAX_TABLE_BYTES: u64 = 64 << 20;
-/// Longest stretch of a file over which a table is salvaged whose entries say too much of themselves: with what is cut off of
-/// them it may be within its limits.
+/// Longest stretch of a file over which a table is salvaged whose entries say too much of themselves: with
+/// what is cut off of them it may be within its limits.
 pub const MAX_SALVAGE_BYTES: u64 = MAX_TABLE_BYTES + (16 << 20);
 /// Longest extra data in bytes, as QEMU.
 pub const MAX_EXTRA_BYTES: u32 = 1024;
@@ -128,9 +128,9 @@ pub struct Salvage {
 /// What can be kept of a table that says of itself that it has `count` snapshots. `bytes` may go on after
 /// its end.
 ///
-/// Gone are snapshots above the largest number, those that end beyond the longest table (counted without what is cut off), and
-/// unknown extra data of an entry that has too much of it. The disk's size, where an entry of version 3 lacks it, is the
-/// present one.
+/// Gone are snapshots above the largest number, those that end beyond the longest table (counted without what
+/// is cut off), and unknown extra data of an entry that has too much of it. The disk's size, where an entry
+/// of version 3 lacks it, is the present one.
 ///
 /// # Errors
 /// How many bytes from the table's start are needed at least.

@@ -11,7 +11,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Enough for any single call of a tool in an emulated machine; comparing all of an image of 4 TiB is the longest.
+/// Enough for any single call of a tool in an emulated machine; comparing all of an image of 4 TiB is the
+/// longest.
 pub const TOOL_LIMIT: Duration = Duration::from_secs(600);
 /// How often a child is asked whether it has ended.
 const LOOK: Duration = Duration::from_millis(5);

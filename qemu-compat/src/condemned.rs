@@ -1,5 +1,5 @@
-//! What becomes of a device whose image was condemned while it was served: an entry leads to one of the image's own tables, a
-//! write there fails, and nothing is changed any more until the image is repaired.
+//! What becomes of a device whose image was condemned while it was served: an entry leads to one of the
+//! image's own tables, a write there fails, and nothing is changed any more until the image is repaired.
 
 use crate::{
     device::{Binary, DeviceDisk},
@@ -26,8 +26,8 @@ const REFCOUNT_TABLE_OFFSET: u64 = 48;
 const COPIED: u64 = 1 << 63;
 const PLACE: u64 = 0x00ff_ffff_ffff_fe00;
 
-/// Detaches it with a page in memory that cannot be written: the device goes, the failure is told, and the image can be repaired. It
-/// could not, for `del` wanted to write to it and tools wanted `del` to come first.
+/// Detaches it with a page in memory that cannot be written: the device goes, the failure is told, and the
+/// image can be repaired. It could not, for `del` wanted to write to it and tools wanted `del` to come first.
 ///
 /// # Errors
 /// What does not hold.
@@ -43,8 +43,8 @@ pub fn detached_and_repaired(binary: &Binary, dir: &Path) -> Result<()> {
     repaired(binary, &image)
 }
 
-/// Kills its server: reads go on, writes go on failing, and a clean end leaves nothing in the way of a repair. All I/O hung, because
-/// no successor opened the image.
+/// Kills its server: reads go on, writes go on failing, and a clean end leaves nothing in the way of a
+/// repair. All I/O hung, because no successor opened the image.
 ///
 /// # Errors
 /// What does not hold.
@@ -77,7 +77,8 @@ fn condemned(binary: &Binary, image: &Path) -> Result<DeviceDisk> {
     Ok(disk)
 }
 
-/// Has the entry of the cluster at [`DAMAGED`] lead to the refcount block: the one kind of table that a repair can make anew.
+/// Has the entry of the cluster at [`DAMAGED`] lead to the refcount block: the one kind of table that a
+/// repair can make anew.
 fn damage(image: &Path) -> Result<()> {
     let file = OpenOptions::new().read(true).write(true).open(image)?;
     let l1_table = word(&file, L1_TABLE_OFFSET)?;

@@ -1,4 +1,5 @@
-//! Both ways of a request's data, `--zero-copy=on` and `off`, and memory of the user's that begins where it likes.
+//! Both ways of a request's data, `--zero-copy=on` and `off`, and memory of the user's that begins where it
+//! likes.
 //!
 //! With zero copy the image's file system is given the user's own pages. It may refuse memory that is
 //! not aligned as its disk wants it; nobody must see that.
@@ -34,8 +35,8 @@ impl Server for Way<'_> {
     }
 }
 
-/// Demands that images of many kinds of mapping are served alike on both ways, or, where the driver has one only,
-/// that the other is refused by name.
+/// Demands that images of many kinds of mapping are served alike on both ways, or, where the driver has one
+/// only, that the other is refused by name.
 ///
 /// # Errors
 /// What does not hold.

@@ -1,7 +1,8 @@
-//! Durability as the host's disk sees it: whoever is told that something is durable has made that disk write its cache out.
+//! Durability as the host's disk sees it: whoever is told that something is durable has made that disk write
+//! its cache out.
 //!
-//! Losing power shows the same in the end (`power/`), but only for what a flush of its own follows: a file system that overwrites
-//! for `O_DSYNC` asks for a write that is durable by itself (FUA), and sends no flush.
+//! Losing power shows the same in the end (`power/`), but only for what a flush of its own follows: a file
+//! system that overwrites for `O_DSYNC` asks for a write that is durable by itself (FUA), and sends no flush.
 
 use crate::{
     device::{Aligned, Binary},
@@ -23,7 +24,8 @@ const BLOCK: usize = 4096;
 /// Writes of each kind, to as many blocks of a file.
 const WRITES: u64 = 24;
 
-/// Demands that each write that is to be durable by itself, and each flush, makes the host's disk write its cache out.
+/// Demands that each write that is to be durable by itself, and each flush, makes the host's disk write its
+/// cache out.
 ///
 /// # Errors
 /// It was not told to, or the kernel does not send such writes.

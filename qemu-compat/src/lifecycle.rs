@@ -1,8 +1,9 @@
 //! Whose hands a device is in: its server's, a successor's, `del`'s, somebody else's.
 //!
-//! Servers are killed and devices removed at once; records are looked at while they change hands; numbers are taken again
-//! as soon as they are free; file systems are mounted below and beside. What is demanded is always the same: every
-//! command ends well or says why not, nobody else's device is touched, and nothing is left behind.
+//! Servers are killed and devices removed at once; records are looked at while they change hands; numbers are
+//! taken again as soon as they are free; file systems are mounted below and beside. What is demanded is
+//! always the same: every command ends well or says why not, nobody else's device is touched, and nothing is
+//! left behind.
 
 use crate::{
     command::{TOOL_LIMIT, wait},
@@ -37,8 +38,9 @@ const QEMU_UNSHARED_WRITE: i64 = 201;
 /// How long a supervisor may take to see that its device is gone.
 const LEFTOVER_LIMIT: Duration = Duration::from_secs(20);
 
-/// Removes devices right after their servers were killed, under load: `del` and the supervisor, which has another server at
-/// hand, must not both have the device. They did: the successor put its record back when the device was gone.
+/// Removes devices right after their servers were killed, under load: `del` and the supervisor, which has
+/// another server at hand, must not both have the device. They did: the successor put its record back when
+/// the device was gone.
 ///
 /// # Errors
 /// What does not hold.
@@ -64,8 +66,8 @@ pub fn removed_after_a_kill(binary: &Binary, dir: &Path, rounds: u32) -> Result<
     Ok(())
 }
 
-/// Kills servers while somebody looks at their records all the time, as `list` does. The successor took the one who
-/// looked for a living server, and gave up.
+/// Kills servers while somebody looks at their records all the time, as `list` does. The successor took the
+/// one who looked for a living server, and gave up.
 ///
 /// # Errors
 /// A server was not replaced.
@@ -98,8 +100,8 @@ pub fn watched(binary: &Binary, dir: &Path, kills: u32) -> Result<()> {
     device.detach()
 }
 
-/// Adds and removes devices from several threads at once: numbers are given out again as soon as they are free, and
-/// who had one before must leave the records of who has it now alone.
+/// Adds and removes devices from several threads at once: numbers are given out again as soon as they are
+/// free, and who had one before must leave the records of who has it now alone.
 ///
 /// # Errors
 /// A command failed, or a device is not listed.
@@ -179,8 +181,8 @@ impl Below {
     }
 }
 
-/// A mounted device is not taken from under its user by any way of `del` but `--force`: not while it is served, not when its
-/// server is dead, not when it is somebody else's.
+/// A mounted device is not taken from under its user by any way of `del` but `--force`: not while it is
+/// served, not when its server is dead, not when it is somebody else's.
 ///
 /// # Errors
 /// What does not hold.
@@ -217,8 +219,8 @@ pub fn mounted_devices_stay(binary: &Binary, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The record of a dead server whose device is gone names a number that somebody else has by now: `del` removes the
-/// record and not that device. It did remove it.
+/// The record of a dead server whose device is gone names a number that somebody else has by now: `del`
+/// removes the record and not that device. It did remove it.
 ///
 /// # Errors
 /// What does not hold.
@@ -245,8 +247,8 @@ pub fn records_outlive_devices(binary: &Binary, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// An image is replaced by another file while it is served, and the server killed: its successor must not go on
-/// with that file, nor any command write to an image that a successor is to write to. With the file back
+/// An image is replaced by another file while it is served, and the server killed: its successor must not go
+/// on with that file, nor any command write to an image that a successor is to write to. With the file back
 /// in its place the device is recovered.
 ///
 /// # Errors
@@ -277,8 +279,9 @@ pub fn images_stay(binary: &Binary, dir: &Path) -> Result<()> {
     still_written(device)
 }
 
-/// A device whose recovery has failed is removed, and nothing was lost: that is a success. Where `del` could not write to the
-/// image the number is free, and not given to another image: the next `add` had it, and emptied the log of what was acknowledged.
+/// A device whose recovery has failed is removed, and nothing was lost: that is a success. Where `del` could
+/// not write to the image the number is free, and not given to another image: the next `add` had it, and
+/// emptied the log of what was acknowledged.
 ///
 /// # Errors
 /// What does not hold.
@@ -307,9 +310,10 @@ pub fn removed_after_a_failed_recovery(binary: &Binary, dir: &Path) -> Result<()
     still_written(binary.add(&[], &image)?)
 }
 
-/// A successor is killed when it has begun the recovery, and what the record says of how far it had come is older than that, or
-/// newer, as if it had been killed a moment earlier or `del` had come and died: the next one can do with all of it. Before
-/// Linux 6.16 the driver refuses to begin a recovery twice, and crashes when it has some of the queues.
+/// A successor is killed when it has begun the recovery, and what the record says of how far it had come is
+/// older than that, or newer, as if it had been killed a moment earlier or `del` had come and died: the next
+/// one can do with all of it. Before Linux 6.16 the driver refuses to begin a recovery twice, and crashes
+/// when it has some of the queues.
 ///
 /// # Errors
 /// What does not hold.
@@ -345,8 +349,8 @@ pub fn recovered_from_any_phase(binary: &Binary, dir: &Path) -> Result<()> {
     still_written(device)
 }
 
-/// A successor is killed before it has said that it serves: its supervisor took the device for one that was half made, and deleted
-/// it with the redo log. The next one serves it.
+/// A successor is killed before it has said that it serves: its supervisor took the device for one that was
+/// half made, and deleted it with the redo log. The next one serves it.
 ///
 /// # Errors
 /// What does not hold.
@@ -377,7 +381,8 @@ pub fn recovered_although_the_successor_dies(binary: &Binary, dir: &Path) -> Res
     still_written(device)
 }
 
-/// Has an image locked, for as long as the file is open, like a program that reads it and lets nobody write meanwhile.
+/// Has an image locked, for as long as the file is open, like a program that reads it and lets nobody write
+/// meanwhile.
 fn without_writers(image: &Path) -> Result<File> {
     let file = File::open(image)?;
     let lock = libc::flock {

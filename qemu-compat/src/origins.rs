@@ -1,6 +1,7 @@
 //! Images that are more than a file that was made for the test: on a block device, grown, with bitmaps.
 //!
-//! Each is served, written to and detached, and holds what was written when it is attached again; `qemu-img check` finds nothing.
+//! Each is served, written to and detached, and holds what was written when it is attached again; `qemu-img
+//! check` finds nothing.
 
 use crate::{
     command::{TOOL_LIMIT, run},
@@ -88,7 +89,8 @@ pub fn grown(binary: &Binary, dir: &Path) -> Result<()> {
     disk.detach()
 }
 
-/// An image with a bitmap: marked stale when it is written to, not when it is read; its clusters are given back later.
+/// An image with a bitmap: marked stale when it is written to, not when it is read; its clusters are given
+/// back later.
 ///
 /// # Errors
 /// What does not hold.

@@ -128,7 +128,8 @@ fn wait_for_successor(device: &Device, mut dead: i32, mut successor_too: bool) -
     }
 }
 
-/// Demands that `qemu-img check` finds nothing worse than leaks in an image, and nothing when these are repaired.
+/// Demands that `qemu-img check` finds nothing worse than leaks in an image, and nothing when these are
+/// repaired.
 ///
 /// # Errors
 /// What it finds.

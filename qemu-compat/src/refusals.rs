@@ -130,8 +130,9 @@ pub fn must_refuse(command: &mut Command, words: &[&str]) -> Result<String> {
     Ok(finished.stderr)
 }
 
-/// What a caller brings along: a standard output that takes nothing, so that nobody learns of the device; no privileges,
-/// of which one line is to tell; a limit on the size of files, which killed the server; a pipe, which the server kept open.
+/// What a caller brings along: a standard output that takes nothing, so that nobody learns of the device; no
+/// privileges, of which one line is to tell; a limit on the size of files, which killed the server; a pipe,
+/// which the server kept open.
 ///
 /// # Errors
 /// What does not hold.

@@ -1,7 +1,7 @@
 //! What the serving processes do for their own safety and the host's, as the kernel tells it.
 //!
-//! [`guarded`] looks at every thread of the server and of its supervisor in /proc; [`partitions`] at what
-//! the kernel makes of a partition table that somebody else may have written; [`file_system_let_go`] at what a
+//! [`guarded`] looks at every thread of the server and of its supervisor in /proc; [`partitions`] at what the
+//! kernel makes of a partition table that somebody else may have written; [`file_system_let_go`] at what a
 //! server that has ended still holds.
 
 use crate::{
@@ -37,10 +37,11 @@ const LATE_SCAN: Duration = Duration::from_secs(1);
 /// The driver's feature that a start without a partition scan takes.
 const NO_PART_SCAN: &str = "no-part-scan";
 
-/// Demands of a server, of the supervisor behind it and of the process that waits for the driver in its stead, that no thread waits for the device when it
-/// allocates memory, that memory stays, that the OOM killer passes by, that mounts are its own; and
-/// of the server that it keeps no privileges but those that commanding the driver takes, in its first thread; and of who waits in its stead
-/// that it has no more either, and nothing open that a dead server must let go of.
+/// Demands of a server, of the supervisor behind it and of the process that waits for the driver in its
+/// stead, that no thread waits for the device when it allocates memory, that memory stays, that the OOM
+/// killer passes by, that mounts are its own; and of the server that it keeps no privileges but those that
+/// commanding the driver takes, in its first thread; and of who waits in its stead that it has no more
+/// either, and nothing open that a dead server must let go of.
 ///
 /// # Errors
 /// What does not hold, and for which thread.
@@ -110,8 +111,8 @@ pub fn partitions(binary: &Binary, dir: &Path) -> Result<()> {
     qemu_img::check_clean(&image)
 }
 
-/// Gives the device's node to another user, as udev and libvirt do, and detaches while somebody has the device open who has not
-/// flushed what he has written: the server could not open it to have it written back.
+/// Gives the device's node to another user, as udev and libvirt do, and detaches while somebody has the
+/// device open who has not flushed what he has written: the server could not open it to have it written back.
 ///
 /// # Errors
 /// It is lost, or `del` fails.
@@ -132,9 +133,10 @@ pub fn given_away(binary: &Binary, dir: &Path) -> Result<()> {
     disk.detach()
 }
 
-/// Detaches and unmounts the image's file system at once, many times: the kernel takes rings apart late, and what they still
-/// had open kept it busy now and then; so did server and supervisor on their way out, which had it mounted. While the image is served it
-/// cannot be unmounted, whoever serves it: it could be, and the server wrote on where nobody saw it.
+/// Detaches and unmounts the image's file system at once, many times: the kernel takes rings apart late, and
+/// what they still had open kept it busy now and then; so did server and supervisor on their way out, which
+/// had it mounted. While the image is served it cannot be unmounted, whoever serves it: it could be, and the
+/// server wrote on where nobody saw it.
 ///
 /// # Errors
 /// It is busy, or not busy.

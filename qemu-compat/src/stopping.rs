@@ -1,7 +1,7 @@
 //! What becomes of a device that is stopped while its server is in trouble, or by somebody else.
 //!
-//! The image lies on a file system that can be frozen: a write to the device is then in the server's hands for as long as
-//! the test wants, and stopping the device waits for it.
+//! The image lies on a file system that can be frozen: a write to the device is then in the server's hands
+//! for as long as the test wants, and stopping the device waits for it.
 
 #![allow(unsafe_code, reason = "ioctls that freeze a file system")]
 
@@ -42,11 +42,13 @@ const DIRTY: usize = 8 << 20;
 const MARK: u8 = 0xd7;
 /// How long a server may take to be where the test wants it.
 const ON_ITS_WAY: Duration = Duration::from_secs(2);
-/// How long a dead server's users may wait for what becomes of their requests, where the kernel notices only when they time out.
+/// How long a dead server's users may wait for what becomes of their requests, where the kernel notices only
+/// when they time out.
 const SETTLED: Duration = Duration::from_secs(120);
 
-/// Kills a server that is stopping its device, with a request in its hands, or has the kernel write back before. It stayed for ever on
-/// Linux 6.15 and later, because it waited for the driver, and the driver for it; and so did whoever had written.
+/// Kills a server that is stopping its device, with a request in its hands, or has the kernel write back
+/// before. It stayed for ever on Linux 6.15 and later, because it waited for the driver, and the driver for
+/// it; and so did whoever had written.
 ///
 /// # Errors
 /// What does not hold.
@@ -69,8 +71,9 @@ pub fn killed(binary: &Binary, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Has a served device removed by an instance with other records, to which it is somebody else's: what had been written to it is in the
-/// image, flushed or not, and nothing else is left: its owner's `list` showed a device that waited, for ever.
+/// Has a served device removed by an instance with other records, to which it is somebody else's: what had
+/// been written to it is in the image, flushed or not, and nothing else is left: its owner's `list` showed a
+/// device that waited, for ever.
 ///
 /// # Errors
 /// What does not hold.
@@ -130,8 +133,9 @@ fn killed_while_it_stops(device: Device, mount_point: &Path, is_supervised: bool
     Ok(())
 }
 
-/// Kills a server while the kernel writes back, at the demand of `del`, what lay in memory for its device. A thread of the server waited
-/// for that: the server stayed, nobody could recover the device, and what had been written to it was lost.
+/// Kills a server while the kernel writes back, at the demand of `del`, what lay in memory for its device. A
+/// thread of the server waited for that: the server stayed, nobody could recover the device, and what had
+/// been written to it was lost.
 ///
 /// # Errors
 /// What does not hold.

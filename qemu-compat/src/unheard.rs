@@ -1,7 +1,8 @@
 //! Commands and servers of which nobody hears how they have fared.
 //!
-//! `add` and `recover` wait for what a server says. They may be killed while they wait, be unable to print, or wait for a
-//! server that dies, or that cannot speak. A device of which nobody was told is to be gone; one that has users is to go on.
+//! `add` and `recover` wait for what a server says. They may be killed while they wait, be unable to print,
+//! or wait for a server that dies, or that cannot speak. A device of which nobody was told is to be gone; one
+//! that has users is to go on.
 
 use crate::{
     command::{TOOL_LIMIT, wait},
@@ -30,8 +31,8 @@ use std::{
 /// A number that no other device has.
 const NUMBER: u32 = 41;
 
-/// Whoever recovers a device may be unable to name it, or gone when it is served again: its users are not. It was stopped and
-/// deleted.
+/// Whoever recovers a device may be unable to name it, or gone when it is served again: its users are not. It
+/// was stopped and deleted.
 ///
 /// # Errors
 /// What does not hold.
@@ -66,8 +67,8 @@ pub fn recovered_unheard(binary: &Binary, dir: &Path) -> Result<()> {
     still_written(device)
 }
 
-/// The log of a device that is recovered is none to which one can write, so its server serves and cannot say so: `recover` said that it
-/// had died.
+/// The log of a device that is recovered is none to which one can write, so its server serves and cannot say
+/// so: `recover` said that it had died.
 ///
 /// # Errors
 /// What does not hold.
@@ -122,8 +123,8 @@ pub fn added_unheard(binary: &Binary, dir: &Path) -> Result<()> {
     qemu_img::check_clean(&image)
 }
 
-/// Kills a server whose record says that it serves and that has not told anybody: it waits for who reads its log, a pipe. `add` failed, and
-/// the device was left, waiting for another server.
+/// Kills a server whose record says that it serves and that has not told anybody: it waits for who reads its
+/// log, a pipe. `add` failed, and the device was left, waiting for another server.
 ///
 /// # Errors
 /// It is left, or `add` does not fail.

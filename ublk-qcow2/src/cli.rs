@@ -64,7 +64,8 @@ pub(crate) struct AddArgs {
     /// How the image file is read and written.
     #[arg(long, value_enum, default_value_t = IoMode::Auto)]
     pub(crate) io: IoMode,
-    /// Whether the kernel moves data between requests and the image file without a copy (Linux 6.16 or newer).
+    /// Whether the kernel moves data between requests and the image file without a copy (Linux 6.16 or
+    /// newer).
     #[arg(long, value_enum, value_name = "WHEN", default_value_t = ZeroCopy::Auto)]
     pub(crate) zero_copy: ZeroCopy,
     #[command(flatten)]
@@ -226,7 +227,8 @@ const MAX_QUEUES: i64 = 64;
 /// Device numbers end here: the kernel's minor numbers have 20 bits.
 const MAX_ID: i64 = 1 << 20;
 
-/// Reads a size as qemu-img does: a number, whole or with a fraction, and a binary suffix; or a hexadecimal number.
+/// Reads a size as qemu-img does: a number, whole or with a fraction, and a binary suffix; or a hexadecimal
+/// number.
 pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     if let Some(digits) = text.strip_prefix("0x").or(text.strip_prefix("0X")) {
         // A sign is not a digit here.

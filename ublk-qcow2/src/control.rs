@@ -26,7 +26,8 @@ const START: Duration = Duration::from_secs(120);
 /// STOP_DEV: the kernel waits for requests in flight and writes dirty pages back through us.
 const STOP: Duration = Duration::from_secs(300);
 /// START_USER_RECOVERY: the kernel waits for the old server's requests under the lock that the command takes.
-/// Linux before 6.15 notices only after the requests' time-out of 30 s that a queue's server has died which had all of its requests.
+/// Linux before 6.15 notices only after the requests' time-out of 30 s that a queue's server has died which
+/// had all of its requests.
 const START_RECOVERY: Duration = Duration::from_secs(90);
 /// DEL_DEV: the kernel waits until nobody has the device open.
 const DELETE: Duration = Duration::from_secs(10);
@@ -282,8 +283,8 @@ impl Control {
     }
 }
 
-/// What a command has come to that ended after it was to be cancelled. One that makes a device has made it, if it has: reported
-/// otherwise, it would be nobody's. The others are repeated or undone by whoever asked.
+/// What a command has come to that ended after it was to be cancelled. One that makes a device has made it,
+/// if it has: reported otherwise, it would be nobody's. The others are repeated or undone by whoever asked.
 fn end_of_cancelled(command: Command, result: i32, why: ControlError) -> Ended {
     match command {
         Command::Add if result >= 0 => Ended::Done,
@@ -414,7 +415,8 @@ mod tests {
         assert_eq!(std::mem::offset_of!(sys::ublksrv_ctrl_cmd, data), 16);
     }
 
-    /// ADD_DEV took its time and made the device all the same: it was reported as timed out, and a device without a record was left.
+    /// ADD_DEV took its time and made the device all the same: it was reported as timed out, and a device
+    /// without a record was left.
     #[test]
     fn a_device_that_was_made_late_is_made() {
         let end = |command, result| end_of_cancelled(command, result, ControlError::GivenUp { command });

@@ -95,8 +95,8 @@ impl Crew {
         }
     }
 
-    /// Brings the device into service and says so. That nobody hears it is a reason not to serve a new device, but one that was
-    /// taken over has users already.
+    /// Brings the device into service and says so. That nobody hears it is a reason not to serve a new
+    /// device, but one that was taken over has users already.
     pub(crate) fn bring_up(
         &mut self,
         service: &Service,
@@ -225,7 +225,8 @@ impl Crew {
             Event::Queue { index, notice: Notice::Failing(source) } => self.fail(index, source),
             Event::Ended { index, result } => {
                 self.running -= 1;
-                // A queue does not end well by itself, but when the device is stopped, by us or by somebody else.
+                // A queue does not end well by itself, but when the device is stopped, by us or by somebody
+                // else.
                 self.is_failing = true;
                 if let Err(source) = result {
                     self.fail(index, source);
@@ -307,8 +308,8 @@ fn watch_signals(to_events: Sender<Event>) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// Another program stopped the device: its queues ended well, but the record said "a queue failed", `list` that the device waits, and
-    /// `del` failed, though there was nothing left to be done.
+    /// Another program stopped the device: its queues ended well, but the record said "a queue failed",
+    /// `list` that the device waits, and `del` failed, though there was nothing left to be done.
     #[test]
     fn a_device_that_somebody_else_stops_has_not_failed() {
         let end_with = |events: Vec<Event>| {

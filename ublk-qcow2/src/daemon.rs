@@ -55,7 +55,8 @@ const MAX_WORKERS: usize = 8;
 /// How a server comes by its device.
 #[derive(Clone, Debug)]
 pub(crate) enum Start {
-    /// It makes one, with this number or one of the driver's choice. Whoever may have to remove it knows it by the cookie.
+    /// It makes one, with this number or one of the driver's choice. Whoever may have to remove it knows it
+    /// by the cookie.
     New { id: Option<u32>, config: Config, cookie: u64 },
     /// It takes over one whose server has died.
     Recover { id: u32 },
@@ -145,7 +146,8 @@ struct Ready {
     service: Service,
     device: Device,
     run_file: RunFile,
-    /// Of the image, for whoever replays our redo log: to be dropped when nobody here may modify the image any more.
+    /// Of the image, for whoever replays our redo log: to be dropped when nobody here may modify the image
+    /// any more.
     witness: Option<Witness>,
 }
 
@@ -185,8 +187,9 @@ fn make(
     Ok(Ready { service, device, run_file, witness })
 }
 
-/// Adds a device and writes its record. The driver gives out every number that is free; one whose last server has left
-/// something to be written to its image, or is writing it, is kept until there is another, unless it was asked for.
+/// Adds a device and writes its record. The driver gives out every number that is free; one whose last server
+/// has left something to be written to its image, or is writing it, is kept until there is another, unless it
+/// was asked for.
 fn add_device(
     request: &device::Request,
     record: impl Fn(&Device) -> Record,
@@ -286,7 +289,8 @@ impl Log {
     }
 }
 
-/// The log of a device that has none yet, if it is to have one: its image may be changed, and its server replaced.
+/// The log of a device that has none yet, if it is to have one: its image may be changed, and its server
+/// replaced.
 fn new_log(device: &Device, image: &Image, config: &Config) -> Result<Option<Log>, ServeError> {
     if !device.is_recoverable() || image.is_read_only() {
         return Ok(None);
@@ -294,7 +298,8 @@ fn new_log(device: &Device, image: &Image, config: &Config) -> Result<Option<Log
     Ok(Some(Log::begin(RedoFile::create(device.id())?, config)?))
 }
 
-/// Opens the image of a dead server, which the kernel may not have let go of yet, and which that may have condemned.
+/// Opens the image of a dead server, which the kernel may not have let go of yet, and which that may have
+/// condemned.
 fn open_when_let_go(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {
     let options = OpenOptions { serve_corrupt: true, ..config.open_options() };
     let deadline = Instant::now() + DEAD_LOCK_WAIT;
@@ -397,7 +402,8 @@ fn serve(
     // The driver deletes a device when nobody has it open.
     drop((image, files, char_device));
     let deleted = device.delete().map_err(ServeError::from);
-    // Before the record: with that gone nothing of this server is to be left that sees its image's file system.
+    // Before the record: with that gone nothing of this server is to be left that sees its image's file
+    // system.
     drop(deputy);
     // A failed queue is the cause of whatever else went wrong.
     let result = drained.and(served.map(drop)).and(closed).and(written).and(stopped).and(deleted);
@@ -408,13 +414,15 @@ fn serve(
     result
 }
 
-/// How a server ends one of whose queues has failed while its device was started. The device is not stopped before: the driver would
-/// wait for the requests that the queue has, and (Linux 6.15) fails them only when we have let go of the device.
+/// How a server ends one of whose queues has failed while its device was started. The device is not stopped
+/// before: the driver would wait for the requests that the queue has, and (Linux 6.15) fails them only when
+/// we have let go of the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Farewell {
     /// It ends there and then: the device has users.
     Die,
-    /// Who waits for the announcement hears why there is none, and removes the device when this process is gone.
+    /// Who waits for the announcement hears why there is none, and removes the device when this process is
+    /// gone.
     Report,
 }
 
@@ -465,8 +473,8 @@ fn shape_of(image: &Image, config: &Config) -> Result<Shape, ServeError> {
 mod tests {
     use super::*;
 
-    /// A queue of a new device failed after START_DEV and before `add` was told: the server stopped the device itself, which waits for
-    /// the queue's requests, and `add` waited for the server.
+    /// A queue of a new device failed after START_DEV and before `add` was told: the server stopped the
+    /// device itself, which waits for the queue's requests, and `add` waited for the server.
     #[test]
     fn a_server_whose_queue_fails_before_anybody_knows_its_device_says_so_and_goes() {
         assert_eq!(farewell(false, false), Farewell::Report);

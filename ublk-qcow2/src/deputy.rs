@@ -1,9 +1,10 @@
 //! The process that waits for the driver in a server's stead.
 //!
-//! Stopping a device, writing back what the kernel has in memory for it, and looking for partitions on it wait for requests that the server has in hand. Who
-//! waits in the kernel lets go of nothing before that is over, not even when it is killed; and the driver (Linux 6.15) fails a
-//! dead server's requests only when nobody has the character device any more. So a server that waited itself, and was killed meanwhile,
-//! would stay until the machine is restarted, and its device's users with it. A thread for it would not do: the
+//! Stopping a device, writing back what the kernel has in memory for it, and looking for partitions on it
+//! wait for requests that the server has in hand. Who waits in the kernel lets go of nothing before that is
+//! over, not even when it is killed; and the driver (Linux 6.15) fails a dead server's requests only when
+//! nobody has the character device any more. So a server that waited itself, and was killed meanwhile, would
+//! stay until the machine is restarted, and its device's users with it. A thread for it would not do: the
 //! mapped descriptors keep the device, and threads share those. Hence another process:
 //!
 //! ```text
@@ -11,8 +12,9 @@
 //!    └──────────── a socket: jobs, answers ──────────┘
 //! ```
 //!
-//! The deputy has nothing but the socket and the driver's control device. It ends when the server closes its end of the socket or dies: if it
-//! waits then, as soon as the requests have been failed. Should the deputy be killed, the server does without.
+//! The deputy has nothing but the socket and the driver's control device. It ends when the server closes its
+//! end of the socket or dies: if it waits then, as soon as the requests have been failed. Should the deputy
+//! be killed, the server does without.
 
 #![allow(unsafe_code, reason = "fork")]
 
@@ -147,8 +149,8 @@ impl Drop for Deputy {
     }
 }
 
-/// Lets go of what was inherited, and of the signals that end a server: who ends all processes of a service means it to
-/// stop its device first.
+/// Lets go of what was inherited, and of the signals that end a server: who ends all processes of a service
+/// means it to stop its device first.
 fn stand_alone(socket: &UnixStream) -> io::Result<()> {
     SigSet::all().thread_block()?;
     env::set_current_dir("/")?;
@@ -242,8 +244,9 @@ mod tests {
         .unwrap()
     }
 
-    /// A server that was killed while it waited for the driver stayed, because it had the device until then. Who waits in its stead must not
-    /// have what was open before the fork, be it the device, or the pipe on which `add` waits for news.
+    /// A server that was killed while it waited for the driver stayed, because it had the device until then.
+    /// Who waits in its stead must not have what was open before the fork, be it the device, or the pipe on
+    /// which `add` waits for news.
     #[test]
     fn a_deputy_keeps_nothing_of_the_server_s() {
         in_a_process("a_deputy_keeps_nothing_of_the_server_s", || {

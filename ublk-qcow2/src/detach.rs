@@ -68,27 +68,31 @@ pub(crate) fn into_background() -> io::Result<Side> {
     }
 }
 
-/// Has the kernel keep how a child has ended until it is asked. Who ignores SIGCHLD hands that down to what it starts, and the kernel
-/// then keeps nothing: a server that was killed would seem never to have been there.
+/// Has the kernel keep how a child has ended until it is asked. Who ignores SIGCHLD hands that down to what
+/// it starts, and the kernel then keeps nothing: a server that was killed would seem never to have been
+/// there.
 fn notice_children() -> io::Result<()> {
     // SAFETY: no handler of ours is installed, and whoever had one before has not started this program.
     unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
     Ok(())
 }
 
-/// Closes whatever this process was started with beside the standard descriptors: a server that had them would keep a pipe of
-/// the caller's open, or a lock, for as long as it serves. To be called before anything is opened that is to stay open.
+/// Closes whatever this process was started with beside the standard descriptors: a server that had them
+/// would keep a pipe of the caller's open, or a lock, for as long as it serves. To be called before anything
+/// is opened that is to stay open.
 pub(crate) fn let_go_of_inherited() {
     // SAFETY: it names no memory, and nobody in this process owns one of these descriptors.
     unsafe { libc::syscall(libc::SYS_close_range, 3_u32, u32::MAX, 0_u32) };
 }
 
-/// Closes every descriptor but the standard ones and `kept`: for a child that never returns to what its parent has open.
+/// Closes every descriptor but the standard ones and `kept`: for a child that never returns to what its
+/// parent has open.
 pub(crate) fn let_go_of_inherited_but(kept: BorrowedFd<'_>) {
     // A descriptor that is open is not negative.
     let kept = kept.as_raw_fd().cast_unsigned();
     for (first, last) in [(3, kept.saturating_sub(1)), (kept.max(2) + 1, u32::MAX)] {
-        // SAFETY: it names no memory, and whoever owns one of these descriptors does not run in this process any more.
+        // SAFETY: it names no memory, and whoever owns one of these descriptors does not run in this process
+        // any more.
         unsafe { libc::syscall(libc::SYS_close_range, first, last, 0_u32) };
     }
 }

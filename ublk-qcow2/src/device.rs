@@ -33,8 +33,8 @@ use std::{
 /// buffer of ours.
 const MAX_IO_BYTES: u32 = 512 << 10;
 const MAX_ZERO_COPY_BYTES: u32 = 1 << 20;
-/// Bytes of requests that a queue may have at once: there may be a buffer for each, or two where the data is copied, and what has
-/// been used of them stays locked in memory.
+/// Bytes of requests that a queue may have at once: there may be a buffer for each, or two where the data is
+/// copied, and what has been used of them stays locked in memory.
 const MAX_QUEUE_BYTES: u32 = 256 << 20;
 /// The kernel's limit on the depth of a queue.
 pub(crate) const MAX_DEPTH: u16 = sys::UBLK_MAX_QUEUE_DEPTH as u16;
@@ -48,10 +48,11 @@ const WRITE_BACK: Duration = Duration::from_secs(300);
 const RECOVERY: u64 = (sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) as u64;
 /// `UBLK_F_NO_AUTO_PART_SCAN`, which libublk's header does not have yet.
 const NO_PART_SCAN: u64 = 1 << 18;
-/// `UBLK_F_QUIESCE`: a driver that has it forgets a server's queues when that server has died. For an older one see
-/// [`handover`].
+/// `UBLK_F_QUIESCE`: a driver that has it forgets a server's queues when that server has died. For an older
+/// one see [`handover`].
 const FORGETS_SERVERS: u64 = sys::UBLK_F_QUIESCE as u64;
-/// What a device needs for [`DataPath::ZeroCopy`]: the driver registers a request's pages itself, and copies them on demand.
+/// What a device needs for [`DataPath::ZeroCopy`]: the driver registers a request's pages itself, and copies
+/// them on demand.
 const ZERO_COPY: u64 =
     (sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG | sys::UBLK_F_USER_COPY) as u64;
 /// How long a device node may take to appear after the driver has made the device.
@@ -62,7 +63,8 @@ const NODE_WAIT: Duration = Duration::from_secs(10);
 pub(crate) enum DataPath {
     /// The driver copies it, into and out of a buffer of the server's.
     Copied,
-    /// Not at all where the kernel can move it between the request's pages and the image's file; else it is copied on demand.
+    /// Not at all where the kernel can move it between the request's pages and the image's file; else it is
+    /// copied on demand.
     ZeroCopy,
 }
 
@@ -192,15 +194,17 @@ impl Device {
                 .map_err(|source| DeviceError::HandOver { id, source })?;
         }
         let start = || match control.start_recovery(id) {
-            // By a server that was killed before it could delete it. Refused like one that will be ready soon.
+            // By a server that was killed before it could delete it. Refused like one that will be ready
+            // soon.
             Err(_) if control.info(id).is_ok_and(|info| is_stopped(&info)) => {
                 Err(not_ours("stopped; `ublk-qcow2 del` removes it"))
             }
             started => Ok(started?),
         };
         match patiently(libc::EBUSY, start, DeviceError::refusal) {
-            // The recovery that the dead server had begun is still under way, and no queue was handed over. Of a device
-            // for recovery it means nothing else; the server may have died before it could say how far it had come.
+            // The recovery that the dead server had begun is still under way, and no queue was handed over.
+            // Of a device for recovery it means nothing else; the server may have died before it could say
+            // how far it had come.
             Err(error) if error.refusal() == Some(libc::EINVAL) => {}
             started => started?,
         }
@@ -262,7 +266,8 @@ impl Device {
         open_char(self.id())
     }
 
-    /// Starts the device; the block device and its partitions exist when this returns. See [`Control::start`].
+    /// Starts the device; the block device and its partitions exist when this returns. See
+    /// [`Control::start`].
     pub(crate) fn start(
         &mut self,
         deputy: &mut Deputy,
@@ -285,8 +290,8 @@ impl Device {
         Ok(())
     }
 
-    /// Has partitions looked for. That it fails is worth a line in the log, as it is where the kernel looks by itself: the device
-    /// serves without.
+    /// Has partitions looked for. That it fails is worth a line in the log, as it is where the kernel looks
+    /// by itself: the device serves without.
     fn scan(&self, deputy: &mut Deputy) {
         if let Err(error) = deputy.have(Job::Scan, self.id()) {
             let path = block_path(self.id());
@@ -323,9 +328,9 @@ impl Device {
         Ok(())
     }
 
-    /// Deletes the device, for good. The character device must be closed. While somebody still has
-    /// the stopped block device open, deletion is under way when this returns, and ends with that. Somebody else may have deleted it, and
-    /// its number be another device's already.
+    /// Deletes the device, for good. The character device must be closed. While somebody still has the
+    /// stopped block device open, deletion is under way when this returns, and ends with that. Somebody else
+    /// may have deleted it, and its number be another device's already.
     pub(crate) fn delete(mut self) -> Result<(), DeviceError> {
         self.state = State::Deleted;
         let id = self.id();
@@ -439,8 +444,8 @@ fn delete_patiently(control: &mut Control, id: u32) -> Result<(), ControlError> 
     }
 }
 
-/// Whether only the wait for a deletion ended, with our patience or by an interruption (a freezer, SIGSTOP). It is not asked for again: the
-/// number may be another device's by then.
+/// Whether only the wait for a deletion ended, with our patience or by an interruption (a freezer, SIGSTOP).
+/// It is not asked for again: the number may be another device's by then.
 fn goes_on(error: &ControlError) -> bool {
     matches!(error, ControlError::TimedOut { .. }) || error.errno() == Some(libc::EINTR)
 }
@@ -485,8 +490,8 @@ fn largest_request(zero_copy: bool, depth: u16) -> u32 {
 /// The features to ask a driver for that offers `offered`.
 fn flags(request: &Request, offered: u64) -> u64 {
     let recovery = if request.recovery { RECOVERY } else { 0 };
-    // Left to itself such a driver scans when the start is over, at a moment that nothing tells, and would hold the lock
-    // that a successor needs should the server die meanwhile.
+    // Left to itself such a driver scans when the start is over, at a moment that nothing tells, and would
+    // hold the lock that a successor needs should the server die meanwhile.
     let part_scan = if request.part_scan { offered & NO_PART_SCAN } else { NO_PART_SCAN };
     u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE) | recovery | part_scan
 }
@@ -496,8 +501,9 @@ mod tests {
     use super::*;
     use crate::control::Command;
 
-    /// The wait for the end of a deletion was interrupted (the server was frozen, or stopped and continued): the server said that the driver had
-    /// refused it, `del` failed, and `list` showed a device that was gone.
+    /// The wait for the end of a deletion was interrupted (the server was frozen, or stopped and continued):
+    /// the server said that the driver had refused it, `del` failed, and `list` showed a device that was
+    /// gone.
     #[test]
     fn a_deletion_goes_on_when_the_wait_for_it_is_interrupted() {
         let command = Command::Delete;
@@ -507,7 +513,8 @@ mod tests {
         assert!(!goes_on(&ControlError::GivenUp { command }));
     }
 
-    /// Whoever had stopped the device had deleted it as well, and its server took that for a failure of its own.
+    /// Whoever had stopped the device had deleted it as well, and its server took that for a failure of its
+    /// own.
     #[test]
     fn a_device_that_is_gone_needs_nothing_more() {
         let refused = |command, errno| Err(ControlError::Refused { command, errno });

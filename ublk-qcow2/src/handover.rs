@@ -1,9 +1,9 @@
 //! Completing a hand-over of queues that a server's death has cut short.
 //!
-//! A driver that does not forget the queues of a dead server (Linux before 6.16) begins a recovery only if it had
-//! got all of them. With none it refuses, and with some it crashes. So before it is asked, it is given
-//! the rest, by a thread that serves nothing and ends at once: all queues are then those of dead threads.
-//! The device is quiesced, so no request comes meanwhile. What the driver has got already it refuses, which does
+//! A driver that does not forget the queues of a dead server (Linux before 6.16) begins a recovery only if it
+//! had got all of them. With none it refuses, and with some it crashes. So before it is asked, it is given
+//! the rest, by a thread that serves nothing and ends at once: all queues are then those of dead threads. The
+//! device is quiesced, so no request comes meanwhile. What the driver has got already it refuses, which does
 //! no harm; should this be cut short as well, the next server does it again.
 
 #![allow(unsafe_code, reason = "submissions to a ring")]

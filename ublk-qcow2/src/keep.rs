@@ -1,14 +1,16 @@
 //! What a successor needs to read, kept in memory.
 //!
-//! The run directory is on a tmpfs, whose pages may be swapped out, and the swap space may be the very device whose
-//! server is dead: to read the record back the successor would wait for the device that waits for the successor. To write
-//! to the log the supervisor would. A server's locks on its memory end with it, so the supervisor has its own.
+//! The run directory is on a tmpfs, whose pages may be swapped out, and the swap space may be the very device
+//! whose server is dead: to read the record back the successor would wait for the device that waits for the
+//! successor. To write to the log the supervisor would. A server's locks on its memory end with it, so the
+//! supervisor has its own.
 
 use crate::runfile;
 use memmap2::{MmapOptions, MmapRaw};
 use std::{fs::File, io, path::Path};
 
-/// The files of a device in the run directory, as long as they are at this moment, locked in memory by this process.
+/// The files of a device in the run directory, as long as they are at this moment, locked in memory by this
+/// process.
 pub(crate) struct Kept {
     id: u32,
     _maps: Vec<MmapRaw>,

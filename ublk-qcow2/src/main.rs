@@ -60,15 +60,15 @@ fn main() -> ExitCode {
     }
 }
 
-/// Prints what clap has for a command line that is none, or asks for help. A mistake exits with 1, as for qemu-img: clap's own
-/// 2 is what `check` has for corruptions.
+/// Prints what clap has for a command line that is none, or asks for help. A mistake exits with 1, as for
+/// qemu-img: clap's own 2 is what `check` has for corruptions.
 fn say(answer: &clap::Error) -> ExitCode {
     let is_said = answer.print().is_ok();
     if is_said && !answer.use_stderr() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
-/// What servers have to say goes to standard error. Where that takes nothing (a full disk, a terminal that is gone) they say
-/// nothing: the library would complain about it in the same place, and panic when it cannot.
+/// What servers have to say goes to standard error. Where that takes nothing (a full disk, a terminal that is
+/// gone) they say nothing: the library would complain about it in the same place, and panic when it cannot.
 fn log() -> impl tracing::Subscriber {
     let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).with_ansi(false);
     log.log_internal_errors(false).finish()

@@ -5,10 +5,11 @@
 //! namespace of its own before its device can be mounted, which later mounts do not reach; and one that
 //! takes over a device that is mounted already lets go of its own copies of those mounts.
 //!
-//! The namespace begins as a copy of the caller's. What is in it stays mounted, whoever unmounts it elsewhere: so
-//! when all is open only the mounts stay that lead to the files of the image ([`Namespace::keep_ways_to`]), for a successor to
-//! open them again. Elsewhere nothing would show that they are in use: the caller's mount of the image's file system is held ([`Hold`]),
-//! so that it cannot be unmounted under the image, as for everybody who has a file open.
+//! The namespace begins as a copy of the caller's. What is in it stays mounted, whoever unmounts it
+//! elsewhere: so when all is open only the mounts stay that lead to the files of the image
+//! ([`Namespace::keep_ways_to`]), for a successor to open them again. Elsewhere nothing would show that they
+//! are in use: the caller's mount of the image's file system is held ([`Hold`]), so that it cannot be
+//! unmounted under the image, as for everybody who has a file open.
 
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
@@ -54,8 +55,8 @@ struct Mount {
     point: PathBuf,
 }
 
-/// Moves this process into a mount namespace of its own, and holds the file system of its image in the one that it leaves. It must
-/// have one thread.
+/// Moves this process into a mount namespace of its own, and holds the file system of its image in the one
+/// that it leaves. It must have one thread.
 pub(crate) fn leave(image: Option<&Path>) -> (Namespace, Hold) {
     let hold = Hold::of(image);
     (leave_mounts(), hold)
@@ -251,13 +252,14 @@ mod tests {
         Mount { number, parent, device: "259:3".to_owned(), point: point.into() }
     }
 
-    /// `umount` of the file system on which a served image lies succeeded, and the server wrote on, to a file system that was
-    /// mounted nowhere for all that anybody could see.
+    /// `umount` of the file system on which a served image lies succeeded, and the server wrote on, to a file
+    /// system that was mounted nowhere for all that anybody could see.
     #[test]
     fn the_file_system_of_an_image_cannot_be_unmounted() {
         let dir = tempfile::tempdir().unwrap();
         let image = dir.path().join("image");
-        // A thread may have mounts of its own, but its owner must be privileged; the device cases do this too.
+        // A thread may have mounts of its own, but its owner must be privileged; the device cases do this
+        // too.
         if leave(None).0 == Namespace::Shared {
             return;
         }

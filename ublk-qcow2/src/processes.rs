@@ -1,7 +1,8 @@
 //! Processes that somebody waits for who did not start them.
 //!
-//! `del` returns when nothing is left that holds an image's file system: its server and the supervisor, wherever they were started.
-//! The kernel gives the numbers of processes out again, hence each is known by the moment of its birth too.
+//! `del` returns when nothing is left that holds an image's file system: its server and the supervisor,
+//! wherever they were started. The kernel gives the numbers of processes out again, hence each is known by
+//! the moment of its birth too.
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -35,7 +36,8 @@ impl Process {
         Ok(Self { pid, start })
     }
 
-    /// Waits for its end, when it has let go of its files and mounts with all its threads; not longer than that. Whether it has ended.
+    /// Waits for its end, when it has let go of its files and mounts with all its threads; not longer than
+    /// that. Whether it has ended.
     pub(crate) fn ends_by(self, deadline: Instant) -> io::Result<bool> {
         let Some(pid) = Pid::from_raw(self.pid) else { return Ok(true) };
         let descriptor = match pidfd_open(pid, PidfdFlags::empty()) {
@@ -76,8 +78,9 @@ mod tests {
         assert_eq!(start_in("7 (a) S 1"), None);
     }
 
-    /// `del` returned while server and supervisor were still on their way out, with the image's file system mounted in their namespace:
-    /// who unmounted it, and made a new one on its disk, was told that the disk was in use.
+    /// `del` returned while server and supervisor were still on their way out, with the image's file system
+    /// mounted in their namespace: who unmounted it, and made a new one on its disk, was told that the disk
+    /// was in use.
     #[test]
     fn an_end_is_waited_for() {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();

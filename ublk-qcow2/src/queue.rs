@@ -136,7 +136,8 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
         }
     }
     executor.run().map_err(|error| {
-        // The kernel may still move data. Dropped, the requests would let go of what they have reserved and locked for it.
+        // The kernel may still move data. Dropped, the requests would let go of what they have reserved and
+        // locked for it.
         mem::forget((executor, context));
         QueueError::Ring(error)
     })

@@ -5,12 +5,13 @@
 //! affair ([`RedoLog`]). The file's space is allocated before it is mapped: a
 //! store can then not fail for lack of it.
 //!
-//! A log must not be replayed on an image that somebody else has changed since. While the server lives
-//! its locks see to that; it also notes, every second, which file the image is and that it was ours until now
-//! ([`Witness`]). Whoever takes the log over compares: before the image is opened, because its path may lead to another file by then, which a
-//! living server does not notice ([`RedoFile::check_same`]), and before the log is replayed ([`RedoFile::check_unchanged`]): then
-//! the image must not have been modified since. When it was last modified would not do: who then modifies it for the first time in
-//! a while, with a request or by a replay, may be killed before it can note that.
+//! A log must not be replayed on an image that somebody else has changed since. While the server lives its
+//! locks see to that; it also notes, every second, which file the image is and that it was ours until now
+//! ([`Witness`]). Whoever takes the log over compares: before the image is opened, because its path may lead
+//! to another file by then, which a living server does not notice ([`RedoFile::check_same`]), and before the
+//! log is replayed ([`RedoFile::check_unchanged`]): then the image must not have been modified since. When it
+//! was last modified would not do: who then modifies it for the first time in a while, with a request or by a
+//! replay, may be killed before it can note that.
 
 #![allow(unsafe_code, reason = "a mapping seen as atomic words")]
 
@@ -86,8 +87,8 @@ impl RedoFile {
         }
     }
 
-    /// The file that the dead server of device `id` has left; none if it kept no log, or was killed before there could be
-    /// anything in it.
+    /// The file that the dead server of device `id` has left; none if it kept no log, or was killed before
+    /// there could be anything in it.
     pub(crate) fn open(id: u32) -> Result<Option<Self>, RedoFileError> {
         Self::open_at(runfile::redo_path(id))
     }
@@ -143,8 +144,8 @@ impl RedoFile {
     }
 }
 
-/// Whether there is something in the log of device `id` that is in no image yet, or may be: a log that cannot be read is not
-/// known to be of no use.
+/// Whether there is something in the log of device `id` that is in no image yet, or may be: a log that cannot
+/// be read is not known to be of no use.
 pub(crate) fn owes(id: u32) -> bool {
     match RedoFile::open(id) {
         Ok(None) => false,
@@ -157,7 +158,8 @@ pub(crate) fn owes(id: u32) -> bool {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Identity {
     inode: u64,
-    /// When it was made, in nanoseconds, or 0 where that is not known: the number of an inode is given out again.
+    /// When it was made, in nanoseconds, or 0 where that is not known: the number of an inode is given out
+    /// again.
     born: u64,
 }
 
@@ -181,8 +183,8 @@ impl Seen {
     fn of(image: &File) -> io::Result<Self> {
         let it = image.metadata()?;
         if it.file_type().is_block_device() {
-            // Its node may be made anew; when it was modified says nothing of what is in the device, only when udev has set
-            // its owner and mode, which it does at every event.
+            // Its node may be made anew; when it was modified says nothing of what is in the device, only
+            // when udev has set its owner and mode, which it does at every event.
             return Ok(Self { identity: Identity { inode: it.rdev(), born: 0 }, modified: 0 });
         }
         // A file from before 1970 counts as old.
@@ -193,10 +195,11 @@ impl Seen {
     }
 }
 
-/// Has it noted beside the log which file its image is, and that it is ours: now, every second, and when this is dropped. For
-/// who has the image's locks, as long as it may modify the image.
+/// Has it noted beside the log which file its image is, and that it is ours: now, every second, and when this
+/// is dropped. For who has the image's locks, as long as it may modify the image.
 ///
-/// It has a thread of its own, because who may modify the image may be busy with that, or wait for it, for minutes.
+/// It has a thread of its own, because who may modify the image may be busy with that, or wait for it, for
+/// minutes.
 pub(crate) struct Witness {
     /// Closed, it has the thread end.
     go_on: Option<Sender<()>>,
@@ -273,7 +276,8 @@ fn make(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Maps a file that another process has made. Nothing if it had only begun to: then nothing was acknowledged yet.
+/// Maps a file that another process has made. Nothing if it had only begun to: then nothing was acknowledged
+/// yet.
 fn adopt(file: &File) -> io::Result<Option<Arc<Mapped>>> {
     match file.metadata()?.len() {
         0 => Ok(None),
@@ -292,7 +296,8 @@ fn allocate(file: &File) -> io::Result<()> {
 
 fn map(file: &File) -> io::Result<Arc<Mapped>> {
     let map = MmapOptions::new().len(FILE_BYTES).map_raw(file)?;
-    // All of it now: pages that wait to be touched may be swapped out meanwhile, to the device that they belong to.
+    // All of it now: pages that wait to be touched may be swapped out meanwhile, to the device that they
+    // belong to.
     if let Err(error) = map.lock() {
         tracing::warn!(
             "the redo log is not locked in memory: {error}; with swap space on the device it may deadlock"
@@ -402,8 +407,8 @@ mod tests {
         assert!(log.check_unchanged(&image).is_ok());
     }
 
-    /// udev sets owner and mode of a block device's node at every event, which counts as a modification of it: its image could neither
-    /// be recovered nor settled.
+    /// udev sets owner and mode of a block device's node at every event, which counts as a modification of
+    /// it: its image could neither be recovered nor settled.
     #[test]
     fn when_a_node_was_modified_says_nothing_of_its_block_device() {
         let is_block = |path: &PathBuf| fs::metadata(path).is_ok_and(|it| it.file_type().is_block_device());
@@ -414,8 +419,8 @@ mod tests {
         assert_ne!(look_at(&node).unwrap().identity.inode, 0, "its number still tells which it is");
     }
 
-    /// A replay that was cut short could not be repeated, nor what an idle server had begun to write when it was killed: the image
-    /// was modified, and that had not been noted yet.
+    /// A replay that was cut short could not be repeated, nor what an idle server had begun to write when it
+    /// was killed: the image was modified, and that had not been noted yet.
     #[test]
     fn who_has_the_image_may_modify_it_at_any_time() {
         let (_dir, image, file, log) = image_and_log();

@@ -1,12 +1,12 @@
 //! What is known about running servers: one file per device in the run directory.
 //!
-//! A server writes `N.json` when it has made device N, keeps it locked while it lives, and removes
-//! it after a clean end. The lock, not the process id, tells whether the server lives: the kernel
-//! gives it back however the process ends. A file without a lock is that of a server that died, or
-//! of one that could not close its image and says so in `error`. Whoever recovers the device, or takes it
-//! away, takes the file over: locked first, then rewritten with the new process in it. So of a successor and `del`
-//! one comes first, and a new device of the same number waits until nobody works with the old one's files, and is not made
-//! while a record of this boot is all that leads to writes which are in no image yet.
+//! A server writes `N.json` when it has made device N, keeps it locked while it lives, and removes it after a
+//! clean end. The lock, not the process id, tells whether the server lives: the kernel gives it back however
+//! the process ends. A file without a lock is that of a server that died, or of one that could not close its
+//! image and says so in `error`. Whoever recovers the device, or takes it away, takes the file over: locked
+//! first, then rewritten with the new process in it. So of a successor and `del` one comes first, and a new
+//! device of the same number waits until nobody works with the old one's files, and is not made while a
+//! record of this boot is all that leads to writes which are in no image yet.
 
 use crate::{config::Config, processes::Process};
 use nix::{
@@ -30,8 +30,8 @@ const DIRECTORY: &str = "/run/ublk-qcow2";
 const DIRECTORY_VARIABLE: &str = "UBLK_QCOW2_RUN_DIR";
 /// How long a file may be locked by somebody who only looks whether somebody else has it locked.
 const GLANCE: Duration = Duration::from_secs(1);
-/// How long the one before may still be busy with its files, when its device is gone already and its very number is
-/// wanted: what it had acknowledged may have to be written to its image.
+/// How long the one before may still be busy with its files, when its device is gone already and its very
+/// number is wanted: what it had acknowledged may have to be written to its image.
 const PREDECESSOR_WAIT: Duration = Duration::from_secs(60);
 /// Between two attempts to lock a file.
 const LOCK_PAUSE: Duration = Duration::from_millis(5);
@@ -153,8 +153,8 @@ impl Entry {
 }
 
 impl RunFile {
-    /// Writes and locks the run file of this process's device. Whoever had the number before may have to finish first;
-    /// if `owes` says of its redo log that it is still of use the number stays its own.
+    /// Writes and locks the run file of this process's device. Whoever had the number before may have to
+    /// finish first; if `owes` says of its redo log that it is still of use the number stays its own.
     pub(crate) fn create(
         record: Record,
         choice: Choice,
@@ -260,8 +260,8 @@ impl Drop for RunFile {
     }
 }
 
-/// The image that lacks what a dead server has left in its redo log, if there is one: the log is lost with the record that
-/// leads to it, which `new` is to replace.
+/// The image that lacks what a dead server has left in its redo log, if there is one: the log is lost with
+/// the record that leads to it, which `new` is to replace.
 fn owing(dead: &File, new: &Record, owes: impl FnOnce(u32) -> bool) -> io::Result<Option<PathBuf>> {
     match serde_json::from_reader::<_, Record>(dead) {
         // Those have no log, or one that the machine's end has taken.
@@ -352,7 +352,8 @@ fn load_each_in(directory: &Path) -> Result<Vec<Result<Entry, RunFileError>>, Ru
     Ok(found.into_iter().map(|(_, entry)| entry).collect())
 }
 
-/// Removes what a server has in the run directory. The run file must be locked, or a new device of the same number loses its.
+/// Removes what a server has in the run directory. The run file must be locked, or a new device of the same
+/// number loses its.
 fn remove_files(id: u32) {
     // The log first: it is of no use without the run file, but not the other way round.
     for path in [redo_path(id), log_path(id), path_of(id)] {

@@ -1,10 +1,11 @@
 //! What a server does for its own safety, beside its mount namespace.
 //!
-//! A process that serves a block device can be in its own way: memory that it asks for may only be had
-//! by writing dirty pages of that very device, a page of its own may have been swapped out to it, and the
-//! OOM killer may look for memory in the one process that is needed to free some. A limit on the size of files, meant for
-//! somebody's shell, would have the kernel kill it for a request. [`prepare`] sees to these, for the supervisor too. And it reads what strangers wrote: [`keep_control`] and
-//! [`keep_nothing`] give up the privileges that serving does not need.
+//! A process that serves a block device can be in its own way: memory that it asks for may only be had by
+//! writing dirty pages of that very device, a page of its own may have been swapped out to it, and the OOM
+//! killer may look for memory in the one process that is needed to free some. A limit on the size of files,
+//! meant for somebody's shell, would have the kernel kill it for a request. [`prepare`] sees to these, for
+//! the supervisor too. And it reads what strangers wrote: [`keep_control`] and [`keep_nothing`] give up the
+//! privileges that serving does not need.
 //!
 //! Each of these is a precaution: where the system refuses it the log says what may follow, and the
 //! device is served all the same.
@@ -61,8 +62,9 @@ fn leave_out_of_oom() -> io::Result<()> {
     }
 }
 
-/// Leaves this thread, and those that it starts, what commands to the driver take, and that they can open the device for
-/// reading when its node has been given to somebody else: to write back what its users have written, at the end.
+/// Leaves this thread, and those that it starts, what commands to the driver take, and that they can open the
+/// device for reading when its node has been given to somebody else: to write back what its users have
+/// written, at the end.
 pub(crate) fn keep_control() {
     reduce_to(CapabilitySet::SYS_ADMIN | CapabilitySet::DAC_READ_SEARCH);
 }

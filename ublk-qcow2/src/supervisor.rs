@@ -5,11 +5,11 @@
 //!                    └──────── fork ── its successor     takes the device over
 //! ```
 //!
-//! It does next to nothing, so that it outlives what may kill a server: no ring, no image, no device
-//! and one thread, which is what makes the forks sound. It ends with the server that ends by itself. What a
-//! new server has made and not told of, be it killed or one of its queues failed, it removes; a device that was to be recovered goes on waiting. A
-//! server that dies again and again as soon as it serves is given up: its device waits for
-//! `ublk-qcow2 recover` or `del`.
+//! It does next to nothing, so that it outlives what may kill a server: no ring, no image, no device and one
+//! thread, which is what makes the forks sound. It ends with the server that ends by itself. What a new
+//! server has made and not told of, be it killed or one of its queues failed, it removes; a device that was
+//! to be recovered goes on waiting. A server that dies again and again as soon as it serves is given up: its
+//! device waits for `ublk-qcow2 recover` or `del`.
 
 use crate::{
     control::Control,
@@ -66,8 +66,9 @@ pub(crate) fn run(start: &Start, reporter: Reporter) -> io::Result<()> {
                 Ok(_) => drop(reporter.serving(id, &runfile::log_path(id))),
                 Err(error) => reporter.failed_for_now(id, &error),
             }
-            // It has users, whoever hears of it, and what they were told is written may be in its redo log only. A server
-            // that was silent has been killed, or serves all the same; one that has failed has ended.
+            // It has users, whoever hears of it, and what they were told is written may be in its redo log
+            // only. A server that was silent has been killed, or serves all the same; one that has failed has
+            // ended.
             watch(id, server, namespace);
         }
     }
@@ -213,8 +214,8 @@ fn wait_for_death(server: Pid) -> Option<Signal> {
     }
 }
 
-/// Removes the device with this cookie, of which nobody was told: `server`, or the one that was to start it, has died or said why not. A
-/// server that has ended in order has removed it.
+/// Removes the device with this cookie, of which nobody was told: `server`, or the one that was to start it,
+/// has died or said why not. A server that has ended in order has removed it.
 pub(crate) fn remove_unheard_of(server: Pid, cookie: u64) {
     if !ends_within(server, GONE_WAIT) {
         return;
@@ -246,8 +247,9 @@ mod tests {
     use nix::sys::signal::{SigHandler, raise, signal};
     use std::env;
 
-    /// `add` was started by a program that ignores SIGCHLD, as some do: the server was killed, and its supervisor took that for an
-    /// end of its own and went away. Signals belong to a whole process, so one of its own takes the test.
+    /// `add` was started by a program that ignores SIGCHLD, as some do: the server was killed, and its
+    /// supervisor took that for an end of its own and went away. Signals belong to a whole process, so one of
+    /// its own takes the test.
     #[test]
     fn a_server_s_death_is_noticed_whatever_was_inherited() {
         const IS_CHILD: &str = "UBLK_QCOW2_TEST_IS_CHILD";

@@ -124,8 +124,8 @@ fn images_that_we_make_and_write_are_as_if_qemu_had() {
             succeeds(run("qemu-img", path, &["check", "-q", "ours.qcow2"]));
             succeeds(run("qemu-img", path, &["compare", "-q", "ours.qcow2", "theirs.qcow2"]));
 
-            // What a discard of less than a cluster does is up to the implementation. (Version 2 cannot discard over a
-            // backing file, which is no failure: `io` said that it was one.)
+            // What a discard of less than a cluster does is up to the implementation. (Version 2 cannot
+            // discard over a backing file, which is no failure: `io` said that it was one.)
             let discards = !options.contains("2M");
             let script = script(seed, discards);
             let said = succeeds(scripted(OURS, path, &["io", "ours.qcow2"], &script));
@@ -275,7 +275,8 @@ fn resize_takes_what_qemu_img_takes() {
     succeeds(run("qemu-img", path, &["check", "-q", "ours"]));
 }
 
-/// QEMU reads a name with a protocol as it stands: it is not beside the image, and neither is what `file:` names.
+/// QEMU reads a name with a protocol as it stands: it is not beside the image, and neither is what `file:`
+/// names.
 #[test]
 fn names_with_a_protocol_are_not_looked_for_beside_the_image() {
     let directory = tempfile::tempdir().expect("temporary directory");
@@ -375,8 +376,8 @@ fn check_prints_the_fields_that_qemu_img_prints() {
     succeeds(ours(path, &["io", "-c", "write 0 1M", "-c", "write 3M 64k", "image"]));
     succeeds(run("qemu-io", path, &["-f", "qcow2", "-c", "write -c 5M 64k", "image"]));
     agree("all kinds of clusters", &[]);
-    // The refcount block is the third cluster, and the L1 table the fourth; one cluster counted that nobody uses,
-    // one not counted.
+    // The refcount block is the third cluster, and the L1 table the fourth; one cluster counted that nobody
+    // uses, one not counted.
     let len = file.metadata().expect("metadata").len().next_multiple_of(65536);
     file.set_len(len + 65536).expect("longer");
     file.write_all_at(&[0, 1], 2 * 65536 + 2 * len / 65536).expect("damage");
@@ -485,7 +486,8 @@ fn io_fails_where_qemu_io_fails() {
     assert!(text(&refused).contains("read-only"), "{}", text(&refused));
 }
 
-/// `io IMAGE < commands | head -1`: what was written until nobody listened is in the image, and nothing after it.
+/// `io IMAGE < commands | head -1`: what was written until nobody listened is in the image, and nothing after
+/// it.
 #[test]
 fn a_session_that_cannot_print_closes_its_image() {
     let directory = tempfile::tempdir().expect("temporary directory");
@@ -604,7 +606,8 @@ fn backing_files_are_opened_by_policy_and_never_by_info() {
     assert!(succeeds(ours(path, &["info", "i"])).contains("backing file: base"));
 }
 
-/// `io` and `resize` of an image that does not say its backing file's format advised an option that only `add` had.
+/// `io` and `resize` of an image that does not say its backing file's format advised an option that only
+/// `add` had.
 #[test]
 fn the_format_of_a_backing_file_can_be_given_wherever_it_is_asked_for() {
     let directory = tempfile::tempdir().expect("temporary directory");

@@ -1,4 +1,5 @@
-//! `cargo xtask demo`: shows the product at work on a real block device, step by step, and ends with QEMU's verdict.
+//! `cargo xtask demo`: shows the product at work on a real block device, step by step, and ends with QEMU's
+//! verdict.
 //!
 //! The story itself is told by guest/demo.sh, and for the user's own image by guest/demo-image.sh.
 

@@ -1,7 +1,7 @@
 //! The kernels of the throw-away machine: which exist, how they are fetched, and what is in them.
 //!
-//! A kernel is unpacked from its Debian packages into the cache and never installed. Knows apt and the layout of
-//! the packages; does not know how a machine is booted.
+//! A kernel is unpacked from its Debian packages into the cache and never installed. Knows apt and the layout
+//! of the packages; does not know how a machine is booted.
 
 use crate::{
     apt::PrivateApt,

@@ -1,10 +1,11 @@
 //! A machine that is killed over and over: each boot has to make do with what the one before has left.
 //!
-//! The disk `host` outlives the machine, as a real one would: what the guest has written and not flushed is lost when
-//! the plug is pulled. A killed QEMU alone would lose nothing of that, it is in the file already. So each life gets
-//! a QCOW2 overlay on the disk: QEMU keeps in its memory where new clusters lie until the guest flushes. What reached
-//! the overlay becomes part of the disk before the next life. Knows nothing of what runs in the guest, but for its
-//! report: it begins with the line `serving LIFE` when the machine may be killed.
+//! The disk `host` outlives the machine, as a real one would: what the guest has written and not flushed is
+//! lost when the plug is pulled. A killed QEMU alone would lose nothing of that, it is in the file already.
+//! So each life gets a QCOW2 overlay on the disk: QEMU keeps in its memory where new clusters lie until the
+//! guest flushes. What reached the overlay becomes part of the disk before the next life. Knows nothing of
+//! what runs in the guest, but for its report: it begins with the line `serving LIFE` when the machine may be
+//! killed.
 
 use crate::{
     kernel::{Kernel, UnpackedKernel},
@@ -89,9 +90,9 @@ impl Lives {
         self.file(&format!("report-{life}"))
     }
 
-    /// Kills the machine `kills` times, each time so many milliseconds after it began to serve, and lets it live once
-    /// more, to judge. `payload` is told which life it is for, and whether that is the last. Each life that held what it
-    /// had to is a test that passed.
+    /// Kills the machine `kills` times, each time so many milliseconds after it began to serve, and lets it
+    /// live once more, to judge. `payload` is told which life it is for, and whether that is the last. Each
+    /// life that held what it had to is a test that passed.
     ///
     /// # Errors
     /// What did not hold, and where the disks and reports are kept.

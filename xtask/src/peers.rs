@@ -1,5 +1,5 @@
-//! Programs from the Rust package registry that no package manager of the system has: the peer that benchmarks run beside us,
-//! rublk, and a file-system exerciser, fsx.
+//! Programs from the Rust package registry that no package manager of the system has: the peer that
+//! benchmarks run beside us, rublk, and a file-system exerciser, fsx.
 //!
 //! Built by cargo into the cache, at fixed versions, once.
 

@@ -1,9 +1,9 @@
 //! Where a job runs that needs a real /dev/ublkbN: on this host where its ublk driver is usable, else in the
 //! virtual machine.
 //!
-//! A job is a shell script with the programs and disks it needs; the scripts under guest/ are written to run in
-//! either place. They find programs in PATH, an empty directory in $SCRATCH, a directory to leave things in
-//! $RESULTS, and each disk NAME in $DISK_NAME; in the machine, $IN_MACHINE is set.
+//! A job is a shell script with the programs and disks it needs; the scripts under guest/ are written to run
+//! in either place. They find programs in PATH, an empty directory in $SCRATCH, a directory to leave things
+//! in $RESULTS, and each disk NAME in $DISK_NAME; in the machine, $IN_MACHINE is set.
 
 use crate::{
     kernel::Kernel,
@@ -60,7 +60,8 @@ pub(crate) enum Place {
 }
 
 impl Place {
-    /// The machine when a kernel is asked for; else the host if it can; else the machine with the older kernel.
+    /// The machine when a kernel is asked for; else the host if it can; else the machine with the older
+    /// kernel.
     pub(crate) fn choose(asked: Option<Kernel>) -> Self {
         match (asked, host_driver()) {
             (Some(kernel), _) => Self::Machine(kernel),
@@ -69,7 +70,8 @@ impl Place {
         }
     }
 
-    /// As [`Self::choose`], but where it comes to the machine, that with each kernel: their data paths are not the same.
+    /// As [`Self::choose`], but where it comes to the machine, that with each kernel: their data paths are
+    /// not the same.
     pub(crate) fn choose_all(asked: Option<Kernel>) -> Vec<Self> {
         match (asked, Self::choose(asked)) {
             (None, Self::Machine(_)) => Kernel::ALL.map(Self::Machine).to_vec(),

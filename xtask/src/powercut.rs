@@ -1,10 +1,10 @@
-//! `cargo xtask powercut`: the whole virtual machine is killed, over and over, under a writer that has told us
-//! what was acknowledged.
+//! `cargo xtask powercut`: the whole virtual machine is killed, over and over, under a writer that has told
+//! us what was acknowledged.
 //!
-//! Each life of the machine is one boot. It judges what the life before has left, against that life's report, and
-//! then writes until it is killed; see `qemu-compat/src/power/plug.rs` for the guest's side, `lives` for the kills.
-//! Two disks outlive it: the host's, with the image's file system, and one that says what the image held when it was
-//! last at rest.
+//! Each life of the machine is one boot. It judges what the life before has left, against that life's report,
+//! and then writes until it is killed; see `qemu-compat/src/power/plug.rs` for the guest's side, `lives` for
+//! the kills. Two disks outlive it: the host's, with the image's file system, and one that says what the
+//! image held when it was last at rest.
 
 use crate::{
     kernel::Kernel,

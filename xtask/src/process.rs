@@ -1,7 +1,7 @@
 //! Child processes: finding programs, running them, and errors that show the command line.
 //!
-//! Knows nothing about what the programs are for. Every command of xtask starts its children through here, so that
-//! a failure always names the program, its arguments and what it said.
+//! Knows nothing about what the programs are for. Every command of xtask starts its children through here, so
+//! that a failure always names the program, its arguments and what it said.
 
 use anyhow::{Context, Result, bail};
 use std::{

@@ -1,7 +1,7 @@
 //! `cargo xtask setup`: finds out what this machine lacks and installs exactly that.
 //!
-//! One table says what the project needs, how its presence is seen and which Debian package brings it. Nothing is
-//! asked of the network when nothing is missing. Does not know what the tools are used for.
+//! One table says what the project needs, how its presence is seen and which Debian package brings it.
+//! Nothing is asked of the network when nothing is missing. Does not know what the tools are used for.
 
 use crate::{
     apt::{self, PrivateApt},
@@ -160,8 +160,8 @@ fn install(missing: &[&Requirement]) -> Result<()> {
     Ok(())
 }
 
-/// The suite that QEMU comes from: that of the QEMU packages already here, so that none of them is replaced or
-/// removed; on a Debian 12 without any, backports, because its own QEMU is of 2022.
+/// The suite that QEMU comes from: that of the QEMU packages already here, so that none of them is replaced
+/// or removed; on a Debian 12 without any, backports, because its own QEMU is of 2022.
 fn qemu_suite() -> Option<String> {
     let codename = apt::debian_codename()?;
     let installed = ["qemu-utils", "qemu-system-x86"].into_iter().find_map(apt::installed_version);

@@ -1,7 +1,9 @@
-//! `cargo xtask test`: everything that must hold before a change is merged, and one plain line that counts it.
+//! `cargo xtask test`: everything that must hold before a change is merged, and one plain line that counts
+//! it.
 //!
-//! Lanes run one after the other, but for those of the machines: one leaves much of two processors idle. None is
-//! skipped: a lane that cannot run counts as failed and says why. The device lane is shared with `test_compat`.
+//! Lanes run one after the other, but for those of the machines: one leaves much of two processors idle. None
+//! is skipped: a lane that cannot run counts as failed and says why. The device lane is shared with
+//! `test_compat`.
 
 use crate::{
     campaign,
@@ -103,7 +105,8 @@ pub(crate) enum Matrix {
 /// Runs qemu-compat against the real device.
 ///
 /// # Errors
-/// Fails when it cannot run or its account is not whole: no summary, no case, or a status that contradicts it.
+/// Fails when it cannot run or its account is not whole: no summary, no case, or a status that contradicts
+/// it.
 pub(crate) fn device_lane(place: Place, matrix: Matrix, console: Console) -> Result<Count> {
     let product = build_release("ublk-qcow2", "ublk-qcow2")?;
     let kit = build_release("qemu-compat", "qemu-compat")?;

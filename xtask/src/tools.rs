@@ -1,8 +1,8 @@
-//! Programs that a lane needs and nobody should have to install: Debian's packages with all they depend on, unpacked
-//! into a file system that the lane is shown as a disk.
+//! Programs that a lane needs and nobody should have to install: Debian's packages with all they depend on,
+//! unpacked into a file system that the lane is shown as a disk.
 //!
-//! Nothing of them is configured: there are no users but root and nobody, no services, no alternatives. A story goes
-//! in with `in_tools` of guest/tools.sh.
+//! Nothing of them is configured: there are no users but root and nobody, no services, no alternatives. A
+//! story goes in with `in_tools` of guest/tools.sh.
 
 use crate::{
     apt::PrivateApt,
@@ -44,8 +44,8 @@ pub(crate) fn disk(name: &str, packages: &[&str]) -> Result<Disk> {
     Ok(Disk { name: "tools".to_owned(), path, access: Access::ReadOnly })
 }
 
-/// The content of such a disk as a directory of this host, which `into` becomes: the same bytes, so that what they make is
-/// the same.
+/// The content of such a disk as a directory of this host, which `into` becomes: the same bytes, so that what
+/// they make is the same.
 ///
 /// # Errors
 /// Fails when it cannot be read or written.

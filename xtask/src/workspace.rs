@@ -1,7 +1,7 @@
 //! Where things are: the workspace, cargo's target directory, and the cache of kernels and machines.
 //!
-//! The cache is independent of the target directory, so that several clones or target directories can share one;
-//! `UBLK_QCOW2_CACHE` moves it. Everything in it can be deleted at any time.
+//! The cache is independent of the target directory, so that several clones or target directories can share
+//! one; `UBLK_QCOW2_CACHE` moves it. Everything in it can be deleted at any time.
 
 use crate::process::{capture, run};
 use anyhow::{Context, Result};
@@ -34,8 +34,9 @@ pub(crate) fn cache() -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// A file of the cache, in the directory `area`, which `make` makes if it is not there: at the first path that it is given, with
-/// the directory beside it for whatever else it needs. It gets its name when it is whole.
+/// A file of the cache, in the directory `area`, which `make` makes if it is not there: at the first path
+/// that it is given, with the directory beside it for whatever else it needs. It gets its name when it is
+/// whole.
 ///
 /// # Errors
 /// Fails when `make` does, or the cache cannot be written.

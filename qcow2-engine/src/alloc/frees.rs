@@ -95,8 +95,8 @@ impl Frees {
         self.aside.pages.contains(&page)
     }
 
-    /// Another pass of maintenance: what was set aside is due again when its pause is over, and pauses twice as long when that
-    /// is of no use.
+    /// Another pass of maintenance: what was set aside is due again when its pause is over, and pauses twice
+    /// as long when that is of no use.
     pub(crate) fn begin_pass(&mut self) {
         if self.aside.clusters.is_empty() {
             self.aside = Aside::default();
@@ -170,7 +170,8 @@ mod tests {
         assert!(frees.take_ready(5, epochs.oldest(), 8).is_empty(), "once only");
     }
 
-    /// What could not be counted was as ready as before, and whoever gives back until nothing is ready never came to an end.
+    /// What could not be counted was as ready as before, and whoever gives back until nothing is ready never
+    /// came to an end.
     #[test]
     fn what_is_set_aside_is_due_again_after_ever_longer_pauses() {
         let mut frees = Frees::default();

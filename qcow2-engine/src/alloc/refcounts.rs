@@ -26,8 +26,9 @@ pub(crate) struct Refcounts {
     pages: HashMap<u64, Resident>,
     /// Pages to keep, if not dirty.
     limit: usize,
-    /// Pages in which no count was zero when they were looked through, a bit each, and none was set to zero since. Without
-    /// it a single freed cluster would have the allocator read all pages between it and the next free one again.
+    /// Pages in which no count was zero when they were looked through, a bit each, and none was set to zero
+    /// since. Without it a single freed cluster would have the allocator read all pages between it and the
+    /// next free one again.
     full: Vec<u64>,
 }
 
@@ -243,7 +244,8 @@ impl Refcounts {
         self.table.get(range.start as usize..range.end as usize).unwrap_or_default()
     }
 
-    /// Enters a new, empty block at `at`; its pages are resident from now on. `keep` says which others may not go.
+    /// Enters a new, empty block at `at`; its pages are resident from now on. `keep` says which others may
+    /// not go.
     pub(crate) fn add_block(&mut self, block: u64, at: HostOffset, keep: impl Fn(u64) -> bool) {
         let bytes = self.page_bytes() as usize;
         let pages = self.block_pages(block);

@@ -81,8 +81,8 @@ impl LaneSpace {
 }
 
 impl Meta {
-    /// A lane has a new extent. While it was being found, another request may have put back what it had taken of the old
-    /// one and not used.
+    /// A lane has a new extent. While it was being found, another request may have put back what it had taken
+    /// of the old one and not used.
     fn fill_lane(&mut self, lane: usize, run: Run) {
         self.watch.reserved(run.clusters.clone());
         if let Some(rest) = self.lanes[lane].extent.replace(run) {
@@ -90,7 +90,8 @@ impl Meta {
         }
     }
 
-    /// Takes of the first extent that a lane has: the file cannot grow, and while another lane has room, so has the image.
+    /// Takes of the first extent that a lane has: the file cannot grow, and while another lane has room, so
+    /// has the image.
     fn take_from_any(&mut self, max: u64) -> Option<Run> {
         self.lanes.iter_mut().find_map(|lane| lane.take(max))
     }
@@ -177,7 +178,8 @@ impl<I: Io> Lane<I> {
         Ok(Reservation { image, lane, run, stage: Stage::Untouched })
     }
 
-    /// Has no request wait for its place where what was freed could be its place. False if that cannot be yet.
+    /// Has no request wait for its place where what was freed could be its place. False if that cannot be
+    /// yet.
     async fn give_back_now(&self) -> Result<bool> {
         let image = self.image();
         if !image.can_free(&image.meta.lock()) {
@@ -230,8 +232,9 @@ impl<I: Io> Lane<I> {
         }
     }
 
-    /// The last part of a run that the file does not reach was never anybody's: it is free at once. Had it to wait as
-    /// freed clusters do, the next request would look for its place behind it, where there is even less room.
+    /// The last part of a run that the file does not reach was never anybody's: it is free at once. Had it to
+    /// wait as freed clusters do, the next request would look for its place behind it, where there is even
+    /// less room.
     async fn give_up(&self, run: Run) {
         for cluster in run.clusters.clone().rev() {
             {
@@ -263,7 +266,8 @@ impl<I: Io> Lane<I> {
         }
         // Up to here there are clusters already: the last one may be cut short by the end of the file.
         let taken = (image.geometry().clusters_for(at) << bits).min(clusters.start << bits);
-        // What others have claimed and not reached yet is reached now: they find that the file is long enough.
+        // What others have claimed and not reached yet is reached now: they find that the file is long
+        // enough.
         let behind_claims = (clusters.start << bits).max(claimed).max(at).min(end);
         for part in [at..claimed.min(end), behind_claims..end] {
             if !part.is_empty() {
@@ -275,7 +279,8 @@ impl<I: Io> Lane<I> {
         Ok(())
     }
 
-    /// Allocates space for a part of the file that ends behind its present end. What is in the file may lie before `taken`.
+    /// Allocates space for a part of the file that ends behind its present end. What is in the file may lie
+    /// before `taken`.
     async fn allocate_space(&self, part: Range<u64>, taken: u64) -> Result<()> {
         let image = self.image();
         let file = image.top().file;

@@ -92,8 +92,8 @@ impl Meta {
         }
     }
 
-    /// Takes `count` clusters in a row, and counts them: the first there are, or behind everything that is counted so far.
-    /// `from` is where to go on looking; nothing is found below it.
+    /// Takes `count` clusters in a row, and counts them: the first there are, or behind everything that is
+    /// counted so far. `from` is where to go on looking; nothing is found below it.
     pub(crate) fn next_row(&mut self, count: u64, from: &mut u64) -> Result<Next> {
         match self.row_in_page(count, from)? {
             Some(next) => Ok(next),
@@ -101,8 +101,8 @@ impl Meta {
         }
     }
 
-    /// A row of clusters that one refcount page counts, the first there is from `from` on. A file that cannot grow has no
-    /// other room than what is free inside it.
+    /// A row of clusters that one refcount page counts, the first there is from `from` on. A file that cannot
+    /// grow has no other room than what is free inside it.
     fn row_in_page(&mut self, count: u64, from: &mut u64) -> Result<Option<Next>> {
         let per_page = self.refcounts.clusters_per_page();
         let per_block = self.geometry.refcounts_per_block();
@@ -123,7 +123,8 @@ impl Meta {
         Ok(None)
     }
 
-    /// Takes clusters in a row, of which the first become new refcount blocks. What is passed over is still free.
+    /// Takes clusters in a row, of which the first become new refcount blocks. What is passed over is still
+    /// free.
     fn take_row(&mut self, clusters: Range<u64>, new_blocks: Range<u64>) -> Result<Next> {
         if let Some(needs) = self.lacks_room(clusters.clone()) {
             return Ok(needs);
@@ -214,8 +215,8 @@ impl Meta {
         }
     }
 
-    /// What metadata in these clusters needs first, unless the file reaches over them: a flush that had to write
-    /// behind its end would fail where the host has no room.
+    /// What metadata in these clusters needs first, unless the file reaches over them: a flush that had to
+    /// write behind its end would fail where the host has no room.
     fn lacks_room(&self, clusters: Range<u64>) -> Option<Next> {
         let is_in_file = clusters.end << self.geometry.cluster_bits <= self.space.file_end;
         (!is_in_file).then_some(Next::NeedsRoom(clusters))
@@ -251,8 +252,8 @@ impl Meta {
         Ok(None)
     }
 
-    /// Has the refcount table lie in these clusters from now on, and lets go of the old ones. That has been logged, if it has
-    /// to be.
+    /// Has the refcount table lie in these clusters from now on, and lets go of the old ones. That has been
+    /// logged, if it has to be.
     pub(crate) fn place_refcount_table(&mut self, clusters: Range<u64>) {
         let (old_at, old_entries) = self.refcounts.table_place();
         let per_cluster = self.geometry.cluster_size() / 8;

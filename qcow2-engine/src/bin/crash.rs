@@ -46,8 +46,8 @@ struct Args {
     threads: usize,
 }
 
-/// What a campaign's process has beyond its budget: for the cases that are under way at its end, and for judging the one
-/// that failed once more.
+/// What a campaign's process has beyond its budget: for the cases that are under way at its end, and for
+/// judging the one that failed once more.
 const MARGIN: Duration = Duration::from_secs(180);
 
 fn main() -> ExitCode {

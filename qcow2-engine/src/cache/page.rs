@@ -117,8 +117,8 @@ fn is_run(words: &Words, first: u64, step: u64) -> bool {
     }
 }
 
-/// The bits in which some entry is not what it should be, by its distance from the first. Not inlined, because
-/// the compiler uses vectors where it does not know how many there are.
+/// The bits in which some entry is not what it should be, by its distance from the first. Not inlined,
+/// because the compiler uses vectors where it does not know how many there are.
 #[inline(never)]
 fn difference(words: &[[u8; 8]], first: u64, step: u64) -> u64 {
     let mut expected = first;

@@ -77,8 +77,8 @@ impl Rules {
         at.saturating_add(len) >= self.file_len.saturating_add(self.geometry.cluster_size())
     }
 
-    /// Where what an L2 entry refers to should be, if the file does not have it. Of compressed data the file has
-    /// what it has of the first sectors: the stream may end before the sectors that the entry claims.
+    /// Where what an L2 entry refers to should be, if the file does not have it. Of compressed data the file
+    /// has what it has of the first sectors: the stream may end before the sectors that the entry claims.
     pub(super) fn missing(&self, target: Target) -> Option<(Owner, u64, u64)> {
         let cluster_size = self.geometry.cluster_size();
         match target {

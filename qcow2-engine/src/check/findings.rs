@@ -178,8 +178,8 @@ pub struct Findings {
     pub(super) wrong_flags: u64,
     /// What could not be looked at.
     pub check_errors: u64,
-    /// Clusters beyond the end of the file that are counted, and to which nothing refers. They are no findings,
-    /// as for QEMU: no space is lost where the file has nothing, and a writer passes them by.
+    /// Clusters beyond the end of the file that are counted, and to which nothing refers. They are no
+    /// findings, as for QEMU: no space is lost where the file has nothing, and a writer passes them by.
     pub counted_beyond_end: u64,
     /// The first of the findings, as many as were asked for.
     pub list: Vec<Finding>,

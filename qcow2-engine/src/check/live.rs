@@ -1,12 +1,12 @@
 //! A survey of an image that is being served: the search for leaks (`leaks/`) counts references with
 //! the same code as a check, but from a moving picture.
 //!
-//! What may have another place by the time that it is read is taken from memory, where it is always
-//! true: the refcount table and the active L1 table. A part of an L2 table counts only if its L1
-//! entry is the same after the read. In return it teaches the cache which slices are runs, which requests and the
-//! next survey then need not read. All else that is read does not move while an image is served:
-//! snapshots and what only they refer to, bitmaps, refcount blocks. Which entries may be behind
-//! what is in memory, and why that does no harm, is told in `leaks/mod.rs`.
+//! What may have another place by the time that it is read is taken from memory, where it is always true: the
+//! refcount table and the active L1 table. A part of an L2 table counts only if its L1 entry is the same
+//! after the read. In return it teaches the cache which slices are runs, which requests and the next survey
+//! then need not read. All else that is read does not move while an image is served: snapshots and what only
+//! they refer to, bitmaps, refcount blocks. Which entries may be behind what is in memory, and why that does
+//! no harm, is told in `leaks/mod.rs`.
 
 use super::{
     findings::{Finding, Owner, Problem, Remedy, Severity},
@@ -183,8 +183,8 @@ impl Live<'_> {
         Some(part)
     }
 
-    /// The host clusters to which the entries of a slice refer, where the slice is known to be nothing but data
-    /// in a row, or nothing at all.
+    /// The host clusters to which the entries of a slice refer, where the slice is known to be nothing but
+    /// data in a row, or nothing at all.
     fn data_in_row(&self, slice: u64) -> Option<Range<u64>> {
         let geometry = self.image.geometry();
         let run = self.image.cache.run(SliceKey { layer: 0, slice })?;

@@ -142,8 +142,8 @@ async fn clear_marks(file: &mut ImageFile<'_, impl Io>, marks: u64) -> Result<()
     Ok(())
 }
 
-/// Clears the autoclear bits that are not known here, durably, before the first change: what they vouch for may be
-/// changed. A check counts the bitmaps, so that their bit stays.
+/// Clears the autoclear bits that are not known here, durably, before the first change: what they vouch for
+/// may be changed. A check counts the bitmaps, so that their bit stays.
 async fn clear_unknown_autoclear(file: &mut ImageFile<'_, impl Io>) -> Result<()> {
     let known = file.header.autoclear & header::KNOWN_AUTOCLEAR;
     if known == file.header.autoclear {

@@ -1,9 +1,10 @@
 //! A new refcount structure where nothing refers to, and a new snapshot table with it where one is needed.
 //!
-//! It lies inside the file if there is room in a row, because a file may not be able to grow (a block device), and else
-//! behind its end. Nothing that exists is overwritten until one write of the header's first sector switches from
-//! the old structure to the new one, whose content is durable by then. The old one's clusters have
-//! no count in the new one: they are free. So are those of snapshots that the new table leaves out.
+//! It lies inside the file if there is room in a row, because a file may not be able to grow (a block
+//! device), and else behind its end. Nothing that exists is overwritten until one write of the header's first
+//! sector switches from the old structure to the new one, whose content is durable by then. The old one's
+//! clusters have no count in the new one: they are free. So are those of snapshots that the new table leaves
+//! out.
 
 use super::{change_header, counts::CHUNK, refcounts::Refcounts, survey::Survey};
 use crate::{
@@ -80,17 +81,18 @@ pub(super) async fn run(
     Ok(None)
 }
 
-/// Whether what has no references is room for the new structure. It is not where the header goes on naming something there
-/// until it is switched: snapshots that are going to be dropped, a refcount table that is not counted because it is
-/// something else as well. Nor where a table is called a part of the refcounts: if it is, what the right one names seems unused.
+/// Whether what has no references is room for the new structure. It is not where the header goes on naming
+/// something there until it is switched: snapshots that are going to be dropped, a refcount table that is not
+/// counted because it is something else as well. Nor where a table is called a part of the refcounts: if it
+/// is, what the right one names seems unused.
 fn may_lie_inside(file: &ImageFile<'_, impl Io>, survey: &Survey) -> bool {
     let is_table_known = survey.has_refcount_table || file.defects.refcount_table.is_some();
     is_table_known && !survey.lost_tables && !survey.has_contested()
 }
 
-/// Before the file grows: takes what is behind its end away from the old structure. Without a block all counts
-/// are 0, which is what they are already. A table that cannot be used is struck out of the header: what is
-/// written behind the end could pass for it, and an image with such counts for a sound one.
+/// Before the file grows: takes what is behind its end away from the old structure. Without a block all
+/// counts are 0, which is what they are already. A table that cannot be used is struck out of the header:
+/// what is written behind the end could pass for it, and an image with such counts for a sound one.
 async fn drop_lost_parts(file: &ImageFile<'_, impl Io>, survey: &Survey) -> Result<()> {
     let header = file.header();
     if file.defects.refcount_table.is_some() {

@@ -59,8 +59,8 @@ mod tests {
     use qcow2_format::CreateOptions;
     use std::path::Path;
 
-    /// As many pages were kept, whatever their size, and of small ones too few: where the clusters of a disk of 2 GiB lie in any
-    /// order, nearly each entry had its page read again.
+    /// As many pages were kept, whatever their size, and of small ones too few: where the clusters of a disk
+    /// of 2 GiB lie in any order, nearly each entry had its page read again.
     #[test]
     fn what_is_kept_of_small_pages_is_as_much_as_of_large_ones() {
         for (cluster_bits, kept) in [(9, 65536), (16, 8192)] {

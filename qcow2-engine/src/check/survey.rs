@@ -113,10 +113,11 @@ pub(super) struct Survey {
     pub(super) doubtful: HashSet<u64>,
     /// Clusters of the active mapping's L2 tables.
     pub(super) active_tables: HashSet<u64>,
-    /// Clusters of other L2 tables that are data, too, and the first entry that says so. Shared and counted as
-    /// often as they are referred to, they are copied before they change, so that nothing is lost.
+    /// Clusters of other L2 tables that are data, too, and the first entry that says so. Shared and counted
+    /// as often as they are referred to, they are copied before they change, so that nothing is lost.
     pub(super) under_data: HashMap<u64, Claim>,
-    /// L2 tables are beyond the end of the file, or snapshots beyond their limits; a repair of all drops them.
+    /// L2 tables are beyond the end of the file, or snapshots beyond their limits; a repair of all drops
+    /// them.
     pub(super) lost_tables: bool,
     /// There are entries beyond the end of the file that cannot be cleared.
     pub(super) stuck_entries: bool,
@@ -284,8 +285,8 @@ impl Survey {
         self.claim(claim, 1)
     }
 
-    /// What the header itself points to, but for the refcount table; all of it lies inside the file, or it would
-    /// not decode.
+    /// What the header itself points to, but for the refcount table; all of it lies inside the file, or it
+    /// would not decode.
     fn header_tables(&mut self, file: &ImageFile<'_, impl Io>) {
         let header = file.header();
         let cluster_size = self.geometry().cluster_size();
@@ -439,8 +440,8 @@ impl Survey {
         }
     }
 
-    /// The refcount table and its entries. A table or a block that cannot be one, or that is also something else,
-    /// is not read: what it holds would be noise.
+    /// The refcount table and its entries. A table or a block that cannot be one, or that is also something
+    /// else, is not read: what it holds would be noise.
     async fn refcount_table(&mut self, file: &ImageFile<'_, impl Io>) {
         let (owner, host) = (Owner::RefcountTable, file.header().refcount_table.0);
         if let Some(defect) = &file.defects.refcount_table {

@@ -299,8 +299,8 @@ impl Survey {
         self.findings.corruption(Owner::L2, at, Problem::BeyondFile { owner, host, len }, remedy);
     }
 
-    /// How much of compressed data the file has. That an entry claims more is damage, and what there is may be
-    /// all there ever was.
+    /// How much of compressed data the file has. That an entry claims more is damage, and what there is may
+    /// be all there ever was.
     fn in_file(&mut self, holder: Owner, at: u64, range: CompressedRange) -> u64 {
         if !self.rules.is_beyond_file(range.offset, range.len) {
             return range.len;

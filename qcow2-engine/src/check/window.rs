@@ -4,14 +4,15 @@
 use super::{findings::Owner, survey::Claim};
 use std::ops::Range;
 
-/// Clusters that are counted at a time, at the most: 16 MiB of counters, and twice 2 MiB for what is
-/// touched or given to somebody meanwhile, for 1 TiB of a file at 64 KiB clusters. A larger file is surveyed several times.
+/// Clusters that are counted at a time, at the most: 16 MiB of counters, and twice 2 MiB for what is touched
+/// or given to somebody meanwhile, for 1 TiB of a file at 64 KiB clusters. A larger file is surveyed several
+/// times.
 pub(crate) const MAX_WINDOW: u64 = 16 << 20;
 /// The counters' upper bit: the active mapping has an entry for the cluster that should say whether
 /// it is shared.
 const IS_ACTIVE: u8 = 1 << 7;
-/// A counter that has reached this counts no further, and its cluster is not judged. Enough for all compressed
-/// clusters that usually lie in one.
+/// A counter that has reached this counts no further, and its cluster is not judged. Enough for all
+/// compressed clusters that usually lie in one.
 const MANY: u8 = IS_ACTIVE - 1;
 
 /// References to a window of clusters.

@@ -37,8 +37,8 @@ pub struct Buf {
     len: usize,
 }
 
-/// Buffers that are used again, so that what is in memory for a moment costs neither an allocation nor clearing. The one
-/// that was used last is the next. Of one thread, as they are.
+/// Buffers that are used again, so that what is in memory for a moment costs neither an allocation nor
+/// clearing. The one that was used last is the next. Of one thread, as they are.
 pub struct Pool {
     /// Length of the buffers.
     bytes: usize,
@@ -120,8 +120,8 @@ impl Buf {
             Pages::Huge => libc::MADV_HUGEPAGE,
         };
         let whole_pages = self.len - self.len % ALIGNMENT;
-        // SAFETY: the range lies inside an allocation that is alive, and neither advice changes its content. Its
-        // neighbours in the last page, if the kernel's pages are larger than ours, are served as well.
+        // SAFETY: the range lies inside an allocation that is alive, and neither advice changes its content.
+        // Its neighbours in the last page, if the kernel's pages are larger than ours, are served as well.
         unsafe { libc::madvise(self.as_ptr().cast(), whole_pages, advice) };
     }
 

@@ -1,9 +1,9 @@
 //! The one boundary between the engine and storage.
 //!
 //! Every byte that the engine reads or writes passes [`Io`]. It is implemented by the io_uring of a serving
-//! thread ([`uring`]) and by files in memory ([`mem`]); with the feature `sim` also by a simulated disk and by plain
-//! files. An `Io` belongs to one thread; the files it names belong to the [`Storage`] that opened them and are shared by all
-//! threads, so a [`FileId`] means the same file on every ring.
+//! thread ([`uring`]) and by files in memory ([`mem`]); with the feature `sim` also by a simulated disk and
+//! by plain files. An `Io` belongs to one thread; the files it names belong to the [`Storage`] that opened
+//! them and are shared by all threads, so a [`FileId`] means the same file on every ring.
 //!
 //! Contract of every operation: the future may be dropped at any time; the kernel may then still
 //! carry the operation out, and the buffer stays alive until it has. Completion of a write says

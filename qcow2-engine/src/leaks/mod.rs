@@ -45,20 +45,21 @@
 //!    - *A cut under way* while a table is read: of entries that change, the clusters are touched; the
 //!      others are the same bytes in both versions.
 //! 6. **Nothing that has leaked is passed over for good**: a cluster that was touched, and may be counted too
-//!    often all the same, has the window searched again. That is one with fewer references than counts, unless
-//!    it has none, and those that count wait in `frees`, or are of somebody whom it was given a moment ago.
+//!    often all the same, has the window searched again. That is one with fewer references than counts,
+//!    unless it has none, and those that count wait in `frees`, or are of somebody whom it was given a moment
+//!    ago.
 //! 7. **Nobody is given a leak** before its hole has been punched: it is counted until then.
 //!
-//! Whatever makes no sense ends the search for good: what cannot be decoded, a reference beyond the
-//! file, a count below the references, header extensions that are not known. A copied flag would be
-//! wrong where a count becomes 1 and the active mapping has the one reference; our own crashes do not
-//! leave that, and it is left to `check --repair`. Damage that a request has met ends it as well: nothing is freed in a
-//! condemned image.
+//! Whatever makes no sense ends the search for good: what cannot be decoded, a reference beyond the file, a
+//! count below the references, header extensions that are not known. A copied flag would be wrong where a
+//! count becomes 1 and the active mapping has the one reference; our own crashes do not leave that, and it is
+//! left to `check --repair`. Damage that a request has met ends it as well: nothing is freed in a condemned
+//! image.
 //!
 //! # Bounds
 //!
-//! Memory: [`MAX_WINDOW`]. Time: a step is one read of 16 KiB, or [`SETTLED`] clusters compared, with a
-//! rest before each; the metadata lock is held for [`LOCKED`] counts at a time, and once in [`SETTLED`] while what
+//! Memory: [`MAX_WINDOW`]. Time: a step is one read of 16 KiB, or [`SETTLED`] clusters compared, with a rest
+//! before each; the metadata lock is held for [`LOCKED`] counts at a time, and once in [`SETTLED`] while what
 //! waits to be freed is looked through. Requests wait for none of the rests.
 
 pub(crate) mod watch;
@@ -137,8 +138,8 @@ struct Found {
     excess: Vec<(u64, u64)>,
     /// Clusters that are counted too often and have to stay so.
     flagged: u64,
-    /// Clusters that may be counted too often, but were touched: one that is in use, and has leaked references
-    /// as well, may lose the others while it is being judged.
+    /// Clusters that may be counted too often, but were touched: one that is in use, and has leaked
+    /// references as well, may lose the others while it is being judged.
     touched: u64,
 }
 

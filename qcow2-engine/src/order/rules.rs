@@ -1,12 +1,12 @@
 //! The ordering rules, each with its name and its one constructor.
 //!
-//! Their text and the argument for them stand in docs/crash-consistency.md. A [`Rule`] says that a
-//! page may be written only after something else is durable: another page, or the payload that was
-//! written before the page was changed. Rule 5 (freeing runs backwards) is not an edge between pages:
-//! [`crate::alloc::frees`] holds a freed cluster back until the cut that unmaps it is durable. Rule 6
-//! is what a flush waits for: [`crate::flush`]. Rule 7 is what an acknowledgement waits for: [`crate::redo`]. Rule 8 is what the search for leaks keeps away from:
-//! [`crate::leaks`]. Rules 9 and 10 are barriers between the steps of a repair ([`mod@crate::check`]) and of
-//! making an image ([`crate::create`]).
+//! Their text and the argument for them stand in docs/crash-consistency.md. A [`Rule`] says that a page may
+//! be written only after something else is durable: another page, or the payload that was written before the
+//! page was changed. Rule 5 (freeing runs backwards) is not an edge between pages: [`crate::alloc::frees`]
+//! holds a freed cluster back until the cut that unmaps it is durable. Rule 6 is what a flush waits for:
+//! [`crate::flush`]. Rule 7 is what an acknowledgement waits for: [`crate::redo`]. Rule 8 is what the search
+//! for leaks keeps away from: [`crate::leaks`]. Rules 9 and 10 are barriers between the steps of a repair
+//! ([`mod@crate::check`]) and of making an image ([`crate::create`]).
 
 /// A metadata page: the unit of write-back. Numbers count pages (or slices) from the table's start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -66,8 +66,8 @@ pub fn numbered(said: &str) -> Option<(u64, &str)> {
     Some((number.parse().ok()?, message))
 }
 
-/// Carries `work` out in a process of its own, which must be the only one of its threads' making: call it while
-/// there is one thread. The process has so much time, counted in whole seconds.
+/// Carries `work` out in a process of its own, which must be the only one of its threads' making: call it
+/// while there is one thread. The process has so much time, counted in whole seconds.
 ///
 /// # Errors
 /// There can be no pipe or no process.

@@ -58,8 +58,8 @@ const GLANCE: Duration = Duration::from_millis(50);
 /// The case that a thread is at, and since when.
 type Present = Mutex<Option<(u64, Instant)>>;
 
-/// Runs cases until the budget is spent or one fails. Calls `stuck` with the number of one that does not end: its thread
-/// can be ended in no other way than with the process.
+/// Runs cases until the budget is spent or one fails. Calls `stuck` with the number of one that does not end:
+/// its thread can be ended in no other way than with the process.
 ///
 /// # Errors
 /// The first failure.
@@ -143,8 +143,9 @@ impl Failure {
         Self { seed, number, fixture, case, message: message.to_owned() }
     }
 
-    /// Takes requests away, one at a time, as long as the case fails in some order of completions and there is time. Each
-    /// attempt is a process, which may die or not end as the case did. Call it while there is one thread.
+    /// Takes requests away, one at a time, as long as the case fails in some order of completions and there
+    /// is time. Each attempt is a process, which may die or not end as the case did. Call it while there is
+    /// one thread.
     pub fn shrink(&mut self, fixtures: &[Fixture]) {
         let begun = Instant::now();
         while begun.elapsed() < SHRINK_TIME && self.step(&fixtures[self.fixture], begun) {}

@@ -44,15 +44,15 @@ enum Plan {
     FailedCut,
     /// Clusters of a write that failed, and has written a part of them, are given to the next one.
     TornWrite,
-    /// Tables that a snapshot shares are copied, several at a time, and some cannot be read: what was reserved for them
-    /// goes back to the extent, or does not fit there any more.
+    /// Tables that a snapshot shares are copied, several at a time, and some cannot be read: what was
+    /// reserved for them goes back to the extent, or does not fit there any more.
     FailedCopy,
     /// Lanes give clusters back at the same time.
     Freeing,
     /// More changes of the mapping than the redo log holds.
     FullLog,
-    /// A lane gives clusters back, and takes more when that is done: what another one has freed meanwhile, in a cut that
-    /// has failed.
+    /// A lane gives clusters back, and takes more when that is done: what another one has freed meanwhile, in
+    /// a cut that has failed.
     FreeingAfterFailedCut,
     /// Counts of clusters that are to be given back cannot be read.
     FreeingUnread,
@@ -67,8 +67,8 @@ enum Plan {
     /// one refers to is counted and durable already, so that no other rule's barrier stands in for that
     /// of R4.
     Flushed,
-    /// Lanes that take new extents, with new refcount blocks, beside cuts; an operation that makes the file longer
-    /// lands late.
+    /// Lanes that take new extents, with new refcount blocks, beside cuts; an operation that makes the file
+    /// longer lands late.
     Growing,
     /// The search for leaks, beside requests.
     Search,
@@ -213,7 +213,8 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
     };
     let paging = match plan.frees() || rng.below(2) == 0 {
         false => Paging::default(),
-        // The search gives clusters up that change in each of four rounds: many small batches have them do so.
+        // The search gives clusters up that change in each of four rounds: many small batches have them do
+        // so.
         true if plan.searches() => Paging::SMALL,
         true => Paging::TINY,
     };

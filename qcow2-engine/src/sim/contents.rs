@@ -74,7 +74,8 @@ impl Contents {
     }
 }
 
-/// A sector's part in the hash of the file, if it has whole words: eight interleaved lanes of a multiplicative hash.
+/// A sector's part in the hash of the file, if it has whole words: eight interleaved lanes of a
+/// multiplicative hash.
 pub(super) fn sum(sector: usize, bytes: &[u8]) -> u64 {
     let mut lanes = [0_u64; 8];
     for chunk in bytes.chunks(64) {

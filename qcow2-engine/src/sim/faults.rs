@@ -1,4 +1,5 @@
-//! What a host may do to an operation: let it fail, in part or all the same done; keep it until everything else has moved on.
+//! What a host may do to an operation: let it fail, in part or all the same done; keep it until everything
+//! else has moved on.
 
 use super::file::{Change, Kind};
 

@@ -1,4 +1,5 @@
-//! A file with a volatile cache: what readers see, what no crash can take away, and the changes between the two.
+//! A file with a volatile cache: what readers see, what no crash can take away, and the changes between the
+//! two.
 
 use super::{contents::Contents, faults::Fault, model::Value};
 use crate::io::Buf;
@@ -26,8 +27,8 @@ pub enum Change {
     },
     /// A new length.
     Length(u64),
-    /// Space for all that lies between, and at least the length that it ends with: an allocation never cuts a file
-    /// off that has grown meanwhile.
+    /// Space for all that lies between, and at least the length that it ends with: an allocation never cuts a
+    /// file off that has grown meanwhile.
     Extend {
         /// Where it begins.
         from: u64,

@@ -1,9 +1,10 @@
 //! The process dies, the machine does not: the next process replays the redo log.
 //!
-//! Everything that has completed is in the file, durable or not; of what was in flight some is, in whole or in part.
-//! Then, unlike after a loss of power, *everything acknowledged* must be there (R7). The replay is itself cut
-//! short in both ways, by power and by another kill, or operations fail under it, and it is done again by yet another
-//! process. A process dies between two operations of the disk, or while it is at its log.
+//! Everything that has completed is in the file, durable or not; of what was in flight some is, in whole or
+//! in part. Then, unlike after a loss of power, *everything acknowledged* must be there (R7). The replay is
+//! itself cut short in both ways, by power and by another kill, or operations fail under it, and it is done
+//! again by yet another process. A process dies between two operations of the disk, or while it is at its
+//! log.
 
 use super::{
     disk::Disk,
@@ -33,8 +34,8 @@ const FAILING_CHANCE: u64 = 8;
 /// Processes that die one after the other, and the last one, which lives.
 const MAX_PROCESSES: u32 = 3;
 
-/// One successor of the first process in this many goes on to serve, until one has: it is judged at every moment,
-/// which takes as long as all that was before.
+/// One successor of the first process in this many goes on to serve, until one has: it is judged at every
+/// moment, which takes as long as all that was before.
 const SERVING_CHANCE: u64 = 16;
 /// One of the others in this many closes at once.
 const CLOSING_CHANCE: u64 = 4;

@@ -1,5 +1,5 @@
-//! The memory of a redo log, which outlives processes; and what a process leaves when it is killed, also in the middle of
-//! what it does between two operations of the disk: a trap springs when it touches its log.
+//! The memory of a redo log, which outlives processes; and what a process leaves when it is killed, also in
+//! the middle of what it does between two operations of the disk: a trap springs when it touches its log.
 
 use super::{disk::Disk, file::Change, file::SECTOR, model::Model, rng::Rng};
 use crate::{MIN_REDO_BYTES, RedoError, RedoLog};
@@ -86,7 +86,8 @@ impl Moment {
     }
 }
 
-/// What has landed of a change in flight: nothing, all, chance decides, or chance decides and writes are torn.
+/// What has landed of a change in flight: nothing, all, chance decides, or chance decides and writes are
+/// torn.
 fn landed(keeps: u64, change: &Change, rng: &mut Rng) -> Option<Change> {
     if keeps == 0 || keeps > 1 && rng.below(2) == 0 {
         return None;
@@ -127,8 +128,8 @@ mod tests {
     use super::*;
     use crate::{redo::Record, sim::model::Value};
 
-    /// A server was killed between the records of a moved refcount table, and no successor could replay the log: a
-    /// process dies at its log, too, and finds all of a change there or none.
+    /// A server was killed between the records of a moved refcount table, and no successor could replay the
+    /// log: a process dies at its log, too, and finds all of a change there or none.
     #[test]
     fn a_process_dies_wherever_it_touches_its_log() {
         let records = [Record::Table { index: 0, cluster: 7 }, Record::Block { block: 0, cluster: 8 }];

@@ -1,5 +1,5 @@
-//! An image in which everything lies beside everything else: compressed, zero and plain clusters in one L2 table, two
-//! snapshots, and tables that the image shares with both, with one, or no longer.
+//! An image in which everything lies beside everything else: compressed, zero and plain clusters in one L2
+//! table, two snapshots, and tables that the image shares with both, with one, or no longer.
 
 use super::{
     model::{INITIAL, Value},

@@ -1,15 +1,15 @@
 //! The crash simulator: a disk that can lose what was not made durable, and the proof that nothing
 //! that was promised is lost with it.
 //!
-//! [`disk`] is an [`Io`](crate::io::Io) whose operations complete in an order that a seed chooses, on a [`file`] with
-//! a volatile cache, or fail as [`faults`] says; [`contents`] are its bytes.
-//! [`states`] enumerates what a crash at one moment may leave on such a disk. [`oracle`] reads a
-//! crashed image with nothing but the format crate and says what is wrong with it. [`model`] knows
-//! which contents each sector may have. [`workload`] makes images and sequences of requests, and
-//! `play` carries them out; `kill` ends the process and not the machine; [`tools`] has crashes while a
-//! tool is at work, on an image with [`damage`], and `counts` says whether that got worse; [`cases`] draws images
-//! and requests from a seed (`sequences`); [`run`] lives one case through; [`campaign`] runs many, counts, and shrinks what fails, in processes that may die
-//! of it ([`apart`]).
+//! [`disk`] is an [`Io`](crate::io::Io) whose operations complete in an order that a seed chooses, on a
+//! [`file`] with a volatile cache, or fail as [`faults`] says; [`contents`] are its bytes. [`states`]
+//! enumerates what a crash at one moment may leave on such a disk. [`oracle`] reads a crashed image with
+//! nothing but the format crate and says what is wrong with it. [`model`] knows which contents each sector
+//! may have. [`workload`] makes images and sequences of requests, and `play` carries them out; `kill` ends
+//! the process and not the machine; [`tools`] has crashes while a tool is at work, on an image with
+//! [`damage`], and `counts` says whether that got worse; [`cases`] draws images and requests from a seed
+//! (`sequences`); [`run`] lives one case through; [`campaign`] runs many, counts, and shrinks what fails, in
+//! processes that may die of it ([`apart`]).
 
 mod age;
 pub mod apart;

@@ -33,8 +33,8 @@ pub struct Case<'a> {
     pub memo: &'a Memo,
 }
 
-/// What compressed bytes decompress to, so that the same bytes are decompressed once only. By the hash of the bytes, of which
-/// the first that has it is kept.
+/// What compressed bytes decompress to, so that the same bytes are decompressed once only. By the hash of the
+/// bytes, of which the first that has it is kept.
 #[derive(Default)]
 pub struct Memo(RefCell<HashMap<u64, Decompressed>>);
 

@@ -115,8 +115,8 @@ const EXTENT_CLUSTERS: u64 = 8;
 /// One operation in so many may be the one that is to be left behind: a task that only
 /// waits for it, and rests meanwhile, would otherwise wait for ever.
 const PATIENCE: u64 = 100;
-/// Crash states of a life up to which every moment is judged, and how many moments there are to one that is judged
-/// after that: a long life's moments are much alike, and many lives find more than long ones.
+/// Crash states of a life up to which every moment is judged, and how many moments there are to one that is
+/// judged after that: a long life's moments are much alike, and many lives find more than long ones.
 const THOROUGH: u64 = 600;
 const SAMPLED: u64 = 6;
 /// Rounds of polling without progress, at the most, before a case counts as a hang.
@@ -380,8 +380,8 @@ impl<'a> Life<'a> {
         if is_closed && (leaks > 0 || !is_durable) {
             return Err(format!("a clean close left {leaks} leaks, or something that is not durable"));
         }
-        // Where it cannot be given back it stays, and that is no reason to fail. What a dead process had not counted yet
-        // nobody knows of.
+        // Where it cannot be given back it stays, and that is no reason to fail. What a dead process had not
+        // counted yet nobody knows of.
         let knows_all = self.processes == 1 && !is_faulty && self.disk.punches();
         if is_closed && knows_all { self.check_holes() } else { Ok(()) }
     }

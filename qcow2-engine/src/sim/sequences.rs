@@ -26,8 +26,8 @@ pub(super) fn meeting(rng: &mut Rng) -> Vec<Vec<Request>> {
     (0..2 + rng.below(3)).map(|_| lane(rng)).collect()
 }
 
-/// Frees clusters that had data, and then writes where there is no L2 table yet: it is given one of them. (Where they
-/// cannot be punched out the data is still there.)
+/// Frees clusters that had data, and then writes where there is no L2 table yet: it is given one of them.
+/// (Where they cannot be punched out the data is still there.)
 pub(super) fn tables_after_data(rng: &mut Rng) -> Vec<Request> {
     let below_second_table =
         |rng: &mut Rng| Request::Write(rng.below(100) as usize, 18 + rng.below(7) as usize);
@@ -71,7 +71,8 @@ pub(super) fn freeing(rng: &mut Rng) -> Vec<Request> {
     requests
 }
 
-/// The same with clusters of nearly all refcount pages at a time: each page is needed again when the others have driven it out.
+/// The same with clusters of nearly all refcount pages at a time: each page is needed again when the others
+/// have driven it out.
 pub(super) fn freeing_much(rng: &mut Rng) -> Vec<Request> {
     let mut requests = Vec::new();
     for _ in 0..2 + rng.below(2) {

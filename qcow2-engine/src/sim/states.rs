@@ -81,7 +81,8 @@ pub fn for_each<E>(
     Ok(())
 }
 
-/// The parts of a write that may arrive alone: each prefix and each suffix of whole sectors, of a long write some.
+/// The parts of a write that may arrive alone: each prefix and each suffix of whole sectors, of a long write
+/// some.
 fn torn(change: &Change, rng: &mut Rng) -> Vec<Change> {
     let Change::Write { at, bytes } = change else { return Vec::new() };
     let places = bytes.len().div_ceil(SECTOR).saturating_sub(1);

@@ -144,7 +144,8 @@ pub enum Past {
     MadeFull,
     /// A crash has left it, with leaks.
     Crashed,
-    /// A loss of power has left it, and behind its end what was written to clusters that nobody had counted yet.
+    /// A loss of power has left it, and behind its end what was written to clusters that nobody had counted
+    /// yet.
     Tailed,
     /// A crash has left it, with leaks nearly up to where its refcount table ends.
     CrashedFull,
@@ -188,8 +189,8 @@ pub struct Fixture {
 }
 
 impl Fixture {
-    /// Whether it has autoclear bits that nobody knows, so that until the first change something may be counted that
-    /// the search for leaks cannot know of.
+    /// Whether it has autoclear bits that nobody knows, so that until the first change something may be
+    /// counted that the search for leaks cannot know of.
     #[must_use]
     pub fn has_autoclear_bits(&self) -> bool {
         self.image[AUTOCLEAR_AT] & UNKNOWN_BIT != 0

@@ -1,7 +1,7 @@
 //! One compressed cluster to its bytes, with every bound checked.
 //!
-//! zlib clusters are raw deflate streams, zstd clusters are frames; both may be followed by slack up
-//! to the next sector. What gives too little is refused. What would give more is as QEMU has it: a deflate stream is
+//! zlib clusters are raw deflate streams, zstd clusters are frames; both may be followed by slack up to the
+//! next sector. What gives too little is refused. What would give more is as QEMU has it: a deflate stream is
 //! not looked at beyond the cluster, a zstd frame must end with it; one frame may follow another until then.
 
 use flate2::{Decompress, FlushDecompress, Status};

@@ -129,7 +129,8 @@ fn the_l1_table_is_checked_against_the_image() {
     assert!(matches!(misplaced(0x5_0200), FormatError::TableMisaligned { .. }));
     assert!(matches!(misplaced(0), FormatError::TableInHeader { .. }));
     assert!(matches!(misplaced(1 << 30), FormatError::TableBeyondFile { .. }));
-    // (Fuzzer, case 4037 of seed 4711: qemu-img check called the image corrupt after a repair, and ours did not.)
+    // (Fuzzer, case 4037 of seed 4711: qemu-img check called the image corrupt after a repair, and ours did
+    // not.)
     let empty = |l1_table| check(Snapshot { l1_table: HostOffset(l1_table), l1_entries: 0, ..sample() });
     assert!(matches!(empty(1), Err(FormatError::SnapshotL1 { .. })));
     assert_eq!(empty(0), Ok(()));

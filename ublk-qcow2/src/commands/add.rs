@@ -127,8 +127,8 @@ fn print_device(id: u32) -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// `recover` said that the server had died before it served the device, though that served and could not say so, or a supervisor
-    /// went on to the next.
+    /// `recover` said that the server had died before it served the device, though that served and could not
+    /// say so, or a supervisor went on to the next.
     #[test]
     fn what_has_become_of_a_device_is_what_its_record_says() {
         let served = Entry { record: runfile::example(), is_alive: true };

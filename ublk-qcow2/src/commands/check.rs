@@ -123,8 +123,8 @@ pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, CommandError> {
     Ok(exit_code(&report).into())
 }
 
-/// Whether the file does not begin as a QCOW2 image does, with the magic and a version from 2 on (QCOW has the same
-/// magic, and version 1). One that does and cannot be read on is an image whose check has failed.
+/// Whether the file does not begin as a QCOW2 image does, with the magic and a version from 2 on (QCOW has
+/// the same magic, and version 1). One that does and cannot be read on is an image whose check has failed.
 fn is_no_image(error: &Error) -> bool {
     let Error::Format { source, .. } = error else { return false };
     match **source {

@@ -20,9 +20,9 @@ use std::{
 
 #[derive(Debug, Args)]
 pub(crate) struct CreateArgs {
-    /// Options, as key=value[,key=value...]: size, cluster_size, refcount_bits (1 to 64), compat (0.10 or 1.1),
-    /// compression_type (zlib or zstd), lazy_refcounts (on or off), preallocation (off, metadata or falloc),
-    /// backing_file, backing_fmt.
+    /// Options, as key=value[,key=value...]: size, cluster_size, refcount_bits (1 to 64), compat (0.10 or
+    /// 1.1), compression_type (zlib or zstd), lazy_refcounts (on or off), preallocation (off, metadata or
+    /// falloc), backing_file, backing_fmt.
     #[arg(short = 'o', value_name = "OPTIONS", value_parser = parse_options)]
     options: Vec<Options>,
     /// The image that the new one overlays; a relative name is relative to the new image.

@@ -1,12 +1,12 @@
 //! `del`: detach devices.
 //!
-//! A device whose server lives is detached by that server: it is asked to stop, and this command
-//! waits until the image is closed, the device is gone and so are the processes that had to do with it, which hold the image's file
-//! system. A device whose server has died is stopped
-//! and deleted from here, and what that server had acknowledged is written to the image. Who has the lock of the run file
-//! does it: a supervisor may be about to replace the server, or another `del` be at work. Nothing else's devices
-//! are touched, unless named by `-n`. A device that is mounted, or claimed in another way, is not
-//! taken from under its user without `--force`.
+//! A device whose server lives is detached by that server: it is asked to stop, and this command waits until
+//! the image is closed, the device is gone and so are the processes that had to do with it, which hold the
+//! image's file system. A device whose server has died is stopped and deleted from here, and what that server
+//! had acknowledged is written to the image. Who has the lock of the run file does it: a supervisor may be
+//! about to replace the server, or another `del` be at work. Nothing else's devices are touched, unless named
+//! by `-n`. A device that is mounted, or claimed in another way, is not taken from under its user without
+//! `--force`.
 
 use super::{CommandError, complain};
 use crate::{
@@ -34,8 +34,8 @@ use std::{
 
 /// How long a server may take to write back and close.
 const STOP_WAIT: Duration = Duration::from_secs(600);
-/// How long a server and its supervisor may take to end when their device is gone. One that had died early may be in the supervisor's
-/// pause before the next.
+/// How long a server and its supervisor may take to end when their device is gone. One that had died early
+/// may be in the supervisor's pause before the next.
 const END_WAIT: Duration = Duration::from_secs(60);
 /// How often to look whether it has.
 const LOOK: Duration = Duration::from_millis(10);

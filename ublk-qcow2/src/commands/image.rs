@@ -55,8 +55,8 @@ pub(super) fn refuse_served(path: &Path) -> Result<(), CommandError> {
     refuse_awaited(path)
 }
 
-/// Refuses to work on an image whose server has died and is to be replaced: what that had acknowledged is not in it, and
-/// its successor would write it over whatever is there by then. A dead server has no locks.
+/// Refuses to work on an image whose server has died and is to be replaced: what that had acknowledged is not
+/// in it, and its successor would write it over whatever is there by then. A dead server has no locks.
 pub(super) fn refuse_awaited(path: &Path) -> Result<(), CommandError> {
     let boot = runfile::boot().unwrap_or_default();
     let awaits = |entry: &Entry| {

@@ -24,8 +24,8 @@ pub(crate) struct ResizeArgs {
     format: String,
     /// The image.
     image: PathBuf,
-    /// The new size of the disk, in bytes or with a suffix K, M, G, T; with a + in front, by how much it grows. It cannot
-    /// be smaller than before.
+    /// The new size of the disk, in bytes or with a suffix K, M, G, T; with a + in front, by how much it
+    /// grows. It cannot be smaller than before.
     #[arg(value_name = "[+]SIZE", value_parser = parse_new_size)]
     size: NewSize,
 }

@@ -9,8 +9,8 @@ const PHYSICAL_SHIFT: u8 = 12;
 /// The largest discard or write-zeroes request: 1 GiB, so that one request stays well below a second
 /// even where every cluster is freed by itself.
 const MAX_DISCARD_SECTORS: u32 = 1 << (30 - LOGICAL_SHIFT);
-/// The largest write-zeroes request where the zeros are written, cluster by cluster: 32 MiB. The kernel has as many
-/// of them under way as the queue is deep.
+/// The largest write-zeroes request where the zeros are written, cluster by cluster: 32 MiB. The kernel has
+/// as many of them under way as the queue is deep.
 const MAX_WRITTEN_ZEROES_SECTORS: u32 = 1 << (25 - LOGICAL_SHIFT);
 
 /// What the device looks like to its users.
@@ -96,8 +96,8 @@ mod tests {
         has_zero_clusters: true,
     };
 
-    /// Version 2 has no zero clusters: a request of 1 GiB that keeps its space was written out in one piece, one cluster after the
-    /// other, and took as long as the disk takes for that.
+    /// Version 2 has no zero clusters: a request of 1 GiB that keeps its space was written out in one piece,
+    /// one cluster after the other, and took as long as the disk takes for that.
     #[test]
     fn requests_for_zeros_are_short_where_zeros_are_written() {
         let limit = |shape: &Shape| params(shape, MAX_IO_BYTES).discard.max_write_zeroes_sectors;

@@ -1,13 +1,16 @@
 //! The tags' buffers where the driver copies the data of requests.
 //!
 //! Each command names the buffer of its tag: the driver copies a read's data out of it when the result is
-//! committed, and the next write's data into it. So a tag can have another one after each request, and it has one of two:
+//! committed, and the next write's data into it. So a tag can have another one after each request, and it has
+//! one of two:
 //!
 //! - its own, whose first pages the ring holds, so that small transfers need not look them up;
-//! - while its requests are large, a chunk of a region of huge pages, of which looking up costs nothing to speak of.
+//! - while its requests are large, a chunk of a region of huge pages, of which looking up costs nothing to
+//!   speak of.
 //!
 //! In huge pages alone an idle queue would hold all of its buffers; with its own alone a request of 512 KiB
-//! costs a tenth more. Either has room for the longest request, because nothing tells how long the next write is.
+//! costs a tenth more. Either has room for the longest request, because nothing tells how long the next write
+//! is.
 
 use super::Queue;
 use qcow2_engine::io::{Buf, Pages, uring::Uring};
@@ -74,8 +77,8 @@ impl TagBuffers {
         ask(self.chunks.borrow().taken[tag].as_ref().unwrap_or(&self.own[tag]))
     }
 
-    /// Gives a tag the buffer for requests of `len` bytes: for a read before it is carried out, for a write when that is
-    /// over, because its data is where the command before it said.
+    /// Gives a tag the buffer for requests of `len` bytes: for a read before it is carried out, for a write
+    /// when that is over, because its data is where the command before it said.
     pub(super) fn suit(&self, tag: u16, len: u64) {
         let Chunks { taken, spare } = &mut *self.chunks.borrow_mut();
         let taken = &mut taken[usize::from(tag)];

@@ -4,10 +4,10 @@
 //! fetch completes, and a read's out of it when the result is committed.
 //!
 //! [`DataPath::ZeroCopy`]: the request's own pages are the ring's registered buffer with the tag's number, from before
-//! the fetch completes until the commit. A request that a few transfers answer is moved there and back
-//! by the kernel alone. What this process has to see (the edges of a cluster, compressed or missing clusters) takes a
-//! buffer of a common pool instead, and is copied between that and the request by reading and
-//! writing the character device ([`Payloads::collect`], [`Payloads::deliver`]).
+//! the fetch completes until the commit. A request that a few transfers answer is moved there and back by the
+//! kernel alone. What this process has to see (the edges of a cluster, compressed or missing clusters) takes
+//! a buffer of a common pool instead, and is copied between that and the request by reading and writing the
+//! character device ([`Payloads::collect`], [`Payloads::deliver`]).
 
 use super::{Queue, buffers::TagBuffers};
 use crate::{device::DataPath, request::Request};

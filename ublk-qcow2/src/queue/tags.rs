@@ -1,9 +1,9 @@
 //! The life of a queue's tags: fetch, serve, commit, which is the next fetch.
 //!
 //! One task, [`Context::serve_tags`], moves all tags on as their operations end; each tag is in one
-//! [`Stage`]. What a few transfers answer ([`Lane::direct_read`](qcow2_engine::Lane::direct_read) and
-//! its kin) is done right there: the transfers are started when the request has been fetched, and the
-//! result committed when the last has ended. Everything else, and a request of which a transfer ended otherwise than
+//! [`Stage`]. What a few transfers answer ([`Lane::direct_read`](qcow2_engine::Lane::direct_read) and its
+//! kin) is done right there: the transfers are started when the request has been fetched, and the result
+//! committed when the last has ended. Everything else, and a request of which a transfer ended otherwise than
 //! whole, is handed to the tag's own task ([`Context::serve_slowly`]), which waits for the engine.
 //!
 //! ```text

@@ -1,6 +1,7 @@
 use super::*;
 
-/// `del` had removed a device and could not write to its image; the next `add` got the number, and emptied the log.
+/// `del` had removed a device and could not write to its image; the next `add` got the number, and emptied
+/// the log.
 #[test]
 fn a_number_is_not_given_away_while_its_log_is_needed() {
     let dir = tempfile::tempdir().unwrap();
@@ -21,8 +22,8 @@ fn a_number_is_not_given_away_while_its_log_is_needed() {
     assert_eq!(owing(&File::open(&path).unwrap(), &new, |_| false).unwrap(), None);
 }
 
-/// A device was gone and its server still wrote back: every `add` of another image waited a minute for the number
-/// that the driver had given out again, and failed.
+/// A device was gone and its server still wrote back: every `add` of another image waited a minute for the
+/// number that the driver had given out again, and failed.
 #[test]
 fn a_number_whose_server_is_busy_is_told_apart() {
     let dir = tempfile::tempdir().unwrap();
@@ -117,7 +118,8 @@ fn a_glance_is_no_owner_and_a_file_without_a_name_tells_nothing() {
     assert!(matches!(named(FlockArg::LockSharedNonblock), Named::Held(_)));
 }
 
-/// A server was killed when its record said that it serves and before it could: `add` failed, and took the device for one that somebody uses.
+/// A server was killed when its record said that it serves and before it could: `add` failed, and took the
+/// device for one that somebody uses.
 #[test]
 fn what_an_add_has_made_is_known_by_its_cookie_and_not_by_how_far_it_came() {
     let dir = tempfile::tempdir().unwrap();

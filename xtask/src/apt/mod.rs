@@ -1,8 +1,10 @@
-//! apt under a private state: its own source list, package lists and cache, the machine's own left as they are.
+//! apt under a private state: its own source list, package lists and cache, the machine's own left as they
+//! are.
 //!
-//! Two states exist. `host` repeats all of the machine's sources and adds `<codename>-backports`; packages are
-//! installed through it. `kernels` holds only the suites that the kernels come from; packages are downloaded and
-//! unpacked from it, never installed. Signatures are always verified, with the keys of the machine's Debian entry.
+//! Two states exist. `host` repeats all of the machine's sources and adds `<codename>-backports`; packages
+//! are installed through it. `kernels` holds only the suites that the kernels come from; packages are
+//! downloaded and unpacked from it, never installed. Signatures are always verified, with the keys of the
+//! machine's Debian entry.
 
 pub(crate) mod sources;
 
@@ -95,8 +97,8 @@ impl PrivateApt {
         unpack_all(downloads.path(), root)
     }
 
-    /// Like [`PrivateApt::unpack`], with all that the packages depend on, whatever this machine has installed. What
-    /// every Debian has (sh, coreutils) counts only if a package asks for it by name.
+    /// Like [`PrivateApt::unpack`], with all that the packages depend on, whatever this machine has
+    /// installed. What every Debian has (sh, coreutils) counts only if a package asks for it by name.
     ///
     /// # Errors
     /// As [`PrivateApt::unpack`].
@@ -155,8 +157,9 @@ impl PrivateApt {
         Ok(())
     }
 
-    /// Adds `suites` of `source` and fetches the lists. Where the installed keyring is older than a suite, its
-    /// successor is used: the machine's own release carries it, signed by a key that the machine does have.
+    /// Adds `suites` of `source` and fetches the lists. Where the installed keyring is older than a suite,
+    /// its successor is used: the machine's own release carries it, signed by a key that the machine does
+    /// have.
     fn update_with(&self, source: Source, suites: &[&str], tolerance: Tolerance) -> Result<()> {
         self.write_source(&source.with_suites(suites))?;
         match self.update(tolerance) {

@@ -1,7 +1,8 @@
-//! Reads apt's source lists: the one-line format and deb822. Pure, but for one function that walks the directory.
+//! Reads apt's source lists: the one-line format and deb822. Pure, but for one function that walks the
+//! directory.
 //!
-//! Knows nothing about what is fetched. It exists so that a private apt state can repeat the machine's own Debian
-//! entry (its mirror, its keyring) with other suites.
+//! Knows nothing about what is fetched. It exists so that a private apt state can repeat the machine's own
+//! Debian entry (its mirror, its keyring) with other suites.
 
 use anyhow::{Context, Result};
 use std::{
@@ -72,7 +73,8 @@ pub(crate) fn read(files: &[PathBuf]) -> Result<Vec<Source>> {
     Ok(sources)
 }
 
-/// Decodes `deb [options] uri suite component…` lines. Lines that are not that are not for us and are passed over.
+/// Decodes `deb [options] uri suite component…` lines. Lines that are not that are not for us and are passed
+/// over.
 fn parse_one_line(text: &str) -> Vec<Source> {
     text.lines().filter_map(|line| one_line(line.split('#').next().unwrap_or_default())).collect()
 }
@@ -93,7 +95,8 @@ fn one_line(line: &str) -> Option<Source> {
     })
 }
 
-/// Decodes deb822 stanzas: `Field: value` with continuation lines, separated by empty lines, `#` lines ignored.
+/// Decodes deb822 stanzas: `Field: value` with continuation lines, separated by empty lines, `#` lines
+/// ignored.
 fn parse_deb822(text: &str) -> Vec<Source> {
     let lines: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
     lines.split(|line| line.trim().is_empty()).filter_map(stanza).collect()

@@ -1,7 +1,7 @@
 //! The results as they are kept: every sample of every round, by row and engine, with what they were made on.
 //!
-//! One document holds one kernel and one mode. A boot of the machine replaces the rows that it measured; each row
-//! says which boot it comes from, and ratios are taken within a boot and a round only.
+//! One document holds one kernel and one mode. A boot of the machine replaces the rows that it measured; each
+//! row says which boot it comes from, and ratios are taken within a boot and a round only.
 
 use super::{
     matrix::{self, Engine, Measure, Row, Session},

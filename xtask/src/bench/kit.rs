@@ -1,5 +1,5 @@
-//! The images that are made on the host, because making them takes long in an emulated machine: compressed ones, and
-//! the one whose mapping fills 640 MiB. Kept in the cache; the machine sees them as disks.
+//! The images that are made on the host, because making them takes long in an emulated machine: compressed
+//! ones, and the one whose mapping fills 640 MiB. Kept in the cache; the machine sees them as disks.
 
 use super::{
     matrix::{Compression, Image, Mapped, Session},
@@ -19,7 +19,8 @@ use std::{
 
 /// The size of compressed images.
 const COMPRESSED_MIB: u64 = 128;
-/// The file system that carries the image of 4 TiB: 640 MiB of metadata, and room for the session's other images.
+/// The file system that carries the image of 4 TiB: 640 MiB of metadata, and room for the session's other
+/// images.
 const HUGE_FILE_SYSTEM: &str = "1600M";
 
 /// What a session needs from the host.

@@ -1,8 +1,8 @@
 //! What is measured, as plain data: engines, images, workloads, and the table of rows that they make.
 //!
-//! A row is one line of the report: one image, one thing to measure, every engine. Rows that belong to one session are
-//! measured in one boot of the machine, interleaved round by round, so every figure of a session may be held against
-//! every other. Knows nothing of shells (`plan`) nor of results (`document`).
+//! A row is one line of the report: one image, one thing to measure, every engine. Rows that belong to one
+//! session are measured in one boot of the machine, interleaved round by round, so every figure of a session
+//! may be held against every other. Knows nothing of shells (`plan`) nor of results (`document`).
 
 use std::fmt;
 
@@ -45,7 +45,8 @@ pub(super) enum Extent {
 }
 
 impl Extent {
-    /// The size of images whose name does not say it. Writing them takes an emulated machine longer than booting.
+    /// The size of images whose name does not say it. Writing them takes an emulated machine longer than
+    /// booting.
     pub(super) const fn image_mib(self) -> u32 {
         match self {
             Self::Quick => 128,
@@ -71,8 +72,8 @@ impl Compression {
     }
 }
 
-/// An image that is mapped from its first byte to its last, whose data clusters are holes of the file: only so do
-/// terabytes fit into a guest's memory.
+/// An image that is mapped from its first byte to its last, whose data clusters are holes of the file: only
+/// so do terabytes fit into a guest's memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Mapped {
     OneGiB,
@@ -270,8 +271,8 @@ impl fmt::Display for Row {
     }
 }
 
-/// The sessions of `extent`, those that decide most first. A filter keeps the rows whose name it is a part of, and
-/// those that a kept row is held against.
+/// The sessions of `extent`, those that decide most first. A filter keeps the rows whose name it is a part
+/// of, and those that a kept row is held against.
 pub(super) fn sessions(extent: Extent, filters: &[String]) -> Vec<Session> {
     let mut sessions = match extent {
         Extent::Quick => quick(),
@@ -289,7 +290,8 @@ pub(super) fn sessions(extent: Extent, filters: &[String]) -> Vec<Session> {
 
 /// Sessions with few rows become one: a boot, and making the images, takes as long as a dozen measurements.
 fn join(sessions: Vec<Session>) -> Vec<Session> {
-    /// The images of more rows than these would not fit into the machine's memory, nor a lost boot into anyone's patience.
+    /// The images of more rows than these would not fit into the machine's memory, nor a lost boot into
+    /// anyone's patience.
     const MOST_ROWS: usize = 12;
     let mut joined: Vec<Session> = Vec::new();
     for session in sessions {

@@ -6,9 +6,9 @@
 //! report, plot, targets ◀── document (samples by row, engine, round) ◀──────────┘
 //! ```
 //!
-//! Two modes: `count` lets guest time count instructions and repeats within a few per cent on any machine; `wall`
-//! measures real time and shows wake-ups and parallelism too, and swings on a shared machine. Hence medians of ratios,
-//! taken round by round. This file owns the command line and the order of events.
+//! Two modes: `count` lets guest time count instructions and repeats within a few per cent on any machine;
+//! `wall` measures real time and shows wake-ups and parallelism too, and swings on a shared machine. Hence
+//! medians of ratios, taken round by round. This file owns the command line and the order of events.
 
 mod document;
 mod kit;
@@ -69,7 +69,8 @@ impl Mode {
 /// Options of `cargo xtask bench`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Options {
-    /// The targets' workloads only, half the requests, few rounds; nothing is written unless --out or --json asks
+    /// The targets' workloads only, half the requests, few rounds; nothing is written unless --out or --json
+    /// asks
     #[arg(long)]
     quick: bool,
     /// The guest's kernel

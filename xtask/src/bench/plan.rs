@@ -1,7 +1,7 @@
 //! A session as lines of shell for guest/bench.sh: how its images are made, and who is measured when.
 //!
-//! The order is the point: within a round every engine does a row before the next row begins, and the engines' order
-//! is another one in each round, so that what drifts meets all alike.
+//! The order is the point: within a round every engine does a row before the next row begins, and the
+//! engines' order is another one in each round, so that what drifts meets all alike.
 
 use super::{
     kit::Kit,
@@ -242,8 +242,8 @@ fn turn(engines: &[Engine], round: u32) -> impl Iterator<Item = Engine> {
     order.into_iter()
 }
 
-/// Requests that do not count, of each job: enough that every buffer of a queue has been used. Of small requests the first
-/// touch of memory is too small a part to matter.
+/// Requests that do not count, of each job: enough that every buffer of a queue has been used. Of small
+/// requests the first touch of memory is too small a part to matter.
 fn warm_up(workload: Workload) -> u32 {
     if workload.block_kib >= 512 { 256 } else { 0 }
 }

@@ -1,4 +1,5 @@
-//! The project's targets, as data, and what a document says of each: reached, not reached, or why not measured.
+//! The project's targets, as data, and what a document says of each: reached, not reached, or why not
+//! measured.
 
 use super::{document::Document, matrix::Engine, stats::Spread};
 

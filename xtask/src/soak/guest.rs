@@ -1,5 +1,5 @@
-//! A guest whose root file system is on /dev/ublkb0, and then on the same image through QEMU's own driver: it must find
-//! there what it has left, and QEMU's tools nothing to complain of. guest/guest.sh is the story.
+//! A guest whose root file system is on /dev/ublkb0, and then on the same image through QEMU's own driver: it
+//! must find there what it has left, and QEMU's tools nothing to complain of. guest/guest.sh is the story.
 //!
 //! It always runs in the machine, so the guest is a machine in a machine. Its kernel is the outer one's.
 

@@ -1,7 +1,8 @@
 //! `cargo xtask soak`: what people do with disks, for as long as one likes.
 //!
-//! Lanes, each a story under guest/: source trees and fio, round after round (`rounds`); a database on a machine that
-//! is killed (`postgres`); a guest that lives on the device (`guest`); file systems on devices on the device (`stack`).
+//! Lanes, each a story under guest/: source trees and fio, round after round (`rounds`); a database on a
+//! machine that is killed (`postgres`); a guest that lives on the device (`guest`); file systems on devices
+//! on the device (`stack`).
 
 mod guest;
 mod postgres;

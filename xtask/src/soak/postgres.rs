@@ -1,7 +1,7 @@
 //! PostgreSQL on a file system of the device, on a machine that is killed: what it has acknowledged is there.
 //!
-//! Its clients tell the outside, through the machine's report, of every commit that has returned. Each life holds
-//! what it finds against the reports of all lives before it; guest/postgres.sh is the story of one.
+//! Its clients tell the outside, through the machine's report, of every commit that has returned. Each life
+//! holds what it finds against the reports of all lives before it; guest/postgres.sh is the story of one.
 
 use super::{IN_TOOLS, LIB};
 use crate::{kernel::Kernel, lives::Lives, test::Count, tools, vm, vm::tree::Tree};

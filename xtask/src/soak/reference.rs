@@ -1,5 +1,6 @@
-//! What the build of a kernel on a device is held against: the same build on a directory of this host, made once, by its own
-//! processor, in the very tools that the story has as a disk. guest/reference.sh is how; kernel.sh is what both have in common.
+//! What the build of a kernel on a device is held against: the same build on a directory of this host, made
+//! once, by its own processor, in the very tools that the story has as a disk. guest/reference.sh is how;
+//! kernel.sh is what both have in common.
 
 use super::{IN_TOOLS, KERNEL, LIB};
 use crate::{
@@ -25,7 +26,8 @@ const LIMIT: Duration = Duration::from_secs(3600);
 pub(super) enum Compile {
     /// It runs
     Anew,
-    /// What the reference's compiler has made is taken for the same source, headers and options, by their content as read
+    /// What the reference's compiler has made is taken for the same source, headers and options, by their
+    /// content as read
     Reuse,
 }
 
@@ -39,8 +41,8 @@ impl Compile {
     }
 }
 
-/// The disks `build` and `reference`, both archives: what a build needs of the `source` tree, and what must come of
-/// making `targets` with `tools`. From the cache, or made now.
+/// The disks `build` and `reference`, both archives: what a build needs of the `source` tree, and what must
+/// come of making `targets` with `tools`. From the cache, or made now.
 ///
 /// # Errors
 /// Fails when this host cannot build, for which it needs mount namespaces.

@@ -1,6 +1,6 @@
-//! Rounds until the time is up, on images that live through all of them: a kernel's source tree, unpacked, summed, built
-//! and removed again on XFS over a backing image, while the image must not grow; and fio with 16 jobs that verify what
-//! they wrote, across kills of the server. guest/soak.sh is the story.
+//! Rounds until the time is up, on images that live through all of them: a kernel's source tree, unpacked,
+//! summed, built and removed again on XFS over a backing image, while the image must not grow; and fio with
+//! 16 jobs that verify what they wrote, across kills of the server. guest/soak.sh is the story.
 
 use super::{
     IN_TOOLS, KERNEL, LIB,
@@ -45,12 +45,12 @@ pub(super) struct Scope {
     /// Directories of the source tree to use; an empty list means all of it
     #[arg(long, default_value = PARTS)]
     parts: String,
-    /// What to make of the whole tree after `make tinyconfig`, nothing if empty [default: bzImage; nothing where the
-    /// machine is emulated]
+    /// What to make of the whole tree after `make tinyconfig`, nothing if empty [default: bzImage; nothing
+    /// where the machine is emulated]
     #[arg(long, value_name = "TARGETS")]
     build: Option<String>,
-    /// How the compiler comes to its results on the device [default: anew; reuse where the machine is emulated, which would
-    /// take hours]
+    /// How the compiler comes to its results on the device [default: anew; reuse where the machine is
+    /// emulated, which would take hours]
     #[arg(long, value_enum)]
     compile: Option<Compile>,
 }

@@ -1,6 +1,6 @@
-//! File systems on other block devices on ours (partitions, the device mapper, a loop device, a device of our own), and fsx,
-//! which verifies all it has written, on these while the servers are killed: guest/stack.sh. Swap space on a device while
-//! memory is short: guest/swap.sh.
+//! File systems on other block devices on ours (partitions, the device mapper, a loop device, a device of our
+//! own), and fsx, which verifies all it has written, on these while the servers are killed: guest/stack.sh.
+//! Swap space on a device while memory is short: guest/swap.sh.
 
 use super::{LIB, rounds::whole_rounds};
 use crate::{
@@ -23,7 +23,8 @@ pub(super) struct Stacks {
     /// Operations of each fsx on each stack of devices
     #[arg(long, default_value_t = 1000)]
     operations: u64,
-    /// Only these stacks, of plain, partition, thin, crypt, snapshot, loop, nested and swap (only when named, in the machine)
+    /// Only these stacks, of plain, partition, thin, crypt, snapshot, loop, nested and swap (only when named,
+    /// in the machine)
     #[arg(long, default_value = "")]
     stacks: String,
 }

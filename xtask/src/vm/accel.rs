@@ -1,7 +1,7 @@
 //! Chooses how the guest's processor is provided: KVM where a trial boot proves it, emulation elsewhere.
 //!
-//! A usable-looking /dev/kvm proves nothing: on some machines it opens and does not boot ordinary kernels. So it is
-//! tried once per boot of this machine and the verdict is kept in the cache.
+//! A usable-looking /dev/kvm proves nothing: on some machines it opens and does not boot ordinary kernels. So
+//! it is tried once per boot of this machine and the verdict is kept in the cache.
 
 use super::{
     initramfs,

@@ -1,6 +1,8 @@
-//! Writes the "newc" cpio format, which the kernel unpacks as its first file system and busybox reads anywhere.
+//! Writes the "newc" cpio format, which the kernel unpacks as its first file system and busybox reads
+//! anywhere.
 //!
-//! Pure: bytes in, bytes out. Every entry is owned by root and carries time 0, so equal trees give equal archives.
+//! Pure: bytes in, bytes out. Every entry is owned by root and carries time 0, so equal trees give equal
+//! archives.
 
 use std::io::{self, Write};
 
@@ -37,7 +39,8 @@ impl<W: Write> Writer<W> {
         Self { out, inode: 0, written: 0 }
     }
 
-    /// Appends one entry. `path` has no leading slash; `content` is a file's bytes or a symbolic link's target.
+    /// Appends one entry. `path` has no leading slash; `content` is a file's bytes or a symbolic link's
+    /// target.
     ///
     /// # Errors
     /// Fails when the content is 4 GiB or more, which the format cannot say, and when `out` does.

@@ -1,7 +1,8 @@
-//! The guest's root file system: busybox, the host's storage tools with their libraries, and the kernel's modules.
+//! The guest's root file system: busybox, the host's storage tools with their libraries, and the kernel's
+//! modules.
 //!
-//! It depends on the kernel and the installed tools only, so it is built once and cached by a fingerprint. What a
-//! single run brings along (our binary, its script) travels on a disk of its own; see `machine`.
+//! It depends on the kernel and the installed tools only, so it is built once and cached by a fingerprint.
+//! What a single run brings along (our binary, its script) travels on a disk of its own; see `machine`.
 
 use super::tree::{Tree, busybox_applets};
 use crate::{kernel::UnpackedKernel, workspace};

@@ -1,9 +1,11 @@
-//! One run of the throw-away machine: from a kernel, a payload and disks to an exit status, or to its sudden end.
+//! One run of the throw-away machine: from a kernel, a payload and disks to an exit status, or to its sudden
+//! end.
 //!
-//! The guest's side is guest/init.sh. The contract between the two: disks carry serial names (`payload`, `scratch`,
-//! `results`, and the caller's); the payload disk is a cpio archive that holds /payload/run; that script's output
-//! comes through the virtio console, kernel messages through the first serial port, and the lines `begun` and `exit N`
-//! through the second. A machine never outlives xtask: QEMU is told to die with its parent.
+//! The guest's side is guest/init.sh. The contract between the two: disks carry serial names (`payload`,
+//! `scratch`, `results`, and the caller's); the payload disk is a cpio archive that holds /payload/run; that
+//! script's output comes through the virtio console, kernel messages through the first serial port, and the
+//! lines `begun` and `exit N` through the second. A machine never outlives xtask: QEMU is told to die with
+//! its parent.
 
 use super::{accel::Accel, initramfs, tree::Tree};
 use crate::{
@@ -28,11 +30,12 @@ const STATUS_BROKEN: i32 = 125;
 const BEGUN: &str = "begun";
 /// Room for what a run brings back. The file is sparse.
 const RESULTS_BYTES: u64 = 4 << 30;
-/// Its memory holds the whole mapping of 8 GiB in clusters of 4 KiB, so that none of it is written for want of room.
+/// Its memory holds the whole mapping of 8 GiB in clusters of 4 KiB, so that none of it is written for want
+/// of room.
 const VOLATILE: &str = "qcow2,l2-cache-size=16M";
 const POLL: Duration = Duration::from_millis(20);
-/// How long a machine may take until its script begins. A boot takes seconds; now and then an emulated one, on a busy
-/// host, hangs in the kernel before anything of ours has run.
+/// How long a machine may take until its script begins. A boot takes seconds; now and then an emulated one,
+/// on a busy host, hangs in the kernel before anything of ours has run.
 const BOOT_LIMIT: Duration = Duration::from_secs(240);
 
 /// A disk beyond the ones that every machine has.
@@ -51,8 +54,9 @@ pub(crate) struct Disk {
 pub(crate) enum Access {
     ReadOnly,
     ReadWrite,
-    /// As a disk with a volatile cache: what was written for the first time and not flushed is lost when the machine
-    /// is killed. The file is a QCOW2 overlay, the one kind that QEMU has of which it holds back a part.
+    /// As a disk with a volatile cache: what was written for the first time and not flushed is lost when the
+    /// machine is killed. The file is a QCOW2 overlay, the one kind that QEMU has of which it holds back a
+    /// part.
     Volatile,
 }
 
@@ -78,8 +82,8 @@ pub(crate) struct Machine<'a> {
     /// Size of the sparse scratch disk, ext4, mounted at /scratch.
     pub scratch_gib: u32,
     pub disks: Vec<Disk>,
-    /// A file of this host to which the guest can append, as /dev/port/report: what it has written is here when its
-    /// call returns, however the machine ends.
+    /// A file of this host to which the guest can append, as /dev/port/report: what it has written is here
+    /// when its call returns, however the machine ends.
     pub report: Option<PathBuf>,
     pub console: Console,
     pub time_limit: Duration,

@@ -1,7 +1,7 @@
 //! `cargo xtask vm`: a shell, or one command, in a throw-away virtual machine whose kernel has a ublk driver.
 //!
-//! This file owns the command line; `machine` owns a run, `initramfs` and `tree` the guest's files, `accel` the
-//! choice between KVM and emulation.
+//! This file owns the command line; `machine` owns a run, `initramfs` and `tree` the guest's files, `accel`
+//! the choice between KVM and emulation.
 
 pub(crate) mod accel;
 mod cpio;

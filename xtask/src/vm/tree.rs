@@ -1,7 +1,8 @@
 //! A file tree for the guest, gathered from host files: programs with their shared libraries, texts, links.
 //!
-//! Knows that /bin, /sbin, /lib and /lib64 are links into /usr, as on any current Debian. Does not know what a
-//! machine needs; the callers say. A tree is written as a cpio archive, and fingerprinted without reading its files.
+//! Knows that /bin, /sbin, /lib and /lib64 are links into /usr, as on any current Debian. Does not know what
+//! a machine needs; the callers say. A tree is written as a cpio archive, and fingerprinted without reading
+//! its files.
 
 use super::cpio::{Kind, Writer};
 use crate::process::{capture, find_program, program};

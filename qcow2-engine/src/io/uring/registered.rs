@@ -1,5 +1,5 @@
-//! What the ring has registered besides the image's files: descriptors, buffers of ours whose pages it holds, and
-//! buffers of the kernel's.
+//! What the ring has registered besides the image's files: descriptors, buffers of ours whose pages it holds,
+//! and buffers of the kernel's.
 
 use super::{Known, Target, Uring, entry_for, submit::Prepared};
 use crate::io::{Buf, FileId};
@@ -9,8 +9,8 @@ use std::{
     os::fd::{AsRawFd, BorrowedFd},
 };
 
-/// A part of a buffer that the kernel puts into the ring's table itself, for as long as it likes: the pages of a
-/// block request, for one. See [`Uring::reserve_buffers`].
+/// A part of a buffer that the kernel puts into the ring's table itself, for as long as it likes: the pages
+/// of a block request, for one. See [`Uring::reserve_buffers`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KernelBuf {
     /// Its number in the table.
@@ -47,8 +47,8 @@ impl Drop for Registered<'_> {
 }
 
 impl Uring {
-    /// Registers a descriptor that is not in [`Files`](crate::io::Files), for cheap use in submissions. It counts as
-    /// open until the guard is dropped *and* its operations have completed.
+    /// Registers a descriptor that is not in [`Files`](crate::io::Files), for cheap use in submissions. It
+    /// counts as open until the guard is dropped *and* its operations have completed.
     #[must_use]
     pub fn register_fd<'fd>(&self, fd: BorrowedFd<'fd>) -> Registered<'fd> {
         let slot = if self.0.has_file_table { self.0.guest_slots.borrow_mut().pop() } else { None };

@@ -44,8 +44,8 @@ impl Uring {
     /// Submits a prepared operation whose end is told by [`Uring::reports`].
     ///
     /// # Safety
-    /// Memory that `entry` names stays valid until the ring is gone, as what it keeps does. The `user_data` of `entry` is
-    /// replaced. `entry` completes exactly once.
+    /// Memory that `entry` names stays valid until the ring is gone, as what it keeps does. The `user_data`
+    /// of `entry` is replaced. `entry` completes exactly once.
     pub unsafe fn submit_reporting(&self, entry: squeue::Entry, token: u32) {
         self.start_reporting(Prepared::Other(entry), token);
     }

@@ -20,7 +20,8 @@ const UNPLUGGED: usize = 2;
 /// Writes by twos after which is decided whether they go on so. One write now and then waits for the file
 /// system; that says nothing of the storage.
 const TRIAL: u32 = 64;
-/// They go on so where one in so many is complete: a call costs far less than a switch to the thread and back.
+/// They go on so where one in so many is complete: a call costs far less than a switch to the thread and
+/// back.
 const WORTH_IT: u32 = 8;
 /// Writes from a trial that failed to the next.
 const TRIAL_PAUSE: u32 = 4096;
@@ -99,7 +100,8 @@ impl Uring {
     /// Takes an operation over for the kernel.
     ///
     /// # Safety
-    /// The memory that the operation names belongs to the slot that `user_data` names, or is kept by the ring.
+    /// The memory that the operation names belongs to the slot that `user_data` names, or is kept by the
+    /// ring.
     pub(super) unsafe fn hand_over(&self, prepared: Prepared, user_data: u64) -> io::Result<()> {
         match prepared {
             Prepared::DirectWrite(entry) if self.0.writes.go_by_twos() => {

@@ -51,8 +51,8 @@ fn what_is_written_is_read_back_directly_and_buffered() {
     }
 }
 
-/// A call into the kernel was given up while an operation was queued: that one failed, others of the same call never ended, and
-/// nobody was told.
+/// A call into the kernel was given up while an operation was queued: that one failed, others of the same
+/// call never ended, and nobody was told.
 #[test]
 fn a_ring_that_has_failed_once_does_not_turn_again() {
     let it = Fixture::new(Caching::Buffered, 0);
@@ -307,8 +307,8 @@ fn dropping_the_ring_does_not_lose_a_write() {
     }
 }
 
-/// The kernel takes a ring apart some time after its descriptor is closed. Until then what was registered was open: a file
-/// system could not be unmounted after its image's server had ended.
+/// The kernel takes a ring apart some time after its descriptor is closed. Until then what was registered was
+/// open: a file system could not be unmounted after its image's server had ended.
 #[test]
 fn no_file_stays_open_when_a_ring_is_gone() {
     for _ in 0..20 {

@@ -115,7 +115,8 @@ impl Session {
         self.0.has_failed.set(true);
     }
 
-    /// Prints. That nobody listens any more is no reason to leave the image open: it is noted for who closes it.
+    /// Prints. That nobody listens any more is no reason to leave the image open: it is noted for who closes
+    /// it.
     fn print(&self, text: impl Display) {
         let mut out = io::stdout().lock();
         if let Err(error) = write!(out, "{text}").and_then(|()| out.flush()) {
