@@ -307,17 +307,38 @@ mod tests {
     use super::*;
     use crate::{OpenOptions, create, exec::run_at_once, io::mem::MemFiles};
     use qcow2_format::CreateOptions;
-    use std::path::Path;
+    use std::{path::Path, sync::Arc};
+
+    fn new_image(files: &MemFiles) -> Arc<Image> {
+        let path = Path::new("image");
+        let options = CreateOptions { virtual_size: 1 << 20, cluster_bits: 12, ..CreateOptions::default() };
+        files.put("image", Vec::new());
+        run_at_once(create::create(files, files, path, &options, crate::Preallocation::Off)).unwrap();
+        let options = OpenOptions { extent_bytes: 4 << 12, ..OpenOptions::default() };
+        run_at_once(Image::open(files, files, path, &options)).unwrap()
+    }
+
+    /// What is said never to have been written is not zeroed when it is used.
+    #[test]
+    fn only_what_was_never_written_is_so_again_when_it_is_given_up() {
+        let files = MemFiles::default();
+        let image = new_image(&files);
+        let lane = Lane::new(&image, files, 1);
+        for fresh in [true, false] {
+            let run = run_at_once(lane.take(|meta| meta.next_run(4))).unwrap();
+            let Range { start, end } = run.clusters;
+            assert!(run.fresh && image.meta.lock().space.fresh_from == end);
+            run_at_once(lane.give_up(Run { fresh, ..run }));
+            assert_eq!(image.meta.lock().space.fresh_from, if fresh { start } else { end });
+            assert_eq!(run_at_once(lane.refcount(start)).unwrap(), 0, "it is free");
+        }
+    }
 
     /// A request that fails puts its clusters back while another one looks for the lane's next extent.
     #[test]
     fn what_was_put_back_is_not_lost_when_the_next_extent_comes() {
         let (files, path) = (MemFiles::default(), Path::new("image"));
-        let options = CreateOptions { virtual_size: 1 << 20, cluster_bits: 12, ..CreateOptions::default() };
-        files.put("image", Vec::new());
-        run_at_once(create::create(&files, &files, path, &options, crate::Preallocation::Off)).unwrap();
-        let options = OpenOptions { extent_bytes: 4 << 12, ..OpenOptions::default() };
-        let image = run_at_once(Image::open(&files, &files, path, &options)).unwrap();
+        let image = new_image(&files);
         let lane = Lane::new(&image, files.clone(), 2);
         let all = run_at_once(lane.reserve(4)).unwrap();
         let next = run_at_once(lane.find_extent(1)).unwrap();

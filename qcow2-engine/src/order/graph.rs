@@ -197,6 +197,18 @@ mod tests {
         assert_eq!(waves(&rules, &[COUNT, TABLE, SLICE]), [[COUNT], [TABLE], [SLICE], [L1]]);
     }
 
+    /// Let go of while it is written, a page would be read back as it was before.
+    #[test]
+    fn a_page_is_held_until_its_copy_is_durable() {
+        let (mut graph, page) = (Graph::default(), Page::Refcount(3));
+        graph.touch(page);
+        assert!(graph.holds(page) && graph.is_dirty(page));
+        graph.cut();
+        assert!(graph.holds(page) && !graph.is_dirty(page));
+        graph.retire(page);
+        assert!(!graph.holds(page));
+    }
+
     #[test]
     fn an_edge_to_the_cut_under_way_survives_its_failure() {
         let mut graph = Graph::default();
