@@ -2,9 +2,10 @@
 //!
 //! A device whose server lives is detached by that server: it is asked to stop, and this command waits until
 //! the image is closed, the device is gone and so are the processes that had to do with it, which hold the
-//! image's file system. A device whose server has died is stopped and deleted from here, and what that server
-//! had acknowledged is written to the image. Who has the lock of the run file does it: a supervisor may be
-//! about to replace the server, or another `del` be at work. Nothing else's devices are touched, unless named
+//! image's file system. Where the server has died, the one that its supervisor
+//! puts in its place is asked; where there is none, the device is stopped and deleted from here, and what that
+//! server had acknowledged is written to the image. Who has the lock of the run file does it: another `del` may
+//! be at work. Nothing else's devices are touched, unless named
 //! by `-n`. A device that is mounted, or claimed in another way, is not taken from under its user without
 //! `--force`.
 
@@ -37,6 +38,8 @@ const STOP_WAIT: Duration = Duration::from_secs(600);
 /// How long a server and its supervisor may take to end when their device is gone. One that had died early
 /// may be in the supervisor's pause before the next.
 const END_WAIT: Duration = Duration::from_secs(60);
+/// How long a server may take to come into service, with its supervisor's longest pause before.
+const START_WAIT: Duration = Duration::from_secs(30);
 /// How often to look whether it has.
 const LOOK: Duration = Duration::from_millis(10);
 /// How long a device may be claimed by somebody who only has a look at it, as udev does.
@@ -96,12 +99,16 @@ fn detach(first: Entry, users: Users) -> Result<(), CommandError> {
 fn take_away(first: Entry, users: Users, served_by: &mut BTreeSet<Process>) -> Result<(), CommandError> {
     let Record { id, cookie, .. } = first.record;
     let deadline = Instant::now() + STOP_WAIT;
-    let mut asked = None;
+    let (mut asked, mut since) = (None, Instant::now());
     let mut entry = first;
     loop {
         let pid = entry.record.pid;
         served_by.extend(&entry.record.processes);
+        if entry.serves() {
+            since = Instant::now();
+        }
         match (entry.is_alive, entry.record.phase) {
+            _ if since.elapsed() < START_WAIT && is_about_to_serve(&entry) => {}
             (false, _) => {
                 if let Cleaned::Whole = clean_up(&entry.record, users)? {
                     return Ok(());
@@ -128,6 +135,15 @@ fn take_away(first: Entry, users: Users, served_by: &mut BTreeSet<Process>) -> R
             _ => return Ok(()),
         };
     }
+}
+
+/// Whether a server is on its way, in a dead one's place perhaps, or a supervisor there that will start one. It can have the kernel
+/// write what that has in memory for the device; without a server that would be lost.
+fn is_about_to_serve(entry: &Entry) -> bool {
+    let Record { phase, config, processes, error, .. } = &entry.record;
+    let is_alive = |process: &Process| !process.ends_by(Instant::now()).unwrap_or(true);
+    let somebody_will = entry.is_alive || error.is_none() && processes.iter().any(is_alive);
+    config.recovery && *phase != Phase::Removing && !entry.serves() && somebody_will
 }
 
 /// Whether there was somebody to ask.
@@ -221,4 +237,29 @@ fn delete_foreign(id: u32, users: Users) -> Result<(), CommandError> {
     }
     check_unclaimed(id, users, "unmount it first")?;
     Ok(device::delete_orphan(&mut control, id)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A server was killed while it stopped. `del` removed the device at once, or asked the next server before it served: what the kernel
+    /// had in memory for the device was lost.
+    #[test]
+    fn whoever_is_about_to_serve_is_waited_for() {
+        let with = |is_alive, change: fn(&mut Record)| {
+            let mut record = Record { processes: vec![Process::this().unwrap()], ..runfile::example() };
+            record.config.recovery = true;
+            change(&mut record);
+            is_about_to_serve(&Entry { record, is_alive })
+        };
+        assert!(with(false, |_| {}), "there is a supervisor");
+        assert!(with(true, |record| record.is_inherited = true), "it has taken over");
+        assert!(with(true, |record| record.phase = Phase::Fetching));
+        assert!(!with(true, |_| {}), "it serves");
+        assert!(!with(false, |record| record.processes.clear()), "nobody is there");
+        assert!(!with(false, |record| record.error = Some("failed".into())), "nobody tries again");
+        assert!(!with(false, |record| record.phase = Phase::Removing));
+        assert!(!with(false, |record| record.config.recovery = false), "nobody can");
+    }
 }
