@@ -12,7 +12,7 @@ use crate::{
     fs::Kind,
     power::host::{Plain, make_disk},
     qemu_img,
-    recovery::{only_leaks, wait_until_replaced},
+    recovery::only_leaks,
 };
 use anyhow::{Context, Result, ensure};
 use nix::{
@@ -123,8 +123,7 @@ fn killed_while_it_stops(device: Device, mount_point: &Path, is_supervised: bool
     drop(frozen);
     wait_until_gone(server)?;
     if is_supervised {
-        // It had not come to stopping the device, and its successor knows nothing of that.
-        wait_until_replaced(&device, server)?;
+        wait_until_replaced_or_stopped(&device, server)?;
     }
     device.detach()?;
     let outcome = written.recv_timeout(SETTLED);
@@ -172,6 +171,20 @@ pub fn killed_while_it_writes_back(binary: &Binary, dir: &Path) -> Result<()> {
     disk.detach()?;
     only_leaks(&image)?;
     mounted.unmount()
+}
+
+/// The server may have been killed before it came to stopping its device: its successor knows nothing of
+/// that. Or it had: the driver goes on stopping, and there is nothing to serve any more.
+fn wait_until_replaced_or_stopped(device: &Device, server: i32) -> Result<()> {
+    let deadline = Instant::now() + SETTLED;
+    loop {
+        let listed = device.listed()?;
+        if !device.path().exists() || listed.pid != server && listed.state == "serving" {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "the server was not replaced: {}", listed.state);
+        thread::sleep(Duration::from_millis(10));
+    }
 }
 
 fn wait_until_gone(server: i32) -> Result<()> {
