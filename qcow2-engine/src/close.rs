@@ -40,7 +40,7 @@ impl<I: Io> Lane<I> {
             self.write_back().await?;
             self.reclaim().await?;
             let meta = image.meta.lock();
-            if meta.graph.len() == 0 && meta.frees.clusters().next().is_none() {
+            if meta.graph.len() == 0 && meta.frees.all_given_back() {
                 break;
             }
         }

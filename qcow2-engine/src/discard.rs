@@ -10,7 +10,7 @@ use crate::{
     lane::Lane,
     resolve::Extent,
 };
-use qcow2_format::{L1Entry, Mapping, Version};
+use qcow2_format::{L1Entry, Mapping};
 use std::{ops::Range, sync::Arc};
 
 /// Whether zeroed clusters keep their space in the file.
@@ -55,8 +55,7 @@ impl<I: Io> Lane<I> {
     pub(crate) async fn write_zeroes_in_parts(&self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
         let image = self.image();
         let bits = image.geometry().cluster_bits;
-        let keeps_bytes =
-            image.geometry().version == Version::V2 && (mode == ZeroMode::Keep || !image.can_discard());
+        let keeps_bytes = !image.has_zero_clusters() && (mode == ZeroMode::Keep || !image.can_discard());
         let clusters = if keeps_bytes { 0..0 } else { image.whole_clusters(at, len) };
         let end = at + len;
         let edges = match clusters.is_empty() {
@@ -149,7 +148,7 @@ impl Image {
                 Some(Mapping::Zero { host: Some(host), copied: true })
             }
             // Version 2 has no zero flag, and comes here only without a backing file.
-            _ if self.geometry().version == Version::V2 => Some(Mapping::Unallocated),
+            _ if !self.has_zero_clusters() => Some(Mapping::Unallocated),
             _ => Some(Mapping::Zero { host: None, copied: false }),
         }
     }

@@ -212,7 +212,7 @@ impl Image {
             );
         }
         let last = self.virtual_size().next_multiple_of(geometry.cluster_size());
-        if geometry.version == Version::V2 && self.backing_size().min(size) > last {
+        if !self.has_zero_clusters() && self.backing_size().min(size) > last {
             return refuse(
                 "its backing file is longer and would show in the new part, and version 2 has no zero clusters \
                  (`qemu-img amend -o compat=1.1` makes it a version 3 image)",

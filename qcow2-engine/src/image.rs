@@ -101,7 +101,7 @@ impl Image {
     /// cannot discard.
     #[must_use]
     pub fn can_discard(&self) -> bool {
-        self.geometry().version == qcow2_format::Version::V3 || self.layers.len() == 1
+        self.has_zero_clusters() || self.layers.len() == 1
     }
 
     /// Whether an entry can say that a cluster reads as zeros and keeps its place. In version 2 zeros have to

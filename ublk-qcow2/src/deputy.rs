@@ -18,13 +18,9 @@
 
 #![allow(unsafe_code, reason = "fork")]
 
-use crate::{control::Control, detach, device, partitions, safety};
+use crate::{control::Control, detach, device, partitions, safety, wait};
 use nix::{
-    errno::Errno,
-    sys::{
-        signal::SigSet,
-        wait::{WaitPidFlag, WaitStatus, waitpid},
-    },
+    sys::signal::SigSet,
     unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, fork},
 };
 use std::{
@@ -34,8 +30,7 @@ use std::{
     net::Shutdown,
     os::{fd::AsFd, unix::net::UnixStream},
     process,
-    thread::sleep,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// How long a job may take: the deputy bounds its own waits, by 300 s and what it takes to cancel them.
@@ -137,15 +132,7 @@ impl Drop for Deputy {
     fn drop(&mut self) {
         let _ = self.socket.shutdown(Shutdown::Both);
         // It sees our mounts. One that cannot end ends after us.
-        let deadline = Instant::now() + END;
-        while let Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) =
-            waitpid(self.process, Some(WaitPidFlag::WNOHANG))
-        {
-            if Instant::now() >= deadline {
-                return;
-            }
-            sleep(LOOK);
-        }
+        wait::ends_within(self.process, END, LOOK);
     }
 }
 
@@ -286,7 +273,7 @@ mod tests {
             let deputy = answering();
             let process = deputy.process;
             drop(deputy);
-            assert_eq!(kill(process, None), Err(Errno::ESRCH));
+            assert_eq!(kill(process, None), Err(nix::errno::Errno::ESRCH));
         });
     }
 }

@@ -18,6 +18,7 @@ use crate::{
     deputy::{Deputy, DeputyError, Job},
     handover,
     runfile::Phase,
+    wait,
 };
 use libublk::sys;
 use std::{
@@ -25,7 +26,6 @@ use std::{
     io,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    sync::mpsc,
     time::{Duration, Instant},
 };
 
@@ -399,14 +399,12 @@ fn patiently<T, E>(
 /// Has the kernel write back what it has in memory for a block device; waits for requests to it.
 pub(crate) fn write_back(id: u32) -> Result<(), DeviceError> {
     let path = block_path(id);
-    let (done, outcome) = mpsc::channel();
     let synced = path.clone();
-    // Not to be waited for without a bound: the requests may hang.
-    std::thread::spawn(move || done.send(File::open(synced).and_then(|device| device.sync_all())));
-    let result = outcome
-        .recv_timeout(WRITE_BACK)
-        .unwrap_or_else(|_| Err(io::Error::new(io::ErrorKind::TimedOut, "it takes too long")));
-    result.map_err(|source| DeviceError::Node { path, source, hint: "; dirty pages may be lost" })
+    wait::in_time(WRITE_BACK, move || File::open(synced)?.sync_all()).map_err(|source| DeviceError::Node {
+        path,
+        source,
+        hint: "; dirty pages may be lost",
+    })
 }
 
 /// Stops and deletes what a dead server has left, unless the number belongs to another device by now.

@@ -26,6 +26,7 @@ mod request;
 mod runfile;
 mod safety;
 mod supervisor;
+mod wait;
 
 use clap::Parser;
 use cli::{Cli, Command};

@@ -7,12 +7,12 @@
 
 #![allow(unsafe_code, reason = "an ioctl")]
 
+use crate::wait;
 use std::{
     fs::File,
     io,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
-    sync::mpsc,
     thread,
     time::{Duration, Instant},
 };
@@ -29,10 +29,7 @@ mod ioctl {
 
 /// Has the kernel look for partitions, and waits until it has.
 pub(crate) fn scan(device: PathBuf) -> io::Result<()> {
-    let (done, outcome) = mpsc::channel();
-    thread::spawn(move || done.send(reread(&device)));
-    let late = |_| Err(io::Error::new(io::ErrorKind::TimedOut, "it takes too long"));
-    outcome.recv_timeout(LIMIT).unwrap_or_else(late)
+    wait::in_time(LIMIT, move || reread(&device))
 }
 
 fn reread(path: &Path) -> io::Result<()> {

@@ -20,13 +20,13 @@ use crate::{
     namespace::{self, Namespace},
     processes::Process,
     runfile::{self, Phase, Record, RunFile},
-    safety,
+    safety, wait,
 };
 use nix::{
     errno::Errno,
     sys::{
         signal::{Signal, kill},
-        wait::{WaitPidFlag, WaitStatus, waitpid},
+        wait::{WaitStatus, waitpid},
     },
     unistd::Pid,
 };
@@ -188,18 +188,12 @@ fn stop(server: Pid) {
 
 /// Waits for a server's end, but not for ever.
 fn ends_within(server: Pid, limit: Duration) -> bool {
-    let deadline = Instant::now() + limit;
-    while let Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) = waitpid(server, Some(WaitPidFlag::WNOHANG)) {
-        if Instant::now() >= deadline {
-            let seconds = limit.as_secs();
-            tracing::error!(
-                "the server (process {server}) has not ended within {seconds} s; it is left alone"
-            );
-            return false;
-        }
-        sleep(LOOK);
+    let has_ended = wait::ends_within(server, limit, LOOK);
+    if !has_ended {
+        let seconds = limit.as_secs();
+        tracing::error!("the server (process {server}) has not ended within {seconds} s; it is left alone");
     }
-    true
+    has_ended
 }
 
 /// Waits for a server's end; the signal if it was killed.

@@ -53,8 +53,14 @@ impl Frees {
         *self.references.entry(free.cluster).or_default() += 1;
     }
 
+    /// References that wait for their turn.
     pub(crate) fn len(&self) -> usize {
         self.waiting.len()
+    }
+
+    /// Whether everything has been given back.
+    pub(crate) fn all_given_back(&self) -> bool {
+        self.references.is_empty()
     }
 
     /// A cluster of `run` that has not been given back yet.
@@ -197,6 +203,6 @@ mod tests {
         assert_eq!(take(&mut frees), [(6, 2), (7, 1)]);
         (6..8).for_each(|cluster| frees.given_back(cluster));
         frees.begin_pass();
-        assert!(frees.clusters().next().is_none() && !frees.is_unreadable(1));
+        assert!(frees.all_given_back() && !frees.is_unreadable(1));
     }
 }

@@ -4,7 +4,7 @@
 //! so here, under the metadata lock, in the same step. What was touched is out of the search's
 //! reach. Without a search the window is empty and a touch is one comparison.
 
-use crate::order::rules::RuleName;
+use crate::order::rules::{Disabled, RuleName};
 use std::ops::Range;
 
 /// The clusters under consideration, and those of them that have been touched.
@@ -17,8 +17,7 @@ pub(crate) struct Watch {
     fresh: Vec<u64>,
     /// It is no longer known who uses what.
     is_blind: bool,
-    /// The touch that a mutation check has switched off.
-    disabled: Option<RuleName>,
+    disabled: Disabled,
 }
 
 impl Watch {
@@ -60,12 +59,12 @@ impl Watch {
     /// Switches a touch off, for the mutation check.
     #[cfg(feature = "sim")]
     pub(crate) fn disable(&mut self, rule: RuleName) {
-        self.disabled = Some(rule);
+        self.disabled.set(rule);
     }
 
     /// What refers to these clusters, or may come to refer to them, has changed.
     fn touch(&mut self, rule: RuleName, clusters: Range<u64>) {
-        if cfg!(any(test, feature = "sim")) && self.disabled == Some(rule) {
+        if self.disabled.is(rule) {
             return;
         }
         let inside = self.inside(clusters);

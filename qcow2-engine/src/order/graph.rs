@@ -7,7 +7,7 @@
 //! Only one cut is under way at a time; that the previous one has ended is what lets an edge to a
 //! page that is not in the present cut be forgotten.
 
-use super::rules::{Before, Page, Rule, RuleName};
+use super::rules::{Before, Disabled, Page, Rule, RuleName};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// The dirty pages and what each waits for.
@@ -16,8 +16,7 @@ pub(crate) struct Graph {
     dirty: BTreeMap<Page, BTreeSet<Before>>,
     /// Pages of the cut under way: not durable yet, so still worth an edge.
     under_way: BTreeSet<Page>,
-    /// The rule that a mutation check has switched off.
-    disabled: Option<RuleName>,
+    disabled: Disabled,
 }
 
 /// A cut, arranged: wave after wave, with a barrier after each.
@@ -32,12 +31,12 @@ impl Graph {
     /// Switches a rule off, for the mutation check.
     #[cfg(any(test, feature = "sim"))]
     pub(crate) fn disable(&mut self, rule: RuleName) {
-        self.disabled = Some(rule);
+        self.disabled.set(rule);
     }
 
-    /// Whether a mutation check has switched the rule off. What is served cannot be checked so.
+    /// Whether a mutation check has switched the rule off.
     pub(crate) fn is_disabled(&self, rule: RuleName) -> bool {
-        cfg!(any(test, feature = "sim")) && self.disabled == Some(rule)
+        self.disabled.is(rule)
     }
 
     /// Number of dirty pages.

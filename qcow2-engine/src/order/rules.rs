@@ -23,6 +23,21 @@ pub(crate) enum Page {
     Header,
 }
 
+/// The rule that a mutation check has switched off. In what is served it is known to be none.
+#[derive(Default)]
+pub(crate) struct Disabled(Option<RuleName>);
+
+impl Disabled {
+    #[cfg(any(test, feature = "sim"))]
+    pub(crate) fn set(&mut self, rule: RuleName) {
+        self.0 = Some(rule);
+    }
+
+    pub(crate) fn is(&self, rule: RuleName) -> bool {
+        cfg!(any(test, feature = "sim")) && self.0 == Some(rule)
+    }
+}
+
 /// What has to be durable first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) enum Before {
