@@ -203,6 +203,7 @@ fn receive(socket: &mut UnixStream) -> io::Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::alone;
     use nix::{
         sys::signal::{Signal, kill},
         unistd::pipe,
@@ -211,14 +212,7 @@ mod tests {
 
     /// Forks belong to a process with one thread, so one of its own takes such a test.
     fn in_a_process(test: &str, body: impl FnOnce()) {
-        const IS_CHILD: &str = "UBLK_QCOW2_TEST_IS_CHILD";
-        if env::var_os(IS_CHILD).is_some() {
-            return body();
-        }
-        let mut child = process::Command::new(env::current_exe().unwrap());
-        child.args(["--exact", &format!("deputy::tests::{test}"), "--nocapture", "--test-threads=1"]);
-        let ended = child.env(IS_CHILD, "").output().unwrap();
-        assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
+        alone::run(&format!("deputy::tests::{test}"), body);
     }
 
     fn answering() -> Deputy {

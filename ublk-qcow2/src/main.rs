@@ -5,6 +5,8 @@
 //! engine carries it out, [`errno`] words its failure. The way of a device: [`commands`] →
 //! [`supervisor`] → [`daemon`] → [`device`] → [`control`].
 
+#[cfg(test)]
+mod alone;
 mod cli;
 mod commands;
 mod config;
@@ -78,21 +80,17 @@ fn log() -> impl tracing::Subscriber {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{env, fs::File, process};
+    use std::fs::File;
 
     /// Standard error belongs to a whole process, so a process of its own takes the test.
     #[test]
     fn a_log_that_takes_nothing_costs_no_server() {
-        const IS_CHILD: &str = "UBLK_QCOW2_TEST_IS_CHILD";
-        if env::var_os(IS_CHILD).is_some() {
+        let Some(mut child) = alone::again("tests::a_log_that_takes_nothing_costs_no_server") else {
             tracing::subscriber::with_default(log(), || tracing::error!("nobody hears this"));
             commands::complain(&"nor this");
             return;
-        }
+        };
         let full = File::options().write(true).open("/dev/full").unwrap();
-        let mut child = process::Command::new(env::current_exe().unwrap());
-        child.args(["--exact", "tests::a_log_that_takes_nothing_costs_no_server", "--nocapture"]);
-        let ended = child.env(IS_CHILD, "").stdout(process::Stdio::null()).stderr(full).status().unwrap();
-        assert!(ended.success(), "{ended}");
+        alone::check(&child.stderr(full).output().unwrap());
     }
 }

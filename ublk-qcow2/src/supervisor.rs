@@ -238,16 +238,15 @@ fn remove(record: &Record) -> Result<(), ServeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::alone;
     use nix::sys::signal::{SigHandler, raise, signal};
-    use std::env;
 
     /// `add` was started by a program that ignores SIGCHLD, as some do: the server was killed, and its
     /// supervisor took that for an end of its own and went away. Signals belong to a whole process, so one of
     /// its own takes the test.
     #[test]
     fn a_server_s_death_is_noticed_whatever_was_inherited() {
-        const IS_CHILD: &str = "UBLK_QCOW2_TEST_IS_CHILD";
-        if env::var_os(IS_CHILD).is_some() {
+        alone::run("supervisor::tests::a_server_s_death_is_noticed_whatever_was_inherited", || {
             #[allow(unsafe_code, reason = "in a process of its own")]
             // SAFETY: it installs no handler.
             unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }.unwrap();
@@ -255,11 +254,6 @@ mod tests {
                 Side::Parent { child, .. } => assert_eq!(wait_for_death(child), Some(Signal::SIGKILL)),
                 Side::Child(_) => raise(Signal::SIGKILL).unwrap(),
             }
-            return;
-        }
-        let mut child = process::Command::new(env::current_exe().unwrap());
-        child.args(["--exact", "supervisor::tests::a_server_s_death_is_noticed_whatever_was_inherited"]);
-        let ended = child.args(["--nocapture", "--test-threads=1"]).env(IS_CHILD, "").output().unwrap();
-        assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
+        });
     }
 }
