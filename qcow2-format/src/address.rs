@@ -1,9 +1,12 @@
-//! A position in the image file, as a type, so that none on the virtual disk (plain numbers) is passed for
-//! it.
+//! Positions as types: a byte or a cluster of the image file is not taken for one of the virtual disk.
 //!
-//! Whether it lies inside the file is not known here.
+//! Byte offsets on the virtual disk are plain numbers. Whether a place lies inside the file, or the disk, is
+//! not known here; [`Geometry`](crate::Geometry) turns bytes into clusters and back.
 
-use std::fmt;
+use std::{
+    fmt,
+    ops::{Add, Range, Sub},
+};
 
 /// A byte offset in the image file.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -33,6 +36,69 @@ impl fmt::Display for HostOffset {
     }
 }
 
+/// A cluster of the image file, counted from its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct HostCluster(pub u64);
+
+/// A cluster of the virtual disk, counted from its start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GuestCluster(pub u64);
+
+/// Clusters in a row: what a `Range` of them does beside `contains` and `is_empty`.
+pub trait Clusters {
+    /// Of the file, or of the disk.
+    type Cluster;
+    /// How many there are; 0 for an empty range.
+    fn cluster_count(&self) -> u64;
+    /// Each of them, upwards.
+    fn each(self) -> impl DoubleEndedIterator<Item = Self::Cluster> + Clone;
+}
+
+macro_rules! cluster_arithmetic {
+    ($cluster:ident) => {
+        impl $cluster {
+            /// `count` clusters in a row, of which this is the first.
+            #[inline]
+            #[must_use]
+            pub const fn row(self, count: u64) -> Range<Self> {
+                self..Self(self.0 + count)
+            }
+        }
+
+        impl Add<u64> for $cluster {
+            type Output = Self;
+            #[inline]
+            fn add(self, clusters: u64) -> Self {
+                Self(self.0 + clusters)
+            }
+        }
+
+        /// The distance, in clusters.
+        impl Sub for $cluster {
+            type Output = u64;
+            #[inline]
+            fn sub(self, other: Self) -> u64 {
+                self.0 - other.0
+            }
+        }
+
+        impl Clusters for Range<$cluster> {
+            type Cluster = $cluster;
+            #[inline]
+            fn cluster_count(&self) -> u64 {
+                self.end.0.saturating_sub(self.start.0)
+            }
+            #[inline]
+            fn each(self) -> impl DoubleEndedIterator<Item = $cluster> + Clone {
+                (self.start.0..self.end.0).map($cluster)
+            }
+        }
+    };
+}
+
+cluster_arithmetic!(HostCluster);
+cluster_arithmetic!(GuestCluster);
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -42,6 +108,15 @@ mod tests {
         assert_eq!(HostOffset(8).checked_add(8), Some(HostOffset(16)));
         assert_eq!(HostOffset(u64::MAX).checked_add(1), None);
         assert_eq!(HostOffset(u64::MAX - 1).checked_add(1), Some(HostOffset(u64::MAX)));
+    }
+
+    #[test]
+    fn rows_count_their_clusters() {
+        let row = HostCluster(7).row(3);
+        assert_eq!(row, HostCluster(7)..HostCluster(10));
+        assert_eq!((row.cluster_count(), row.end - row.start), (3, 3));
+        assert_eq!(row.each().collect::<Vec<_>>(), [HostCluster(7), HostCluster(8), HostCluster(9)]);
+        assert_eq!((HostCluster(2)..HostCluster(1)).cluster_count(), 0);
     }
 
     #[test]

@@ -5,6 +5,8 @@
 //! [`MIN_CLUSTER_BITS`]..=[`MAX_CLUSTER_BITS`] and `refcount_order` at most [`MAX_REFCOUNT_ORDER`].
 //! It knows nothing of where tables lie in the file.
 
+use crate::{GuestCluster, HostCluster, HostOffset};
+
 /// Smallest cluster: 512 bytes ("must not be less than 9").
 pub const MIN_CLUSTER_BITS: u32 = 9;
 /// Largest cluster: 2 MiB. QEMU's limit; the specification names none.
@@ -81,6 +83,34 @@ impl Geometry {
     #[must_use]
     pub const fn clusters_for(&self, bytes: u64) -> u64 {
         bytes.div_ceil(self.cluster_size())
+    }
+
+    /// The cluster of the file that holds a byte.
+    #[inline]
+    #[must_use]
+    pub const fn host_cluster(&self, offset: HostOffset) -> HostCluster {
+        HostCluster(offset.0 >> self.cluster_bits)
+    }
+
+    /// Where a cluster of the file starts. The cluster comes from an offset, or was allocated.
+    #[inline]
+    #[must_use]
+    pub const fn host_offset(&self, cluster: HostCluster) -> HostOffset {
+        HostOffset(cluster.0 << self.cluster_bits)
+    }
+
+    /// The cluster of the virtual disk that holds a byte.
+    #[inline]
+    #[must_use]
+    pub const fn guest_cluster(&self, offset: u64) -> GuestCluster {
+        GuestCluster(offset >> self.cluster_bits)
+    }
+
+    /// Where a cluster of the virtual disk starts, in bytes.
+    #[inline]
+    #[must_use]
+    pub const fn guest_offset(&self, cluster: GuestCluster) -> u64 {
+        cluster.0 << self.cluster_bits
     }
 
     /// Offset of the byte within its cluster. The same for guest and host offsets.

@@ -43,7 +43,7 @@ pub mod snapshot;
 pub mod subcluster;
 mod validate;
 
-pub use address::HostOffset;
+pub use address::{Clusters, GuestCluster, HostCluster, HostOffset};
 pub use blueprint::{Backing, Blueprint, CreateOptions};
 pub use compressed::CompressedRange;
 pub use error::{Corruption, Field, FormatError, Unsupported};
