@@ -6,16 +6,15 @@
 //! image that nobody else uses; a served image would have to be paused first.
 
 use crate::{
-    check::Owner,
     discard::ZeroMode,
     error::{Error, Result},
     image::Image,
-    inspect::SECTOR,
-    io::{Access, Buf, FileId, Io, Storage, exact},
+    io::{Access, Buf, FileId, Io, SECTOR, Storage, exact},
     lane::Lane,
     layer::Layer,
     open::OpenOptions,
     order::rules::{Page, Rule},
+    owner::Owner,
 };
 use parking_lot::Mutex;
 use qcow2_format::{Geometry, Version, geometry::MAX_L1_BYTES, header};

@@ -8,7 +8,7 @@
 use crate::{
     check::live::Live,
     error::{Error, Result},
-    io::{Access, Buf, FileId, Io, Storage, exact},
+    io::{Access, Buf, FileId, Io, SECTOR, Storage, exact},
     open::table_entries,
     order::rules::RuleName,
 };
@@ -20,8 +20,6 @@ use qcow2_format::{
 };
 use std::{io, path::Path, sync::Arc};
 
-/// The unit of every transfer, in bytes: what direct I/O asks for at most.
-pub(crate) const SECTOR: u64 = 512;
 /// How much of a snapshot table is read first; then twice as much as long as it goes on.
 const SNAPSHOT_READ_BYTES: u64 = 64 << 10;
 

@@ -9,7 +9,7 @@ use crate::{
     epoch::Slots,
     error::{Error, Result},
     image::Image,
-    io::{Io, Pool},
+    io::{Io, Pool, SECTOR},
     paging::MAX_PAGE,
 };
 use std::{
@@ -163,7 +163,7 @@ impl<I: Io> Lane<I> {
 
     /// Checks that a request lies inside the virtual disk.
     pub(crate) fn check_range(&self, at: u64, len: u64) -> Result<()> {
-        let size = self.image().virtual_size().next_multiple_of(512);
+        let size = self.image().virtual_size().next_multiple_of(SECTOR);
         match at.checked_add(len) {
             Some(end) if end <= size => Ok(()),
             _ => Err(Error::OutOfRange { at, len, size }),

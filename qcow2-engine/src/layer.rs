@@ -10,7 +10,7 @@ use crate::{
         slices::{SliceCache, SliceKey},
     },
     error::{Error, Result},
-    io::FileId,
+    io::{FileId, SECTOR},
     l1::L1Table,
 };
 use qcow2_format::{Compression, Geometry, L1Entry, Mapping};
@@ -49,7 +49,7 @@ pub(crate) struct Qcow2Layer {
 /// that it has a part of reads as zeros there, and so must it here: that is what guests of the overlay have
 /// seen.
 pub(crate) fn size_below(virtual_size: u64) -> u64 {
-    virtual_size - virtual_size % 512
+    virtual_size - virtual_size % SECTOR
 }
 
 /// What a look-up in one layer gives.
@@ -114,7 +114,7 @@ impl Qcow2Layer {
     /// [`size_below`].
     pub(crate) fn size(&self) -> u64 {
         let size = self.geometry.virtual_size;
-        if self.index == 0 { size.next_multiple_of(512) } else { size_below(size) }
+        if self.index == 0 { size.next_multiple_of(SECTOR) } else { size_below(size) }
     }
 
     pub(crate) fn slices_per_table(&self) -> u64 {

@@ -40,6 +40,7 @@ mod locks;
 mod meta;
 mod open;
 mod order;
+mod owner;
 mod paging;
 mod publish;
 mod read;

@@ -12,7 +12,7 @@ use crate::{
     flush::Flusher,
     image::Image,
     inspect::ImageFile,
-    io::{Access, Buf, FileId, Io, Storage, exact},
+    io::{Access, Buf, FileId, Io, SECTOR, Storage, exact},
     l1::{self, L1Table},
     lane::Lane,
     layer::{Layer, Qcow2Layer, RawLayer},
@@ -133,7 +133,7 @@ impl Image {
                 Format::Raw => Layer::Raw(RawLayer {
                     file: opened.file,
                     name: opened.name,
-                    len: opened.len.next_multiple_of(512),
+                    len: opened.len.next_multiple_of(SECTOR),
                 }),
                 Format::Qcow2 => {
                     let (header, _) = read_header(io, &opened, Access::ReadOnly).await?;
@@ -304,7 +304,7 @@ fn open_file(storage: &(impl Storage + ?Sized), path: &Path, access: Access) -> 
 impl Opened {
     /// Reads `len` bytes, rounded up to whole sectors for direct I/O.
     async fn read(&self, io: &impl Io, operation: &'static str, at: u64, len: usize) -> Result<Vec<u8>> {
-        let buf = Buf::zeroed(len.next_multiple_of(512));
+        let buf = Buf::zeroed(len.next_multiple_of(SECTOR as usize));
         exact::read_zero_extended(io, self.file, at, &buf)
             .await
             .map_err(|source| self.failed(operation, at, source))?;

@@ -10,9 +10,9 @@
 //! read for that: an entry is judged when it is first about to be the target of a change.
 
 use crate::{
-    check::Owner,
     error::{Error, Result},
     l1::L1Table,
+    owner::Owner,
 };
 use qcow2_format::{Geometry, Header, HostOffset, L1Entry, RefcountTableEntry};
 use std::{

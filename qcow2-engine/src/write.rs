@@ -10,7 +10,7 @@ use crate::{
     alloc::reserve::Reservation,
     error::{Error, Result},
     image::Image,
-    io::{Buf, Io, exact},
+    io::{Buf, Io, SECTOR, exact},
     lane::Lane,
     layer::Lookup,
     resolve::{Extent, Stop, to_boundary},
@@ -226,7 +226,7 @@ impl<I: Io> Lane<I> {
                 continue;
             }
             let inside =
-                edge.end.min(self.image().virtual_size().next_multiple_of(512)).saturating_sub(edge.start);
+                edge.end.min(self.image().virtual_size().next_multiple_of(SECTOR)).saturating_sub(edge.start);
             let extents = self.resolve(edge.start, inside).await?;
             if fresh && extents.iter().all(|extent| matches!(extent, Extent::Zero { .. })) {
                 continue;

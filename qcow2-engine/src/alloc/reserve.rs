@@ -9,8 +9,7 @@ use super::space::{Next, Run};
 use crate::{
     error::{ErrorKind, Result},
     image::Image,
-    inspect::SECTOR,
-    io::{Buf, Io, exact},
+    io::{Buf, Io, SECTOR, exact},
     lane::Lane,
     meta::Meta,
 };

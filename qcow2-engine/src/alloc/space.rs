@@ -8,10 +8,10 @@
 
 use super::refcounts::{Count, Place};
 use crate::{
-    check::Owner,
     error::{Error, Result},
     meta::Meta,
     order::rules::{Page, Rule},
+    owner::Owner,
     redo::Record,
 };
 use qcow2_format::{HostOffset, geometry::MAX_REFTABLE_BYTES, header};

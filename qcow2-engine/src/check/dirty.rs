@@ -17,10 +17,10 @@
 use super::{clear_marks, findings::Finding, findings::Problem, findings::Remedy, repair, survey::Survey};
 use crate::{
     Repair,
-    check::findings::Owner,
     error::{Error, Result},
     inspect::ImageFile,
     io::Io,
+    owner::Owner,
 };
 use qcow2_format::header;
 use std::sync::Arc;

@@ -25,8 +25,8 @@ pub use survey::Statistics;
 
 use crate::{
     error::{Error, Result},
-    inspect::{ImageFile, SECTOR},
-    io::{Access, Io, Storage},
+    inspect::ImageFile,
+    io::{Access, Io, SECTOR, Storage},
 };
 use qcow2_format::{Header, Unsupported, header};
 use std::{path::Path, sync::Arc};

@@ -9,8 +9,8 @@
 use super::{change_header, counts::CHUNK, refcounts::Refcounts, survey::Survey};
 use crate::{
     error::Result,
-    inspect::{ImageFile, SECTOR},
-    io::Io,
+    inspect::ImageFile,
+    io::{Io, SECTOR},
     order::rules::RuleName,
 };
 use qcow2_format::{

@@ -21,8 +21,8 @@ use super::{
 };
 use crate::{
     error::Result,
-    inspect::{ImageFile, SECTOR},
-    io::Io,
+    inspect::ImageFile,
+    io::{Io, SECTOR},
     order::rules::RuleName,
 };
 use qcow2_format::{geometry::TABLE_ENTRY_BYTES, l1, l2, refcount};

@@ -21,6 +21,9 @@ pub use files::Files;
 use crate::order::rules::RuleName;
 use std::{future::Future, io, path::Path};
 
+/// The unit of every transfer, in bytes: what direct I/O asks for at most.
+pub(crate) const SECTOR: u64 = 512;
+
 /// Names an open file, in the order in which its [`Storage`] opened them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FileId(pub u32);
