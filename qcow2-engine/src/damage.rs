@@ -75,7 +75,7 @@ impl Image {
     /// Checks the cluster that an L2 entry names before something is written to it.
     #[inline]
     pub(crate) fn check_target(&self, host: HostOffset, guest: u64) -> Result<()> {
-        if self.sieve.suspects(host.0 >> self.geometry().cluster_bits) {
+        if self.sieve.suspects(self.geometry().host_cluster(host)) {
             return self.look_closer(host, guest);
         }
         Ok(())
@@ -83,12 +83,18 @@ impl Image {
 
     #[cold]
     fn look_closer(&self, host: HostOffset, guest: u64) -> Result<()> {
-        let conflict = self.meta.lock().territory.conflict(host.0 >> self.geometry().cluster_bits);
-        conflict.map_or(Ok(()), |conflict| Err(self.conflict("L2", guest, host.0, conflict)))
+        let conflict = self.meta.lock().territory.conflict(self.geometry().host_cluster(host));
+        conflict.map_or(Ok(()), |conflict| Err(self.conflict("L2", guest, host, conflict)))
     }
 
-    pub(crate) fn conflict(&self, table: &'static str, at: u64, host: u64, conflict: Conflict) -> Error {
-        Error::Conflict { file: Arc::clone(&self.top().name), table, at, host, conflict }
+    pub(crate) fn conflict(
+        &self,
+        table: &'static str,
+        at: u64,
+        host: HostOffset,
+        conflict: Conflict,
+    ) -> Error {
+        Error::Conflict { file: Arc::clone(&self.top().name), table, at, host: host.0, conflict }
     }
 }
 

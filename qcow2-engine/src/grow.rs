@@ -17,7 +17,7 @@ use crate::{
     owner::Owner,
 };
 use parking_lot::Mutex;
-use qcow2_format::{Geometry, Version, geometry::MAX_L1_BYTES, header};
+use qcow2_format::{Geometry, HostCluster, Version, geometry::MAX_L1_BYTES, header};
 use std::{
     io,
     ops::Range,
@@ -177,7 +177,7 @@ impl<I: Io> Lane<I> {
         meta.header.set_u64(header::L1_TABLE_OFFSET as usize, at);
         meta.graph.require(Rule::moved_l1_before_header());
         meta.refer(reservation.clusters(), Page::Header);
-        meta.territory.set_area(Owner::ActiveL1, reservation.clusters());
+        meta.territory.set_area(Owner::ActiveL1, HostCluster(reservation.clusters().start).row(clusters));
         meta.unmapped(old..old + old_len);
         drop(meta);
         reservation.commit();

@@ -21,7 +21,7 @@ use crate::{
     meta::{HeaderPage, Meta},
     order::{graph::Graph, rules::Page},
     paging::{MAX_PAGE, Paging},
-    territory::{SnapshotPlaces, Sources, Territory},
+    territory::{SnapshotPlaces, Sources, Territory, bytes_at},
     unpack::Unpacked,
 };
 use parking_lot::Mutex;
@@ -380,10 +380,9 @@ async fn snapshot_places(
             Err(source) => return Err(top.damaged(source)),
         }
     }
-    let l1 =
-        |snapshot: &Snapshot| snapshot.l1_table.0..snapshot.l1_table.0 + u64::from(snapshot.l1_entries) * 8;
+    let l1 = |snapshot: &Snapshot| bytes_at(snapshot.l1_table, u64::from(snapshot.l1_entries) * 8);
     Ok(SnapshotPlaces {
-        table: table.0..table.0 + len,
+        table: bytes_at(table, len),
         l1_tables: snapshots.iter().filter(|snapshot| snapshot.l1_entries > 0).map(l1).collect(),
     })
 }

@@ -13,7 +13,7 @@ use crate::{
     order::rules::{Page, Rule},
     redo::Record,
 };
-use qcow2_format::{HostOffset, L1Entry, Mapping};
+use qcow2_format::{HostCluster, HostOffset, L1Entry, Mapping};
 use std::{
     ops::Range,
     sync::{Arc, atomic::Ordering},
@@ -151,11 +151,11 @@ impl Image {
         let entry =
             L1Entry::Table { offset: HostOffset(cluster << self.geometry().cluster_bits), copied: true };
         self.top().l1.set(index, entry.encode());
-        meta.territory.add_l2_table(cluster);
+        meta.territory.add_l2_table(HostCluster(cluster));
         let page = self.l1_page(index);
         meta.graph.require(Rule::table_content_before_l1(page));
         meta.refer(cluster..cluster + 1, page);
-        old.clone().for_each(|table| meta.territory.remove_l2_table(table));
+        old.clone().for_each(|table| meta.territory.remove_l2_table(HostCluster(table)));
         meta.unmapped(old);
     }
 
@@ -230,10 +230,13 @@ impl Image {
 
     /// What an entry named is going to be freed: it must not be metadata.
     fn check_replaced(&self, meta: &Meta, guest: u64, old: Mapping) -> Result<()> {
-        let bits = self.geometry().cluster_bits;
-        let found =
-            self.referred_by(old).find_map(|cluster| Some((cluster, meta.territory.conflict(cluster)?)));
-        found.map_or(Ok(()), |(cluster, conflict)| Err(self.conflict("L2", guest, cluster << bits, conflict)))
+        let conflict = |cluster| Some((cluster, meta.territory.conflict(cluster)?));
+        match self.referred_by(old).map(HostCluster).find_map(conflict) {
+            None => Ok(()),
+            Some((cluster, conflict)) => {
+                Err(self.conflict("L2", guest, self.geometry().host_offset(cluster), conflict))
+            }
+        }
     }
 
     /// The host clusters to which a mapping holds a reference.

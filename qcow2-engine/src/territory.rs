@@ -14,7 +14,7 @@ use crate::{
     l1::L1Table,
     owner::Owner,
 };
-use qcow2_format::{Geometry, Header, HostOffset, L1Entry, RefcountTableEntry};
+use qcow2_format::{Clusters, Geometry, Header, HostCluster, HostOffset, L1Entry, RefcountTableEntry};
 use std::{
     collections::HashSet,
     fmt,
@@ -58,38 +58,44 @@ pub(crate) struct Sieve {
 }
 
 impl Sieve {
-    fn new(tables: u64, end: u64) -> Self {
+    fn new(tables: u64, end: HostCluster) -> Self {
         let words = (tables.saturating_mul(BITS_PER_TABLE) / 64).next_power_of_two();
         let words = words.clamp(MIN_SIEVE_WORDS, MAX_SIEVE_WORDS);
-        Self { words: (0..words).map(|_| AtomicU64::new(0)).collect(), end: AtomicU64::new(end) }
+        Self { words: (0..words).map(|_| AtomicU64::new(0)).collect(), end: AtomicU64::new(end.0) }
     }
 
     /// Whether a cluster may hold metadata, or lie beyond the end of the file.
     #[inline]
-    pub(crate) fn suspects(&self, cluster: u64) -> bool {
-        cluster >= self.end.load(Ordering::Relaxed) || self.may_hold(cluster)
+    pub(crate) fn suspects(&self, cluster: HostCluster) -> bool {
+        self.is_beyond(cluster) || self.may_hold(cluster)
+    }
+
+    /// Whether a cluster lies wholly beyond the end of the file.
+    #[inline]
+    fn is_beyond(&self, cluster: HostCluster) -> bool {
+        cluster.0 >= self.end.load(Ordering::Relaxed)
     }
 
     /// Whether a cluster may hold metadata.
     #[inline]
-    fn may_hold(&self, cluster: u64) -> bool {
+    fn may_hold(&self, cluster: HostCluster) -> bool {
         let (word, bits) = self.place(cluster);
         self.words[word].load(Ordering::Relaxed) & bits == bits
     }
 
     /// The file ends with cluster `end` now, exclusive.
-    pub(crate) fn set_end(&self, end: u64) {
-        self.end.store(end, Ordering::Relaxed);
+    pub(crate) fn set_end(&self, end: HostCluster) {
+        self.end.store(end.0, Ordering::Relaxed);
     }
 
-    fn mark(&self, cluster: u64) {
+    fn mark(&self, cluster: HostCluster) {
         let (word, bits) = self.place(cluster);
         self.words[word].fetch_or(bits, Ordering::Relaxed);
     }
 
     #[inline]
-    fn place(&self, cluster: u64) -> (usize, u64) {
-        let mixed = cluster.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    fn place(&self, cluster: HostCluster) -> (usize, u64) {
+        let mixed = cluster.0.wrapping_mul(0x9E37_79B9_7F4A_7C15);
         let word = (mixed >> 44) as usize & (self.words.len() - 1);
         (word, 1 << (mixed >> 38 & 63) | 1 << (mixed >> 32 & 63))
     }
@@ -97,7 +103,7 @@ impl Sieve {
 
 /// A structure of one or more clusters in a row, of which there is one.
 struct Area {
-    clusters: Range<u64>,
+    clusters: Range<HostCluster>,
     owner: Owner,
 }
 
@@ -107,9 +113,9 @@ pub(crate) struct Territory {
     sieve: Arc<Sieve>,
     areas: Vec<Area>,
     /// Snapshots' L1 tables, sorted and joined.
-    snapshot_l1s: Vec<Range<u64>>,
-    l2_tables: HashSet<u64>,
-    refcount_blocks: HashSet<u64>,
+    snapshot_l1s: Vec<Range<HostCluster>>,
+    l2_tables: HashSet<HostCluster>,
+    refcount_blocks: HashSet<HostCluster>,
 }
 
 /// What a territory is made from.
@@ -124,11 +130,11 @@ pub(crate) struct Sources<'a> {
     pub(crate) snapshots: &'a SnapshotPlaces,
 }
 
-/// Where an image's snapshots have their tables, in bytes.
+/// Where an image's snapshots have their tables.
 #[derive(Debug, Default)]
 pub(crate) struct SnapshotPlaces {
-    pub(crate) table: Range<u64>,
-    pub(crate) l1_tables: Vec<Range<u64>>,
+    pub(crate) table: Range<HostOffset>,
+    pub(crate) l1_tables: Vec<Range<HostOffset>>,
 }
 
 impl Territory {
@@ -138,7 +144,7 @@ impl Territory {
         let geometry = sources.header.geometry();
         let tables = sources.header.l1_entries as usize;
         let tables = tables + sources.refcount_table.len().min(2 * tables);
-        let sieve = Sieve::new(tables as u64, geometry.clusters_for(sources.file_len));
+        let sieve = Sieve::new(tables as u64, HostCluster(geometry.clusters_for(sources.file_len)));
         let mut territory = Self {
             sieve: Arc::new(sieve),
             areas: Vec::new(),
@@ -155,7 +161,7 @@ impl Territory {
     /// Of an image that is not written to: empty.
     pub(crate) fn none() -> Self {
         Self {
-            sieve: Arc::new(Sieve::new(0, u64::MAX)),
+            sieve: Arc::new(Sieve::new(0, HostCluster(u64::MAX))),
             areas: Vec::new(),
             snapshot_l1s: Vec::new(),
             l2_tables: HashSet::new(),
@@ -168,42 +174,42 @@ impl Territory {
     }
 
     /// What live metadata a cluster holds.
-    pub(crate) fn owner(&self, cluster: u64) -> Option<Owner> {
+    pub(crate) fn owner(&self, cluster: HostCluster) -> Option<Owner> {
         if !self.sieve.may_hold(cluster) {
             return None;
         }
         let area = self.areas.iter().find(|area| area.clusters.contains(&cluster)).map(|area| area.owner);
-        let in_set = |set: &HashSet<u64>, owner| set.contains(&cluster).then_some(owner);
+        let in_set = |set: &HashSet<HostCluster>, owner| set.contains(&cluster).then_some(owner);
         area.or_else(|| in_set(&self.l2_tables, Owner::L2))
             .or_else(|| in_set(&self.refcount_blocks, Owner::RefcountBlock))
-            .or_else(|| overlaps(&self.snapshot_l1s, &(cluster..cluster + 1)).then_some(Owner::SnapshotL1))
+            .or_else(|| overlaps(&self.snapshot_l1s, &cluster.row(1)).then_some(Owner::SnapshotL1))
     }
 
     /// Why a guest's cluster cannot be at `cluster`.
-    pub(crate) fn conflict(&self, cluster: u64) -> Option<Conflict> {
-        let beyond = || cluster >= self.sieve.end.load(Ordering::Relaxed);
-        self.owner(cluster).map(Conflict::Holds).or_else(|| beyond().then_some(Conflict::BeyondFile))
+    pub(crate) fn conflict(&self, cluster: HostCluster) -> Option<Conflict> {
+        let holds = self.owner(cluster).map(Conflict::Holds);
+        holds.or_else(|| self.sieve.is_beyond(cluster).then_some(Conflict::BeyondFile))
     }
 
     /// A table has come into being.
-    pub(crate) fn add_l2_table(&mut self, cluster: u64) {
+    pub(crate) fn add_l2_table(&mut self, cluster: HostCluster) {
         self.sieve.mark(cluster);
         self.l2_tables.insert(cluster);
     }
 
     /// The active mapping has a copy of this table now.
-    pub(crate) fn remove_l2_table(&mut self, cluster: u64) {
+    pub(crate) fn remove_l2_table(&mut self, cluster: HostCluster) {
         self.l2_tables.remove(&cluster);
     }
 
-    pub(crate) fn add_refcount_block(&mut self, cluster: u64) {
+    pub(crate) fn add_refcount_block(&mut self, cluster: HostCluster) {
         self.sieve.mark(cluster);
         self.refcount_blocks.insert(cluster);
     }
 
     /// A structure of which there is one is at `clusters` from now on.
-    pub(crate) fn set_area(&mut self, owner: Owner, clusters: Range<u64>) {
-        clusters.clone().for_each(|cluster| self.sieve.mark(cluster));
+    pub(crate) fn set_area(&mut self, owner: Owner, clusters: Range<HostCluster>) {
+        clusters.clone().each().for_each(|cluster| self.sieve.mark(cluster));
         self.areas.retain(|area| area.owner != owner);
         self.areas.push(Area { clusters, owner });
     }
@@ -212,24 +218,24 @@ impl Territory {
     /// from each other, was checked when it was decoded.
     fn add_areas(&mut self, sources: &Sources<'_>, geometry: &Geometry) -> Result<()> {
         let header = sources.header;
-        let l1 = header.l1_table.0..header.l1_table.0 + u64::from(header.l1_entries) * 8;
-        let table_bytes = u64::from(header.refcount_table_clusters) << header.cluster_bits;
-        let table = header.refcount_table.0..header.refcount_table.0 + table_bytes;
+        let l1 = bytes_at(header.l1_table, u64::from(header.l1_entries) * 8);
+        let table_bytes = u64::from(header.refcount_table_clusters) * geometry.cluster_size();
+        let table = bytes_at(header.refcount_table, table_bytes);
         let bitmaps = header.bitmaps.filter(|_| header.bitmaps_consistent());
         let bitmaps = bitmaps
-            .map_or(0..0, |bitmaps| bitmaps.directory.0..bitmaps.directory.0 + bitmaps.directory_bytes);
+            .map_or_else(Range::default, |bitmaps| bytes_at(bitmaps.directory, bitmaps.directory_bytes));
         for range in self.snapshot_l1s.clone() {
-            range.for_each(|cluster| self.sieve.mark(cluster));
+            range.each().for_each(|cluster| self.sieve.mark(cluster));
         }
         let mut outcome = Ok(());
-        for (owner, bytes) in [
-            (Owner::Header, 0..1),
+        for (owner, place) in [
+            (Owner::Header, bytes_at(HostOffset(0), 1)),
             (Owner::ActiveL1, l1),
             (Owner::RefcountTable, table),
             (Owner::SnapshotTable, sources.snapshots.table.clone()),
             (Owner::BitmapDirectory, bitmaps),
         ] {
-            let range = clusters(geometry, &bytes);
+            let range = clusters(geometry, &place);
             if range.is_empty() {
                 continue;
             }
@@ -242,7 +248,7 @@ impl Territory {
                     sources,
                     "header",
                     0,
-                    bytes.start,
+                    place.start,
                     Conflict::Holds(other),
                 )));
             }
@@ -257,8 +263,8 @@ impl Territory {
             let at = (index * geometry.refcounts_per_block()).saturating_mul(geometry.cluster_size());
             match RefcountTableEntry::decode(raw, geometry) {
                 Ok(None) => {}
-                Ok(Some(HostOffset(host))) => {
-                    let cluster = host >> geometry.cluster_bits;
+                Ok(Some(host)) => {
+                    let cluster = geometry.host_cluster(host);
                     if let Some(conflict) = self.conflict(cluster) {
                         let error = self.misplaced(sources, "refcount table", at, host, conflict);
                         outcome = outcome.and(Err(error));
@@ -287,9 +293,9 @@ impl Territory {
             match L1Entry::decode(raw, geometry) {
                 Ok(L1Entry::Unallocated) => {}
                 Ok(L1Entry::Table { offset, .. }) => {
-                    let cluster = offset.0 >> geometry.cluster_bits;
+                    let cluster = geometry.host_cluster(offset);
                     if let Some(conflict) = self.conflict(cluster) {
-                        outcome = outcome.and(Err(self.misplaced(sources, "L1", at, offset.0, conflict)));
+                        outcome = outcome.and(Err(self.misplaced(sources, "L1", at, offset, conflict)));
                     }
                     self.add_l2_table(cluster);
                 }
@@ -307,33 +313,38 @@ impl Territory {
         sources: &Sources<'_>,
         table: &'static str,
         at: u64,
-        host: u64,
+        host: HostOffset,
         conflict: Conflict,
     ) -> Error {
-        Error::Conflict { file: Arc::clone(sources.file), table, at, host, conflict }
+        Error::Conflict { file: Arc::clone(sources.file), table, at, host: host.0, conflict }
     }
 }
 
-/// The clusters of a range of bytes.
-fn clusters(geometry: &Geometry, bytes: &Range<u64>) -> Range<u64> {
-    bytes.start >> geometry.cluster_bits..geometry.clusters_for(bytes.end)
+/// `len` bytes of the file.
+pub(crate) fn bytes_at(at: HostOffset, len: u64) -> Range<HostOffset> {
+    at..HostOffset(at.0 + len)
 }
 
-fn intersects(one: &Range<u64>, other: &Range<u64>) -> bool {
+/// The clusters of a range of bytes.
+fn clusters(geometry: &Geometry, bytes: &Range<HostOffset>) -> Range<HostCluster> {
+    geometry.host_cluster(bytes.start)..HostCluster(geometry.clusters_for(bytes.end.0))
+}
+
+fn intersects(one: &Range<HostCluster>, other: &Range<HostCluster>) -> bool {
     one.start < other.end && other.start < one.end
 }
 
 /// Whether any of `sorted`, which are apart from each other, touches `range`.
-fn overlaps(sorted: &[Range<u64>], range: &Range<u64>) -> bool {
+fn overlaps(sorted: &[Range<HostCluster>], range: &Range<HostCluster>) -> bool {
     let next = sorted.partition_point(|one| one.end <= range.start);
     sorted.get(next).is_some_and(|one| intersects(one, range))
 }
 
 /// Ranges in order, those that touch made one.
-fn joined(ranges: impl Iterator<Item = Range<u64>>) -> Vec<Range<u64>> {
+fn joined(ranges: impl Iterator<Item = Range<HostCluster>>) -> Vec<Range<HostCluster>> {
     let mut sorted: Vec<_> = ranges.filter(|range| !range.is_empty()).collect();
     sorted.sort_unstable_by_key(|range| range.start);
-    let mut joined: Vec<Range<u64>> = Vec::new();
+    let mut joined: Vec<Range<HostCluster>> = Vec::new();
     for range in sorted {
         match joined.last_mut() {
             Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
@@ -349,21 +360,24 @@ mod tests {
 
     #[test]
     fn a_sieve_never_says_no_in_error_and_seldom_yes() {
-        let sieve = Sieve::new(10_000, 1 << 40);
-        (0..10_000).for_each(|index| sieve.mark(index * 8193));
-        assert!((0..10_000).all(|index| sieve.suspects(index * 8193)));
-        let wrong = (0..100_000).filter(|index| sieve.suspects(index * 8193 + 5)).count();
+        let end = HostCluster(1 << 40);
+        let sieve = Sieve::new(10_000, end);
+        (0..10_000).for_each(|index| sieve.mark(HostCluster(index * 8193)));
+        assert!((0..10_000).all(|index| sieve.suspects(HostCluster(index * 8193))));
+        let wrong = (0..100_000).filter(|index| sieve.suspects(HostCluster(index * 8193 + 5))).count();
         assert!(wrong < 5_000, "{wrong} of 100000");
-        assert!(sieve.suspects(1 << 40), "beyond the end");
-        sieve.set_end((1 << 40) + 1);
-        assert!(!sieve.suspects(1 << 40) && sieve.suspects((1 << 40) + 1));
+        assert!(sieve.suspects(end), "beyond the end");
+        sieve.set_end(end + 1);
+        assert!(!sieve.suspects(end) && sieve.suspects(end + 1));
     }
 
     #[test]
     fn ranges_are_joined_and_found() {
-        let ranges = joined([9..12, 1..3, 2..5, 5..6, 4..4].into_iter());
-        assert_eq!(ranges, [1..6, 9..12]);
-        assert!(overlaps(&ranges, &(5..7)) && overlaps(&ranges, &(11..99)) && overlaps(&ranges, &(0..2)));
-        assert!(!overlaps(&ranges, &(6..9)) && !overlaps(&ranges, &(12..13)) && !overlaps(&ranges, &(0..1)));
+        let row = |start, end| HostCluster(start)..HostCluster(end);
+        let ranges = joined([row(9, 12), row(1, 3), row(2, 5), row(5, 6), row(4, 4)].into_iter());
+        assert_eq!(ranges, [row(1, 6), row(9, 12)]);
+        let overlaps = |start, end| overlaps(&ranges, &row(start, end));
+        assert!(overlaps(5, 7) && overlaps(11, 99) && overlaps(0, 2));
+        assert!(!overlaps(6, 9) && !overlaps(12, 13) && !overlaps(0, 1));
     }
 }

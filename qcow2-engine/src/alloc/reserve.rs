@@ -13,6 +13,7 @@ use crate::{
     lane::Lane,
     meta::Meta,
 };
+use qcow2_format::HostCluster;
 use std::{io::ErrorKind as IoKind, ops::Range};
 
 /// The extent that a lane allocates from.
@@ -274,7 +275,7 @@ impl<I: Io> Lane<I> {
             }
         }
         image.meta.lock().space.file_end = end;
-        image.sieve.set_end(image.geometry().clusters_for(end));
+        image.sieve.set_end(HostCluster(image.geometry().clusters_for(end)));
         Ok(())
     }
 

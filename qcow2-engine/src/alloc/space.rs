@@ -14,7 +14,7 @@ use crate::{
     owner::Owner,
     redo::Record,
 };
-use qcow2_format::{HostOffset, geometry::MAX_REFTABLE_BYTES, header};
+use qcow2_format::{HostCluster, HostOffset, geometry::MAX_REFTABLE_BYTES, header};
 use std::{ops::Range, sync::Arc};
 
 /// Records in the redo log of one growth of the refcount table: the largest table has 16384 clusters
@@ -185,7 +185,7 @@ impl Meta {
             reason,
         };
         for cluster in run.clone() {
-            if let Some(owner) = self.territory.owner(cluster) {
+            if let Some(owner) = self.territory.owner(HostCluster(cluster)) {
                 return Err(wrong(cluster, format!("but it is in use as {owner}")));
             }
         }
@@ -207,7 +207,7 @@ impl Meta {
     pub(crate) fn add_refcount_block(&mut self, block: u64, at: u64) {
         let host = HostOffset(at << self.geometry.cluster_bits);
         self.refcounts.add_block(block, host, |page| self.graph.holds(Page::Refcount(page)));
-        self.territory.add_refcount_block(at);
+        self.territory.add_refcount_block(HostCluster(at));
         let table = Page::RefcountTable(self.refcounts.table_page(block));
         for page in self.refcounts.block_pages(block).map(Page::Refcount) {
             self.graph.touch(page);
@@ -269,7 +269,7 @@ impl Meta {
         self.header.set_u32(header::REFCOUNT_TABLE_CLUSTERS_OFFSET as usize, count as u32);
         self.graph.touch(Page::Header);
         let old = old_at >> self.geometry.cluster_bits;
-        self.territory.set_area(Owner::RefcountTable, clusters);
+        self.territory.set_area(Owner::RefcountTable, HostCluster(clusters.start).row(count));
         self.unmapped(old..old + old_entries / per_cluster);
     }
 }

@@ -79,6 +79,7 @@ use crate::{
     order::rules::RuleName,
     reclaim::in_rows,
 };
+use qcow2_format::HostCluster;
 use std::{collections::HashMap, future::Future, ops::Range, pin::Pin};
 
 /// Rounds over a window, at the most.
@@ -364,7 +365,7 @@ impl Meta {
             Some(references) if references == count => Judged::InOrder,
             Some(1) if window.is_active(cluster) => Judged::HasFlag,
             Some(references) => {
-                let is_metadata = self.territory.owner(cluster).is_some();
+                let is_metadata = self.territory.owner(HostCluster(cluster)).is_some();
                 if is_metadata && references == 0 { Judged::InOrder } else { Judged::Excess(references) }
             }
             None => Judged::InOrder,
