@@ -1,6 +1,7 @@
 //! Closing an image so that nothing is left over: no leak, no tail.
 
 use crate::{error::Result, io::Io, lane::Lane};
+use qcow2_format::HostCluster;
 
 /// Rounds of "write back, give back": freed clusters → their counts → nothing. A request that never ended
 /// would keep its clusters, and so does a count that cannot be read; they are then left as leaks.
@@ -50,17 +51,17 @@ impl<I: Io> Lane<I> {
     /// Cuts free clusters off the end of what this session has added to the file.
     async fn trim_file(&self) -> Result<()> {
         let image = self.image();
-        let bits = image.geometry().cluster_bits;
+        let geometry = image.geometry();
         let (file_end, may_be_longer) = {
             let space = &image.meta.lock().space;
             (space.file_end, space.may_be_longer)
         };
-        let lowest = image.geometry().clusters_for(image.opened_len);
-        let mut used = image.geometry().clusters_for(file_end);
-        while used > lowest && self.refcount(used - 1).await? == 0 {
+        let lowest = geometry.clusters_for(image.opened_len);
+        let mut used = geometry.clusters_for(file_end);
+        while used > lowest && self.refcount(HostCluster(used - 1)).await? == 0 {
             used -= 1;
         }
-        let len = (used << bits).min(file_end).max(image.opened_len);
+        let len = (used * geometry.cluster_size()).min(file_end).max(image.opened_len);
         if len < file_end || may_be_longer {
             let file = image.top().file;
             self.io()

@@ -15,7 +15,7 @@ use crate::{
     open::OpenOptions,
     order::rules::RuleName,
 };
-use qcow2_format::{Blueprint, CreateOptions, HostOffset, Mapping};
+use qcow2_format::{Blueprint, Clusters, CreateOptions, Mapping};
 use std::{io, path::Path, sync::Arc};
 
 /// Zeros are written in parts of so many bytes.
@@ -173,7 +173,8 @@ impl<I: Io> Lane<I> {
     }
 
     async fn preallocate_slice(&self, mut first: u64, end: u64) -> Result<()> {
-        let bits = self.image().geometry().cluster_bits;
+        let geometry = *self.image().geometry();
+        let bits = geometry.cluster_bits;
         self.begin_mutation().await?;
         self.prepare_table(first << bits).await?;
         while first < end {
@@ -182,13 +183,14 @@ impl<I: Io> Lane<I> {
             if !reservation.is_fresh() {
                 // What could not be truncated, as a block device, has old content.
                 reservation.begin_writing();
-                let zeroed = self.zero(host.start << bits, (host.end - host.start) << bits).await;
+                let zeroed =
+                    self.zero(geometry.host_offset(host.start).0, host.cluster_count() << bits).await;
                 reservation.end_writing();
                 zeroed?;
             }
-            let guest = first..first + (host.end - host.start);
+            let guest = first..first + host.cluster_count();
             self.publish(guest.clone(), Some(host.clone()), |cluster| {
-                let host = HostOffset((host.start + cluster - guest.start) << bits);
+                let host = geometry.host_offset(host.start + (cluster - guest.start));
                 Some(Mapping::Data { host, copied: true })
             })
             .await?;

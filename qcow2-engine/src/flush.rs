@@ -305,7 +305,7 @@ impl Drop for Lead<'_> {
 
 fn table_page(refcounts: &Refcounts, page: u64) -> Copy {
     Copy {
-        at: refcounts.table_place().0 + page * refcounts.page_bytes(),
+        at: refcounts.table_place().0.0 + page * refcounts.page_bytes(),
         bytes: refcounts.table_page_copy(page),
     }
 }

@@ -17,7 +17,7 @@ use crate::{
     owner::Owner,
 };
 use parking_lot::Mutex;
-use qcow2_format::{Geometry, HostCluster, Version, geometry::MAX_L1_BYTES, header};
+use qcow2_format::{Geometry, HostOffset, Version, geometry::MAX_L1_BYTES, header};
 use std::{
     io,
     ops::Range,
@@ -165,20 +165,20 @@ impl<I: Io> Lane<I> {
         for (index, entry) in layer.l1.used().take_while(|(index, _)| *index < present) {
             table.copy_from(index as usize * 8, &entry.to_be_bytes());
         }
-        let at = reservation.clusters().start << geometry.cluster_bits;
+        let at = geometry.host_offset(reservation.clusters().start).0;
         reservation.begin_writing();
         let written = exact::write_all(self.io(), layer.file, at, &table).await;
         reservation.end_writing();
         written.map_err(|source| image.io_error("write of the L1 table", layer.file, at, source))?;
-        let old = layer.l1_at >> geometry.cluster_bits;
+        let old = geometry.host_cluster(HostOffset(layer.l1_at));
         let old_len = geometry.clusters_for(u64::from(image.header_u32(header::L1_SIZE_OFFSET)) * 8);
         let mut meta = image.meta.lock();
         meta.header.set_u32(header::L1_SIZE_OFFSET as usize, entries as u32);
         meta.header.set_u64(header::L1_TABLE_OFFSET as usize, at);
         meta.graph.require(Rule::moved_l1_before_header());
         meta.refer(reservation.clusters(), Page::Header);
-        meta.territory.set_area(Owner::ActiveL1, HostCluster(reservation.clusters().start).row(clusters));
-        meta.unmapped(old..old + old_len);
+        meta.territory.set_area(Owner::ActiveL1, reservation.clusters());
+        meta.unmapped(old.row(old_len));
         drop(meta);
         reservation.commit();
         Ok(())

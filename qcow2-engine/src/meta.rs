@@ -17,7 +17,7 @@ use crate::{
     redo::{Record, RedoLog},
     territory::Territory,
 };
-use qcow2_format::Geometry;
+use qcow2_format::{Clusters, Geometry, HostCluster};
 use std::{ops::Range, sync::Arc};
 
 /// The mutable metadata of the top layer.
@@ -73,24 +73,24 @@ impl Meta {
 
     /// Nothing in memory refers to these clusters any more, as of now: one reference to each is
     /// given back when R5 allows it.
-    pub(crate) fn unmapped(&mut self, clusters: Range<u64>) {
+    pub(crate) fn unmapped(&mut self, clusters: Range<HostCluster>) {
         if clusters.is_empty() {
             return;
         }
         self.watch.unmapped(clusters.clone());
         let (cut, epoch) = (self.cuts_begun + 1, self.epochs.advance());
-        clusters.for_each(|cluster| self.frees.push(Free { cluster, cut, epoch }));
+        clusters.each().for_each(|cluster| self.frees.push(Free { cluster, cut, epoch }));
     }
 
     /// Sets the count of a cluster whose page is resident. All counts are changed here.
-    pub(crate) fn set_count(&mut self, cluster: u64, count: u64) {
+    pub(crate) fn set_count(&mut self, cluster: HostCluster, count: u64) {
         let page = self.refcounts.set(cluster, count);
         self.graph.touch(Page::Refcount(page));
-        self.watch.counted(cluster..cluster + 1);
+        self.watch.counted(cluster.row(1));
     }
 
     /// Lowers the count of a cluster whose page is resident; at 0 the allocator may find it.
-    pub(crate) fn lower_count(&mut self, cluster: u64, count: u64) {
+    pub(crate) fn lower_count(&mut self, cluster: HostCluster, count: u64) {
         self.set_count(cluster, count);
         if count == 0 {
             self.space.cursor = self.space.cursor.min(cluster);

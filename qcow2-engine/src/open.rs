@@ -25,7 +25,9 @@ use crate::{
     unpack::Unpacked,
 };
 use parking_lot::Mutex;
-use qcow2_format::{FormatError, Header, Snapshot, Unsupported, Version, header, header::HEADER_READ_BYTES};
+use qcow2_format::{
+    FormatError, Header, HostCluster, Snapshot, Unsupported, Version, header, header::HEADER_READ_BYTES,
+};
 use std::{
     io,
     path::{Path, PathBuf},
@@ -182,13 +184,13 @@ impl Image {
                 Arc::clone(&top.name),
                 geometry,
                 refcount_table,
-                header.refcount_table.0,
+                header.refcount_table,
                 options.paging,
                 refcount_pages,
             ),
             space: Space {
-                cursor: 0,
-                fresh_from: geometry.clusters_for(top.len),
+                cursor: HostCluster(0),
+                fresh_from: HostCluster(geometry.clusters_for(top.len)),
                 file_end: top.len,
                 may_be_longer: false,
             },

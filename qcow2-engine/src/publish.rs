@@ -13,7 +13,7 @@ use crate::{
     order::rules::{Page, Rule},
     redo::Record,
 };
-use qcow2_format::{HostCluster, HostOffset, L1Entry, Mapping};
+use qcow2_format::{Clusters, HostCluster, HostOffset, L1Entry, Mapping};
 use std::{
     ops::Range,
     sync::{Arc, atomic::Ordering},
@@ -52,7 +52,7 @@ impl<I: Io> Lane<I> {
     /// be what is damaged, and a snapshot may share the table. Asked once for each table.
     async fn check_sole_owner(&self, table: HostOffset) -> Result<()> {
         let image = self.image();
-        match self.refcount(table.0 >> image.geometry().cluster_bits).await? {
+        match self.refcount(image.geometry().host_cluster(table)).await? {
             1 => Ok(()),
             value => Err(Error::Refcount {
                 file: Arc::clone(&image.top().name),
@@ -74,7 +74,7 @@ impl<I: Io> Lane<I> {
             reservation.end_writing();
             written?;
         }
-        self.publish_table(index, reservation.clusters().start, 0..0).await?;
+        self.publish_table(index, reservation.clusters().start, Range::default()).await?;
         reservation.commit();
         Ok(())
     }
@@ -92,14 +92,14 @@ impl<I: Io> Lane<I> {
         let written = self.write_table(reservation.clusters().start, &table).await;
         reservation.end_writing();
         written?;
-        let old = shared.0 >> image.geometry().cluster_bits;
-        self.publish_table(index, reservation.clusters().start, old..old + 1).await?;
+        let old = image.geometry().host_cluster(shared).row(1);
+        self.publish_table(index, reservation.clusters().start, old).await?;
         reservation.commit();
         Ok(())
     }
 
     /// Points an L1 entry at a table whose content is in the file, instead of at `old`.
-    async fn publish_table(&self, index: u64, cluster: u64, old: Range<u64>) -> Result<()> {
+    async fn publish_table(&self, index: u64, cluster: HostCluster, old: Range<HostCluster>) -> Result<()> {
         let image = self.image();
         loop {
             {
@@ -113,9 +113,9 @@ impl<I: Io> Lane<I> {
         }
     }
 
-    async fn write_table(&self, cluster: u64, bytes: &Buf) -> Result<()> {
+    async fn write_table(&self, cluster: HostCluster, bytes: &Buf) -> Result<()> {
         let image = self.image();
-        let (file, at) = (image.top().file, cluster << image.geometry().cluster_bits);
+        let (file, at) = (image.top().file, image.geometry().host_offset(cluster).0);
         exact::write_all(self.io(), file, at, bytes)
             .await
             .map_err(|source| image.io_error("write of an L2 table", file, at, source))
@@ -128,7 +128,7 @@ impl<I: Io> Lane<I> {
     pub(crate) async fn publish(
         &self,
         guest: Range<u64>,
-        referred: Option<Range<u64>>,
+        referred: Option<Range<HostCluster>>,
         change: impl Fn(u64) -> Option<Mapping>,
     ) -> Result<()> {
         let image = self.image();
@@ -146,16 +146,21 @@ impl<I: Io> Lane<I> {
 impl Image {
     /// Points an L1 entry at a table whose content is in the file, though not yet durable. `old` is the
     /// cluster of the table before, if there was one.
-    pub(crate) fn publish_table(&self, meta: &mut Meta, index: u64, cluster: u64, old: Range<u64>) {
-        meta.log([Record::Table { index, cluster }]);
-        let entry =
-            L1Entry::Table { offset: HostOffset(cluster << self.geometry().cluster_bits), copied: true };
+    pub(crate) fn publish_table(
+        &self,
+        meta: &mut Meta,
+        index: u64,
+        cluster: HostCluster,
+        old: Range<HostCluster>,
+    ) {
+        meta.log([Record::Table { index, cluster: cluster.0 }]);
+        let entry = L1Entry::Table { offset: self.geometry().host_offset(cluster), copied: true };
         self.top().l1.set(index, entry.encode());
-        meta.territory.add_l2_table(HostCluster(cluster));
+        meta.territory.add_l2_table(cluster);
         let page = self.l1_page(index);
         meta.graph.require(Rule::table_content_before_l1(page));
-        meta.refer(cluster..cluster + 1, page);
-        old.clone().for_each(|table| meta.territory.remove_l2_table(HostCluster(table)));
+        meta.refer(cluster.row(1), page);
+        old.clone().each().for_each(|table| meta.territory.remove_l2_table(table));
         meta.unmapped(old);
     }
 
@@ -180,7 +185,7 @@ impl Image {
         &self,
         key: SliceKey,
         guest: Range<u64>,
-        referred: Option<Range<u64>>,
+        referred: Option<Range<HostCluster>>,
         change: impl Fn(u64) -> Option<Mapping>,
     ) -> Result<Attempt> {
         let layer = self.top();
@@ -231,7 +236,7 @@ impl Image {
     /// What an entry named is going to be freed: it must not be metadata.
     fn check_replaced(&self, meta: &Meta, guest: u64, old: Mapping) -> Result<()> {
         let conflict = |cluster| Some((cluster, meta.territory.conflict(cluster)?));
-        match self.referred_by(old).map(HostCluster).find_map(conflict) {
+        match self.referred_by(old).each().find_map(conflict) {
             None => Ok(()),
             Some((cluster, conflict)) => {
                 Err(self.conflict("L2", guest, self.geometry().host_offset(cluster), conflict))
@@ -240,17 +245,17 @@ impl Image {
     }
 
     /// The host clusters to which a mapping holds a reference.
-    fn referred_by(&self, mapping: Mapping) -> Range<u64> {
-        let bits = self.geometry().cluster_bits;
+    fn referred_by(&self, mapping: Mapping) -> Range<HostCluster> {
+        let geometry = self.geometry();
         match mapping {
-            Mapping::Unallocated | Mapping::Zero { host: None, .. } => 0..0,
+            Mapping::Unallocated | Mapping::Zero { host: None, .. } => Range::default(),
             Mapping::Data { host, .. } | Mapping::Zero { host: Some(host), .. } => {
-                host.0 >> bits..(host.0 >> bits) + 1
+                geometry.host_cluster(host).row(1)
             }
             // What a damaged descriptor claims beyond that is not its to give back.
             Mapping::Compressed(range) => {
-                let clusters = range.plausible(self.geometry()).host_clusters(self.geometry());
-                *clusters.start()..clusters.end() + 1
+                let clusters = range.plausible(geometry).host_clusters(geometry);
+                HostCluster(*clusters.start())..HostCluster(clusters.end() + 1)
             }
         }
     }

@@ -14,6 +14,7 @@ use crate::{
     meta::Meta,
     order::rules::RuleName,
 };
+use qcow2_format::{Clusters, HostCluster};
 use std::{
     io::ErrorKind,
     ops::Range,
@@ -24,7 +25,7 @@ use std::{
 struct Batch<'a> {
     image: &'a Image,
     /// Clusters, in order, and how many references to each.
-    references: Vec<(u64, u64)>,
+    references: Vec<(HostCluster, u64)>,
     /// Holes are being punched. Whoever punches may go away; the kernel goes on.
     is_punching: bool,
 }
@@ -40,7 +41,7 @@ impl Drop for Batch<'_> {
             return;
         }
         for (cluster, gone) in rest {
-            (0..gone).for_each(|_| meta.unmapped(cluster..cluster + 1));
+            (0..gone).for_each(|_| meta.unmapped(cluster.row(1)));
         }
     }
 }
@@ -115,7 +116,7 @@ impl<I: Io> Lane<I> {
     }
 
     /// The refcount of a host cluster.
-    pub(crate) async fn refcount(&self, cluster: u64) -> Result<u64> {
+    pub(crate) async fn refcount(&self, cluster: HostCluster) -> Result<u64> {
         loop {
             let count = self.image().meta.lock().refcounts.get(cluster)?;
             match count {
@@ -126,7 +127,7 @@ impl<I: Io> Lane<I> {
     }
 
     /// Lowers a cluster's count; at 0 it is free.
-    pub(crate) async fn lower(&self, cluster: u64, by: u64) -> Result<()> {
+    pub(crate) async fn lower(&self, cluster: HostCluster, by: u64) -> Result<()> {
         let image = self.image();
         loop {
             let needed = {
@@ -148,10 +149,11 @@ impl<I: Io> Lane<I> {
     /// Gives space back to the host. Where that is not possible the clusters are free all the same: nobody
     /// expects them to read as zeros. (A full file system may need room for it; if discards failed then, no
     /// space could ever be freed.)
-    pub(crate) async fn punch(&self, clusters: Range<u64>) {
+    pub(crate) async fn punch(&self, clusters: Range<HostCluster>) {
         let image = self.image();
-        let bits = image.geometry().cluster_bits;
-        let (at, len) = (clusters.start << bits, (clusters.end - clusters.start) << bits);
+        let geometry = image.geometry();
+        let at = geometry.host_offset(clusters.start).0;
+        let len = clusters.cluster_count() * geometry.cluster_size();
         let file = image.top().file;
         match self.io().punch_hole(file, at, len).await {
             Ok(()) => {}
@@ -169,10 +171,10 @@ impl<I: Io> Lane<I> {
 
 impl Image {
     /// The image came with a wrong count: what it counts may be in use elsewhere, too.
-    fn too_low(&self, cluster: u64, value: u64) -> Error {
+    fn too_low(&self, cluster: HostCluster, value: u64) -> Error {
         Error::Refcount {
             file: Arc::clone(&self.top().name),
-            at: cluster << self.geometry().cluster_bits,
+            at: self.geometry().host_offset(cluster).0,
             value,
             reason: "fewer than the references to it that are given back".into(),
         }
@@ -181,7 +183,7 @@ impl Image {
     /// Sets a cluster aside whose count cannot be read, as another one of the same page has shown: to read
     /// the page for each of them, one after the other, would take as long as the disk takes to give up,
     /// thousands of times.
-    fn is_set_aside(&self, cluster: u64) -> bool {
+    fn is_set_aside(&self, cluster: HostCluster) -> bool {
         let mut meta = self.meta.lock();
         let page = meta.refcounts.page_of(cluster);
         let is_unreadable = meta.frees.is_unreadable(page);
@@ -193,7 +195,7 @@ impl Image {
 
     /// A count that cannot be read cannot be lowered: its cluster waits for another attempt. The others are
     /// not to wait with it, and no request that has been carried out is to fail by it.
-    fn pass_over(&self, cluster: u64, error: Error) -> Result<()> {
+    fn pass_over(&self, cluster: HostCluster, error: Error) -> Result<()> {
         if !matches!(error, Error::Io { .. }) {
             return Err(error);
         }
@@ -209,7 +211,7 @@ impl Image {
     }
 
     /// Takes out what R5 allows to be given back.
-    fn take_ready_frees(&self, max: usize) -> Vec<(u64, u64)> {
+    fn take_ready_frees(&self, max: usize) -> Vec<(HostCluster, u64)> {
         let mut meta = self.meta.lock();
         let is_durable = meta.graph.is_disabled(RuleName::UnmapBeforeReuse);
         let has_passed = meta.graph.is_disabled(RuleName::RequestsBeforeReuse);
@@ -227,13 +229,13 @@ impl Image {
     }
 }
 
-/// Sorted numbers as ranges.
-pub(crate) fn in_rows(sorted: &[u64]) -> Vec<Range<u64>> {
-    let mut rows: Vec<Range<u64>> = Vec::new();
-    for &number in sorted {
+/// Sorted clusters as rows.
+pub(crate) fn in_rows(sorted: &[HostCluster]) -> Vec<Range<HostCluster>> {
+    let mut rows: Vec<Range<HostCluster>> = Vec::new();
+    for &cluster in sorted {
         match rows.last_mut() {
-            Some(row) if row.end == number => row.end += 1,
-            _ => rows.push(number..number + 1),
+            Some(row) if row.end == cluster => row.end = cluster + 1,
+            _ => rows.push(cluster.row(1)),
         }
     }
     rows
@@ -244,8 +246,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_in_a_row_are_one_range() {
-        assert_eq!(in_rows(&[3, 4, 5, 9, 11, 12]), [3..6, 9..10, 11..13]);
+    fn clusters_in_a_row_are_one_range() {
+        let sorted = [3, 4, 5, 9, 11, 12].map(HostCluster);
+        assert_eq!(in_rows(&sorted), [(3, 3), (9, 1), (11, 2)].map(|(at, count)| HostCluster(at).row(count)));
         assert!(in_rows(&[]).is_empty());
     }
 }

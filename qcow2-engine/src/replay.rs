@@ -20,11 +20,12 @@ use crate::{
     redo::{Record, RedoLog},
 };
 use qcow2_format::{
-    Geometry, HostOffset, L1Entry, Mapping,
+    Geometry, HostCluster, L1Entry, Mapping,
     geometry::{MAX_MAPPED_HOST_BYTES, MAX_REFTABLE_BYTES},
 };
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::Range,
     sync::Arc,
 };
 
@@ -59,7 +60,7 @@ impl<I: Io> Lane<I> {
         image.restore_refcount_table(&outcome)?;
         let clusters = outcome.clusters(image)?;
         for cluster in clusters {
-            self.restore_count(cluster).await?;
+            self.restore_count(HostCluster(cluster)).await?;
         }
         image.restore_tables(&outcome)?;
         for (&cluster, &entry) in &outcome.mappings {
@@ -70,13 +71,13 @@ impl<I: Io> Lane<I> {
     }
 
     /// Counts a cluster once.
-    async fn restore_count(&self, cluster: u64) -> Result<()> {
+    async fn restore_count(&self, cluster: HostCluster) -> Result<()> {
         let image = self.image();
         loop {
             let page = {
                 let mut meta = image.meta.lock();
                 if !matches!(meta.refcounts.place(cluster)?, Place::Page(_)) {
-                    return Err(image.bad_log(format!("no refcount block counts cluster {cluster}")));
+                    return Err(image.bad_log(format!("no refcount block counts cluster {}", cluster.0)));
                 }
                 match meta.refcounts.get(cluster)? {
                     Count::Is(1) => return Ok(()),
@@ -99,8 +100,8 @@ impl<I: Io> Lane<I> {
             return Err(image.bad_log(format!("guest cluster {cluster} has no L2 table")));
         }
         let mapping = image.logged_mapping(cluster, entry)?;
-        let referred = mapping.host().map(|host| host.0 >> layer.geometry.cluster_bits);
-        self.publish(cluster..cluster + 1, referred.map(|host| host..host + 1), |_| Some(mapping)).await
+        let referred = mapping.host().map(|host| layer.geometry.host_cluster(host).row(1));
+        self.publish(cluster..cluster + 1, referred, |_| Some(mapping)).await
     }
 }
 
@@ -118,17 +119,18 @@ impl Image {
     /// The refcount table's place, and the blocks that it did not have yet.
     fn restore_refcount_table(&self, outcome: &Outcome) -> Result<()> {
         let mut meta = self.meta.lock();
-        let bits = self.geometry().cluster_bits;
         if let Some((first, clusters)) = outcome.refcount_table
-            && meta.refcounts.table_place().0 != first << bits
+            && meta.refcounts.table_place().0 != self.geometry().host_offset(HostCluster(first))
         {
-            meta.place_refcount_table(first..first + clusters);
+            meta.place_refcount_table(HostCluster(first).row(clusters));
         }
         for (&block, &cluster) in &outcome.blocks {
-            let wanted = HostOffset(cluster << bits);
+            let wanted = self.geometry().host_offset(HostCluster(cluster));
             match meta.refcounts.block_at(block)? {
                 Some(present) if present == wanted => {}
-                None if block < meta.refcounts.table_place().1 => meta.add_refcount_block(block, cluster),
+                None if block < meta.refcounts.table_place().1 => {
+                    meta.add_refcount_block(block, HostCluster(cluster));
+                }
                 _ => return Err(self.bad_log(format!("refcount block {block} is elsewhere"))),
             }
         }
@@ -150,10 +152,12 @@ impl Image {
             {
                 L1Entry::Table { offset, copied: true } if offset.0 >> bits == cluster => {}
                 L1Entry::Table { offset, .. } => {
-                    let old = offset.0 >> bits;
-                    self.publish_table(&mut meta, index, cluster, old..old + 1);
+                    let old = layer.geometry.host_cluster(offset).row(1);
+                    self.publish_table(&mut meta, index, HostCluster(cluster), old);
                 }
-                L1Entry::Unallocated => self.publish_table(&mut meta, index, cluster, 0..0),
+                L1Entry::Unallocated => {
+                    self.publish_table(&mut meta, index, HostCluster(cluster), Range::default());
+                }
             }
         }
         Ok(())

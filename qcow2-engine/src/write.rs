@@ -16,7 +16,7 @@ use crate::{
     resolve::{Extent, Stop, to_boundary},
 };
 use futures_util::future::join_all;
-use qcow2_format::{HostOffset, Mapping};
+use qcow2_format::{Clusters, HostCluster, Mapping};
 use smallvec::SmallVec;
 use std::{ops::Range, sync::Arc};
 
@@ -46,7 +46,7 @@ enum Placement<'a> {
 /// An allocated zero cluster that gets content.
 struct Kept<'a> {
     image: &'a Image,
-    cluster: u64,
+    cluster: HostCluster,
     /// Writes are under way; if their owner goes away they still are.
     is_writing: bool,
 }
@@ -162,14 +162,15 @@ impl<I: Io> Lane<I> {
 
     /// Finds a place for the first of `count` guest clusters, and as many more as fit in a row.
     async fn place(&self, first: u64, count: u64) -> Result<Placement<'_>> {
-        let bits = self.image().geometry().cluster_bits;
+        let geometry = self.image().geometry();
         let kept = |mapping| match mapping {
-            Mapping::Zero { host: Some(host), copied: true } => Some(host.0 >> bits),
+            Mapping::Zero { host: Some(host), copied: true } => Some(host),
             _ => None,
         };
         if let Some(host) = kept(self.mapping(first).await?) {
-            self.image().check_target(HostOffset(host << bits), first << bits)?;
-            return Ok(Placement::Kept(Kept { image: self.image(), cluster: host, is_writing: false }));
+            self.image().check_target(host, first << geometry.cluster_bits)?;
+            let cluster = geometry.host_cluster(host);
+            return Ok(Placement::Kept(Kept { image: self.image(), cluster, is_writing: false }));
         }
         let mut new = 1;
         while new < count && kept(self.mapping(first + new).await?).is_none() {
@@ -198,7 +199,7 @@ impl<I: Io> Lane<I> {
         payload: Buf,
     ) -> Result<()> {
         let fresh = placement.is_fresh();
-        let host = placement.first() << self.image().geometry().cluster_bits;
+        let host = self.image().geometry().host_offset(placement.first()).0;
         let bits = self.image().geometry().cluster_bits;
         let start = guest.start << bits;
         let edges = self.edges(start..guest.end << bits, at..at + payload.len() as u64, fresh).await?;
@@ -240,11 +241,10 @@ impl<I: Io> Lane<I> {
 
     /// Maps guest clusters to their new place.
     async fn publish_data(&self, guest: Range<u64>, placement: Placement<'_>) -> Result<()> {
+        let geometry = self.image().geometry();
         let first = placement.first();
-        let count = placement.count();
-        let bits = self.image().geometry().cluster_bits;
-        self.publish(guest.clone(), Some(first..first + count), |cluster| {
-            let host = HostOffset((first + cluster - guest.start) << bits);
+        self.publish(guest.clone(), Some(first.row(placement.count())), |cluster| {
+            let host = geometry.host_offset(first + (cluster - guest.start));
             Some(Mapping::Data { host, copied: true })
         })
         .await?;
@@ -273,7 +273,7 @@ impl Image {
 }
 
 impl Placement<'_> {
-    fn first(&self) -> u64 {
+    fn first(&self) -> HostCluster {
         match self {
             Self::New(reservation) => reservation.clusters().start,
             Self::Kept(kept) => kept.cluster,
@@ -282,7 +282,7 @@ impl Placement<'_> {
 
     fn count(&self) -> u64 {
         match self {
-            Self::New(reservation) => reservation.clusters().end - reservation.clusters().start,
+            Self::New(reservation) => reservation.clusters().cluster_count(),
             Self::Kept(_) => 1,
         }
     }

@@ -8,7 +8,7 @@ use crate::{
     error::{Error, Result},
     paging::Paging,
 };
-use qcow2_format::{Geometry, HostOffset, RefcountTableEntry, refcount};
+use qcow2_format::{Clusters, Geometry, HostCluster, HostOffset, RefcountTableEntry, refcount};
 use std::{
     collections::HashMap,
     ops::{ControlFlow, Range},
@@ -21,7 +21,7 @@ pub(crate) struct Refcounts {
     geometry: Geometry,
     /// Raw entries in host byte order, as many as fit in the table's clusters.
     table: Vec<u64>,
-    table_at: u64,
+    table_at: HostOffset,
     page_bytes: u64,
     pages: HashMap<u64, Resident>,
     /// Pages to keep, if not dirty.
@@ -61,7 +61,7 @@ impl Refcounts {
         file: Arc<str>,
         geometry: Geometry,
         table: Vec<u64>,
-        table_at: u64,
+        table_at: HostOffset,
         paging: Paging,
         limit: usize,
     ) -> Self {
@@ -93,17 +93,42 @@ impl Refcounts {
         block * 8 / self.page_bytes()
     }
 
-    /// Host offset of the table, and its entries.
-    pub(crate) fn table_place(&self) -> (u64, u64) {
+    /// Where the table lies, and its entries.
+    pub(crate) fn table_place(&self) -> (HostOffset, u64) {
         (self.table_at, self.table.len() as u64)
     }
 
-    pub(crate) fn page_of(&self, cluster: u64) -> u64 {
-        cluster / self.clusters_per_page()
+    pub(crate) fn page_of(&self, cluster: HostCluster) -> u64 {
+        cluster.0 / self.clusters_per_page()
     }
 
-    pub(crate) fn block_of(&self, cluster: u64) -> u64 {
-        cluster / self.geometry.refcounts_per_block()
+    /// The pages that count clusters in a row, of which there is one at least.
+    pub(crate) fn pages_of(&self, clusters: &Range<HostCluster>) -> Range<u64> {
+        self.page_of(clusters.start)..(clusters.end.0 - 1) / self.clusters_per_page() + 1
+    }
+
+    pub(crate) fn block_of(&self, cluster: HostCluster) -> u64 {
+        cluster.0 / self.geometry.refcounts_per_block()
+    }
+
+    /// The blocks that count clusters in a row, of which there is one at least.
+    pub(crate) fn blocks_of(&self, clusters: &Range<HostCluster>) -> Range<u64> {
+        self.block_of(clusters.start)..(clusters.end.0 - 1) / self.geometry.refcounts_per_block() + 1
+    }
+
+    /// The first cluster that a page counts.
+    pub(crate) fn first_in_page(&self, page: u64) -> HostCluster {
+        HostCluster(page * self.clusters_per_page())
+    }
+
+    /// The first cluster that a block counts.
+    pub(crate) fn first_in_block(&self, block: u64) -> HostCluster {
+        HostCluster(block * self.geometry.refcounts_per_block())
+    }
+
+    /// Where in its page a cluster's count is.
+    fn index_in_page(&self, cluster: HostCluster) -> usize {
+        (cluster.0 % self.clusters_per_page()) as usize
     }
 
     /// Where the block lies in the file, if it exists.
@@ -112,7 +137,7 @@ impl Refcounts {
         RefcountTableEntry::decode(raw, &self.geometry).map_err(|source| Error::Corrupt {
             file: Arc::clone(&self.file),
             table: "refcount table",
-            at: (block * self.geometry.refcounts_per_block()) << self.geometry.cluster_bits,
+            at: self.geometry.host_offset(self.first_in_block(block)).0,
             source,
         })
     }
@@ -129,7 +154,7 @@ impl Refcounts {
     }
 
     /// Where a cluster's count is to be found.
-    pub(crate) fn place(&self, cluster: u64) -> Result<Place> {
+    pub(crate) fn place(&self, cluster: HostCluster) -> Result<Place> {
         let block = self.block_of(cluster);
         Ok(if block >= self.table.len() as u64 {
             Place::BeyondTable
@@ -141,9 +166,9 @@ impl Refcounts {
     }
 
     /// The count of a cluster.
-    pub(crate) fn get(&mut self, cluster: u64) -> Result<Count<u64>> {
+    pub(crate) fn get(&mut self, cluster: HostCluster) -> Result<Count<u64>> {
         let Place::Page(page) = self.place(cluster)? else { return Ok(Count::Is(0)) };
-        let index = (cluster % self.clusters_per_page()) as usize;
+        let index = self.index_in_page(cluster);
         let order = self.geometry.refcount_order;
         Ok(match self.pages.get_mut(&page) {
             None => Count::Needs(page),
@@ -158,9 +183,9 @@ impl Refcounts {
     ///
     /// # Panics
     /// When the page is not resident: callers asked for the count under the same lock.
-    pub(crate) fn set(&mut self, cluster: u64, value: u64) -> u64 {
+    pub(crate) fn set(&mut self, cluster: HostCluster, value: u64) -> u64 {
         let page = self.page_of(cluster);
-        let index = (cluster % self.clusters_per_page()) as usize;
+        let index = self.index_in_page(cluster);
         let order = self.geometry.refcount_order;
         let resident = self.pages.get_mut(&page).expect("the count was read under the same lock");
         refcount::set(&mut resident.bytes, order, index, value);
@@ -198,21 +223,27 @@ impl Refcounts {
     }
 
     /// The first run of free clusters at or after `from` in a resident page, at most `max` long.
-    pub(crate) fn free_run(&mut self, page: u64, from: u64, max: u64) -> Count<Option<Range<u64>>> {
-        let first = page * self.clusters_per_page();
-        let end = first + self.clusters_per_page();
+    pub(crate) fn free_run(
+        &mut self,
+        page: u64,
+        from: HostCluster,
+        max: u64,
+    ) -> Count<Option<Range<HostCluster>>> {
+        let (first, end) = (self.first_in_page(page), self.first_in_page(page + 1));
         let order = self.geometry.refcount_order;
         let Some(resident) = self.pages.get_mut(&page) else { return Count::Needs(page) };
         resident.used = true;
-        let is_free = |cluster: u64| refcount::get(&resident.bytes, order, (cluster - first) as usize) == 0;
-        let Some(start) = (from.max(first)..end).find(|&cluster| is_free(cluster)) else {
-            if !(first..from).any(is_free) {
+        let is_free =
+            |cluster: &HostCluster| refcount::get(&resident.bytes, order, (*cluster - first) as usize) == 0;
+        let Some(start) = (from.max(first)..end).each().find(is_free) else {
+            if !(first..from).each().any(|cluster| is_free(&cluster)) {
                 self.note_full(page);
             }
             return Count::Is(None);
         };
-        let stop = (start..end.min(start.saturating_add(max))).find(|&cluster| !is_free(cluster));
-        Count::Is(Some(start..stop.unwrap_or_else(|| end.min(start.saturating_add(max)))))
+        let end = end.min(HostCluster(start.0.saturating_add(max)));
+        let stop = (start..end).each().find(|cluster| !is_free(cluster));
+        Count::Is(Some(start..stop.unwrap_or(end)))
     }
 
     /// A page that was read from the file becomes resident. `keep` says which pages may not go.
@@ -256,7 +287,7 @@ impl Refcounts {
     }
 
     /// Moves the table to `at` with room for `entries`.
-    pub(crate) fn move_table(&mut self, at: u64, entries: usize) {
+    pub(crate) fn move_table(&mut self, at: HostOffset, entries: usize) {
         self.table.resize(entries, 0);
         self.table_at = at;
     }
@@ -292,19 +323,19 @@ mod tests {
             virtual_size: 1 << 20,
         };
         let table = vec![512; 200];
-        let mut counts = Refcounts::new("image".into(), geometry, table, 0, Paging::default(), 8);
+        let mut counts = Refcounts::new("image".into(), geometry, table, HostOffset(0), Paging::default(), 8);
         let full: Box<[u8]> = vec![1; 512].into();
         for page in [0, 1, 63, 64, 130] {
             counts.insert(page, full.clone(), |_| true);
-            assert_eq!(counts.free_run(page, 0, 8), Count::Is(None));
+            assert_eq!(counts.free_run(page, HostCluster(0), 8), Count::Is(None));
         }
         let next = [0, 1, 2, 63, 64, 130, 1000].map(|page| counts.next_not_full(page));
         assert_eq!(next, [2, 2, 2, 65, 65, 131, 1000]);
         (65..128).for_each(|page| counts.note_full(page));
         assert_eq!(counts.next_not_full(63), 128);
-        counts.set(64 * 64 + 5, 0);
+        counts.set(HostCluster(64 * 64 + 5), 0);
         assert_eq!(counts.next_not_full(63), 64);
-        assert_eq!(counts.free_run(64, 64 * 64 + 6, 8), Count::Is(None));
+        assert_eq!(counts.free_run(64, HostCluster(64 * 64 + 6), 8), Count::Is(None));
         assert_eq!(
             counts.next_not_full(63),
             64,

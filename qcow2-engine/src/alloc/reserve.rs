@@ -13,7 +13,7 @@ use crate::{
     lane::Lane,
     meta::Meta,
 };
-use qcow2_format::HostCluster;
+use qcow2_format::{Clusters, HostCluster};
 use std::{io::ErrorKind as IoKind, ops::Range};
 
 /// The extent that a lane allocates from.
@@ -75,7 +75,7 @@ impl LaneSpace {
     }
 
     /// What is left of the extent.
-    pub(crate) fn clusters(&self) -> Option<Range<u64>> {
+    pub(crate) fn clusters(&self) -> Option<Range<HostCluster>> {
         self.extent.as_ref().map(|run| run.clusters.clone())
     }
 }
@@ -106,7 +106,7 @@ impl Meta {
 }
 
 impl Reservation<'_> {
-    pub(crate) fn clusters(&self) -> Range<u64> {
+    pub(crate) fn clusters(&self) -> Range<HostCluster> {
         self.run.clusters.clone()
     }
 
@@ -193,7 +193,7 @@ impl<I: Io> Lane<I> {
     /// Reserves exactly `count` clusters in a row, for a table.
     pub(crate) async fn reserve_row(&self, count: u64) -> Result<Reservation<'_>> {
         let image = self.image();
-        let mut from = 0;
+        let mut from = HostCluster(0);
         let run = self.take(|meta| meta.next_row(count, &mut from)).await?;
         Ok(Reservation { image, lane: self.number(), run, stage: Stage::Written })
     }
@@ -236,7 +236,7 @@ impl<I: Io> Lane<I> {
     /// wait as freed clusters do, the next request would look for its place behind it, where there is even
     /// less room.
     async fn give_up(&self, run: Run) {
-        for cluster in run.clusters.clone().rev() {
+        for cluster in run.clusters.clone().each().rev() {
             {
                 // While it is counted. Afterwards somebody may have been given it, and have written to it.
                 let space = &mut self.image().meta.lock().space;
@@ -252,30 +252,30 @@ impl<I: Io> Lane<I> {
     }
 
     /// Makes the file reach the end of the clusters, with space allocated where the host can.
-    async fn extend_file(&self, clusters: &Range<u64>) -> Result<()> {
+    async fn extend_file(&self, clusters: &Range<HostCluster>) -> Result<()> {
         let image = self.image();
-        let bits = image.geometry().cluster_bits;
+        let geometry = image.geometry();
         let _growing = image.growth.acquire(0..1).await;
         let (at, claimed) = {
             let space = &image.meta.lock().space;
-            (space.file_end, space.fresh_from << bits)
+            (space.file_end, geometry.host_offset(space.fresh_from).0)
         };
-        let end = clusters.end << bits;
+        let (start, end) = (geometry.host_offset(clusters.start).0, geometry.host_offset(clusters.end).0);
         if end <= at {
             return Ok(());
         }
         // Up to here there are clusters already: the last one may be cut short by the end of the file.
-        let taken = (image.geometry().clusters_for(at) << bits).min(clusters.start << bits);
+        let taken = geometry.host_offset(HostCluster(geometry.clusters_for(at))).0.min(start);
         // What others have claimed and not reached yet is reached now: they find that the file is long
         // enough.
-        let behind_claims = (clusters.start << bits).max(claimed).max(at).min(end);
+        let behind_claims = start.max(claimed).max(at).min(end);
         for part in [at..claimed.min(end), behind_claims..end] {
             if !part.is_empty() {
                 self.allocate_space(part, taken).await?;
             }
         }
         image.meta.lock().space.file_end = end;
-        image.sieve.set_end(HostCluster(image.geometry().clusters_for(end)));
+        image.sieve.set_end(clusters.end);
         Ok(())
     }
 

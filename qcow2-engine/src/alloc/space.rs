@@ -14,19 +14,19 @@ use crate::{
     owner::Owner,
     redo::Record,
 };
-use qcow2_format::{HostCluster, HostOffset, geometry::MAX_REFTABLE_BYTES, header};
+use qcow2_format::{Clusters, HostCluster, geometry::MAX_REFTABLE_BYTES, header};
 use std::{ops::Range, sync::Arc};
 
 /// Records in the redo log of one growth of the refcount table: the largest table has 16384 clusters
 /// of 512 bytes, which 256 blocks count, and has grown by a third.
 const MAX_GROWTH_RECORDS: u64 = 512;
 
-/// Free space as seen by the allocator. Clusters are counted from the start of the file.
+/// Free space as seen by the allocator.
 pub(crate) struct Space {
     /// No free cluster lies below it, but for those that wait in `frees`.
-    pub(crate) cursor: u64,
+    pub(crate) cursor: HostCluster,
     /// From here on no cluster was ever written: they read as zeros.
-    pub(crate) fresh_from: u64,
+    pub(crate) fresh_from: HostCluster,
     /// The file extends at least to this byte.
     pub(crate) file_end: u64,
     /// An extension has failed, and may have gone a part of its way.
@@ -36,7 +36,7 @@ pub(crate) struct Space {
 /// Clusters in a row, counted once and not referred to yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Run {
-    pub(crate) clusters: Range<u64>,
+    pub(crate) clusters: Range<HostCluster>,
     /// Never written before: reads as zeros once the file extends over it.
     pub(crate) fresh: bool,
 }
@@ -48,7 +48,7 @@ pub(crate) enum Next {
     /// Load this refcount page and ask again.
     Needs(u64),
     /// Make the file reach over these clusters and ask again: refcount blocks and a table are to lie there.
-    NeedsRoom(Range<u64>),
+    NeedsRoom(Range<HostCluster>),
     /// The redo log is full: carry a cut out and ask again.
     NeedsCut,
 }
@@ -68,19 +68,19 @@ impl Meta {
                     }
                 }
                 Place::NoBlock { block } => {
-                    if let Some(needs) = self.lacks_room(cursor..cursor + 1) {
+                    if let Some(needs) = self.lacks_room(cursor.row(1)) {
                         return Ok(needs);
                     }
-                    self.claim(cursor..cursor + 1)?;
-                    self.log([Record::Block { block, cluster: cursor }]);
+                    self.claim(cursor.row(1))?;
+                    self.log([Record::Block { block, cluster: cursor.0 }]);
                     self.add_refcount_block(block, cursor);
-                    self.count_once(cursor..cursor + 1);
+                    self.count_once(cursor.row(1));
                 }
                 Place::Page(page) => match self.refcounts.free_run(page, cursor, max) {
                     Count::Needs(page) => return Ok(Next::Needs(page)),
                     Count::Is(None) => {
                         let next = self.refcounts.next_not_full(page + 1);
-                        self.space.cursor = next * self.refcounts.clusters_per_page();
+                        self.space.cursor = self.refcounts.first_in_page(next);
                     }
                     Count::Is(Some(clusters)) => {
                         let fresh = self.claim(clusters.clone())?;
@@ -94,7 +94,7 @@ impl Meta {
 
     /// Takes `count` clusters in a row, and counts them: the first there are, or behind everything that is
     /// counted so far. `from` is where to go on looking; nothing is found below it.
-    pub(crate) fn next_row(&mut self, count: u64, from: &mut u64) -> Result<Next> {
+    pub(crate) fn next_row(&mut self, count: u64, from: &mut HostCluster) -> Result<Next> {
         match self.row_in_page(count, from)? {
             Some(next) => Ok(next),
             None => self.row_with_blocks(count),
@@ -103,20 +103,21 @@ impl Meta {
 
     /// A row of clusters that one refcount page counts, the first there is from `from` on. A file that cannot
     /// grow has no other room than what is free inside it.
-    fn row_in_page(&mut self, count: u64, from: &mut u64) -> Result<Option<Next>> {
+    fn row_in_page(&mut self, count: u64, from: &mut HostCluster) -> Result<Option<Next>> {
         let per_page = self.refcounts.clusters_per_page();
-        let per_block = self.geometry.refcounts_per_block();
-        let end = self.refcounts.blocks_end() * per_block;
+        let end = self.refcounts.first_in_block(self.refcounts.blocks_end());
         *from = self.space.cursor.max(*from);
         while count <= per_page && *from < end {
             let Place::Page(page) = self.refcounts.place(*from)? else {
-                *from = (self.refcounts.block_of(*from) + 1) * per_block;
+                *from = self.refcounts.first_in_block(self.refcounts.block_of(*from) + 1);
                 continue;
             };
             match self.refcounts.free_run(page, *from, count) {
                 Count::Needs(page) => return Ok(Some(Next::Needs(page))),
-                Count::Is(None) => *from = self.refcounts.next_not_full(page + 1) * per_page,
-                Count::Is(Some(row)) if row.end - row.start < count => *from = row.end,
+                Count::Is(None) => {
+                    *from = self.refcounts.first_in_page(self.refcounts.next_not_full(page + 1));
+                }
+                Count::Is(Some(row)) if row.cluster_count() < count => *from = row.end,
                 Count::Is(Some(row)) => return self.take_row(row, 0..0).map(Some),
             }
         }
@@ -125,15 +126,15 @@ impl Meta {
 
     /// Takes clusters in a row, of which the first become new refcount blocks. What is passed over is still
     /// free.
-    fn take_row(&mut self, clusters: Range<u64>, new_blocks: Range<u64>) -> Result<Next> {
+    fn take_row(&mut self, clusters: Range<HostCluster>, new_blocks: Range<u64>) -> Result<Next> {
         if let Some(needs) = self.lacks_room(clusters.clone()) {
             return Ok(needs);
         }
         let cursor = self.space.cursor;
         let fresh = self.claim(clusters.clone())?;
         let row = clusters.start + (new_blocks.end - new_blocks.start)..clusters.end;
-        let blocks = new_blocks.zip(clusters.start..);
-        self.log(blocks.clone().map(|(block, cluster)| Record::Block { block, cluster }));
+        let blocks = new_blocks.zip(clusters.clone().each());
+        self.log(blocks.clone().map(|(block, cluster)| Record::Block { block, cluster: cluster.0 }));
         blocks.for_each(|(block, at)| self.add_refcount_block(block, at));
         self.count_once(clusters);
         self.space.cursor = cursor;
@@ -146,20 +147,20 @@ impl Meta {
         let per_block = self.geometry.refcounts_per_block();
         let blocks = count.div_ceil(per_block - 1);
         while self.refcounts.blocks_end() + blocks > self.refcounts.table_place().1 {
-            if let Some(needs) = self.grow_refcount_table(self.refcounts.table_place().1 * per_block)? {
+            let base = self.refcounts.first_in_block(self.refcounts.table_place().1);
+            if let Some(needs) = self.grow_refcount_table(base)? {
                 return Ok(needs);
             }
         }
         let first = self.refcounts.blocks_end();
-        let base = first * per_block;
-        self.take_row(base..base + blocks + count, first..first + blocks)
+        let clusters = self.refcounts.first_in_block(first).row(blocks + count);
+        self.take_row(clusters, first..first + blocks)
     }
 
     /// `by` refers to these clusters from now on: their counts, and what leads to their counts, go
     /// to disk first (R1).
-    pub(crate) fn refer(&mut self, clusters: Range<u64>, by: Page) {
-        let pages = self.refcounts.page_of(clusters.start)..=self.refcounts.page_of(clusters.end - 1);
-        for page in pages {
+    pub(crate) fn refer(&mut self, clusters: Range<HostCluster>, by: Page) {
+        for page in self.refcounts.pages_of(&clusters) {
             let table = self.refcounts.table_page(page / self.refcounts.pages_per_block());
             for count in [Page::Refcount(page), Page::RefcountTable(table), Page::Header] {
                 self.graph.require(Rule::refcount_before_reference(count, by));
@@ -168,7 +169,7 @@ impl Meta {
     }
 
     /// Moves the cursor over a run that is taken; says whether it is fresh.
-    fn claim(&mut self, run: Range<u64>) -> Result<bool> {
+    fn claim(&mut self, run: Range<HostCluster>) -> Result<bool> {
         self.check_unused(&run)?;
         let fresh = run.start >= self.space.fresh_from;
         self.space.fresh_from = self.space.fresh_from.max(run.end);
@@ -177,15 +178,15 @@ impl Meta {
     }
 
     /// A count of 0 is not enough: the count may be what is damaged.
-    fn check_unused(&self, run: &Range<u64>) -> Result<()> {
-        let wrong = |cluster: u64, reason| Error::Refcount {
+    fn check_unused(&self, run: &Range<HostCluster>) -> Result<()> {
+        let wrong = |cluster, reason| Error::Refcount {
             file: Arc::clone(&self.file),
-            at: cluster << self.geometry.cluster_bits,
+            at: self.geometry.host_offset(cluster).0,
             value: 0,
             reason,
         };
-        for cluster in run.clone() {
-            if let Some(owner) = self.territory.owner(HostCluster(cluster)) {
+        for cluster in run.clone().each() {
+            if let Some(owner) = self.territory.owner(cluster) {
                 return Err(wrong(cluster, format!("but it is in use as {owner}")));
             }
         }
@@ -196,18 +197,16 @@ impl Meta {
     }
 
     /// Sets the counts of clusters whose pages are resident to one.
-    fn count_once(&mut self, clusters: Range<u64>) {
+    fn count_once(&mut self, clusters: Range<HostCluster>) {
         self.watch.allocated(clusters.clone());
-        for cluster in clusters {
-            self.set_count(cluster, 1);
-        }
+        clusters.each().for_each(|cluster| self.set_count(cluster, 1));
     }
 
     /// Enters a new refcount block that lies in cluster `at`. It has been logged, if it has to be.
-    pub(crate) fn add_refcount_block(&mut self, block: u64, at: u64) {
-        let host = HostOffset(at << self.geometry.cluster_bits);
+    pub(crate) fn add_refcount_block(&mut self, block: u64, at: HostCluster) {
+        let host = self.geometry.host_offset(at);
         self.refcounts.add_block(block, host, |page| self.graph.holds(Page::Refcount(page)));
-        self.territory.add_refcount_block(HostCluster(at));
+        self.territory.add_refcount_block(at);
         let table = Page::RefcountTable(self.refcounts.table_page(block));
         for page in self.refcounts.block_pages(block).map(Page::Refcount) {
             self.graph.touch(page);
@@ -217,47 +216,47 @@ impl Meta {
 
     /// What metadata in these clusters needs first, unless the file reaches over them: a flush that had to
     /// write behind its end would fail where the host has no room.
-    fn lacks_room(&self, clusters: Range<u64>) -> Option<Next> {
-        let is_in_file = clusters.end << self.geometry.cluster_bits <= self.space.file_end;
+    fn lacks_room(&self, clusters: Range<HostCluster>) -> Option<Next> {
+        let is_in_file = self.geometry.host_offset(clusters.end).0 <= self.space.file_end;
         (!is_in_file).then_some(Next::NeedsRoom(clusters))
     }
 
     /// Moves the refcount table to a larger place at `base`, the first cluster that it does not
     /// reach: new blocks first, then the table, all counted by those blocks. Or says what that needs first.
-    fn grow_refcount_table(&mut self, base: u64) -> Result<Option<Next>> {
+    fn grow_refcount_table(&mut self, base: HostCluster) -> Result<Option<Next>> {
         let (_, old_entries) = self.refcounts.table_place();
         let per_cluster = self.geometry.cluster_size() / 8;
         let plan =
-            plan_table(base, old_entries / per_cluster, per_cluster, self.geometry.refcounts_per_block());
-        if plan.table_clusters << self.geometry.cluster_bits > MAX_REFTABLE_BYTES {
+            plan_table(base.0, old_entries / per_cluster, per_cluster, self.geometry.refcounts_per_block());
+        if plan.table_clusters * self.geometry.cluster_size() > MAX_REFTABLE_BYTES {
             return Err(Error::TooLarge {
                 file: Arc::clone(&self.file),
                 reason: "the refcount table has reached its largest size",
             });
         }
-        let end = base + plan.blocks + plan.table_clusters;
-        if let Some(needs) = self.lacks_room(base..end) {
+        let taken = base.row(plan.blocks + plan.table_clusters);
+        if let Some(needs) = self.lacks_room(taken.clone()) {
             return Ok(Some(needs));
         }
-        self.claim(base..end)?;
-        let table = base + plan.blocks..end;
-        let blocks = (self.refcounts.block_of(base)..).zip(base..table.start);
+        self.claim(taken.clone())?;
+        let table = base + plan.blocks..taken.end;
+        let blocks = (self.refcounts.block_of(base)..).zip((base..table.start).each());
         // The blocks count the table's clusters: without them its record would be of no use.
-        let moved = Record::RefcountTable { clusters: plan.table_clusters, first: table.start };
-        let made = blocks.clone().map(|(block, cluster)| Record::Block { block, cluster });
+        let moved = Record::RefcountTable { clusters: plan.table_clusters, first: table.start.0 };
+        let made = blocks.clone().map(|(block, cluster)| Record::Block { block, cluster: cluster.0 });
         self.log([moved].into_iter().chain(made));
         self.place_refcount_table(table);
         blocks.for_each(|(block, at)| self.add_refcount_block(block, at));
-        self.count_once(base..end);
+        self.count_once(taken);
         Ok(None)
     }
 
     /// Has the refcount table lie in these clusters from now on, and lets go of the old ones. That has been
     /// logged, if it has to be.
-    pub(crate) fn place_refcount_table(&mut self, clusters: Range<u64>) {
+    pub(crate) fn place_refcount_table(&mut self, clusters: Range<HostCluster>) {
         let (old_at, old_entries) = self.refcounts.table_place();
         let per_cluster = self.geometry.cluster_size() / 8;
-        let (at, count) = (clusters.start << self.geometry.cluster_bits, clusters.end - clusters.start);
+        let (at, count) = (self.geometry.host_offset(clusters.start), clusters.cluster_count());
         let entries = count * per_cluster;
         self.refcounts.move_table(at, entries as usize);
         for block in (0..entries).step_by((self.refcounts.page_bytes() / 8) as usize) {
@@ -265,12 +264,11 @@ impl Meta {
             self.graph.touch(page);
             self.graph.require(Rule::table_before_header(page));
         }
-        self.header.set_u64(header::REFCOUNT_TABLE_OFFSET as usize, at);
+        self.header.set_u64(header::REFCOUNT_TABLE_OFFSET as usize, at.0);
         self.header.set_u32(header::REFCOUNT_TABLE_CLUSTERS_OFFSET as usize, count as u32);
         self.graph.touch(Page::Header);
-        let old = old_at >> self.geometry.cluster_bits;
-        self.territory.set_area(Owner::RefcountTable, HostCluster(clusters.start).row(count));
-        self.unmapped(old..old + old_entries / per_cluster);
+        self.territory.set_area(Owner::RefcountTable, clusters);
+        self.unmapped(self.geometry.host_cluster(old_at).row(old_entries / per_cluster));
     }
 }
 

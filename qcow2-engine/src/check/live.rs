@@ -22,7 +22,7 @@ use crate::{
     io::Io,
     leaks::Pace,
 };
-use qcow2_format::{Defects, HostOffset, L1Entry, Mapping, geometry::TABLE_ENTRY_BYTES};
+use qcow2_format::{Defects, L1Entry, Mapping, geometry::TABLE_ENTRY_BYTES};
 use std::{cell::Cell, ops::Range, sync::Arc};
 
 /// Entries of a refcount table that are copied while the metadata lock is held.
@@ -71,7 +71,7 @@ impl<'a, I: Io> ImageFile<'a, I> {
             let (table, entries) = meta.refcounts.table_place();
             (table, entries, meta.space.file_end)
         };
-        header.refcount_table = HostOffset(table);
+        header.refcount_table = table;
         header.refcount_table_clusters =
             (entries * TABLE_ENTRY_BYTES / image.geometry().cluster_size()) as u32;
         let top = image.top();

@@ -136,7 +136,7 @@ impl From<crate::Error> for Stop {
 #[derive(Default)]
 struct Found {
     /// Clusters that are counted too often, and the references that they have.
-    excess: Vec<(u64, u64)>,
+    excess: Vec<(HostCluster, u64)>,
     /// Clusters that are counted too often and have to stay so.
     flagged: u64,
     /// Clusters that may be counted too often, but were touched: one that is in use, and has leaked
@@ -184,12 +184,8 @@ impl<I: Io> Lane<I> {
         }
         image.undamaged()?;
         let _searching = image.searching.acquire(0..1).await;
-        let end = image.counted_end();
-        let mut first = 0;
-        while first < end {
+        for window in in_parts(&(HostCluster(0)..image.counted_end()), size) {
             rest(pace).await?;
-            let window = first..end.min(first + size);
-            first = window.end;
             if !image.has_block_in(&window) {
                 continue;
             }
@@ -208,7 +204,7 @@ impl<I: Io> Lane<I> {
 
     async fn search_window(
         &self,
-        clusters: Range<u64>,
+        clusters: Range<HostCluster>,
         pace: &dyn Pace,
         reclaimed: &mut Reclaimed,
     ) -> Result<Found, Stop> {
@@ -223,15 +219,16 @@ impl<I: Io> Lane<I> {
         if !image.is_disabled(RuleName::CutBeforeSearch) {
             self.write_back().await?;
         }
-        let window = match live::count(self.io(), image, pace, Window::new(clusters.clone())).await {
+        let window = Window::new(clusters.start.0..clusters.end.0);
+        let window = match live::count(self.io(), image, pace, window).await {
             Counted::All(window) => window,
             Counted::Stopped => return Err(Stop::Verdict(Verdict::Stopped)),
             Counted::Doubt(reason) => return Err(doubt(&reason)),
         };
         let mut found = Found::default();
-        for first in clusters.clone().step_by(SETTLED as usize) {
+        for row in in_parts(&clusters, SETTLED) {
             rest(pace).await?;
-            self.settle_row(first..clusters.end.min(first + SETTLED), &window, &mut found, reclaimed).await?;
+            self.settle_row(row, &window, &mut found, reclaimed).await?;
         }
         Ok(found)
     }
@@ -239,7 +236,7 @@ impl<I: Io> Lane<I> {
     /// Compares counts with references, and lowers those that are too high.
     async fn settle_row(
         &self,
-        clusters: Range<u64>,
+        clusters: Range<HostCluster>,
         window: &Window,
         found: &mut Found,
         reclaimed: &mut Reclaimed,
@@ -247,8 +244,7 @@ impl<I: Io> Lane<I> {
         // What is in a batch of freed clusters was touched before; here it is in nobody's way.
         let _no_batch = self.image().reclaiming.acquire(0..1).await;
         let going = self.image().going(&clusters);
-        for first in clusters.clone().step_by(LOCKED as usize) {
-            let some = first..clusters.end.min(first + LOCKED);
+        for some in in_parts(&clusters, LOCKED) {
             self.compare(some, window, &going, found).await?;
         }
         let excess = std::mem::take(&mut found.excess);
@@ -272,7 +268,7 @@ impl<I: Io> Lane<I> {
     /// Finds the untouched clusters that are counted too often.
     async fn compare(
         &self,
-        clusters: Range<u64>,
+        clusters: Range<HostCluster>,
         window: &Window,
         going: &Going,
         found: &mut Found,
@@ -290,13 +286,13 @@ impl<I: Io> Lane<I> {
                         Count::Is(Judged::HasFlag) => found.flagged += 1,
                         Count::Is(Judged::Touched) => found.touched += 1,
                         Count::Is(Judged::Lacking { count, references }) => {
-                            let at = next << image.geometry().cluster_bits;
+                            let at = image.geometry().host_offset(next).0;
                             return Err(doubt(&format!(
                                 "the cluster at {at:#x} has refcount {count} and {references} references"
                             )));
                         }
                     }
-                    next += 1;
+                    next = next + 1;
                     if next == clusters.end {
                         break None;
                     }
@@ -310,7 +306,7 @@ impl<I: Io> Lane<I> {
     }
 
     /// Lowers a count, unless the cluster has been touched meanwhile. Returns whether it has.
-    async fn lower_to(&self, cluster: u64, references: u64) -> Result<bool> {
+    async fn lower_to(&self, cluster: HostCluster, references: u64) -> Result<bool> {
         let image = self.image();
         loop {
             let needed = {
@@ -346,13 +342,13 @@ enum Judged {
 }
 
 impl Meta {
-    fn judge(&mut self, cluster: u64, window: &Window, going: &Going) -> Result<Count<Judged>> {
+    fn judge(&mut self, cluster: HostCluster, window: &Window, going: &Going) -> Result<Count<Judged>> {
         let count = match self.refcounts.get(cluster)? {
             Count::Needs(page) => return Ok(Count::Needs(page)),
             Count::Is(count) => count,
         };
         if self.watch.is_touched(cluster) {
-            let is_suspect = match window.references(cluster) {
+            let is_suspect = match window.references(cluster.0) {
                 None => false,
                 // Its last references are gone; those that still count are known to wait, or have leaked.
                 Some(0) => !self.watch.is_fresh(cluster) && going.get(&cluster).copied().unwrap_or(0) < count,
@@ -360,12 +356,12 @@ impl Meta {
             };
             return Ok(Count::Is(if is_suspect { Judged::Touched } else { Judged::InOrder }));
         }
-        Ok(Count::Is(match window.references(cluster) {
+        Ok(Count::Is(match window.references(cluster.0) {
             Some(references) if references > count => Judged::Lacking { count, references },
             Some(references) if references == count => Judged::InOrder,
-            Some(1) if window.is_active(cluster) => Judged::HasFlag,
+            Some(1) if window.is_active(cluster.0) => Judged::HasFlag,
             Some(references) => {
-                let is_metadata = self.territory.owner(HostCluster(cluster)).is_some();
+                let is_metadata = self.territory.owner(cluster).is_some();
                 if is_metadata && references == 0 { Judged::InOrder } else { Judged::Excess(references) }
             }
             None => Judged::InOrder,
@@ -374,11 +370,11 @@ impl Meta {
 }
 
 /// References that are on their way back: cluster → how many.
-type Going = HashMap<u64, u64>;
+type Going = HashMap<HostCluster, u64>;
 
 impl Image {
     /// What waits to be freed of these clusters.
-    fn going(&self, clusters: &Range<u64>) -> Going {
+    fn going(&self, clusters: &Range<HostCluster>) -> Going {
         let mut going = Going::new();
         let meta = self.meta.lock();
         for cluster in meta.frees.clusters().filter(|cluster| clusters.contains(cluster)) {
@@ -388,11 +384,11 @@ impl Image {
     }
 
     /// Takes a window up. What is on its way is touched; nothing else has been.
-    fn watch(&self, window: Range<u64>) -> (Watching<'_>, Epoch) {
+    fn watch(&self, window: Range<HostCluster>) -> (Watching<'_>, Epoch) {
         let mut meta = self.meta.lock();
         let Meta { watch, frees, lanes, .. } = &mut *meta;
         watch.begin(window);
-        frees.clusters().for_each(|cluster| watch.unmapped(cluster..cluster + 1));
+        frees.clusters().for_each(|cluster| watch.unmapped(cluster.row(1)));
         lanes.iter().filter_map(|lane| lane.clusters()).for_each(|extent| watch.reserved(extent));
         (Watching(self), self.epochs.advance())
     }
@@ -411,16 +407,23 @@ impl Image {
     }
 
     /// Clusters from here on have no count.
-    fn counted_end(&self) -> u64 {
+    fn counted_end(&self) -> HostCluster {
         let meta = self.meta.lock();
-        meta.refcounts.blocks_end() * meta.geometry.refcounts_per_block()
+        meta.refcounts.first_in_block(meta.refcounts.blocks_end())
     }
 
-    fn has_block_in(&self, clusters: &Range<u64>) -> bool {
+    fn has_block_in(&self, clusters: &Range<HostCluster>) -> bool {
         let meta = self.meta.lock();
-        let blocks = meta.refcounts.block_of(clusters.start)..meta.refcounts.block_of(clusters.end - 1) + 1;
-        meta.refcounts.table_entries(blocks).iter().any(|&entry| entry != 0)
+        meta.refcounts.table_entries(meta.refcounts.blocks_of(clusters)).iter().any(|&entry| entry != 0)
     }
+}
+
+/// Clusters in parts of so many, the last one of as many as are left.
+fn in_parts(clusters: &Range<HostCluster>, size: u64) -> impl Iterator<Item = Range<HostCluster>> + use<> {
+    let Range { start, end } = *clusters;
+    (start.0..end.0)
+        .step_by(size as usize)
+        .map(move |first| HostCluster(first)..end.min(HostCluster(first) + size))
 }
 
 async fn rest(pace: &dyn Pace) -> Result<(), Stop> {
