@@ -15,8 +15,8 @@ use crate::{
     open::OpenOptions,
     order::rules::RuleName,
 };
-use qcow2_format::{Blueprint, Clusters, CreateOptions, Mapping};
-use std::{io, path::Path, sync::Arc};
+use qcow2_format::{Blueprint, Clusters, CreateOptions, GuestCluster, Mapping};
+use std::{io, ops::Range, path::Path, sync::Arc};
 
 /// Zeros are written in parts of so many bytes.
 const ZERO_CHUNK: u64 = 1 << 20;
@@ -161,41 +161,39 @@ impl<I: Io> Lane<I> {
     /// Maps every cluster of an empty image to one of its own, which reads as zeros.
     async fn preallocate(&self) -> Result<()> {
         let geometry = *self.image().geometry();
-        let per_slice = self.image().top().slice_entries();
         let count = geometry.clusters_for(geometry.virtual_size);
-        let mut first = 0;
-        while first < count {
-            let end = count.min((first / per_slice + 1) * per_slice);
-            self.in_flight(self.preallocate_slice(first, end)).await?;
-            first = end;
+        let Range { mut start, end } = GuestCluster(0).row(count);
+        while start < end {
+            let next = end.min(self.image().top().slice_end(start));
+            self.in_flight(self.preallocate_slice(start..next)).await?;
+            start = next;
         }
         Ok(())
     }
 
-    async fn preallocate_slice(&self, mut first: u64, end: u64) -> Result<()> {
+    async fn preallocate_slice(&self, mut clusters: Range<GuestCluster>) -> Result<()> {
         let geometry = *self.image().geometry();
-        let bits = geometry.cluster_bits;
         self.begin_mutation().await?;
-        self.prepare_table(first << bits).await?;
-        while first < end {
-            let mut reservation = self.reserve(end - first).await?;
+        self.prepare_table(geometry.guest_offset(clusters.start)).await?;
+        while !clusters.is_empty() {
+            let mut reservation = self.reserve(clusters.cluster_count()).await?;
             let host = reservation.clusters();
             if !reservation.is_fresh() {
                 // What could not be truncated, as a block device, has old content.
                 reservation.begin_writing();
-                let zeroed =
-                    self.zero(geometry.host_offset(host.start).0, host.cluster_count() << bits).await;
+                let len = host.cluster_count() * geometry.cluster_size();
+                let zeroed = self.zero(geometry.host_offset(host.start).0, len).await;
                 reservation.end_writing();
                 zeroed?;
             }
-            let guest = first..first + host.cluster_count();
+            let guest = clusters.start.row(host.cluster_count());
             self.publish(guest.clone(), Some(host.clone()), |cluster| {
                 let host = geometry.host_offset(host.start + (cluster - guest.start));
                 Some(Mapping::Data { host, copied: true })
             })
             .await?;
             reservation.commit();
-            first = guest.end;
+            clusters.start = guest.end;
         }
         self.relieve().await
     }

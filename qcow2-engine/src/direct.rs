@@ -114,7 +114,7 @@ impl Image {
     fn runs_to_write(&self, at: u64, len: u64) -> Option<Runs> {
         let file = self.top().file;
         let run_of = |piece: &Piece| match piece.kind {
-            Kind::InPlace { host } => Some(Run { file, at: host, len: piece.len }),
+            Kind::InPlace { host } => Some(Run { file, at: host.0, len: piece.len }),
             Kind::Allocate => None,
         };
         let first = piece(self, at, len).ok()?;

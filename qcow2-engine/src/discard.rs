@@ -10,7 +10,7 @@ use crate::{
     lane::Lane,
     resolve::Extent,
 };
-use qcow2_format::{L1Entry, Mapping};
+use qcow2_format::{Clusters, GuestCluster, L1Entry, Mapping};
 use std::{ops::Range, sync::Arc};
 
 /// Whether zeroed clusters keep their space in the file.
@@ -54,13 +54,15 @@ impl<I: Io> Lane<I> {
     /// [`Self::write_zeroes`], from inside a request.
     pub(crate) async fn write_zeroes_in_parts(&self, at: u64, len: u64, mode: ZeroMode) -> Result<()> {
         let image = self.image();
-        let bits = image.geometry().cluster_bits;
+        let geometry = image.geometry();
         let keeps_bytes = !image.has_zero_clusters() && (mode == ZeroMode::Keep || !image.can_discard());
-        let clusters = if keeps_bytes { 0..0 } else { image.whole_clusters(at, len) };
+        let clusters = if keeps_bytes { Range::default() } else { image.whole_clusters(at, len) };
         let end = at + len;
         let edges = match clusters.is_empty() {
             true => [at..end, end..end],
-            false => [at..clusters.start << bits, end.min(clusters.end << bits)..end],
+            false => {
+                [at..geometry.guest_offset(clusters.start), end.min(geometry.guest_offset(clusters.end))..end]
+            }
         };
         for edge in edges.into_iter().filter(|edge| !edge.is_empty()) {
             self.write_zero_bytes(edge).await?;
@@ -92,12 +94,11 @@ impl<I: Io> Lane<I> {
 
     /// Makes whole clusters read as zeros by their mapping, a slice at a time. Each slice is in flight for
     /// itself, too: were it the request as a whole, all that is freed meanwhile would wait for its end.
-    async fn zero_clusters(&self, clusters: Range<u64>, mode: ZeroMode) -> Result<()> {
+    async fn zero_clusters(&self, clusters: Range<GuestCluster>, mode: ZeroMode) -> Result<()> {
         self.image().check_changes()?;
-        let per_slice = self.image().top().slice_entries();
         let mut first = clusters.start;
         while first < clusters.end {
-            let end = clusters.end.min((first / per_slice + 1) * per_slice);
+            let end = clusters.end.min(self.image().top().slice_end(first));
             self.in_flight(self.zero_in_slice(first..end, mode)).await?;
             first = end;
             self.relieve().await?;
@@ -105,16 +106,16 @@ impl<I: Io> Lane<I> {
         Ok(())
     }
 
-    async fn zero_in_slice(&self, clusters: Range<u64>, mode: ZeroMode) -> Result<()> {
+    async fn zero_in_slice(&self, clusters: Range<GuestCluster>, mode: ZeroMode) -> Result<()> {
         self.begin_mutation().await?;
         let image = self.image();
-        let at = clusters.start << image.geometry().cluster_bits;
-        let _mapping = image.mappings.acquire(clusters.clone()).await;
+        let at = image.geometry().guest_offset(clusters.start);
+        let _mapping = image.mappings.acquire(clusters.start.0..clusters.end.0).await;
         if image.layers.len() == 1 && image.top().l1_entry(at)? == L1Entry::Unallocated {
             return Ok(());
         }
-        let mut old = Vec::with_capacity((clusters.end - clusters.start) as usize);
-        for cluster in clusters.clone() {
+        let mut old = Vec::with_capacity(clusters.cluster_count() as usize);
+        for cluster in clusters.clone().each() {
             old.push(self.mapping(cluster).await?);
         }
         let new: Vec<_> = old.iter().map(|&mapping| image.zeroed(mapping, mode)).collect();
@@ -129,12 +130,15 @@ impl<I: Io> Lane<I> {
 
 impl Image {
     /// The clusters that lie wholly inside the range; the disk's last one counts up to its end.
-    fn whole_clusters(&self, at: u64, len: u64) -> Range<u64> {
-        let bits = self.geometry().cluster_bits;
+    fn whole_clusters(&self, at: u64, len: u64) -> Range<GuestCluster> {
+        let geometry = self.geometry();
         let end = at + len;
-        let last = if end >= self.virtual_size() { self.geometry().clusters_for(end) } else { end >> bits };
-        let first = self.geometry().clusters_for(at);
-        first..last.max(first)
+        let behind = match end >= self.virtual_size() {
+            true => GuestCluster(geometry.clusters_for(end)),
+            false => geometry.guest_cluster(end),
+        };
+        let first = GuestCluster(geometry.clusters_for(at));
+        first..behind.max(first)
     }
 
     /// The mapping that makes a cluster read as zeros, or `None` where it does already.

@@ -256,7 +256,7 @@ impl Image {
             Page::L1(page) => {
                 let per_page = layer.slice_bytes() / 8;
                 let bytes = layer.l1.bytes(page * per_page, per_page);
-                Copy { at: layer.l1_at + page * layer.slice_bytes(), bytes }
+                Copy { at: layer.l1_at.0 + page * layer.slice_bytes(), bytes }
             }
             Page::Header => Copy { at: 0, bytes: meta.header.0.clone() },
         }

@@ -17,7 +17,7 @@ use crate::{
     owner::Owner,
 };
 use parking_lot::Mutex;
-use qcow2_format::{Geometry, HostOffset, Version, geometry::MAX_L1_BYTES, header};
+use qcow2_format::{Geometry, Version, geometry::MAX_L1_BYTES, header};
 use std::{
     io,
     ops::Range,
@@ -170,7 +170,7 @@ impl<I: Io> Lane<I> {
         let written = exact::write_all(self.io(), layer.file, at, &table).await;
         reservation.end_writing();
         written.map_err(|source| image.io_error("write of the L1 table", layer.file, at, source))?;
-        let old = geometry.host_cluster(HostOffset(layer.l1_at));
+        let old = geometry.host_cluster(layer.l1_at);
         let old_len = geometry.clusters_for(u64::from(image.header_u32(header::L1_SIZE_OFFSET)) * 8);
         let mut meta = image.meta.lock();
         meta.header.set_u32(header::L1_SIZE_OFFSET as usize, entries as u32);

@@ -115,7 +115,7 @@ pub(crate) async fn load_all(io: &impl Io, layers: &[Layer]) -> Result<()> {
             // Takes memory as far as it is used.
             let whole = buf.get_or_insert_with(|| Buf::zeroed(PART_BYTES as usize));
             let some = whole.slice(0..len as usize);
-            let at = layer.l1_at + start;
+            let at = layer.l1_at.0 + start;
             exact::read_zero_extended(io, layer.file, at, &some).await.map_err(|source| Error::Io {
                 operation: "L1 table read",
                 file: Arc::clone(&layer.name),

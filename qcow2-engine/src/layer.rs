@@ -13,7 +13,7 @@ use crate::{
     io::{FileId, SECTOR},
     l1::L1Table,
 };
-use qcow2_format::{Compression, Geometry, L1Entry, Mapping};
+use qcow2_format::{Compression, Geometry, GuestCluster, HostOffset, L1Entry, Mapping};
 use std::sync::Arc;
 
 /// A file of the chain.
@@ -41,8 +41,8 @@ pub(crate) struct Qcow2Layer {
     pub(crate) compression: Compression,
     /// The L1 table, padded to whole pages.
     pub(crate) l1: L1Table,
-    /// Byte offset of the L1 table in the file.
-    pub(crate) l1_at: u64,
+    /// Where the L1 table lies in the file.
+    pub(crate) l1_at: HostOffset,
 }
 
 /// What a disk of so many bytes shows to images above it: its whole sectors, as QEMU has it. A last sector
@@ -107,7 +107,7 @@ impl Qcow2Layer {
 
     /// Bytes of the disk that a slice maps.
     pub(crate) fn slice_coverage(&self) -> u64 {
-        self.slice_entries() << self.geometry.cluster_bits
+        self.slice_entries() * self.geometry.cluster_size()
     }
 
     /// Size of the disk in whole sectors: of the top with the last that it has a part of, of others as
@@ -132,9 +132,19 @@ impl Qcow2Layer {
     /// The slice and the entry in it that map a guest offset.
     #[inline]
     pub(crate) fn slice_at(&self, guest: u64) -> (SliceKey, usize) {
-        let cluster = guest >> self.geometry.cluster_bits;
+        let GuestCluster(cluster) = self.geometry.guest_cluster(guest);
         let entries = self.slice_entries();
         (SliceKey { layer: self.index, slice: cluster / entries }, (cluster % entries) as usize)
+    }
+
+    /// The first cluster that a slice maps.
+    pub(crate) fn first_in_slice(&self, slice: u64) -> GuestCluster {
+        GuestCluster(slice * self.slice_entries())
+    }
+
+    /// The first cluster behind those that the same slice maps.
+    pub(crate) fn slice_end(&self, cluster: GuestCluster) -> GuestCluster {
+        self.first_in_slice(cluster.0 / self.slice_entries() + 1)
     }
 
     /// The L1 entry for a guest offset.
@@ -145,7 +155,7 @@ impl Qcow2Layer {
 
     /// Where a slice lies in the file, if its table exists.
     pub(crate) fn slice_location(&self, slice: u64) -> Result<Option<u64>> {
-        let guest = (slice * self.slice_entries()) << self.geometry.cluster_bits;
+        let guest = self.geometry.guest_offset(self.first_in_slice(slice));
         Ok(match self.l1_entry(guest)? {
             L1Entry::Unallocated => None,
             L1Entry::Table { offset, .. } => {

@@ -429,7 +429,7 @@ fn new_layer(opened: &Opened, header: &Header, index: u16, paging: Paging) -> Qc
         slice_bytes,
         compression: header.compression,
         l1: L1Table::empty(l1_bytes as usize / 8),
-        l1_at: header.l1_table.0,
+        l1_at: header.l1_table,
     }
 }
 

@@ -13,7 +13,7 @@ use crate::{
     order::rules::{Page, Rule},
     redo::Record,
 };
-use qcow2_format::{Clusters, HostCluster, HostOffset, L1Entry, Mapping};
+use qcow2_format::{Clusters, GuestCluster, HostCluster, HostOffset, L1Entry, Mapping};
 use std::{
     ops::Range,
     sync::{Arc, atomic::Ordering},
@@ -26,6 +26,15 @@ enum Attempt {
     Miss,
     /// The redo log is full, or every slot of the cache is dirty: a cut makes room.
     NoRoom,
+}
+
+/// An entry of a slice that changes.
+struct Change {
+    cluster: GuestCluster,
+    /// Where in the slice it is.
+    index: usize,
+    old: Mapping,
+    new: Mapping,
 }
 
 impl<I: Io> Lane<I> {
@@ -127,12 +136,12 @@ impl<I: Io> Lane<I> {
     /// mappings referred to, and the new ones do not, is freed.
     pub(crate) async fn publish(
         &self,
-        guest: Range<u64>,
+        guest: Range<GuestCluster>,
         referred: Option<Range<HostCluster>>,
-        change: impl Fn(u64) -> Option<Mapping>,
+        change: impl Fn(GuestCluster) -> Option<Mapping>,
     ) -> Result<()> {
         let image = self.image();
-        let key = image.top().slice_at(guest.start << image.geometry().cluster_bits).0;
+        let key = image.top().slice_at(image.geometry().guest_offset(guest.start)).0;
         loop {
             match image.try_publish(key, guest.clone(), referred.clone(), &change)? {
                 Attempt::Done => return Ok(()),
@@ -179,45 +188,72 @@ impl Image {
         self.vouched[index as usize / 64].fetch_or(1 << (index % 64), Ordering::Release);
     }
 
-    /// One attempt at [`Lane::publish`]. Old entries are all judged before the first one is changed,
-    /// so that damage is found while nothing has happened.
+    /// One attempt at [`Lane::publish`].
     fn try_publish(
         &self,
         key: SliceKey,
-        guest: Range<u64>,
+        guest: Range<GuestCluster>,
         referred: Option<Range<HostCluster>>,
-        change: impl Fn(u64) -> Option<Mapping>,
+        change: impl Fn(GuestCluster) -> Option<Mapping>,
     ) -> Result<Attempt> {
-        let layer = self.top();
-        let geometry = &layer.geometry;
         let mut meta = self.meta.lock();
-        let mut changes = Vec::with_capacity((guest.end - guest.start) as usize);
-        for cluster in guest.clone() {
-            let (_, index) = layer.slice_at(cluster << geometry.cluster_bits);
-            let Some(raw) = self.cache.entry(key, index) else { return Ok(Attempt::Miss) };
-            let old = Mapping::decode(raw, geometry)
-                .map_err(|source| layer.corrupt("L2", cluster << geometry.cluster_bits, source))?;
-            if let Some(new) = change(cluster).filter(|&new| new != old) {
-                self.check_replaced(&meta, cluster << geometry.cluster_bits, old)?;
-                changes.push((index, old, new));
-            }
-        }
+        let Some(changes) = self.changes(&meta, key, guest, change)? else { return Ok(Attempt::Miss) };
         if changes.is_empty() {
             return Ok(Attempt::Done);
         }
         if !meta.has_log_room(changes.len() as u64) || !self.cache.unfold(key) {
             return Ok(Attempt::NoRoom);
         }
-        let page = Page::L2(key.slice);
-        let first = key.slice * layer.slice_entries();
-        for &(index, _, new) in &changes {
-            let entry = new.encode(geometry);
-            meta.log([Record::Mapping { cluster: first + index as u64, entry }]);
+        self.enter(&mut meta, key, &changes);
+        self.record_rules(&mut meta, key.slice, referred);
+        for Change { old, new, .. } in changes {
+            if old.host().is_none() || old.host() != new.host() {
+                meta.unmapped(self.referred_by(old));
+            }
+        }
+        Ok(Attempt::Done)
+    }
+
+    /// What a publication changes, or `None` where the slice is not in memory. Old entries are all judged
+    /// before the first one is changed, so that damage is found while nothing has happened.
+    fn changes(
+        &self,
+        meta: &Meta,
+        key: SliceKey,
+        guest: Range<GuestCluster>,
+        change: impl Fn(GuestCluster) -> Option<Mapping>,
+    ) -> Result<Option<Vec<Change>>> {
+        let layer = self.top();
+        let mut changes = Vec::with_capacity(guest.cluster_count() as usize);
+        for cluster in guest.each() {
+            let at = layer.geometry.guest_offset(cluster);
+            let (_, index) = layer.slice_at(at);
+            let Some(raw) = self.cache.entry(key, index) else { return Ok(None) };
+            let old =
+                Mapping::decode(raw, &layer.geometry).map_err(|source| layer.corrupt("L2", at, source))?;
+            if let Some(new) = change(cluster).filter(|&new| new != old) {
+                self.check_replaced(meta, at, old)?;
+                changes.push(Change { cluster, index, old, new });
+            }
+        }
+        Ok(Some(changes))
+    }
+
+    /// Sets the entries of a slice that is in memory and has a slot, which it keeps.
+    fn enter(&self, meta: &mut Meta, key: SliceKey, changes: &[Change]) {
+        for &Change { cluster, index, new, .. } in changes {
+            let entry = new.encode(self.geometry());
+            meta.log([Record::Mapping { cluster: cluster.0, entry }]);
             self.cache.set_entry(key, index, entry);
         }
         self.cache.set_pinned(key, true);
-        meta.graph.touch(page);
-        let l1_page = self.l1_page(geometry.l1_index(guest.start << geometry.cluster_bits));
+        meta.graph.touch(Page::L2(key.slice));
+    }
+
+    /// Records what has to precede a slice whose entries have been set, and now refer to some clusters.
+    fn record_rules(&self, meta: &mut Meta, slice: u64, referred: Option<Range<HostCluster>>) {
+        let page = Page::L2(slice);
+        let l1_page = self.l1_page(slice / self.top().slices_per_table());
         if meta.graph.is_dirty(l1_page) {
             meta.graph.require(Rule::l2_before_l1(page, l1_page));
         }
@@ -225,12 +261,6 @@ impl Image {
             meta.graph.require(Rule::payload_before_mapping(page));
             meta.refer(clusters, page);
         }
-        for (_, old, new) in changes {
-            if old.host().is_none() || old.host() != new.host() {
-                meta.unmapped(self.referred_by(old));
-            }
-        }
-        Ok(Attempt::Done)
     }
 
     /// What an entry named is going to be freed: it must not be metadata.

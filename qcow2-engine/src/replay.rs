@@ -20,7 +20,7 @@ use crate::{
     redo::{Record, RedoLog},
 };
 use qcow2_format::{
-    Geometry, HostCluster, L1Entry, Mapping,
+    Geometry, GuestCluster, HostCluster, L1Entry, Mapping,
     geometry::{MAX_MAPPED_HOST_BYTES, MAX_REFTABLE_BYTES},
 };
 use std::{
@@ -101,7 +101,7 @@ impl<I: Io> Lane<I> {
         }
         let mapping = image.logged_mapping(cluster, entry)?;
         let referred = mapping.host().map(|host| layer.geometry.host_cluster(host).row(1));
-        self.publish(cluster..cluster + 1, referred, |_| Some(mapping)).await
+        self.publish(GuestCluster(cluster).row(1), referred, |_| Some(mapping)).await
     }
 }
 

@@ -16,7 +16,7 @@ use crate::{
     resolve::{Extent, Stop, to_boundary},
 };
 use futures_util::future::join_all;
-use qcow2_format::{Clusters, HostCluster, Mapping};
+use qcow2_format::{Clusters, Geometry, GuestCluster, HostCluster, HostOffset, Mapping};
 use smallvec::SmallVec;
 use std::{ops::Range, sync::Arc};
 
@@ -30,8 +30,8 @@ pub(crate) struct Piece {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// The clusters are the image's own: contiguous in the file from this byte.
-    InPlace { host: u64 },
+    /// The clusters are the image's own: contiguous in the file from here.
+    InPlace { host: HostOffset },
     /// Some cluster has to be allocated; all lie in one L2 slice.
     Allocate,
 }
@@ -100,19 +100,18 @@ impl<I: Io> Lane<I> {
         }
     }
 
-    async fn write_in_place(&self, host: u64, buf: &Buf) -> Result<()> {
+    async fn write_in_place(&self, host: HostOffset, buf: &Buf) -> Result<()> {
         let file = self.image().top().file;
-        exact::write_all(self.io(), file, host, buf)
+        exact::write_all(self.io(), file, host.0, buf)
             .await
-            .map_err(|source| self.image().io_error("write", file, host, source))
+            .map_err(|source| self.image().io_error("write", file, host.0, source))
     }
 
     /// Writes a range of which some clusters were not the image's own when it was looked at.
     async fn write_allocating(&self, at: u64, buf: Buf) -> Result<()> {
         let image = self.image();
-        let bits = image.geometry().cluster_bits;
-        let end = at + buf.len() as u64;
-        let mapping = image.mappings.acquire(at >> bits..((end - 1) >> bits) + 1).await;
+        let clusters = touched(image.geometry(), at, buf.len() as u64);
+        let mapping = image.mappings.acquire(clusters.start.0..clusters.end.0).await;
         // Whoever held the range before may have gone away with its writes under way.
         image.flusher.check()?;
         // Whoever held the range before may have mapped a part of it.
@@ -147,11 +146,10 @@ impl<I: Io> Lane<I> {
         let geometry = *image.geometry();
         self.prepare_table(at).await?;
         while !buf.is_empty() {
-            let first = at >> geometry.cluster_bits;
-            let last = (at + buf.len() as u64 - 1) >> geometry.cluster_bits;
-            let placement = self.place(first, last - first + 1).await?;
-            let clusters = first..first + placement.count();
-            let end = (clusters.end << geometry.cluster_bits).min(at + buf.len() as u64);
+            let wanted = touched(&geometry, at, buf.len() as u64);
+            let placement = self.place(wanted.start, wanted.cluster_count()).await?;
+            let clusters = wanted.start.row(placement.count());
+            let end = geometry.guest_offset(clusters.end).min(at + buf.len() as u64);
             let payload = buf.slice(0..(end - at) as usize);
             buf = buf.slice(payload.len()..buf.len());
             self.fill_and_publish(clusters, placement, at, payload).await?;
@@ -161,14 +159,14 @@ impl<I: Io> Lane<I> {
     }
 
     /// Finds a place for the first of `count` guest clusters, and as many more as fit in a row.
-    async fn place(&self, first: u64, count: u64) -> Result<Placement<'_>> {
+    async fn place(&self, first: GuestCluster, count: u64) -> Result<Placement<'_>> {
         let geometry = self.image().geometry();
         let kept = |mapping| match mapping {
             Mapping::Zero { host: Some(host), copied: true } => Some(host),
             _ => None,
         };
         if let Some(host) = kept(self.mapping(first).await?) {
-            self.image().check_target(host, first << geometry.cluster_bits)?;
+            self.image().check_target(host, geometry.guest_offset(first))?;
             let cluster = geometry.host_cluster(host);
             return Ok(Placement::Kept(Kept { image: self.image(), cluster, is_writing: false }));
         }
@@ -180,10 +178,10 @@ impl<I: Io> Lane<I> {
     }
 
     /// The mapping of a guest cluster in the top layer.
-    pub(crate) async fn mapping(&self, cluster: u64) -> Result<Mapping> {
+    pub(crate) async fn mapping(&self, cluster: GuestCluster) -> Result<Mapping> {
         let image = self.image();
         loop {
-            match image.top().look_up(&image.cache, cluster << image.geometry().cluster_bits)? {
+            match image.top().look_up(&image.cache, image.geometry().guest_offset(cluster))? {
                 Lookup::NoTable => return Ok(Mapping::Unallocated),
                 Lookup::Entry(mapping) => return Ok(mapping),
                 Lookup::Miss(key) => self.load_slice(key).await?,
@@ -193,24 +191,25 @@ impl<I: Io> Lane<I> {
 
     async fn fill_and_publish(
         &self,
-        guest: Range<u64>,
+        guest: Range<GuestCluster>,
         mut placement: Placement<'_>,
         at: u64,
         payload: Buf,
     ) -> Result<()> {
         let fresh = placement.is_fresh();
-        let host = self.image().geometry().host_offset(placement.first()).0;
-        let bits = self.image().geometry().cluster_bits;
-        let start = guest.start << bits;
-        let edges = self.edges(start..guest.end << bits, at..at + payload.len() as u64, fresh).await?;
+        let geometry = self.image().geometry();
+        let host = geometry.host_offset(placement.first());
+        let (start, end) = (geometry.guest_offset(guest.start), geometry.guest_offset(guest.end));
+        let host_of = |at: u64| HostOffset(host.0 + (at - start));
+        let edges = self.edges(start..end, at..at + payload.len() as u64, fresh).await?;
         placement.begin_writing();
         let written = if edges.is_empty() {
-            self.write_in_place(host + (at - start), &payload).await
+            self.write_in_place(host_of(at), &payload).await
         } else {
             let writes = edges
                 .into_iter()
                 .chain([(at, payload)])
-                .map(|(at, bytes)| async move { self.write_in_place(host + (at - start), &bytes).await });
+                .map(|(at, bytes)| async move { self.write_in_place(host_of(at), &bytes).await });
             join_all(writes).await.into_iter().collect()
         };
         placement.end_writing();
@@ -240,7 +239,7 @@ impl<I: Io> Lane<I> {
     }
 
     /// Maps guest clusters to their new place.
-    async fn publish_data(&self, guest: Range<u64>, placement: Placement<'_>) -> Result<()> {
+    async fn publish_data(&self, guest: Range<GuestCluster>, placement: Placement<'_>) -> Result<()> {
         let geometry = self.image().geometry();
         let first = placement.first();
         self.publish(guest.clone(), Some(first.row(placement.count())), |cluster| {
@@ -306,6 +305,11 @@ impl Placement<'_> {
     }
 }
 
+/// The clusters of which a range of bytes, which is not empty, has some.
+fn touched(geometry: &Geometry, at: u64, len: u64) -> Range<GuestCluster> {
+    geometry.guest_cluster(at)..geometry.guest_cluster(at + len - 1) + 1
+}
+
 /// Splits a write by what has to be done, from where `pieces` ends. Pieces that are contiguous and
 /// alike are one. What has been found before a miss stays, as in [`crate::resolve`].
 pub(crate) fn split(image: &Image, at: u64, len: u64, pieces: &mut SmallVec<[Piece; 2]>) -> Result<(), Stop> {
@@ -314,7 +318,7 @@ pub(crate) fn split(image: &Image, at: u64, len: u64, pieces: &mut SmallVec<[Pie
     while done < len {
         let next = piece(image, at + done, len - done)?;
         let goes_on = pieces.last().is_some_and(|last| match (last.kind, next.kind) {
-            (Kind::InPlace { host }, Kind::InPlace { host: next }) => host + last.len == next,
+            (Kind::InPlace { host }, Kind::InPlace { host: next }) => host.0 + last.len == next.0,
             (Kind::Allocate, Kind::Allocate) => layer.slice_at(last.at).0 == layer.slice_at(next.at).0,
             _ => false,
         });
@@ -335,7 +339,7 @@ pub(crate) fn piece(image: &Image, at: u64, len: u64) -> Result<Piece, Stop> {
         Lookup::Miss(key) => return Err(Stop::Miss(key)),
         Lookup::Entry(Mapping::Data { host, copied: true }) => {
             image.check_target(host, at)?;
-            Kind::InPlace { host: host.0 + layer.geometry.in_cluster(at) }
+            Kind::InPlace { host: HostOffset(host.0 + layer.geometry.in_cluster(at)) }
         }
         Lookup::NoTable | Lookup::Entry(_) => Kind::Allocate,
     };
