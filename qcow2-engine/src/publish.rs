@@ -162,7 +162,7 @@ impl Image {
         cluster: HostCluster,
         old: Range<HostCluster>,
     ) {
-        meta.log([Record::Table { index, cluster: cluster.0 }]);
+        meta.log([Record::Table { index, cluster }]);
         let entry = L1Entry::Table { offset: self.geometry().host_offset(cluster), copied: true };
         self.top().l1.set(index, entry.encode());
         meta.territory.add_l2_table(cluster);
@@ -243,7 +243,7 @@ impl Image {
     fn enter(&self, meta: &mut Meta, key: SliceKey, changes: &[Change]) {
         for &Change { cluster, index, new, .. } in changes {
             let entry = new.encode(self.geometry());
-            meta.log([Record::Mapping { cluster: cluster.0, entry }]);
+            meta.log([Record::Mapping { cluster, entry }]);
             self.cache.set_entry(key, index, entry);
         }
         self.cache.set_pinned(key, true);

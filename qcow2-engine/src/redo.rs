@@ -20,6 +20,7 @@
 //! idempotent, and only the last one for each entry counts, so a log that is replayed twice, or whose
 //! head is behind, does no harm.
 
+use qcow2_format::{GuestCluster, HostCluster};
 use std::{
     fmt,
     sync::{
@@ -59,13 +60,13 @@ pub struct RedoLog {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Record {
     /// A guest cluster's L2 entry, as on disk but in host byte order.
-    Mapping { cluster: u64, entry: u64 },
-    /// The host cluster of an L2 table, by its place in the L1 table.
-    Table { index: u64, cluster: u64 },
-    /// The host cluster of a refcount block.
-    Block { block: u64, cluster: u64 },
-    /// The refcount table's length and first host cluster.
-    RefcountTable { clusters: u64, first: u64 },
+    Mapping { cluster: GuestCluster, entry: u64 },
+    /// Where an L2 table is, by its place in the L1 table.
+    Table { index: u64, cluster: HostCluster },
+    /// Where a refcount block is.
+    Block { block: u64, cluster: HostCluster },
+    /// The refcount table's length in clusters, and its first.
+    RefcountTable { clusters: u64, first: HostCluster },
 }
 
 /// Why a log cannot be used.
@@ -229,19 +230,19 @@ impl Record {
     /// Kind, index and value. An index is below 2^56: guest clusters have at least 512 bytes each.
     fn encode(self) -> (u64, u64, u64) {
         match self {
-            Self::Mapping { cluster, entry } => (1, cluster, entry),
-            Self::Table { index, cluster } => (2, index, cluster),
-            Self::Block { block, cluster } => (3, block, cluster),
-            Self::RefcountTable { clusters, first } => (4, clusters, first),
+            Self::Mapping { cluster, entry } => (1, cluster.0, entry),
+            Self::Table { index, cluster } => (2, index, cluster.0),
+            Self::Block { block, cluster } => (3, block, cluster.0),
+            Self::RefcountTable { clusters, first } => (4, clusters, first.0),
         }
     }
 
     fn decode(kind: u64, index: u64, value: u64) -> Option<Self> {
         Some(match kind {
-            1 => Self::Mapping { cluster: index, entry: value },
-            2 => Self::Table { index, cluster: value },
-            3 => Self::Block { block: index, cluster: value },
-            4 => Self::RefcountTable { clusters: index, first: value },
+            1 => Self::Mapping { cluster: GuestCluster(index), entry: value },
+            2 => Self::Table { index, cluster: HostCluster(value) },
+            3 => Self::Block { block: index, cluster: HostCluster(value) },
+            4 => Self::RefcountTable { clusters: index, first: HostCluster(value) },
             _ => return None,
         })
     }
@@ -268,10 +269,10 @@ mod tests {
     fn what_one_process_has_logged_the_next_one_reads() {
         let memory = memory(MIN_RECORDS);
         let all = [
-            Record::Mapping { cluster: (1 << 55) - 1, entry: u64::MAX },
-            Record::Table { index: 7, cluster: 9 },
-            Record::Block { block: 3, cluster: 4 },
-            Record::RefcountTable { clusters: 2, first: 11 },
+            Record::Mapping { cluster: GuestCluster((1 << 55) - 1), entry: u64::MAX },
+            Record::Table { index: 7, cluster: HostCluster(9) },
+            Record::Block { block: 3, cluster: HostCluster(4) },
+            Record::RefcountTable { clusters: 2, first: HostCluster(11) },
         ];
         let mut log = RedoLog::create(Arc::clone(&memory)).unwrap();
         all.into_iter().for_each(|record| log.append([record]));
@@ -286,12 +287,12 @@ mod tests {
     fn it_goes_round_and_tells_when_it_is_full() {
         let mut log = RedoLog::create(memory(MIN_RECORDS)).unwrap();
         for round in 0..3 {
-            for cluster in 0..MIN_RECORDS {
+            for cluster in (0..MIN_RECORDS).map(GuestCluster) {
                 log.append([Record::Mapping { cluster, entry: round }]);
             }
             assert!(log.room() == 0 && log.is_filling());
             let records = log.records().unwrap();
-            assert_eq!(records[1000], Record::Mapping { cluster: 1000, entry: round });
+            assert_eq!(records[1000], Record::Mapping { cluster: GuestCluster(1000), entry: round });
             log.retire(log.tail());
             assert!(log.is_empty() && log.room() == MIN_RECORDS);
         }
@@ -301,7 +302,7 @@ mod tests {
     fn a_log_whose_making_was_cut_short_is_empty() {
         let memory = memory(MIN_RECORDS);
         let mut log = RedoLog::create(Arc::clone(&memory)).unwrap();
-        log.append([Record::Table { index: 0, cluster: 0 }]);
+        log.append([Record::Table { index: 0, cluster: HostCluster(0) }]);
         log.word(0).store(0, Ordering::Relaxed);
         assert!(RedoLog::open(Arc::clone(&memory)).unwrap().is_empty());
         assert!(RedoLog::open(memory).unwrap().is_empty(), "it is whole by now");
@@ -313,7 +314,7 @@ mod tests {
         let memory = memory(MIN_RECORDS);
         assert!(matches!(RedoLog::open(Arc::clone(&memory)), Err(RedoError::Foreign)));
         let mut log = RedoLog::create(Arc::clone(&memory)).unwrap();
-        log.append([Record::Table { index: 0, cluster: 0 }]);
+        log.append([Record::Table { index: 0, cluster: HostCluster(0) }]);
         log.slot(0)[0].store(9 << INDEX_BITS, Ordering::Relaxed);
         assert!(matches!(log.records(), Err(RedoError::Kind { at: 0, kind: 9 })));
         log.word(HEAD).store(2, Ordering::Relaxed);

@@ -20,7 +20,7 @@ use crate::{
     redo::{Record, RedoLog},
 };
 use qcow2_format::{
-    Geometry, GuestCluster, HostCluster, L1Entry, Mapping,
+    Clusters, Geometry, GuestCluster, HostCluster, HostOffset, L1Entry, Mapping,
     geometry::{MAX_MAPPED_HOST_BYTES, MAX_REFTABLE_BYTES},
 };
 use std::{
@@ -33,13 +33,13 @@ use std::{
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Outcome {
     /// First cluster and length in clusters.
-    refcount_table: Option<(u64, u64)>,
-    /// Block → host cluster.
-    blocks: BTreeMap<u64, u64>,
-    /// L1 index → host cluster.
-    tables: BTreeMap<u64, u64>,
-    /// Guest cluster → raw L2 entry.
-    mappings: BTreeMap<u64, u64>,
+    refcount_table: Option<(HostCluster, u64)>,
+    /// By block.
+    blocks: BTreeMap<u64, HostCluster>,
+    /// By L1 index.
+    tables: BTreeMap<u64, HostCluster>,
+    /// Raw L2 entries.
+    mappings: BTreeMap<GuestCluster, u64>,
 }
 
 impl<I: Io> Lane<I> {
@@ -60,7 +60,7 @@ impl<I: Io> Lane<I> {
         image.restore_refcount_table(&outcome)?;
         let clusters = outcome.clusters(image)?;
         for cluster in clusters {
-            self.restore_count(HostCluster(cluster)).await?;
+            self.restore_count(cluster).await?;
         }
         image.restore_tables(&outcome)?;
         for (&cluster, &entry) in &outcome.mappings {
@@ -92,16 +92,16 @@ impl<I: Io> Lane<I> {
         }
     }
 
-    async fn restore_mapping(&self, cluster: u64, entry: u64) -> Result<()> {
+    async fn restore_mapping(&self, cluster: GuestCluster, entry: u64) -> Result<()> {
         let image = self.image();
         let layer = image.top();
-        let guest = cluster << layer.geometry.cluster_bits;
+        let guest = layer.geometry.guest_offset(cluster);
         if !matches!(layer.l1_entry(guest)?, L1Entry::Table { copied: true, .. }) {
-            return Err(image.bad_log(format!("guest cluster {cluster} has no L2 table")));
+            return Err(image.bad_log(format!("guest cluster {} has no L2 table", cluster.0)));
         }
         let mapping = image.logged_mapping(cluster, entry)?;
         let referred = mapping.host().map(|host| layer.geometry.host_cluster(host).row(1));
-        self.publish(GuestCluster(cluster).row(1), referred, |_| Some(mapping)).await
+        self.publish(cluster.row(1), referred, |_| Some(mapping)).await
     }
 }
 
@@ -110,26 +110,25 @@ impl Image {
         Error::Redo { file: Arc::clone(&self.top().name), reason }
     }
 
-    fn logged_mapping(&self, cluster: u64, entry: u64) -> Result<Mapping> {
-        Mapping::decode(entry, self.geometry()).map_err(|source| {
-            self.top().corrupt("logged L2", cluster << self.geometry().cluster_bits, source)
-        })
+    fn logged_mapping(&self, cluster: GuestCluster, entry: u64) -> Result<Mapping> {
+        Mapping::decode(entry, self.geometry())
+            .map_err(|source| self.top().corrupt("logged L2", self.geometry().guest_offset(cluster), source))
     }
 
     /// The refcount table's place, and the blocks that it did not have yet.
     fn restore_refcount_table(&self, outcome: &Outcome) -> Result<()> {
         let mut meta = self.meta.lock();
         if let Some((first, clusters)) = outcome.refcount_table
-            && meta.refcounts.table_place().0 != self.geometry().host_offset(HostCluster(first))
+            && meta.refcounts.table_place().0 != self.geometry().host_offset(first)
         {
-            meta.place_refcount_table(HostCluster(first).row(clusters));
+            meta.place_refcount_table(first.row(clusters));
         }
         for (&block, &cluster) in &outcome.blocks {
-            let wanted = self.geometry().host_offset(HostCluster(cluster));
+            let wanted = self.geometry().host_offset(cluster);
             match meta.refcounts.block_at(block)? {
                 Some(present) if present == wanted => {}
                 None if block < meta.refcounts.table_place().1 => {
-                    meta.add_refcount_block(block, HostCluster(cluster));
+                    meta.add_refcount_block(block, cluster);
                 }
                 _ => return Err(self.bad_log(format!("refcount block {block} is elsewhere"))),
             }
@@ -140,23 +139,21 @@ impl Image {
     fn restore_tables(&self, outcome: &Outcome) -> Result<()> {
         let mut meta = self.meta.lock();
         let layer = self.top();
-        let bits = layer.geometry.cluster_bits;
+        let geometry = &layer.geometry;
         for (&index, &cluster) in &outcome.tables {
             if index >= layer.l1.len() as u64 {
                 return Err(self.bad_log(format!("the L1 table has no entry {index}")));
             }
             let raw = layer.l1.get(index);
-            let guest = (index * layer.geometry.l2_entries()) << bits;
-            match L1Entry::decode(raw, &layer.geometry)
-                .map_err(|source| layer.corrupt("L1", guest, source))?
-            {
-                L1Entry::Table { offset, copied: true } if offset.0 >> bits == cluster => {}
+            let guest = index * geometry.l2_coverage_bytes();
+            match L1Entry::decode(raw, geometry).map_err(|source| layer.corrupt("L1", guest, source))? {
+                L1Entry::Table { offset, copied: true } if geometry.host_cluster(offset) == cluster => {}
                 L1Entry::Table { offset, .. } => {
-                    let old = layer.geometry.host_cluster(offset).row(1);
-                    self.publish_table(&mut meta, index, HostCluster(cluster), old);
+                    let old = geometry.host_cluster(offset).row(1);
+                    self.publish_table(&mut meta, index, cluster, old);
                 }
                 L1Entry::Unallocated => {
-                    self.publish_table(&mut meta, index, HostCluster(cluster), Range::default());
+                    self.publish_table(&mut meta, index, cluster, Range::default());
                 }
             }
         }
@@ -181,18 +178,18 @@ impl Outcome {
     /// Refuses numbers that no image of this geometry has, before anything is made of them. Whether its
     /// tables have such entries is seen when these are looked up.
     fn check(&self, geometry: &Geometry) -> std::result::Result<(), String> {
-        let beyond = |cluster: u64| cluster >= MAX_MAPPED_HOST_BYTES >> geometry.cluster_bits;
+        let beyond = |at| at >= geometry.host_cluster(HostOffset(MAX_MAPPED_HOST_BYTES));
         if let Some((first, clusters)) = self.refcount_table
-            && (beyond(first) || clusters > MAX_REFTABLE_BYTES >> geometry.cluster_bits)
+            && (beyond(first) || clusters > geometry.clusters_for(MAX_REFTABLE_BYTES))
         {
-            return Err(format!("a refcount table of {clusters} clusters at cluster {first}"));
+            return Err(format!("a refcount table of {clusters} clusters at cluster {}", first.0));
         }
         if let Some(cluster) = self.blocks.values().chain(self.tables.values()).find(|&&at| beyond(at)) {
-            return Err(format!("a table at host cluster {cluster}"));
+            return Err(format!("a table at host cluster {}", cluster.0));
         }
-        let guest_clusters = geometry.virtual_size.div_ceil(geometry.cluster_size());
+        let guest_clusters = geometry.clusters_for(geometry.virtual_size);
         match self.mappings.last_key_value() {
-            Some((&cluster, _)) if cluster >= guest_clusters => {
+            Some((&GuestCluster(cluster), _)) if cluster >= guest_clusters => {
                 Err(format!("guest cluster {cluster} of {guest_clusters}"))
             }
             _ => Ok(()),
@@ -200,15 +197,14 @@ impl Outcome {
     }
 
     /// Every host cluster that the outcome refers to.
-    fn clusters(&self, image: &Image) -> Result<BTreeSet<u64>> {
-        let bits = image.geometry().cluster_bits;
-        let mut clusters: BTreeSet<u64> = self.blocks.values().chain(self.tables.values()).copied().collect();
+    fn clusters(&self, image: &Image) -> Result<BTreeSet<HostCluster>> {
+        let mut clusters: BTreeSet<_> = self.blocks.values().chain(self.tables.values()).copied().collect();
         if let Some((first, count)) = self.refcount_table {
-            clusters.extend(first..first + count);
+            clusters.extend(first.row(count).each());
         }
         for (&cluster, &entry) in &self.mappings {
             let host = image.logged_mapping(cluster, entry)?.host();
-            clusters.extend(host.map(|host| host.0 >> bits));
+            clusters.extend(host.map(|host| image.geometry().host_cluster(host)));
         }
         Ok(clusters)
     }
@@ -229,16 +225,16 @@ mod tests {
             virtual_size: 1 << 20,
         };
         let check = |record| Outcome::of(&[record]).check(&geometry);
-        let last = (1 << 40) - 1;
+        let last = HostCluster((1 << 40) - 1);
         assert_eq!(check(Record::Table { index: 0, cluster: last }), Ok(()));
         assert_eq!(check(Record::RefcountTable { clusters: 128, first: last }), Ok(()));
-        assert_eq!(check(Record::Mapping { cluster: 15, entry: 0 }), Ok(()));
+        assert_eq!(check(Record::Mapping { cluster: GuestCluster(15), entry: 0 }), Ok(()));
         for record in [
             Record::Table { index: 0, cluster: last + 1 },
-            Record::Block { block: 0, cluster: u64::MAX },
+            Record::Block { block: 0, cluster: HostCluster(u64::MAX) },
             Record::RefcountTable { clusters: 1, first: last + 1 },
-            Record::RefcountTable { clusters: 129, first: 5 },
-            Record::Mapping { cluster: 16, entry: 0 },
+            Record::RefcountTable { clusters: 129, first: HostCluster(5) },
+            Record::Mapping { cluster: GuestCluster(16), entry: 0 },
         ] {
             check(record).expect_err("too large");
         }
@@ -247,18 +243,18 @@ mod tests {
     #[test]
     fn the_last_word_on_each_entry_counts() {
         let outcome = Outcome::of(&[
-            Record::Mapping { cluster: 5, entry: 1 },
-            Record::Table { index: 0, cluster: 9 },
-            Record::RefcountTable { clusters: 2, first: 40 },
-            Record::Mapping { cluster: 5, entry: 2 },
-            Record::RefcountTable { clusters: 3, first: 90 },
-            Record::Block { block: 1, cluster: 64 },
+            Record::Mapping { cluster: GuestCluster(5), entry: 1 },
+            Record::Table { index: 0, cluster: HostCluster(9) },
+            Record::RefcountTable { clusters: 2, first: HostCluster(40) },
+            Record::Mapping { cluster: GuestCluster(5), entry: 2 },
+            Record::RefcountTable { clusters: 3, first: HostCluster(90) },
+            Record::Block { block: 1, cluster: HostCluster(64) },
         ]);
         let expected = Outcome {
-            refcount_table: Some((90, 3)),
-            blocks: [(1, 64)].into(),
-            tables: [(0, 9)].into(),
-            mappings: [(5, 2)].into(),
+            refcount_table: Some((HostCluster(90), 3)),
+            blocks: [(1, HostCluster(64))].into(),
+            tables: [(0, HostCluster(9))].into(),
+            mappings: [(GuestCluster(5), 2)].into(),
         };
         assert_eq!(outcome, expected);
     }

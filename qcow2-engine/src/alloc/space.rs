@@ -72,7 +72,7 @@ impl Meta {
                         return Ok(needs);
                     }
                     self.claim(cursor.row(1))?;
-                    self.log([Record::Block { block, cluster: cursor.0 }]);
+                    self.log([Record::Block { block, cluster: cursor }]);
                     self.add_refcount_block(block, cursor);
                     self.count_once(cursor.row(1));
                 }
@@ -134,7 +134,7 @@ impl Meta {
         let fresh = self.claim(clusters.clone())?;
         let row = clusters.start + (new_blocks.end - new_blocks.start)..clusters.end;
         let blocks = new_blocks.zip(clusters.clone().each());
-        self.log(blocks.clone().map(|(block, cluster)| Record::Block { block, cluster: cluster.0 }));
+        self.log(blocks.clone().map(|(block, cluster)| Record::Block { block, cluster }));
         blocks.for_each(|(block, at)| self.add_refcount_block(block, at));
         self.count_once(clusters);
         self.space.cursor = cursor;
@@ -242,8 +242,8 @@ impl Meta {
         let table = base + plan.blocks..taken.end;
         let blocks = (self.refcounts.block_of(base)..).zip((base..table.start).each());
         // The blocks count the table's clusters: without them its record would be of no use.
-        let moved = Record::RefcountTable { clusters: plan.table_clusters, first: table.start.0 };
-        let made = blocks.clone().map(|(block, cluster)| Record::Block { block, cluster: cluster.0 });
+        let moved = Record::RefcountTable { clusters: plan.table_clusters, first: table.start };
+        let made = blocks.clone().map(|(block, cluster)| Record::Block { block, cluster });
         self.log([moved].into_iter().chain(made));
         self.place_refcount_table(table);
         blocks.for_each(|(block, at)| self.add_refcount_block(block, at));

@@ -127,12 +127,15 @@ pub(super) fn take_trap() -> Option<Moment> {
 mod tests {
     use super::*;
     use crate::{redo::Record, sim::model::Value};
+    use qcow2_format::HostCluster;
 
     /// A server was killed between the records of a moved refcount table, and no successor could replay the
     /// log: a process dies at its log, too, and finds all of a change there or none.
     #[test]
     fn a_process_dies_wherever_it_touches_its_log() {
-        let records = [Record::Table { index: 0, cluster: 7 }, Record::Block { block: 0, cluster: 8 }];
+        let (table, block) = (HostCluster(7), HostCluster(8));
+        let records =
+            [Record::Table { index: 0, cluster: table }, Record::Block { block: 0, cluster: block }];
         let model = Rc::new(RefCell::new(Model::new(&[Value::Zero])));
         let mut seen = Vec::new();
         for touches in 0.. {
