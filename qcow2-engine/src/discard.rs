@@ -110,7 +110,7 @@ impl<I: Io> Lane<I> {
         self.begin_mutation().await?;
         let image = self.image();
         let at = image.geometry().guest_offset(clusters.start);
-        let _mapping = image.mappings.acquire(clusters.start.0..clusters.end.0).await;
+        let _mapping = image.locks.mappings.acquire(clusters.clone()).await;
         if image.layers.len() == 1 && image.top().l1_entry(at)? == L1Entry::Unallocated {
             return Ok(());
         }

@@ -9,7 +9,7 @@ use crate::{
     flush::Flusher,
     io::FileId,
     layer::{Layer, Qcow2Layer},
-    locks::RangeLocks,
+    locks::Locks,
     meta::Meta,
     open::Autoclear,
     paging::Paging,
@@ -62,20 +62,7 @@ pub struct Image {
     /// Clusters that a lane reserves at a time.
     pub(crate) extent_clusters: u64,
     pub(crate) paging: Paging,
-    /// Guest clusters whose mapping is being changed.
-    pub(crate) mappings: RangeLocks,
-    /// L1 entries whose table is being made or copied.
-    pub(crate) tables: RangeLocks,
-    /// Metadata pages that are being read from the file.
-    pub(crate) loads: RangeLocks,
-    /// Lanes that look for an extent.
-    pub(crate) refills: RangeLocks,
-    /// One at a time: growing the file.
-    pub(crate) growth: RangeLocks,
-    /// One at a time: giving freed clusters back.
-    pub(crate) reclaiming: RangeLocks,
-    /// One at a time: searching for leaks.
-    pub(crate) searching: RangeLocks,
+    pub(crate) locks: Locks,
 }
 
 impl Image {

@@ -1,6 +1,6 @@
 //! Bringing metadata into memory: slices of L2 tables, windows of the flattened chain, refcount pages.
 //!
-//! One loader per page (`Image::loads`): what is read from a file is never put in place of something
+//! One loader per page (`Locks::loads`): what is read from a file is never put in place of something
 //! newer. A page that nobody loads and that is not in memory cannot change, because a change needs it
 //! in memory and what is dirty stays there.
 
@@ -51,7 +51,7 @@ impl<I: Io> Lane<I> {
         let image = self.image();
         let layer = image.qcow2_layer(key.layer);
         loop {
-            let load = image.loads.acquire(load_number(key)).await;
+            let load = image.locks.loads.acquire(load_number(key)).await;
             let Some(at) = layer.slice_location(key.slice)? else { return Ok(()) };
             if image.has_in_memory(key) {
                 return Ok(());
@@ -81,7 +81,7 @@ impl<I: Io> Lane<I> {
     async fn load_window(&self, flat: &Flat, key: SliceKey) -> Result<()> {
         let image = self.image();
         loop {
-            let load = image.loads.acquire(load_number(key)).await;
+            let load = image.locks.loads.acquire(load_number(key)).await;
             if image.has_in_memory(key) {
                 return Ok(());
             }
@@ -135,7 +135,7 @@ impl<I: Io> Lane<I> {
     /// Brings a refcount page into memory.
     pub(crate) async fn load_refcount_page(&self, page: u64) -> Result<()> {
         let image = self.image();
-        let _load = image.loads.acquire(REFCOUNT_LOADS + page..REFCOUNT_LOADS + page + 1).await;
+        let _load = image.locks.loads.acquire(REFCOUNT_LOADS + page..REFCOUNT_LOADS + page + 1).await;
         let (at, len) = {
             let meta = image.meta.lock();
             match meta.refcounts.page_at(page)? {
@@ -179,7 +179,7 @@ enum Part {
     Damaged,
 }
 
-/// The number of a slice in `Image::loads`; that of the top layer's is its own.
+/// The number of a slice in `Locks::loads`; that of the top layer's is its own.
 fn load_number(key: SliceKey) -> Range<u64> {
     let number = u64::from(key.layer) << 48 | key.slice;
     number..number + 1

@@ -17,7 +17,7 @@ use crate::{
     lane::Lane,
     layer::{Layer, Qcow2Layer, RawLayer},
     leaks::watch::Watch,
-    locks::RangeLocks,
+    locks::Locks,
     meta::{HeaderPage, Meta},
     order::{graph::Graph, rules::Page},
     paging::{MAX_PAGE, Paging},
@@ -26,7 +26,8 @@ use crate::{
 };
 use parking_lot::Mutex;
 use qcow2_format::{
-    FormatError, Header, HostCluster, Snapshot, Unsupported, Version, header, header::HEADER_READ_BYTES,
+    FormatError, Geometry, Header, HostCluster, Snapshot, Unsupported, Version, header,
+    header::HEADER_READ_BYTES,
 };
 use std::{
     io,
@@ -79,10 +80,7 @@ impl Default for OpenOptions {
 }
 
 /// Whether the autoclear bits have been dealt with.
-pub(crate) struct Autoclear {
-    is_clear: AtomicBool,
-    clearing: RangeLocks,
-}
+pub(crate) struct Autoclear(AtomicBool);
 
 /// A file of the chain as it is opened.
 struct Opened {
@@ -175,34 +173,15 @@ impl Image {
         let cache = SliceCache::new(options.cache_bytes, options.paging.least_slices, &shapes);
         // A quarter of the L2 cache's size is kept of refcount pages.
         let refcount_pages = (cache.slot_count() / 4).max(options.paging.least_refcount_pages);
-        let epochs = Arc::new(Epochs::new());
-        let meta = Meta {
-            file: Arc::clone(&top.name),
+        let refcounts = Refcounts::new(
+            Arc::clone(&top.name),
             geometry,
-            graph: Graph::default(),
-            refcounts: Refcounts::new(
-                Arc::clone(&top.name),
-                geometry,
-                refcount_table,
-                header.refcount_table,
-                options.paging,
-                refcount_pages,
-            ),
-            space: Space {
-                cursor: HostCluster(0),
-                fresh_from: HostCluster(geometry.clusters_for(top.len)),
-                file_end: top.len,
-                may_be_longer: false,
-            },
-            lanes: Vec::new(),
-            frees: Frees::default(),
-            territory,
-            watch: Watch::default(),
-            header: HeaderPage(first_page),
-            cuts_begun: 0,
-            epochs: Arc::clone(&epochs),
-            redo: None,
-        };
+            refcount_table,
+            header.refcount_table,
+            options.paging,
+            refcount_pages,
+        );
+        let meta = Meta::new(top, geometry, first_page, refcounts, territory);
         let l1_entries = layers.first().and_then(Layer::as_qcow2).map_or(0, |layer| layer.l1.len());
         Self {
             layers,
@@ -213,27 +192,53 @@ impl Image {
             unpacked: Unpacked::default(),
             workers: OnceLock::new(),
             vouched: (0..l1_entries.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+            epochs: Arc::clone(&meta.epochs),
             meta: Mutex::new(meta),
-            epochs,
             flusher: Flusher::default(),
-            autoclear: Autoclear {
-                is_clear: AtomicBool::new(header.version == Version::V2 || header.stale_autoclear(0) == 0),
-                clearing: RangeLocks::default(),
-            },
+            autoclear: Autoclear(AtomicBool::new(
+                header.version == Version::V2 || header.stale_autoclear(0) == 0,
+            )),
             has_told_of_holes: AtomicBool::new(false),
             has_told_of_counts: AtomicBool::new(false),
             read_only: options.read_only,
             header: header.clone(),
             opened_len: top.len,
-            extent_clusters: (options.extent_bytes >> geometry.cluster_bits).max(1),
+            extent_clusters: (options.extent_bytes / geometry.cluster_size()).max(1),
             paging: options.paging,
-            mappings: RangeLocks::default(),
-            tables: RangeLocks::default(),
-            loads: RangeLocks::default(),
-            refills: RangeLocks::default(),
-            growth: RangeLocks::default(),
-            reclaiming: RangeLocks::default(),
-            searching: RangeLocks::default(),
+            locks: Locks::default(),
+        }
+    }
+}
+
+impl Meta {
+    /// That of an image as it is in the file.
+    fn new(
+        top: &Opened,
+        geometry: Geometry,
+        first_page: Vec<u8>,
+        refcounts: Refcounts,
+        territory: Territory,
+    ) -> Self {
+        let space = Space {
+            cursor: HostCluster(0),
+            fresh_from: HostCluster(geometry.clusters_for(top.len)),
+            file_end: top.len,
+            may_be_longer: false,
+        };
+        Self {
+            file: Arc::clone(&top.name),
+            geometry,
+            graph: Graph::default(),
+            refcounts,
+            space,
+            lanes: Vec::new(),
+            frees: Frees::default(),
+            territory,
+            watch: Watch::default(),
+            header: HeaderPage(first_page),
+            cuts_begun: 0,
+            epochs: Arc::new(Epochs::new()),
+            redo: None,
         }
     }
 }
@@ -241,7 +246,7 @@ impl Image {
 impl Autoclear {
     /// Whether there is nothing to clear any more.
     pub(crate) fn is_clear(&self) -> bool {
-        self.is_clear.load(Ordering::Acquire)
+        self.0.load(Ordering::Acquire)
     }
 }
 
@@ -253,7 +258,7 @@ impl<I: Io> Lane<I> {
         if image.autoclear.is_clear() {
             return Ok(());
         }
-        let _clearing = image.autoclear.clearing.acquire(0..1).await;
+        let _clearing = image.locks.clearing.acquire().await;
         if image.autoclear.is_clear() {
             return Ok(());
         }
@@ -264,7 +269,7 @@ impl<I: Io> Lane<I> {
         }
         // As a cut: a second barrier beside one might be told of a loss in its place.
         self.write_back().await?;
-        image.autoclear.is_clear.store(true, Ordering::Release);
+        image.autoclear.0.store(true, Ordering::Release);
         Ok(())
     }
 }
@@ -434,7 +439,7 @@ fn new_layer(opened: &Opened, header: &Header, index: u16, paging: Paging) -> Qc
 }
 
 async fn read_refcount_table(io: &impl Io, opened: &Opened, header: &Header) -> Result<Vec<u64>> {
-    let len = u64::from(header.refcount_table_clusters) << header.cluster_bits;
+    let len = u64::from(header.refcount_table_clusters) * header.geometry().cluster_size();
     let bytes = opened.read(io, "refcount table read", header.refcount_table.0, len as usize).await?;
     Ok(table_entries(&bytes).collect())
 }

@@ -47,7 +47,7 @@ impl<I: Io> Lane<I> {
         if image.is_vouched(index) {
             return Ok(());
         }
-        let _table = image.tables.acquire(index..index + 1).await;
+        let _table = image.locks.tables.acquire(index..index + 1).await;
         match layer.l1_entry(guest)? {
             L1Entry::Table { offset, copied: true } => self.check_sole_owner(offset).await?,
             L1Entry::Table { offset, copied: false } => self.copy_table(index, offset).await?,

@@ -69,7 +69,7 @@ impl<I: Io> Lane<I> {
     /// Gives back what may be given back by now.
     pub(crate) async fn reclaim(&self) -> Result<()> {
         let image = self.image();
-        let _reclaiming = image.reclaiming.acquire(0..1).await;
+        let _reclaiming = image.locks.reclaiming.acquire().await;
         while !image.damage.is_condemned() {
             let mut batch = Batch {
                 image,

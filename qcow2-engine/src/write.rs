@@ -111,7 +111,7 @@ impl<I: Io> Lane<I> {
     async fn write_allocating(&self, at: u64, buf: Buf) -> Result<()> {
         let image = self.image();
         let clusters = touched(image.geometry(), at, buf.len() as u64);
-        let mapping = image.mappings.acquire(clusters.start.0..clusters.end.0).await;
+        let mapping = image.locks.mappings.acquire(clusters).await;
         // Whoever held the range before may have gone away with its writes under way.
         image.flusher.check()?;
         // Whoever held the range before may have mapped a part of it.

@@ -157,7 +157,7 @@ impl<I: Io> Lane<I> {
             if let Some(run) = taken {
                 break run;
             }
-            let _refill = image.refills.acquire(lane as u64..lane as u64 + 1).await;
+            let _refill = image.locks.refills.acquire(lane as u64..lane as u64 + 1).await;
             if image.meta.lock().lanes[lane].extent.is_some() {
                 continue;
             }
@@ -255,7 +255,7 @@ impl<I: Io> Lane<I> {
     async fn extend_file(&self, clusters: &Range<HostCluster>) -> Result<()> {
         let image = self.image();
         let geometry = image.geometry();
-        let _growing = image.growth.acquire(0..1).await;
+        let _growing = image.locks.growth.acquire().await;
         let (at, claimed) = {
             let space = &image.meta.lock().space;
             (space.file_end, geometry.host_offset(space.fresh_from).0)

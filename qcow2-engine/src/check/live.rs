@@ -153,7 +153,7 @@ impl<'a, I: Io> ImageFile<'a, I> {
                 return Ok(Some(part));
             }
             // Whoever wants one of these slices now waits for this read, and mostly needs none of his own.
-            let _loads = live.image.loads.acquire(slices.clone()).await;
+            let _loads = live.image.locks.loads.acquire(slices.clone()).await;
             let absent = live.absent(slices);
             let part = self.read_now(offset.0 + walk.skip, walk.len).await?;
             if live.image.top().l1.get(walk.l1_index) == entry {

@@ -183,7 +183,7 @@ impl<I: Io> Lane<I> {
             return Err(doubt(reason));
         }
         image.undamaged()?;
-        let _searching = image.searching.acquire(0..1).await;
+        let _searching = image.locks.searching.acquire().await;
         for window in in_parts(&(HostCluster(0)..image.counted_end()), size) {
             rest(pace).await?;
             if !image.has_block_in(&window) {
@@ -210,7 +210,7 @@ impl<I: Io> Lane<I> {
     ) -> Result<Found, Stop> {
         let image = self.image();
         let (_watching, epoch) = {
-            let _no_batch = image.reclaiming.acquire(0..1).await;
+            let _no_batch = image.locks.reclaiming.acquire().await;
             image.watch(clusters.clone())
         };
         while !image.epochs.has_passed(epoch) && !image.is_disabled(RuleName::RequestsBeforeSearch) {
@@ -242,7 +242,7 @@ impl<I: Io> Lane<I> {
         reclaimed: &mut Reclaimed,
     ) -> Result<(), Stop> {
         // What is in a batch of freed clusters was touched before; here it is in nobody's way.
-        let _no_batch = self.image().reclaiming.acquire(0..1).await;
+        let _no_batch = self.image().locks.reclaiming.acquire().await;
         let going = self.image().going(&clusters);
         for some in in_parts(&clusters, LOCKED) {
             self.compare(some, window, &going, found).await?;
