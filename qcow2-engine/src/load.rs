@@ -5,13 +5,15 @@
 //! in memory and what is dirty stays there.
 
 use crate::{
+    alloc::refcounts::Count,
     cache::{page::TablePage, slices::SliceKey},
-    error::Result,
+    error::{Error, Result},
     flat::{Flat, Window},
     image::Image,
     io::{Buf, FileId, Io, exact},
     lane::Lane,
     layer::{Layer, Qcow2Layer},
+    meta::Meta,
     order::rules::Page,
     paging::MAX_PAGE,
     resolve::{Extents, Stop},
@@ -130,6 +132,21 @@ impl<I: Io> Lane<I> {
         let Ok(place) = layer.slice_location(layer.slice_at(guest).0.slice) else { return Ok(Part::Damaged) };
         let Some(at) = place else { return Ok(Part::Nothing) };
         self.read_entries(layer.file, at, layer.slice_bytes()).await.map(Part::Entries)
+    }
+
+    /// Takes a step under the metadata lock that needs counts: again and again, with the page in memory that
+    /// it has named, until it has an answer.
+    pub(crate) async fn with_counts<T, E: From<Error>>(
+        &self,
+        mut step: impl FnMut(&mut Meta) -> Result<Count<T>, E>,
+    ) -> Result<T, E> {
+        loop {
+            let count = step(&mut self.image().meta.lock())?;
+            match count {
+                Count::Is(answer) => return Ok(answer),
+                Count::Needs(page) => self.load_refcount_page(page).await?,
+            }
+        }
     }
 
     /// Brings a refcount page into memory.

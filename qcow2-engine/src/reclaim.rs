@@ -117,33 +117,19 @@ impl<I: Io> Lane<I> {
 
     /// The refcount of a host cluster.
     pub(crate) async fn refcount(&self, cluster: HostCluster) -> Result<u64> {
-        loop {
-            let count = self.image().meta.lock().refcounts.get(cluster)?;
-            match count {
-                Count::Is(count) => return Ok(count),
-                Count::Needs(page) => self.load_refcount_page(page).await?,
-            }
-        }
+        self.with_counts(|meta| meta.refcounts.get(cluster)).await
     }
 
     /// Lowers a cluster's count; at 0 it is free.
     pub(crate) async fn lower(&self, cluster: HostCluster, by: u64) -> Result<()> {
-        let image = self.image();
-        loop {
-            let needed = {
-                let mut meta = image.meta.lock();
-                match meta.refcounts.get(cluster)? {
-                    Count::Needs(page) => page,
-                    Count::Is(count) if count < by => return Err(image.too_low(cluster, count)),
-                    Count::Is(count) => {
-                        meta.lower_count(cluster, count - by);
-                        meta.frees.given_back(cluster);
-                        return Ok(());
-                    }
-                }
-            };
-            self.load_refcount_page(needed).await?;
-        }
+        self.with_counts(|meta| match meta.refcounts.get(cluster)? {
+            Count::Is(count) if count < by => Err(self.image().too_low(cluster, count)),
+            count => Ok(count.map(|count| {
+                meta.lower_count(cluster, count - by);
+                meta.frees.given_back(cluster);
+            })),
+        })
+        .await
     }
 
     /// Gives space back to the host. Where that is not possible the clusters are free all the same: nobody

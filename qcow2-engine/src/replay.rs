@@ -12,7 +12,7 @@
 //! and not given back, stays counted: leaks.
 
 use crate::{
-    alloc::refcounts::{Count, Place},
+    alloc::refcounts::Place,
     error::{Error, Result},
     image::Image,
     io::Io,
@@ -73,23 +73,17 @@ impl<I: Io> Lane<I> {
     /// Counts a cluster once.
     async fn restore_count(&self, cluster: HostCluster) -> Result<()> {
         let image = self.image();
-        loop {
-            let page = {
-                let mut meta = image.meta.lock();
-                if !matches!(meta.refcounts.place(cluster)?, Place::Page(_)) {
-                    return Err(image.bad_log(format!("no refcount block counts cluster {}", cluster.0)));
+        self.with_counts(|meta| {
+            if !matches!(meta.refcounts.place(cluster)?, Place::Page(_)) {
+                return Err(image.bad_log(format!("no refcount block counts cluster {}", cluster.0)));
+            }
+            Ok(meta.refcounts.get(cluster)?.map(|count| {
+                if count != 1 {
+                    meta.set_count(cluster, 1);
                 }
-                match meta.refcounts.get(cluster)? {
-                    Count::Is(1) => return Ok(()),
-                    Count::Is(_) => {
-                        meta.set_count(cluster, 1);
-                        return Ok(());
-                    }
-                    Count::Needs(page) => page,
-                }
-            };
-            self.load_refcount_page(page).await?;
-        }
+            }))
+        })
+        .await
     }
 
     async fn restore_mapping(&self, cluster: GuestCluster, entry: u64) -> Result<()> {

@@ -45,6 +45,16 @@ pub(crate) enum Count<T> {
     Needs(u64),
 }
 
+impl<T> Count<T> {
+    /// What follows from an answer.
+    pub(crate) fn map<U>(self, follow: impl FnOnce(T) -> U) -> Count<U> {
+        match self {
+            Self::Is(answer) => Count::Is(follow(answer)),
+            Self::Needs(page) => Count::Needs(page),
+        }
+    }
+}
+
 /// Where in the table a cluster's count is found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Place {

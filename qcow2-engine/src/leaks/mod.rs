@@ -273,57 +273,41 @@ impl<I: Io> Lane<I> {
         going: &Going,
         found: &mut Found,
     ) -> Result<(), Stop> {
-        let image = self.image();
-        let mut next = clusters.start;
-        while next < clusters.end {
-            let needed = {
-                let mut meta = image.meta.lock();
-                loop {
-                    match meta.judge(next, window, going)? {
-                        Count::Needs(page) => break Some(page),
-                        Count::Is(Judged::InOrder) => {}
-                        Count::Is(Judged::Excess(references)) => found.excess.push((next, references)),
-                        Count::Is(Judged::HasFlag) => found.flagged += 1,
-                        Count::Is(Judged::Touched) => found.touched += 1,
-                        Count::Is(Judged::Lacking { count, references }) => {
-                            let at = image.geometry().host_offset(next).0;
-                            return Err(doubt(&format!(
-                                "the cluster at {at:#x} has refcount {count} and {references} references"
-                            )));
-                        }
-                    }
-                    next = next + 1;
-                    if next == clusters.end {
-                        break None;
+        let Range { start: mut next, end } = clusters;
+        self.with_counts(|meta| {
+            while next < end {
+                match meta.judge(next, window, going)? {
+                    Count::Needs(page) => return Ok(Count::Needs(page)),
+                    Count::Is(Judged::InOrder) => {}
+                    Count::Is(Judged::Excess(references)) => found.excess.push((next, references)),
+                    Count::Is(Judged::HasFlag) => found.flagged += 1,
+                    Count::Is(Judged::Touched) => found.touched += 1,
+                    Count::Is(Judged::Lacking { count, references }) => {
+                        let at = meta.geometry.host_offset(next).0;
+                        return Err(doubt(&format!(
+                            "the cluster at {at:#x} has refcount {count} and {references} references"
+                        )));
                     }
                 }
-            };
-            if let Some(page) = needed {
-                self.load_refcount_page(page).await?;
+                next = next + 1;
             }
-        }
-        Ok(())
+            Ok(Count::Is(()))
+        })
+        .await
     }
 
     /// Lowers a count, unless the cluster has been touched meanwhile. Returns whether it has.
     async fn lower_to(&self, cluster: HostCluster, references: u64) -> Result<bool> {
-        let image = self.image();
-        loop {
-            let needed = {
-                let mut meta = image.meta.lock();
-                if meta.watch.is_touched(cluster) {
-                    return Ok(false);
-                }
-                match meta.refcounts.get(cluster)? {
-                    Count::Needs(page) => page,
-                    Count::Is(_) => {
-                        meta.lower_count(cluster, references);
-                        return Ok(true);
-                    }
-                }
-            };
-            self.load_refcount_page(needed).await?;
-        }
+        self.with_counts(|meta| {
+            if meta.watch.is_touched(cluster) {
+                return Ok(Count::Is(false));
+            }
+            Ok(meta.refcounts.get(cluster)?.map(|_| {
+                meta.lower_count(cluster, references);
+                true
+            }))
+        })
+        .await
     }
 }
 
