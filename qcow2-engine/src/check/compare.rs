@@ -37,7 +37,7 @@ impl Survey {
 
     pub(super) async fn compare(&mut self, file: &ImageFile<'_, impl Io>) {
         let geometry = *self.geometry();
-        let blocks = self.refcounts.blocks.clone();
+        let blocks = self.on_disk.blocks.clone();
         let mut holes = HashSet::new();
         let mut last = None;
         for (&index, &at) in &blocks {
@@ -60,7 +60,7 @@ impl Survey {
         }
         for chunk in self.refs.chunks() {
             let first = chunk * CHUNK;
-            if self.refcounts.has_block(first) && !holes.contains(&geometry.refcount_table_index(first)) {
+            if self.on_disk.has_block(first) && !holes.contains(&geometry.refcount_table_index(first)) {
                 continue;
             }
             self.uncounted(first..first + CHUNK, &mut last);
@@ -70,7 +70,7 @@ impl Survey {
 
     /// Clusters whose counts are all 0, because their block is a hole, or because they have none.
     fn uncounted(&mut self, clusters: Range<u64>, last: &mut Option<u64>) {
-        let has_block = self.refcounts.has_block(clusters.start);
+        let has_block = self.on_disk.has_block(clusters.start);
         for cluster in clusters {
             if self.refs.get(cluster) > 0 {
                 self.needs_rebuild |= !has_block;
@@ -98,10 +98,10 @@ impl Survey {
         let remedy = self.remedy(&geometry, severity, references);
         let at = cluster.saturating_mul(geometry.cluster_size());
         if severity == Severity::Corruption
-            && let Some(claim) = self.under_data.get(&cluster)
+            && let Some(reference) = self.under_data.get(&cluster)
         {
-            let problem = Problem::Overlap { host: at, owner: claim.owner, other: Owner::L2 };
-            self.findings.corruption(claim.holder, claim.at, problem, remedy);
+            let problem = Problem::Overlap { host: at, owner: reference.owner, other: Owner::L2 };
+            self.findings.corruption(reference.holder, reference.at, problem, remedy);
         }
         let table = Owner::RefcountBlock;
         self.findings.push(Finding {

@@ -25,7 +25,7 @@ pub(super) struct Rules {
 
 /// An L2 entry: one word, or two with subclusters (0 otherwise).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Slot {
+pub(super) struct L2Words {
     pub(super) entry: u64,
     pub(super) bitmap: u64,
 }
@@ -53,7 +53,7 @@ pub(super) struct Judged {
     pub(super) target: Target,
     pub(super) damage: Option<Corruption>,
     /// What a repair makes of a damaged entry; without it, it has to stay.
-    pub(super) repaired: Option<Slot>,
+    pub(super) repaired: Option<L2Words>,
 }
 
 /// A judged L1 entry.
@@ -67,7 +67,7 @@ pub(super) struct JudgedL1 {
 
 impl Rules {
     /// Bytes of an L2 entry.
-    pub(super) fn slot_bytes(&self) -> u64 {
+    pub(super) fn l2_entry_bytes(&self) -> u64 {
         self.geometry.l2_entry_bytes()
     }
 
@@ -110,12 +110,12 @@ impl Rules {
         JudgedL1 { table: decode(read_as).ok().and_then(table), damage: Some(damage), repaired }
     }
 
-    pub(super) fn judge(&self, slot: Slot) -> Judged {
-        match self.target(slot) {
+    pub(super) fn judge(&self, words: L2Words) -> Judged {
+        match self.target(words) {
             Ok(target) => Judged { target, damage: None, repaired: None },
             Err(damage) => {
-                let repaired = self.repaired(slot, damage);
-                let read_as = repaired.unwrap_or_else(|| self.read_leniently(slot, damage));
+                let repaired = self.repaired(words, damage);
+                let read_as = repaired.unwrap_or_else(|| self.read_leniently(words, damage));
                 let target = self.target(read_as).unwrap_or(Target::Unknown);
                 Judged { target, damage: Some(damage), repaired }
             }
@@ -124,22 +124,22 @@ impl Rules {
 
     /// The entry that reads as zeros, in place of one whose cluster does not exist. `None` where the
     /// format cannot say it.
-    pub(super) fn without_cluster(&self, slot: Slot) -> Option<Slot> {
+    pub(super) fn without_cluster(&self, words: L2Words) -> Option<L2Words> {
         if self.geometry.extended_l2 {
-            let (allocated, zero) = (slot.bitmap & u64::from(u32::MAX), slot.bitmap >> 32);
-            let zero = if slot.entry & COMPRESSED != 0 { u64::from(u32::MAX) } else { zero | allocated };
-            return Some(Slot { entry: 0, bitmap: zero << 32 });
+            let (allocated, zero) = (words.bitmap & u64::from(u32::MAX), words.bitmap >> 32);
+            let zero = if words.entry & COMPRESSED != 0 { u64::from(u32::MAX) } else { zero | allocated };
+            return Some(L2Words { entry: 0, bitmap: zero << 32 });
         }
         match self.geometry.version {
-            Version::V3 => Some(Slot { entry: ZERO, bitmap: 0 }),
-            Version::V2 if !self.has_backing => Some(Slot { entry: 0, bitmap: 0 }),
+            Version::V3 => Some(L2Words { entry: ZERO, bitmap: 0 }),
+            Version::V2 if !self.has_backing => Some(L2Words { entry: 0, bitmap: 0 }),
             Version::V2 => None,
         }
     }
 
     /// What an entry without damage refers to.
-    fn target(&self, slot: Slot) -> Result<Target, Corruption> {
-        let Slot { entry, bitmap } = slot;
+    fn target(&self, words: L2Words) -> Result<Target, Corruption> {
+        let L2Words { entry, bitmap } = words;
         // "The offset may only be 0 with bit 63 set (indicating a host cluster offset of 0) when an
         // external data file is used."
         if self.has_data_file && entry & !ZERO == COPIED {
@@ -168,49 +168,49 @@ impl Rules {
 
     /// What a repair makes of a damaged entry: only what does not change a byte of what the entry
     /// can be read as.
-    fn repaired(&self, slot: Slot, damage: Corruption) -> Option<Slot> {
-        let with = |entry| Some(Slot { entry, ..slot });
+    fn repaired(&self, words: L2Words, damage: Corruption) -> Option<L2Words> {
+        let with = |entry| Some(L2Words { entry, ..words });
         let candidate = match damage {
             Corruption::CopiedWithoutOffset { .. } | Corruption::CompressedCopied { .. } => {
-                with(slot.entry & !COPIED)
+                with(words.entry & !COPIED)
             }
             // It reads as zeros, wherever its cluster is.
-            Corruption::Misaligned { entry: EntryKind::L2, .. } if slot.entry & ZERO != 0 => with(ZERO),
+            Corruption::Misaligned { entry: EntryKind::L2, .. } if words.entry & ZERO != 0 => with(ZERO),
             _ => None,
         };
-        candidate.filter(|&slot| self.target(slot).is_ok())
+        candidate.filter(|&words| self.target(words).is_ok())
     }
 
     /// The entry without what is wrong with it, to find the cluster that it may refer to.
-    fn read_leniently(&self, slot: Slot, damage: Corruption) -> Slot {
+    fn read_leniently(&self, words: L2Words, damage: Corruption) -> L2Words {
         match damage {
-            Corruption::ReservedBits { .. } if slot.entry & COMPRESSED == 0 => {
+            Corruption::ReservedBits { .. } if words.entry & COMPRESSED == 0 => {
                 let zero = if self.geometry.extended_l2 { ZERO } else { 0 };
-                Slot { entry: slot.entry & !(RESERVED | zero), ..slot }
+                L2Words { entry: words.entry & !(RESERVED | zero), ..words }
             }
-            Corruption::ZeroFlagInVersion2 { .. } => Slot { entry: slot.entry & !ZERO, ..slot },
+            Corruption::ZeroFlagInVersion2 { .. } => L2Words { entry: words.entry & !ZERO, ..words },
             // Over the header: a reference to nothing that could be lost.
-            Corruption::CompressedInHeader { .. } => Slot { entry: 0, bitmap: 0 },
+            Corruption::CompressedInHeader { .. } => L2Words { entry: 0, bitmap: 0 },
             Corruption::CompressedBitmap { .. }
             | Corruption::SubclusterAllocatedAndZero { .. }
-            | Corruption::SubclusterWithoutHost { .. } => Slot { bitmap: 0, ..slot },
-            _ => slot,
+            | Corruption::SubclusterWithoutHost { .. } => L2Words { bitmap: 0, ..words },
+            _ => words,
         }
     }
 }
 
 /// The entries of an L2 table.
-pub(super) fn slots<'a>(table: &'a [u8], rules: &Rules) -> impl Iterator<Item = Slot> + use<'a> {
-    let bytes = rules.slot_bytes() as usize;
-    table.chunks_exact(bytes).map(|slot| Slot { entry: word(slot, 0), bitmap: word(slot, 1) })
+pub(super) fn l2_words<'a>(table: &'a [u8], rules: &Rules) -> impl Iterator<Item = L2Words> + use<'a> {
+    let bytes = rules.l2_entry_bytes() as usize;
+    table.chunks_exact(bytes).map(|words| L2Words { entry: word(words, 0), bitmap: word(words, 1) })
 }
 
 /// Writes an entry into the bytes of its table.
-pub(super) fn put_slot(table: &mut [u8], rules: &Rules, index: usize, slot: Slot) {
-    let at = index * rules.slot_bytes() as usize;
-    table[at..at + 8].copy_from_slice(&slot.entry.to_be_bytes());
+pub(super) fn put_l2_words(table: &mut [u8], rules: &Rules, index: usize, words: L2Words) {
+    let at = index * rules.l2_entry_bytes() as usize;
+    table[at..at + 8].copy_from_slice(&words.entry.to_be_bytes());
     if rules.geometry.extended_l2 {
-        table[at + 8..at + 16].copy_from_slice(&slot.bitmap.to_be_bytes());
+        table[at + 8..at + 16].copy_from_slice(&words.bitmap.to_be_bytes());
     }
 }
 
@@ -234,8 +234,8 @@ mod tests {
         Rules { geometry, has_data_file: false, has_backing: false, file_len: 10 << 16 }
     }
 
-    fn slot(entry: u64) -> Slot {
-        Slot { entry, bitmap: 0 }
+    fn words(entry: u64) -> L2Words {
+        L2Words { entry, bitmap: 0 }
     }
 
     #[test]
@@ -249,12 +249,12 @@ mod tests {
             (0x5_0200, None),
             (COMPRESSED | COPIED | 0x5_0000, Some(COMPRESSED | 0x5_0000)),
         ] {
-            let judged = rules.judge(slot(entry));
+            let judged = rules.judge(words(entry));
             assert!(judged.damage.is_some(), "{entry:#x}");
-            assert_eq!(judged.repaired, repaired.map(slot), "{entry:#x}");
+            assert_eq!(judged.repaired, repaired.map(words), "{entry:#x}");
         }
-        assert_eq!(rules.judge(slot(0x5_0200)).target, Target::Unknown);
-        let reserved = rules.judge(slot(1 << 57 | COPIED | 0x5_0000));
+        assert_eq!(rules.judge(words(0x5_0200)).target, Target::Unknown);
+        let reserved = rules.judge(words(1 << 57 | COPIED | 0x5_0000));
         assert_eq!(reserved.target, Target::Cluster { host: 0x5_0000, copied: true });
         assert_eq!(rules.judge_l1(COPIED).repaired, Some(0));
         assert_eq!(rules.judge_l1(0x5_0200).repaired, None);
@@ -264,9 +264,9 @@ mod tests {
     #[test]
     fn a_data_file_has_a_cluster_at_offset_0() {
         let rules = Rules { has_data_file: true, ..rules() };
-        assert_eq!(rules.judge(slot(COPIED)).target, Target::External { copied: true });
-        assert_eq!(rules.judge(slot(0x5_0000)).target, Target::External { copied: false });
-        assert_eq!(rules.judge(slot(ZERO)).target, Target::Nothing);
+        assert_eq!(rules.judge(words(COPIED)).target, Target::External { copied: true });
+        assert_eq!(rules.judge(words(0x5_0000)).target, Target::External { copied: false });
+        assert_eq!(rules.judge(words(ZERO)).target, Target::Nothing);
     }
 
     #[test]

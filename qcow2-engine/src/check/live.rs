@@ -10,7 +10,7 @@
 
 use super::{
     findings::{Finding, Owner, Problem, Remedy, Severity},
-    survey::{L1Table, Survey},
+    survey::{L1Place, Survey},
     tables::Walk,
     window::Window,
 };
@@ -98,7 +98,7 @@ impl<'a, I: Io> ImageFile<'a, I> {
     }
 
     /// Some entries of an L1 table.
-    pub(super) async fn l1_entries(&self, l1: &L1Table, range: Range<u64>) -> Result<Vec<u64>> {
+    pub(super) async fn l1_entries(&self, l1: &L1Place, range: Range<u64>) -> Result<Vec<u64>> {
         if let (Some(live), Owner::ActiveL1) = (&self.live, l1.owner) {
             self.rest().await?;
             return Ok(range.map(|index| live.image.top().l1.get(index)).collect());

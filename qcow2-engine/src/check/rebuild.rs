@@ -6,7 +6,7 @@
 //! clusters have no count in the new one: they are free. So are those of snapshots that the new table leaves
 //! out.
 
-use super::{change_header, counts::CHUNK, refcounts::Refcounts, survey::Survey};
+use super::{change_header, counts::CHUNK, on_disk::CountsOnDisk, survey::Survey};
 use crate::{
     error::Result,
     inspect::ImageFile,
@@ -75,7 +75,7 @@ pub(super) async fn run(
     switch(file, &plan).await?;
     let bits = survey.geometry().cluster_bits;
     let blocks = plan.blocks.iter().map(|(&index, &cluster)| (index, cluster << bits)).collect();
-    survey.refcounts = Refcounts::new(*survey.geometry(), blocks);
+    survey.on_disk = CountsOnDisk::new(*survey.geometry(), blocks);
     survey.new_snapshots = None;
     file.file_len = file.file_len.max(plan.clusters().end << bits);
     Ok(None)

@@ -13,11 +13,11 @@
 use super::{
     clear_unknown_autoclear,
     compare::chunks_in_use,
-    entry::{Slot, Target, put_slot, slots},
+    entry::{L2Words, Target, l2_words, put_l2_words},
     findings::{Findings, Owner},
+    on_disk::CountsOnDisk,
     rebuild,
-    refcounts::Refcounts,
-    survey::{L1Table, Survey},
+    survey::{L1Place, Survey},
 };
 use crate::{
     error::Result,
@@ -110,8 +110,8 @@ pub(super) async fn run(
 impl Survey {
     /// The counts on disk have changed.
     fn forget_counts(&mut self) {
-        let blocks = std::mem::take(&mut self.refcounts.blocks);
-        self.refcounts = Refcounts::new(self.rules.geometry, blocks);
+        let blocks = std::mem::take(&mut self.on_disk.blocks);
+        self.on_disk = CountsOnDisk::new(self.rules.geometry, blocks);
     }
 }
 
@@ -120,7 +120,7 @@ async fn adjust_counts(file: &ImageFile<'_, impl Io>, survey: &Survey, direction
     let geometry = *survey.geometry();
     let order = geometry.refcount_order;
     let referred = survey.blocks_in_use();
-    for (&index, &at) in &survey.refcounts.blocks {
+    for (&index, &at) in &survey.on_disk.blocks {
         if direction == Direction::Raise && !referred.contains(&index) {
             continue;
         }
@@ -201,7 +201,7 @@ impl Survey {
         if !is_candidate {
             return Ok(false);
         }
-        let count = self.refcounts.get(file, host >> self.rules.geometry.cluster_bits).await?;
+        let count = self.on_disk.get(file, host >> self.rules.geometry.cluster_bits).await?;
         Ok(copied != (count == 1))
     }
 }
@@ -227,7 +227,7 @@ async fn edit_l2_table(
     file: &ImageFile<'_, impl Io>,
     survey: &mut Survey,
     pass: Pass,
-    l1: &L1Table,
+    l1: &L1Place,
     table: u64,
 ) -> Result<()> {
     debug_assert!(pass == Pass::Entries || l1.owner == Owner::ActiveL1);
@@ -242,25 +242,25 @@ async fn edit_l2_table(
         }
     };
     let mut new = old.clone();
-    for (index, slot) in slots(&old, &rules).enumerate() {
-        if slot.entry == 0 && slot.bitmap == 0 {
+    for (index, words) in l2_words(&old, &rules).enumerate() {
+        if words.entry == 0 && words.bitmap == 0 {
             continue;
         }
         let changed = match pass {
-            Pass::Entries => corrected(survey, slot),
-            _ => with_right_flag(file, survey, pass, slot).await?,
+            Pass::Entries => corrected(survey, words),
+            _ => with_right_flag(file, survey, pass, words).await?,
         };
-        put_slot(&mut new, &rules, index, changed);
+        put_l2_words(&mut new, &rules, index, changed);
     }
     file.write_changes(table, &old, &new).await
 }
 
-fn corrected(survey: &Survey, slot: Slot) -> Slot {
+fn corrected(survey: &Survey, words: L2Words) -> L2Words {
     let rules = &survey.rules;
-    let judged = rules.judge(slot);
-    let kept = judged.repaired.unwrap_or(slot);
+    let judged = rules.judge(words);
+    let kept = judged.repaired.unwrap_or(words);
     match rules.missing(judged.target) {
-        Some(_) => rules.without_cluster(slot).unwrap_or(kept),
+        Some(_) => rules.without_cluster(words).unwrap_or(kept),
         None => kept,
     }
 }
@@ -269,12 +269,12 @@ async fn with_right_flag(
     file: &ImageFile<'_, impl Io>,
     survey: &mut Survey,
     pass: Pass,
-    slot: Slot,
-) -> Result<Slot> {
-    let flips = match survey.rules.judge(slot).target {
+    words: L2Words,
+) -> Result<L2Words> {
+    let flips = match survey.rules.judge(words).target {
         Target::Cluster { host, copied } => survey.flag_changes(file, pass, host, copied).await?,
         Target::External { copied } => pass == Pass::SetCopied && !copied,
         _ => false,
     };
-    Ok(Slot { entry: slot.entry ^ if flips { l2::COPIED } else { 0 }, ..slot })
+    Ok(L2Words { entry: words.entry ^ if flips { l2::COPIED } else { 0 }, ..words })
 }

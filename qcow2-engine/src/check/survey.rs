@@ -13,7 +13,7 @@ use super::{
     counts::{Bytes, Counts},
     entry::Rules,
     findings::{Findings, Owner, Problem, Remedy},
-    refcounts::Refcounts,
+    on_disk::CountsOnDisk,
     window::Window,
 };
 use crate::{
@@ -59,7 +59,7 @@ pub struct Statistics {
 
 /// An L1 table that can be walked.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct L1Table {
+pub(super) struct L1Place {
     pub(super) at: u64,
     pub(super) entries: u64,
     pub(super) owner: Owner,
@@ -67,7 +67,7 @@ pub(super) struct L1Table {
 
 /// A reference: who holds it, and to what.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Claim {
+pub(super) struct Reference {
     pub(super) holder: Owner,
     /// File offset of the entry that refers.
     pub(super) at: u64,
@@ -89,8 +89,8 @@ pub(super) struct Survey {
     pub(super) owners: Bytes,
     /// L1 entries that name each L2 table, by cluster; what has been walked is gone.
     pub(super) tables: HashMap<u64, u64>,
-    pub(super) l1_tables: Vec<L1Table>,
-    pub(super) refcounts: Refcounts,
+    pub(super) l1_tables: Vec<L1Place>,
+    pub(super) on_disk: CountsOnDisk,
     /// Clusters whose only known use is one that a rebuild takes away: of the refcount structure, and of a
     /// snapshot table that is replaced.
     pub(super) replaceable: Vec<u64>,
@@ -115,7 +115,7 @@ pub(super) struct Survey {
     pub(super) active_tables: HashSet<u64>,
     /// Clusters of other L2 tables that are data, too, and the first entry that says so. Shared and counted
     /// as often as they are referred to, they are copied before they change, so that nothing is lost.
-    pub(super) under_data: HashMap<u64, Claim>,
+    pub(super) under_data: HashMap<u64, Reference>,
     /// L2 tables are beyond the end of the file, or snapshots beyond their limits; a repair of all drops
     /// them.
     pub(super) lost_tables: bool,
@@ -152,7 +152,7 @@ impl Survey {
             owners: Bytes::default(),
             tables: HashMap::new(),
             l1_tables: Vec::new(),
-            refcounts: Refcounts::new(geometry, BTreeMap::new()),
+            on_disk: CountsOnDisk::new(geometry, BTreeMap::new()),
             replaceable: Vec::new(),
             has_refcount_table: false,
             over_data: HashSet::new(),
@@ -184,7 +184,7 @@ impl Survey {
     fn disown_blocks(&mut self) {
         if !self.over_data.is_empty() {
             let over_data = &self.over_data;
-            self.refcounts.blocks.retain(|_, block| !over_data.contains(block));
+            self.on_disk.blocks.retain(|_, block| !over_data.contains(block));
         }
     }
 
@@ -202,12 +202,12 @@ impl Survey {
     /// something that it cannot share with. A table is counted up to its first such cluster only:
     /// thousands of large tables may claim the same place, which must not cost thousands of times as
     /// much.
-    pub(super) fn claim(&mut self, claim: Claim, references: u64) -> bool {
-        let Claim { owner, host, len, .. } = claim;
+    pub(super) fn count(&mut self, reference: Reference, times: u64) -> bool {
+        let Reference { owner, host, len, .. } = reference;
         let geometry = *self.geometry();
         let clusters = host >> geometry.cluster_bits..geometry.clusters_for(host + len);
         if let Some(window) = &mut self.window {
-            window.claim(&claim, clusters, references);
+            window.count(&reference, clusters, times);
             return true;
         }
         let is_metadata = !matches!(owner, Owner::Data | Owner::Compressed);
@@ -219,10 +219,10 @@ impl Survey {
                 Some(Owner::L2) if owner == Owner::L2 => {}
                 Some(other) => {
                     is_alone = false;
-                    self.overlap(&claim, cluster << geometry.cluster_bits, other);
+                    self.overlap(&reference, cluster << geometry.cluster_bits, other);
                 }
             }
-            self.refs.add(cluster, references);
+            self.refs.add(cluster, times);
             if is_metadata && !is_alone {
                 self.hides_references |= len > geometry.cluster_size();
                 break;
@@ -232,11 +232,11 @@ impl Survey {
     }
 
     /// Notes that a cluster is two things.
-    fn overlap(&mut self, claim: &Claim, host: u64, other: Owner) {
-        let Claim { holder, at, owner, .. } = *claim;
+    fn overlap(&mut self, reference: &Reference, host: u64, other: Owner) {
+        let Reference { holder, at, owner, .. } = *reference;
         let cluster = host >> self.geometry().cluster_bits;
         if (owner, other) == (Owner::Data, Owner::L2) && !self.active_tables.contains(&cluster) {
-            self.under_data.entry(cluster).or_insert(*claim);
+            self.under_data.entry(cluster).or_insert(*reference);
             return;
         }
         let remedy = if owner.is_of_refcounts() || other.is_of_refcounts() {
@@ -269,20 +269,21 @@ impl Survey {
 
     /// Counts the reference to a table or a block of the refcount structure, or none of it where a cluster is
     /// something else already. Returns whether it can be used.
-    fn claim_refcounts(&mut self, claim: Claim) -> bool {
+    fn count_refcounts(&mut self, reference: Reference) -> bool {
         if self.window.is_some() {
-            return self.claim(claim, 1);
+            return self.count(reference, 1);
         }
         let geometry = *self.geometry();
-        let clusters = claim.host >> geometry.cluster_bits..geometry.clusters_for(claim.host + claim.len);
+        let clusters =
+            reference.host >> geometry.cluster_bits..geometry.clusters_for(reference.host + reference.len);
         for cluster in clusters.clone() {
             if let Some(other) = Owner::metadata(self.owners.get(cluster)) {
-                self.overlap(&claim, cluster << geometry.cluster_bits, other);
+                self.overlap(&reference, cluster << geometry.cluster_bits, other);
                 return false;
             }
         }
         self.replaceable.extend(clusters);
-        self.claim(claim, 1)
+        self.count(reference, 1)
     }
 
     /// What the header itself points to, but for the refcount table; all of it lies inside the file, or it
@@ -290,18 +291,18 @@ impl Survey {
     fn header_tables(&mut self, file: &ImageFile<'_, impl Io>) {
         let header = file.header();
         let cluster_size = self.geometry().cluster_size();
-        let mut claim = |field, owner, host: HostOffset, len| {
-            let claim = Claim { holder: Owner::Header, at: field, owner, host: host.0, len };
-            len > 0 && self.claim(claim, 1)
+        let mut count = |field, owner, host: HostOffset, len| {
+            let reference = Reference { holder: Owner::Header, at: field, owner, host: host.0, len };
+            len > 0 && self.count(reference, 1)
         };
-        claim(0, Owner::Header, HostOffset(0), cluster_size);
+        count(0, Owner::Header, HostOffset(0), cluster_size);
         let entries = u64::from(header.l1_entries);
         let bytes = entries * TABLE_ENTRY_BYTES;
-        let has_l1 = claim(header::L1_TABLE_OFFSET, Owner::ActiveL1, header.l1_table, bytes);
+        let has_l1 = count(header::L1_TABLE_OFFSET, Owner::ActiveL1, header.l1_table, bytes);
         let crypto =
             header.crypto_header.map_or((HostOffset(0), 0), |crypto| (crypto.offset, crypto.len_bytes));
         if crypto.1 <= MAX_ENCRYPTION_HEADER_BYTES {
-            claim(0, Owner::EncryptionHeader, crypto.0, crypto.1);
+            count(0, Owner::EncryptionHeader, crypto.0, crypto.1);
         } else {
             let error = Error::NotSupported {
                 file: Arc::clone(file.name()),
@@ -310,7 +311,7 @@ impl Survey {
             self.unusable(Owner::EncryptionHeader, crypto.0.0, error);
         }
         if has_l1 {
-            self.l1_tables.push(L1Table { at: header.l1_table.0, entries, owner: Owner::ActiveL1 });
+            self.l1_tables.push(L1Place { at: header.l1_table.0, entries, owner: Owner::ActiveL1 });
         }
     }
 
@@ -321,9 +322,9 @@ impl Survey {
             Ok(salvage) => salvage,
             Err(error) => return self.unusable(owner, table.0, error),
         };
-        let claim =
-            Claim { holder: Owner::Header, at: header::SNAPSHOT_TABLE_OFFSET, owner, host: table.0, len };
-        let is_alone = len > 0 && self.claim(claim, 1);
+        let reference =
+            Reference { holder: Owner::Header, at: header::SNAPSHOT_TABLE_OFFSET, owner, host: table.0, len };
+        let is_alone = len > 0 && self.count(reference, 1);
         if !defects.is_empty() {
             self.replace_snapshots(file, &snapshots, &defects);
             if is_alone {
@@ -338,12 +339,12 @@ impl Survey {
                 continue;
             }
             let entries = u64::from(snapshot.l1_entries);
-            let l1 = L1Table { at: snapshot.l1_table.0, entries, owner: Owner::SnapshotL1 };
+            let l1 = L1Place { at: snapshot.l1_table.0, entries, owner: Owner::SnapshotL1 };
             let len = entries * TABLE_ENTRY_BYTES;
             if len == 0 {
                 continue;
             }
-            if self.claim(Claim { holder: owner, at: table.0, owner: l1.owner, host: l1.at, len }, 1) {
+            if self.count(Reference { holder: owner, at: table.0, owner: l1.owner, host: l1.at, len }, 1) {
                 self.l1_tables.push(l1);
             } else {
                 self.hides_references = true;
@@ -374,7 +375,7 @@ impl Survey {
             return;
         };
         let (owner, host, len) = (Owner::BitmapDirectory, extension.directory.0, extension.directory_bytes);
-        if !self.claim(Claim { holder: Owner::Header, at: 0, owner, host, len }, 1) {
+        if !self.count(Reference { holder: Owner::Header, at: 0, owner, host, len }, 1) {
             self.hides_references = true;
             return;
         }
@@ -383,18 +384,18 @@ impl Survey {
             Err(error) => return self.unusable(owner, host, error),
         };
         for bitmap in &bitmaps {
-            let claim = Claim {
+            let reference = Reference {
                 holder: owner,
                 at: host,
                 owner: Owner::BitmapTable,
                 host: bitmap.table.0,
                 len: bitmap.table_bytes(),
             };
-            if claim.len / TABLE_ENTRY_BYTES > MAX_BITMAP_BYTES >> self.geometry().cluster_bits {
+            if reference.len / TABLE_ENTRY_BYTES > MAX_BITMAP_BYTES >> self.geometry().cluster_bits {
                 let reason = "the bitmap is larger than any that QEMU makes";
                 let error = Error::NotSupported { file: Arc::clone(file.name()), reason };
-                self.unusable(claim.owner, claim.host, error);
-            } else if claim.len > 0 && !self.claim(claim, 1) {
+                self.unusable(reference.owner, reference.host, error);
+            } else if reference.len > 0 && !self.count(reference, 1) {
                 self.hides_references = true;
             } else if let Err(error) = self.bitmap_table(file, bitmap).await {
                 self.unusable(Owner::BitmapTable, bitmap.table.0, error);
@@ -431,7 +432,7 @@ impl Survey {
                 self.stuck_entries = true;
             }
             Ok(BitmapTableEntry::Data(host)) => {
-                self.claim(Claim { holder, at, owner, host: host.0, len }, 1);
+                self.count(Reference { holder, at, owner, host: host.0, len }, 1);
             }
             Err(source) => {
                 self.findings.corruption(holder, at, Problem::Entry(source), remedy);
@@ -452,7 +453,7 @@ impl Survey {
         }
         let len = u64::from(file.header().refcount_table_clusters) * self.geometry().cluster_size();
         let at = header::REFCOUNT_TABLE_OFFSET;
-        if !self.claim_refcounts(Claim { holder: Owner::Header, at, owner, host, len }) {
+        if !self.count_refcounts(Reference { holder: Owner::Header, at, owner, host, len }) {
             return;
         }
         match file.refcount_table_entries(len / TABLE_ENTRY_BYTES).await {
@@ -479,7 +480,7 @@ impl Survey {
                     Problem::BeyondFile { owner, host, len }
                 }
                 Ok(Some(HostOffset(host))) => {
-                    if self.claim_refcounts(Claim { holder, at, owner, host, len }) {
+                    if self.count_refcounts(Reference { holder, at, owner, host, len }) {
                         blocks.insert(index, host);
                     }
                     continue;
@@ -489,6 +490,6 @@ impl Survey {
             self.needs_rebuild = true;
             self.findings.corruption(holder, at, problem, REBUILD);
         }
-        self.refcounts = Refcounts::new(geometry, blocks);
+        self.on_disk = CountsOnDisk::new(geometry, blocks);
     }
 }

@@ -1,9 +1,9 @@
 //! The survey's walk over L1 and L2 tables.
 
 use super::{
-    entry::{Judged, Slot, Target, slots},
+    entry::{Judged, L2Words, Target, l2_words},
     findings::{Owner, Problem, Remedy},
-    survey::{Claim, L1Table, Survey},
+    survey::{L1Place, Reference, Survey},
 };
 use crate::{error::Result, inspect::ImageFile, io::Io};
 use futures_util::future::join_all;
@@ -41,7 +41,7 @@ pub(super) struct Walk {
     pub(super) is_active: bool,
 }
 
-impl L1Table {
+impl L1Place {
     /// Its entries, as many at a time as are read.
     fn parts(&self, entries: u64) -> impl Iterator<Item = Range<u64>> + use<> {
         let end = self.entries;
@@ -71,7 +71,7 @@ impl Survey {
     async fn l1_part(
         &mut self,
         file: &ImageFile<'_, impl Io>,
-        l1: &L1Table,
+        l1: &L1Place,
         range: Range<u64>,
     ) -> Option<Vec<u64>> {
         let entries = file.l1_entries(l1, range).await;
@@ -82,7 +82,7 @@ impl Survey {
         if self.window.is_some() { LIVE_BYTES / TABLE_ENTRY_BYTES } else { L1_ENTRIES }
     }
 
-    fn l1_entry(&mut self, l1: &L1Table, index: u64, raw: u64) {
+    fn l1_entry(&mut self, l1: &L1Place, index: u64, raw: u64) {
         let at = l1.at + index * TABLE_ENTRY_BYTES;
         let judged = self.rules.judge_l1(raw);
         if let Some(source) = judged.damage {
@@ -103,7 +103,7 @@ impl Survey {
             self.lost_tables = true;
             return;
         }
-        if self.claim(Claim { holder, at, owner, host, len }, 1) {
+        if self.count(Reference { holder, at, owner, host, len }, 1) {
             self.note_table(&l1.owner, host >> self.geometry().cluster_bits);
         } else {
             self.hides_references = true;
@@ -111,7 +111,7 @@ impl Survey {
     }
 
     /// The copied flags of some entries of the active L1 table.
-    async fn l1_flags(&mut self, file: &ImageFile<'_, impl Io>, l1: &L1Table, first: u64, entries: &[u64]) {
+    async fn l1_flags(&mut self, file: &ImageFile<'_, impl Io>, l1: &L1Place, first: u64, entries: &[u64]) {
         let len = self.geometry().cluster_size();
         for (index, &raw) in (first..).zip(entries).filter(|(_, raw)| **raw != 0) {
             let table = self.rules.judge_l1(raw).table;
@@ -207,7 +207,7 @@ impl Survey {
     }
 
     /// The table that an L1 entry names, unless it has been walked or cannot be.
-    fn next_walk(&mut self, l1: &L1Table, l1_index: u64, raw: u64) -> Option<Walk> {
+    fn next_walk(&mut self, l1: &L1Place, l1_index: u64, raw: u64) -> Option<Walk> {
         let (table, _) = self.rules.judge_l1(raw).table?;
         let is_active = l1.owner == Owner::ActiveL1;
         let references = if self.window.is_some() && is_active {
@@ -222,12 +222,12 @@ impl Survey {
     async fn l2_table(&mut self, file: &ImageFile<'_, impl Io>, walk: Walk, table: &[u8]) {
         let rules = self.rules;
         let mut expected = None;
-        for (index, slot) in (0..).zip(slots(table, &rules)) {
-            if slot == (Slot { entry: 0, bitmap: 0 }) {
+        for (index, words) in (0..).zip(l2_words(table, &rules)) {
+            if words == (L2Words { entry: 0, bitmap: 0 }) {
                 continue;
             }
-            let at = walk.table + walk.skip + index * rules.slot_bytes();
-            let judged = rules.judge(slot);
+            let at = walk.table + walk.skip + index * rules.l2_entry_bytes();
+            let judged = rules.judge(words);
             if let Some(source) = judged.damage {
                 let remedy = entry_remedy(judged.repaired.is_some());
                 self.findings.corruption(Owner::L2, at, Problem::Entry(source), remedy);
@@ -239,7 +239,7 @@ impl Survey {
             if walk.is_active {
                 self.count_guest_cluster(&judged, &mut expected);
             }
-            if let Err(error) = self.l2_entry(file, walk, at, slot, judged.target).await {
+            if let Err(error) = self.l2_entry(file, walk, at, words, judged.target).await {
                 self.findings.structure(Owner::RefcountBlock, at, error);
             }
         }
@@ -250,7 +250,7 @@ impl Survey {
         file: &ImageFile<'_, impl Io>,
         walk: Walk,
         at: u64,
-        slot: Slot,
+        words: L2Words,
         target: Target,
     ) -> Result<()> {
         let holder = Owner::L2;
@@ -260,7 +260,7 @@ impl Survey {
             return Ok(());
         }
         if let Some(missing) = self.rules.missing(target) {
-            self.lost(walk.table, at, slot, missing);
+            self.lost(walk.table, at, words, missing);
             return Ok(());
         }
         let (owner, host, len) = match target {
@@ -274,7 +274,7 @@ impl Survey {
             Target::Compressed(range) => (Owner::Compressed, range.offset, self.in_file(holder, at, range)),
             Target::Cluster { host, .. } => (Owner::Data, host, self.geometry().cluster_size()),
         };
-        self.claim(Claim { holder, at, owner, host, len }, walk.references);
+        self.count(Reference { holder, at, owner, host, len }, walk.references);
         match target {
             Target::Cluster { host, copied } if walk.is_active => {
                 self.copied_flag(file, holder, at, host, copied).await
@@ -284,8 +284,8 @@ impl Survey {
     }
 
     /// The file does not have what an entry of a table refers to.
-    fn lost(&mut self, table: u64, at: u64, slot: Slot, (owner, host, len): (Owner, u64, u64)) {
-        let remedy = match self.rules.without_cluster(slot) {
+    fn lost(&mut self, table: u64, at: u64, words: L2Words, (owner, host, len): (Owner, u64, u64)) {
+        let remedy = match self.rules.without_cluster(words) {
             // Then what refers to the true table is lost, and what that refers to is out of sight.
             _ if self.is_contested(table) => {
                 self.doubtful.insert(table);
@@ -326,7 +326,7 @@ impl Survey {
             window.mark_active(cluster);
             return Ok(());
         }
-        let count = self.refcounts.get(file, cluster).await?;
+        let count = self.on_disk.get(file, cluster).await?;
         if copied != (count == 1) {
             self.wrong_flag(table, at, host, count, copied);
         }

@@ -1,7 +1,7 @@
 //! The references to the clusters of one part of a file, in memory of a fixed size: what the search
 //! for leaks counts into, where a check keeps a sparse count of everything.
 
-use super::{findings::Owner, survey::Claim};
+use super::{findings::Owner, survey::Reference};
 use std::ops::Range;
 
 /// Clusters that are counted at a time, at the most: 16 MiB of counters, and twice 2 MiB for what is touched
@@ -42,20 +42,20 @@ impl Window {
         self.counter(cluster) & IS_ACTIVE != 0
     }
 
-    pub(super) fn claim(&mut self, claim: &Claim, clusters: Range<u64>, references: u64) {
-        let is_shared = match claim.owner {
+    pub(super) fn count(&mut self, reference: &Reference, clusters: Range<u64>, times: u64) {
+        let is_shared = match reference.owner {
             Owner::Data | Owner::Compressed => true,
-            Owner::L2 => claim.holder == Owner::SnapshotL1,
+            Owner::L2 => reference.holder == Owner::SnapshotL1,
             _ => false,
         };
         if !is_shared {
-            self.sole_bytes = self.sole_bytes.saturating_add(claim.len);
+            self.sole_bytes = self.sole_bytes.saturating_add(reference.len);
         }
         self.referred_end = self.referred_end.max(clusters.end);
-        let references = u8::try_from(references).unwrap_or(MANY);
+        let times = u8::try_from(times).unwrap_or(MANY);
         for cluster in clusters.start.max(self.clusters.start)..clusters.end.min(self.clusters.end) {
             let counter = &mut self.counters[(cluster - self.clusters.start) as usize];
-            let sum = (*counter & MANY).saturating_add(references).min(MANY);
+            let sum = (*counter & MANY).saturating_add(times).min(MANY);
             *counter = *counter & IS_ACTIVE | sum;
         }
     }
@@ -89,15 +89,15 @@ mod tests {
     #[test]
     fn counters_stop_at_the_top_and_know_nothing_beyond_the_window() {
         let mut window = Window::new(10..20);
-        let claim = Claim { holder: Owner::L2, at: 0, owner: Owner::Data, host: 0, len: 1 };
-        window.claim(&claim, 8..12, 3);
+        let reference = Reference { holder: Owner::L2, at: 0, owner: Owner::Data, host: 0, len: 1 };
+        window.count(&reference, 8..12, 3);
         window.mark_active(11);
         window.mark_active(25);
-        window.claim(&claim, 11..12, u64::MAX);
-        window.claim(&claim, 11..12, 5);
+        window.count(&reference, 11..12, u64::MAX);
+        window.count(&reference, 11..12, 5);
         assert_eq!([10, 11, 12, 9, 20].map(|at| window.references(at)), [Some(3), None, Some(0), None, None]);
         assert!(window.is_active(11) && !window.is_active(10));
-        window.claim(&claim, 12..13, 1);
+        window.count(&reference, 12..13, 1);
         window.mark_active(12);
         assert_eq!((window.references(12), window.referred_end), (Some(1), 13));
     }
@@ -114,13 +114,13 @@ mod tests {
     #[test]
     fn what_can_be_referred_to_once_is_summed_up() {
         let mut window = Window::new(0..1);
-        let mut claim = |holder, owner| {
-            window.claim(&Claim { holder, at: 0, owner, host: 0, len: 100 }, 0..1, 1);
+        let mut count = |holder, owner| {
+            window.count(&Reference { holder, at: 0, owner, host: 0, len: 100 }, 0..1, 1);
             window.sole_bytes
         };
-        assert_eq!(claim(Owner::L2, Owner::Data), 0);
-        assert_eq!(claim(Owner::SnapshotL1, Owner::L2), 0, "snapshots share tables");
-        assert_eq!(claim(Owner::ActiveL1, Owner::L2), 100);
-        assert_eq!(claim(Owner::SnapshotTable, Owner::SnapshotL1), 200);
+        assert_eq!(count(Owner::L2, Owner::Data), 0);
+        assert_eq!(count(Owner::SnapshotL1, Owner::L2), 0, "snapshots share tables");
+        assert_eq!(count(Owner::ActiveL1, Owner::L2), 100);
+        assert_eq!(count(Owner::SnapshotTable, Owner::SnapshotL1), 200);
     }
 }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap};
 const MAX_BYTES: u64 = 32 << 20;
 
 /// Random access to the counts on disk, through a bounded cache.
-pub(super) struct Refcounts {
+pub(super) struct CountsOnDisk {
     geometry: Geometry,
     /// Table index → file offset of each block that is where a block can be.
     pub(super) blocks: BTreeMap<u64, u64>,
@@ -16,7 +16,7 @@ pub(super) struct Refcounts {
     pages: HashMap<u64, Vec<u8>>,
 }
 
-impl Refcounts {
+impl CountsOnDisk {
     pub(super) fn new(geometry: Geometry, blocks: BTreeMap<u64, u64>) -> Self {
         Self { geometry, blocks, pages: HashMap::new() }
     }
@@ -72,7 +72,7 @@ mod tests {
             let geometry = file.geometry();
             // What lies behind the end of the file reads as zeros.
             let blocks = (0..kept + 1).map(|block| (block, block << cluster_bits)).collect();
-            let mut counts = Refcounts::new(geometry, blocks);
+            let mut counts = CountsOnDisk::new(geometry, blocks);
             let mut get = |block: u64| {
                 run_at_once(counts.get(&file, block * geometry.refcounts_per_block())).unwrap();
                 counts.pages.len() as u64
