@@ -13,7 +13,7 @@ use crate::{
     order::rules::RuleName,
 };
 use qcow2_format::{
-    Defects, FormatError, Geometry, Header, Snapshot,
+    Defects, FormatError, Geometry, Header, HostCluster, Snapshot,
     bitmap::{self, Bitmap},
     header::HEADER_READ_BYTES,
     snapshot::{self, MAX_SALVAGE_BYTES, MIN_ENTRY_BYTES, Salvage, TableExtent},
@@ -199,8 +199,9 @@ impl<'a, I: Io> ImageFile<'a, I> {
     }
 
     /// Reads a cluster of metadata; see [`Self::read_part`].
-    pub(crate) async fn read_cluster(&self, at: u64) -> Result<Option<Vec<u8>>> {
-        self.read_part(at, self.geometry().cluster_size()).await
+    pub(crate) async fn read_cluster(&self, cluster: HostCluster) -> Result<Option<Vec<u8>>> {
+        let geometry = self.geometry();
+        self.read_part(geometry.host_offset(cluster).0, geometry.cluster_size()).await
     }
 
     /// Reads a part of a cluster; `None` where the file has a hole, so that a sparse file costs what is

@@ -6,7 +6,7 @@ use super::{
     survey::Survey,
 };
 use crate::{inspect::ImageFile, io::Io};
-use qcow2_format::{Geometry, refcount};
+use qcow2_format::{Clusters, Geometry, HostCluster, refcount};
 use std::{
     collections::{BTreeSet, HashSet},
     ops::Range,
@@ -18,21 +18,22 @@ pub(super) fn chunks_in_use<'a>(
     survey: &'a Survey,
     index: u64,
     block: &'a [u8],
-) -> impl Iterator<Item = Range<u64>> + use<'a> {
+) -> impl Iterator<Item = Range<HostCluster>> + use<'a> {
     let geometry = *survey.geometry();
-    let first = index * geometry.refcounts_per_block() / CHUNK;
+    let per_block = geometry.refcounts_per_block();
     let chunk_bytes = (CHUNK as usize) << geometry.refcount_order >> 3;
-    (first..)
+    let chunks = HostCluster(index * per_block).row(per_block).each().step_by(CHUNK as usize);
+    chunks
         .zip(block.chunks(chunk_bytes))
-        .filter(|(chunk, bytes)| survey.refs.has_chunk(*chunk) || bytes.iter().any(|byte| *byte != 0))
-        .map(|(chunk, _)| chunk * CHUNK..(chunk + 1) * CHUNK)
+        .filter(|(first, bytes)| survey.tally.has_chunk(*first) || bytes.iter().any(|byte| *byte != 0))
+        .map(|(first, _)| first.row(CHUNK))
 }
 
 impl Survey {
     /// Indices of the refcount blocks that count clusters with references.
     pub(super) fn blocks_in_use(&self) -> BTreeSet<u64> {
-        let block_of = |chunk| self.geometry().refcount_table_index(chunk * CHUNK);
-        self.refs.chunks().into_iter().map(block_of).collect()
+        let block_of = |chunk: Range<HostCluster>| self.geometry().refcount_table_index(chunk.start.0);
+        self.tally.chunks().into_iter().map(block_of).collect()
     }
 
     pub(super) async fn compare(&mut self, file: &ImageFile<'_, impl Io>) {
@@ -40,52 +41,52 @@ impl Survey {
         let blocks = self.on_disk.blocks.clone();
         let mut holes = HashSet::new();
         let mut last = None;
-        for (&index, &at) in &blocks {
-            let block = match file.read_cluster(at).await {
+        for (&index, &place) in &blocks {
+            let block = match file.read_cluster(place).await {
                 Ok(Some(block)) => block,
                 Ok(None) => {
                     holes.insert(index);
                     continue;
                 }
                 Err(error) => {
-                    self.findings.structure(Owner::RefcountBlock, at, error);
+                    self.findings.structure(Owner::RefcountBlock, geometry.host_offset(place).0, error);
                     continue;
                 }
             };
             let ranges: Vec<_> = chunks_in_use(self, index, &block).collect();
-            for cluster in ranges.into_iter().flatten() {
-                let at = geometry.refcount_block_index(cluster) as usize;
+            for cluster in ranges.into_iter().flat_map(Clusters::each) {
+                let at = geometry.refcount_block_index(cluster.0) as usize;
                 self.compare_one(cluster, refcount::get(&block, geometry.refcount_order, at), &mut last);
             }
         }
-        for chunk in self.refs.chunks() {
-            let first = chunk * CHUNK;
-            if self.on_disk.has_block(first) && !holes.contains(&geometry.refcount_table_index(first)) {
-                continue;
+        for chunk in self.tally.chunks() {
+            let is_hole = holes.contains(&geometry.refcount_table_index(chunk.start.0));
+            if is_hole || !self.on_disk.has_block(chunk.start) {
+                self.uncounted(chunk, &mut last);
             }
-            self.uncounted(first..first + CHUNK, &mut last);
         }
-        self.statistics.image_end_offset = last.map_or(0, |last: u64| (last + 1) << geometry.cluster_bits);
+        let end = last.map_or(HostCluster(0), |last| last + 1);
+        self.statistics.image_end_offset = geometry.host_offset(end).0;
     }
 
     /// Clusters whose counts are all 0, because their block is a hole, or because they have none.
-    fn uncounted(&mut self, clusters: Range<u64>, last: &mut Option<u64>) {
+    fn uncounted(&mut self, clusters: Range<HostCluster>, last: &mut Option<HostCluster>) {
         let has_block = self.on_disk.has_block(clusters.start);
-        for cluster in clusters {
-            if self.refs.get(cluster) > 0 {
-                self.needs_rebuild |= !has_block;
+        for cluster in clusters.each() {
+            if self.tally.references(cluster) > 0 {
+                self.replacement.is_needed |= !has_block;
                 self.compare_one(cluster, 0, last);
             }
         }
     }
 
-    fn compare_one(&mut self, cluster: u64, count: u64, last: &mut Option<u64>) {
+    fn compare_one(&mut self, cluster: HostCluster, count: u64, last: &mut Option<HostCluster>) {
         let geometry = *self.geometry();
-        let references = self.refs.get(cluster);
+        let references = self.tally.references(cluster);
         if count == 0 && references == 0 {
             return;
         }
-        if cluster < geometry.clusters_for(self.rules.file_len) {
+        if cluster < HostCluster(geometry.clusters_for(self.rules.file_len)) {
             *last = (*last).max(Some(cluster));
         } else if references == 0 {
             self.findings.counted_beyond_end += 1;
@@ -96,9 +97,9 @@ impl Survey {
         }
         let severity = if count > references { Severity::Leak } else { Severity::Corruption };
         let remedy = self.remedy(&geometry, severity, references);
-        let at = cluster.saturating_mul(geometry.cluster_size());
+        let at = cluster.0.saturating_mul(geometry.cluster_size());
         if severity == Severity::Corruption
-            && let Some(reference) = self.under_data.get(&cluster)
+            && let Some(reference) = self.doubts.under_data.get(&cluster)
         {
             let problem = Problem::Overlap { host: at, owner: reference.owner, other: Owner::L2 };
             self.findings.corruption(reference.holder, reference.at, problem, remedy);
@@ -115,8 +116,10 @@ impl Survey {
 
     fn remedy(&self, geometry: &Geometry, severity: Severity, references: u64) -> Remedy {
         match severity {
-            Severity::Leak if self.hides_references => Remedy::None("other damage may hide references to it"),
-            Severity::Leak if self.lost_tables => Remedy::WithAll("lower the refcount"),
+            Severity::Leak if self.doubts.hides_references => {
+                Remedy::None("other damage may hide references to it")
+            }
+            Severity::Leak if self.doubts.lost_tables => Remedy::WithAll("lower the refcount"),
             Severity::Leak => Remedy::WithLeaks("lower the refcount"),
             _ if references > geometry.refcount_max() => Remedy::None("the refcounts are too narrow for it"),
             _ => Remedy::WithAll("raise the refcount"),

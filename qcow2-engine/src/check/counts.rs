@@ -1,7 +1,9 @@
 //! How often each cluster is referred to, and what it is: sparse, so that memory follows what is
 //! really referred to and not what an image claims.
 
-use std::collections::HashMap;
+use super::findings::Owner;
+use qcow2_format::{Clusters, HostCluster};
+use std::{collections::HashMap, ops::Range};
 
 /// Clusters of a chunk. A refcount block counts a whole number of chunks, because the smallest
 /// counts 64 clusters. Small, so that scattered references cost little more than their entries.
@@ -9,41 +11,98 @@ pub(crate) const CHUNK: u64 = 64;
 /// A count in a chunk that stands for one in `large`.
 const IN_LARGE: u8 = u8::MAX;
 
-/// A small number per cluster; 0 where nothing was said.
+/// The references that a survey has found: how many there are to each cluster, and what a cluster is that is
+/// metadata. By whom it is referred to is not kept.
 #[derive(Default)]
-pub(super) struct Bytes(HashMap<u64, [u8; CHUNK as usize]>);
+pub(super) struct Tally {
+    references: Counts,
+    /// [`Owner`] of each cluster of metadata.
+    owners: Bytes,
+}
 
-impl Bytes {
-    pub(super) fn get(&self, cluster: u64) -> u8 {
-        self.0.get(&(cluster / CHUNK)).map_or(0, |chunk| chunk[(cluster % CHUNK) as usize])
+impl Tally {
+    /// References to a cluster.
+    pub(super) fn references(&self, cluster: HostCluster) -> u64 {
+        self.references.get(cluster)
     }
 
-    pub(super) fn set(&mut self, cluster: u64, value: u8) {
-        let chunk = self.0.entry(cluster / CHUNK).or_insert([0; CHUNK as usize]);
-        chunk[(cluster % CHUNK) as usize] = value;
+    pub(super) fn add(&mut self, cluster: HostCluster, times: u64) {
+        self.references.add(cluster, times);
+    }
+
+    /// A reference is gone.
+    pub(super) fn take_back(&mut self, cluster: HostCluster) {
+        self.references.set(cluster, self.references.get(cluster).saturating_sub(1));
+    }
+
+    /// The metadata that a cluster is.
+    pub(super) fn metadata(&self, cluster: HostCluster) -> Option<Owner> {
+        Owner::metadata(self.owners.get(cluster))
+    }
+
+    pub(super) fn set_metadata(&mut self, cluster: HostCluster, owner: Owner) {
+        self.owners.set(cluster, owner as u8);
+    }
+
+    /// The first of `len` clusters in a row, all of them before `end`, that have no reference.
+    pub(super) fn unused_row(&self, len: u64, end: HostCluster) -> Option<HostCluster> {
+        self.references.unused_row(len, end)
+    }
+
+    /// Whether any cluster of the chunk that begins here may have references.
+    pub(super) fn has_chunk(&self, first: HostCluster) -> bool {
+        self.references.small.0.contains_key(&chunk_of(first))
+    }
+
+    /// The chunks in which clusters may have references, in ascending order.
+    pub(super) fn chunks(&self) -> Vec<Range<HostCluster>> {
+        self.references.chunks()
+    }
+}
+
+/// A small number per cluster; 0 where nothing was said.
+#[derive(Default)]
+struct Bytes(HashMap<u64, [u8; CHUNK as usize]>);
+
+fn chunk_of(cluster: HostCluster) -> u64 {
+    cluster.0 / CHUNK
+}
+
+fn in_chunk(cluster: HostCluster) -> usize {
+    (cluster.0 % CHUNK) as usize
+}
+
+impl Bytes {
+    fn get(&self, cluster: HostCluster) -> u8 {
+        self.0.get(&chunk_of(cluster)).map_or(0, |chunk| chunk[in_chunk(cluster)])
+    }
+
+    fn set(&mut self, cluster: HostCluster, value: u8) {
+        let chunk = self.0.entry(chunk_of(cluster)).or_insert([0; CHUNK as usize]);
+        chunk[in_chunk(cluster)] = value;
     }
 }
 
 /// A count per cluster.
 #[derive(Default)]
-pub(super) struct Counts {
+struct Counts {
     small: Bytes,
-    large: HashMap<u64, u64>,
+    large: HashMap<HostCluster, u64>,
 }
 
 impl Counts {
-    pub(super) fn get(&self, cluster: u64) -> u64 {
+    fn get(&self, cluster: HostCluster) -> u64 {
         match self.small.get(cluster) {
             IN_LARGE => self.large.get(&cluster).copied().unwrap_or(0),
             small => small.into(),
         }
     }
 
-    pub(super) fn add(&mut self, cluster: u64, references: u64) {
-        self.set(cluster, self.get(cluster).saturating_add(references));
+    fn add(&mut self, cluster: HostCluster, times: u64) {
+        self.set(cluster, self.get(cluster).saturating_add(times));
     }
 
-    pub(super) fn set(&mut self, cluster: u64, count: u64) {
+    fn set(&mut self, cluster: HostCluster, count: u64) {
         match u8::try_from(count) {
             Ok(small) if small < IN_LARGE => self.small.set(cluster, small),
             _ => {
@@ -53,32 +112,23 @@ impl Counts {
         }
     }
 
-    /// The first of `len` clusters in a row, all of them before `end`, that have no count.
-    pub(super) fn unused_row(&self, len: u64, end: u64) -> Option<u64> {
-        let mut first = 0;
-        for chunk in self.chunks() {
-            for cluster in chunk * CHUNK..(chunk + 1) * CHUNK {
-                if cluster.min(end).saturating_sub(first) >= len {
-                    return Some(first);
-                }
-                if self.get(cluster) > 0 {
-                    first = cluster + 1;
-                }
+    fn unused_row(&self, len: u64, end: HostCluster) -> Option<HostCluster> {
+        let mut first = HostCluster(0);
+        for cluster in self.chunks().into_iter().flat_map(Clusters::each) {
+            if (first..cluster.min(end)).cluster_count() >= len {
+                return Some(first);
+            }
+            if self.get(cluster) > 0 {
+                first = cluster + 1;
             }
         }
-        (end.saturating_sub(first) >= len).then_some(first)
+        ((first..end).cluster_count() >= len).then_some(first)
     }
 
-    /// Whether any cluster of a chunk may have a count.
-    pub(super) fn has_chunk(&self, chunk: u64) -> bool {
-        self.small.0.contains_key(&chunk)
-    }
-
-    /// The chunks in which clusters may have counts, in ascending order.
-    pub(super) fn chunks(&self) -> Vec<u64> {
+    fn chunks(&self) -> Vec<Range<HostCluster>> {
         let mut chunks: Vec<_> = self.small.0.keys().copied().collect();
         chunks.sort_unstable();
-        chunks
+        chunks.into_iter().map(|chunk| HostCluster(chunk * CHUNK).row(CHUNK)).collect()
     }
 }
 
@@ -89,9 +139,11 @@ mod tests {
     #[test]
     fn rows_without_counts_are_found_between_chunks_and_inside_them() {
         let mut counts = Counts::default();
-        assert_eq!((counts.unused_row(5, 5), counts.unused_row(5, 4)), (Some(0), None));
+        let unused_row =
+            |counts: &Counts, len, end| counts.unused_row(len, HostCluster(end)).map(|first| first.0);
+        assert_eq!((unused_row(&counts, 5, 5), unused_row(&counts, 5, 4)), (Some(0), None));
         for cluster in [0, 1, 4, 10, 3 * CHUNK, 3 * CHUNK + 5] {
-            counts.add(cluster, 1);
+            counts.add(HostCluster(cluster), 1);
         }
         for (len, end, row) in [
             (2, 100, Some(2)),
@@ -105,24 +157,24 @@ mod tests {
             (1, 3, Some(2)),
             (1, 0, None),
         ] {
-            assert_eq!(counts.unused_row(len, end), row, "{len} before {end}");
+            assert_eq!(unused_row(&counts, len, end), row, "{len} before {end}");
         }
-        counts.set(2, 0);
-        assert_eq!(counts.unused_row(2, 4), Some(2));
+        counts.set(HostCluster(2), 0);
+        assert_eq!(unused_row(&counts, 2, 4), Some(2));
     }
 
     #[test]
     fn counts_of_any_size_are_kept_apart() {
         let mut counts = Counts::default();
-        counts.add(5, 1);
-        counts.add(5, 253);
-        assert_eq!(counts.get(5), 254);
-        counts.add(5, 1);
-        counts.add(5, 1 << 40);
-        assert_eq!((counts.get(5), counts.get(6)), ((1 << 40) + 255, 0));
-        counts.add(1 << 50, 2);
-        assert_eq!(counts.chunks(), [0, (1 << 50) / CHUNK]);
-        counts.set(5, 3);
-        assert_eq!(counts.get(5), 3);
+        counts.add(HostCluster(5), 1);
+        counts.add(HostCluster(5), 253);
+        assert_eq!(counts.get(HostCluster(5)), 254);
+        counts.add(HostCluster(5), 1);
+        counts.add(HostCluster(5), 1 << 40);
+        assert_eq!((counts.get(HostCluster(5)), counts.get(HostCluster(6))), ((1 << 40) + 255, 0));
+        counts.add(HostCluster(1 << 50), 2);
+        assert_eq!(counts.chunks(), [0, 1 << 50].map(|first| HostCluster(first).row(CHUNK)));
+        counts.set(HostCluster(5), 3);
+        assert_eq!(counts.get(HostCluster(5)), 3);
     }
 }

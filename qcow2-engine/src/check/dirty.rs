@@ -36,7 +36,8 @@ pub(crate) async fn repair_at_open(file: &mut ImageFile<'_, impl Io>) -> Result<
     if let Some(damage) = survey.findings.damage.as_deref() {
         return Err(refused(file, damage.to_string()));
     }
-    if survey.hides_references || !survey.doubtful.is_empty() || survey.stuck_entries || survey.lost_tables {
+    let doubts = &survey.doubts;
+    if doubts.hides_references || !doubts.tables.is_empty() || doubts.stuck_entries || doubts.lost_tables {
         return Err(refused(file, "damaged tables may hide references".to_owned()));
     }
     let (leaks, wrong) = (survey.findings.leaks, survey.findings.corruptions);

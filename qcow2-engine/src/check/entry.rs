@@ -8,7 +8,7 @@
 
 use super::findings::Owner;
 use qcow2_format::{
-    CompressedRange, Corruption, ExtendedEntry, Geometry, L1Entry, Mapping, Version,
+    CompressedRange, Corruption, ExtendedEntry, Geometry, HostCluster, HostOffset, L1Entry, Mapping, Version,
     error::EntryKind,
     geometry::TABLE_ENTRY_BYTES,
     l2::{COMPRESSED, COPIED, OFFSET, RESERVED, ZERO},
@@ -24,7 +24,7 @@ pub(super) struct Rules {
 }
 
 /// An L2 entry: one word, or two with subclusters (0 otherwise).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct L2Words {
     pub(super) entry: u64,
     pub(super) bitmap: u64,
@@ -35,7 +35,7 @@ pub(super) struct L2Words {
 pub(super) enum Target {
     Nothing,
     Cluster {
-        host: u64,
+        host: HostCluster,
         copied: bool,
     },
     Compressed(CompressedRange),
@@ -59,8 +59,8 @@ pub(super) struct Judged {
 /// A judged L1 entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct JudgedL1 {
-    /// Offset of the L2 table and the copied flag.
-    pub(super) table: Option<(u64, bool)>,
+    /// The L2 table and the copied flag.
+    pub(super) table: Option<(HostCluster, bool)>,
     pub(super) damage: Option<Corruption>,
     pub(super) repaired: Option<u64>,
 }
@@ -77,12 +77,18 @@ impl Rules {
         at.saturating_add(len) >= self.file_len.saturating_add(self.geometry.cluster_size())
     }
 
+    /// [`Self::is_beyond_file`] of a table that is one cluster.
+    pub(super) fn is_table_beyond_file(&self, table: HostCluster) -> bool {
+        self.is_beyond_file(self.geometry.host_offset(table).0, self.geometry.cluster_size())
+    }
+
     /// Where what an L2 entry refers to should be, if the file does not have it. Of compressed data the file
     /// has what it has of the first sectors: the stream may end before the sectors that the entry claims.
     pub(super) fn missing(&self, target: Target) -> Option<(Owner, u64, u64)> {
         let cluster_size = self.geometry.cluster_size();
         match target {
             Target::Cluster { host, .. } => {
+                let HostOffset(host) = self.geometry.host_offset(host);
                 self.is_beyond_file(host, cluster_size).then_some((Owner::Data, host, cluster_size))
             }
             Target::Compressed(range) => {
@@ -95,7 +101,7 @@ impl Rules {
     pub(super) fn judge_l1(&self, raw: u64) -> JudgedL1 {
         let table = |entry| match entry {
             L1Entry::Unallocated => None,
-            L1Entry::Table { offset, copied } => Some((offset.0, copied)),
+            L1Entry::Table { offset, copied } => Some((self.geometry.host_cluster(offset), copied)),
         };
         let decode = |raw| L1Entry::decode(raw, &self.geometry);
         let damage = match decode(raw) {
@@ -161,7 +167,7 @@ impl Rules {
                 Target::External { copied }
             }
             Mapping::Data { host, copied } | Mapping::Zero { host: Some(host), copied } => {
-                Target::Cluster { host: host.0, copied }
+                Target::Cluster { host: self.geometry.host_cluster(host), copied }
             }
         })
     }
@@ -255,10 +261,10 @@ mod tests {
         }
         assert_eq!(rules.judge(words(0x5_0200)).target, Target::Unknown);
         let reserved = rules.judge(words(1 << 57 | COPIED | 0x5_0000));
-        assert_eq!(reserved.target, Target::Cluster { host: 0x5_0000, copied: true });
+        assert_eq!(reserved.target, Target::Cluster { host: HostCluster(5), copied: true });
         assert_eq!(rules.judge_l1(COPIED).repaired, Some(0));
         assert_eq!(rules.judge_l1(0x5_0200).repaired, None);
-        assert_eq!(rules.judge_l1(0x5_0001).table, Some((0x5_0000, false)));
+        assert_eq!(rules.judge_l1(0x5_0001).table, Some((HostCluster(5), false)));
     }
 
     #[test]

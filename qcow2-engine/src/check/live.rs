@@ -10,8 +10,8 @@
 
 use super::{
     findings::{Finding, Owner, Problem, Remedy, Severity},
-    survey::{L1Place, Survey},
-    tables::Walk,
+    survey::Survey,
+    tables::{L1Place, Walk},
     window::Window,
 };
 use crate::{
@@ -22,7 +22,7 @@ use crate::{
     io::Io,
     leaks::Pace,
 };
-use qcow2_format::{Defects, L1Entry, Mapping, geometry::TABLE_ENTRY_BYTES};
+use qcow2_format::{Defects, HostCluster, L1Entry, Mapping, geometry::TABLE_ENTRY_BYTES};
 use std::{cell::Cell, ops::Range, sync::Arc};
 
 /// Entries of a refcount table that are copied while the metadata lock is held.
@@ -56,7 +56,7 @@ pub(crate) async fn count<I: Io>(io: &I, image: &Image, pace: &dyn Pace, window:
     }
     survey.bound_tables(&file);
     match (survey.window.take(), survey.findings.list.first()) {
-        (Some(window), None) if !survey.hides_references => Counted::All(window),
+        (Some(window), None) if !survey.doubts.hides_references => Counted::All(window),
         (_, Some(finding)) => Counted::Doubt(finding.to_string()),
         _ => Counted::Doubt("a structure that cannot be used hides references".to_owned()),
     }
@@ -133,7 +133,7 @@ impl<'a, I: Io> ImageFile<'a, I> {
     /// copy is read, whose entries are the same or newer.
     pub(super) async fn l2_part(&self, walk: &Walk) -> Result<Option<Vec<u8>>> {
         let Some(live) = self.live.as_ref().filter(|_| walk.is_active) else {
-            return self.read_part(walk.table + walk.skip, walk.len).await;
+            return self.read_part(walk.start(&self.geometry()), walk.len).await;
         };
         loop {
             self.rest().await?;
@@ -141,13 +141,11 @@ impl<'a, I: Io> ImageFile<'a, I> {
             let damaged = |source| Error::Corrupt {
                 file: Arc::clone(self.name()),
                 table: "L1",
-                at: walk.table,
+                at: self.geometry().host_offset(walk.table).0,
                 source,
             };
-            let L1Entry::Table { offset, .. } = L1Entry::decode(entry, &self.geometry()).map_err(damaged)?
-            else {
-                return Ok(None);
-            };
+            let table = L1Entry::decode(entry, &self.geometry()).map_err(damaged)?;
+            let L1Entry::Table { offset, .. } = table else { return Ok(None) };
             let slices = live.slices(walk);
             if let Some(part) = live.known_part(&slices) {
                 return Ok(Some(part));
@@ -185,15 +183,15 @@ impl Live<'_> {
 
     /// The host clusters to which the entries of a slice refer, where the slice is known to be nothing but
     /// data in a row, or nothing at all.
-    fn data_in_row(&self, slice: u64) -> Option<Range<u64>> {
+    fn data_in_row(&self, slice: u64) -> Option<Range<HostCluster>> {
         let geometry = self.image.geometry();
         let run = self.image.cache.run(SliceKey { layer: 0, slice })?;
         let last = run.entry(self.image.top().slice_entries() as usize - 1);
         // What is between two entries of a run differs from them in its offset only.
         match [run.entry(0), last].map(|raw| Mapping::decode(raw, geometry)) {
-            [Ok(Mapping::Unallocated), Ok(Mapping::Unallocated)] => Some(0..0),
+            [Ok(Mapping::Unallocated), Ok(Mapping::Unallocated)] => Some(HostCluster(0).row(0)),
             [Ok(Mapping::Data { host: first, .. }), Ok(Mapping::Data { host: last, .. })] => {
-                Some(first.0 >> geometry.cluster_bits..(last.0 >> geometry.cluster_bits) + 1)
+                Some(geometry.host_cluster(first)..geometry.host_cluster(last) + 1)
             }
             _ => None,
         }
@@ -233,7 +231,7 @@ impl Survey {
     /// Whether to go no further.
     pub(super) fn is_over(&mut self, file: &ImageFile<'_, impl Io>) -> bool {
         self.bound_tables(file);
-        self.window.is_some() && (self.hides_references || !self.findings.is_clean())
+        self.window.is_some() && (self.doubts.hides_references || !self.findings.is_clean())
     }
 
     /// Tables that nothing shares cannot take more than the file: with that the work is bounded, too.
@@ -242,7 +240,7 @@ impl Survey {
         let (Some(window), Some(live)) = (&self.window, &file.live) else { return };
         let geometry = &self.rules.geometry;
         let len = live.image.meta.lock().space.file_end;
-        let referred = window.referred_end << geometry.cluster_bits;
+        let referred = geometry.host_offset(window.referred_end).0;
         let problem = if window.sole_bytes > len.saturating_add(geometry.cluster_size()) {
             Problem::Structure(Error::NotSupported {
                 file: Arc::clone(file.name()),

@@ -9,19 +9,22 @@
 mod compare;
 pub(crate) mod counts;
 pub(crate) mod dirty;
+mod doubts;
 mod entry;
 mod findings;
 pub(crate) mod live;
 mod on_disk;
 mod rebuild;
 mod repair;
+mod statistics;
+mod structures;
 mod survey;
 mod tables;
 pub(crate) mod window;
 
 pub use findings::{DEFAULT_MAX_FINDINGS, Finding, Findings, Owner, Problem, Remedy, Severity};
 pub use repair::Repair;
-pub use survey::Statistics;
+pub use statistics::Statistics;
 
 use crate::{
     error::{Error, Result},

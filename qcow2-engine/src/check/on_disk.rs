@@ -1,7 +1,7 @@
 //! The refcounts as they are on disk: which blocks can be trusted, and the counts in them.
 
 use crate::{error::Result, inspect::ImageFile, io::Io, paging::MAX_PAGE};
-use qcow2_format::{Geometry, refcount};
+use qcow2_format::{Geometry, HostCluster, refcount};
 use std::collections::{BTreeMap, HashMap};
 
 /// Bytes of pages kept in memory: the counts of 1 TiB at clusters of 64 KiB, of 8 GiB at the smallest.
@@ -10,32 +10,32 @@ const MAX_BYTES: u64 = 32 << 20;
 /// Random access to the counts on disk, through a bounded cache.
 pub(super) struct CountsOnDisk {
     geometry: Geometry,
-    /// Table index → file offset of each block that is where a block can be.
-    pub(super) blocks: BTreeMap<u64, u64>,
+    /// Table index → cluster of each block that is where a block can be.
+    pub(super) blocks: BTreeMap<u64, HostCluster>,
     /// File offset → bytes.
     pages: HashMap<u64, Vec<u8>>,
 }
 
 impl CountsOnDisk {
-    pub(super) fn new(geometry: Geometry, blocks: BTreeMap<u64, u64>) -> Self {
+    pub(super) fn new(geometry: Geometry, blocks: BTreeMap<u64, HostCluster>) -> Self {
         Self { geometry, blocks, pages: HashMap::new() }
     }
 
     /// Whether a block counts the cluster.
-    pub(super) fn has_block(&self, cluster: u64) -> bool {
-        self.blocks.contains_key(&self.geometry.refcount_table_index(cluster))
+    pub(super) fn has_block(&self, cluster: HostCluster) -> bool {
+        self.blocks.contains_key(&self.geometry.refcount_table_index(cluster.0))
     }
 
     /// The refcount of a cluster; 0 without a block.
-    pub(super) async fn get(&mut self, file: &ImageFile<'_, impl Io>, cluster: u64) -> Result<u64> {
+    pub(super) async fn get(&mut self, file: &ImageFile<'_, impl Io>, cluster: HostCluster) -> Result<u64> {
         let order = self.geometry.refcount_order;
-        let Some(&block) = self.blocks.get(&self.geometry.refcount_table_index(cluster)) else {
+        let Some(&block) = self.blocks.get(&self.geometry.refcount_table_index(cluster.0)) else {
             return Ok(0);
         };
         let page_bytes = self.geometry.cluster_size().min(MAX_PAGE);
         let per_page = (page_bytes * 8) >> order;
-        let in_block = self.geometry.refcount_block_index(cluster);
-        let at = block + in_block / per_page * page_bytes;
+        let in_block = self.geometry.refcount_block_index(cluster.0);
+        let at = self.geometry.host_offset(block).0 + in_block / per_page * page_bytes;
         if !self.pages.contains_key(&at) {
             if self.pages.len() as u64 >= MAX_BYTES / page_bytes {
                 self.pages.clear();
@@ -71,10 +71,11 @@ mod tests {
             let file = run_at_once(ImageFile::open(&files, &files, path, Access::ReadOnly)).unwrap();
             let geometry = file.geometry();
             // What lies behind the end of the file reads as zeros.
-            let blocks = (0..kept + 1).map(|block| (block, block << cluster_bits)).collect();
+            let blocks = (0..kept + 1).map(|block| (block, HostCluster(block))).collect();
             let mut counts = CountsOnDisk::new(geometry, blocks);
             let mut get = |block: u64| {
-                run_at_once(counts.get(&file, block * geometry.refcounts_per_block())).unwrap();
+                let cluster = HostCluster(block * geometry.refcounts_per_block());
+                run_at_once(counts.get(&file, cluster)).unwrap();
                 counts.pages.len() as u64
             };
             assert_eq!((0..kept).map(&mut get).last(), Some(kept));

@@ -6,7 +6,7 @@
 //! clusters have no count in the new one: they are free. So are those of snapshots that the new table leaves
 //! out.
 
-use super::{change_header, counts::CHUNK, on_disk::CountsOnDisk, survey::Survey};
+use super::{change_header, on_disk::CountsOnDisk, survey::Survey};
 use crate::{
     error::Result,
     inspect::ImageFile,
@@ -14,7 +14,7 @@ use crate::{
     order::rules::RuleName,
 };
 use qcow2_format::{
-    Defects, FormatError, HostOffset, RefcountTableEntry, Snapshot,
+    Clusters, Defects, FormatError, HostCluster, HostOffset, RefcountTableEntry, Snapshot,
     geometry::{MAX_REFTABLE_BYTES, TABLE_ENTRY_BYTES},
     header::{
         REFCOUNT_TABLE_CLUSTERS_OFFSET, REFCOUNT_TABLE_OFFSET, SNAPSHOT_COUNT_OFFSET, SNAPSHOT_TABLE_OFFSET,
@@ -24,11 +24,25 @@ use qcow2_format::{
 };
 use std::{collections::BTreeMap, ops::Range};
 
+/// What a new structure needs to know of the old one.
+#[derive(Default)]
+pub(super) struct Replacement {
+    /// The refcount structure cannot hold the counts as it is, or the snapshot table not be what it should.
+    pub(super) is_needed: bool,
+    /// The refcount table can be read, and is nothing else.
+    pub(super) has_old_table: bool,
+    /// Clusters whose only known use is one that a rebuild takes away: of the refcount structure, and of a
+    /// snapshot table that is replaced.
+    pub(super) old_clusters: Vec<HostCluster>,
+    /// What the snapshot table should be, where it is something else.
+    pub(super) snapshots: Option<Vec<Snapshot>>,
+}
+
 /// Where the new structure goes: the table, then the blocks, then the snapshot table.
 struct Plan {
-    table: Range<u64>,
+    table: Range<HostCluster>,
     /// Table index → cluster of the block.
-    blocks: BTreeMap<u64, u64>,
+    blocks: BTreeMap<u64, HostCluster>,
     snapshots: Option<SnapshotTable>,
     /// Clusters of the snapshot table.
     behind: u64,
@@ -45,13 +59,14 @@ pub(super) async fn run(
     file: &mut ImageFile<'_, impl Io>,
     survey: &mut Survey,
 ) -> Result<Option<&'static str>> {
-    if survey.hides_references {
+    if survey.doubts.hides_references {
         return Ok(Some("the refcounts are not rebuilt: damaged tables may hide references"));
     }
-    if survey.stuck_entries || !survey.doubtful.is_empty() || !survey.under_data.is_empty() {
+    let doubts = &survey.doubts;
+    if doubts.stuck_entries || !doubts.tables.is_empty() || !doubts.under_data.is_empty() {
         return Ok(Some("the refcounts are not rebuilt: the file would grow over what entries refer to"));
     }
-    let snapshots = match &survey.new_snapshots {
+    let snapshots = match &survey.replacement.snapshots {
         None => None,
         Some(snapshots) => match SnapshotTable::of(snapshots) {
             Ok(table) => Some(table),
@@ -63,8 +78,8 @@ pub(super) async fn run(
     };
     drop_lost_parts(file, survey).await?;
     survey.release_old_structure();
-    for cluster in plan.clusters() {
-        survey.refs.add(cluster, 1);
+    for cluster in plan.clusters().each() {
+        survey.tally.add(cluster, 1);
     }
     let old_len = file.file_len;
     if let Err(error) = write(file, survey, &plan).await {
@@ -73,11 +88,11 @@ pub(super) async fn run(
         return Err(error);
     }
     switch(file, &plan).await?;
-    let bits = survey.geometry().cluster_bits;
-    let blocks = plan.blocks.iter().map(|(&index, &cluster)| (index, cluster << bits)).collect();
-    survey.on_disk = CountsOnDisk::new(*survey.geometry(), blocks);
-    survey.new_snapshots = None;
-    file.file_len = file.file_len.max(plan.clusters().end << bits);
+    let geometry = *survey.geometry();
+    let HostOffset(end) = geometry.host_offset(plan.clusters().end);
+    survey.on_disk = CountsOnDisk::new(geometry, plan.blocks);
+    survey.replacement.snapshots = None;
+    file.file_len = file.file_len.max(end);
     Ok(None)
 }
 
@@ -86,8 +101,8 @@ pub(super) async fn run(
 /// counted because it is something else as well. Nor where a table is called a part of the refcounts: if it
 /// is, what the right one names seems unused.
 fn may_lie_inside(file: &ImageFile<'_, impl Io>, survey: &Survey) -> bool {
-    let is_table_known = survey.has_refcount_table || file.defects.refcount_table.is_some();
-    is_table_known && !survey.lost_tables && !survey.has_contested()
+    let is_table_known = survey.replacement.has_old_table || file.defects.refcount_table.is_some();
+    is_table_known && !survey.doubts.lost_tables && !survey.contested.has_tables()
 }
 
 /// Before the file grows: takes what is behind its end away from the old structure. Without a block all
@@ -99,7 +114,7 @@ async fn drop_lost_parts(file: &ImageFile<'_, impl Io>, survey: &Survey) -> Resu
         let fields: [(u64, &[u8]); 2] =
             [(REFCOUNT_TABLE_OFFSET, &[0; 8]), (REFCOUNT_TABLE_CLUSTERS_OFFSET, &[0; 4])];
         change_header(file, &fields).await?;
-    } else if survey.has_refcount_table {
+    } else if survey.replacement.has_old_table {
         let len = u64::from(header.refcount_table_clusters) * survey.geometry().cluster_size();
         drop_lost_blocks(file, survey, header.refcount_table.0, len).await?;
     }
@@ -124,8 +139,8 @@ async fn drop_lost_blocks(file: &ImageFile<'_, impl Io>, survey: &Survey, at: u6
 impl Survey {
     /// Takes the references to the old structure back.
     fn release_old_structure(&mut self) {
-        for cluster in std::mem::take(&mut self.replaceable) {
-            self.refs.set(cluster, self.refs.get(cluster).saturating_sub(1));
+        for cluster in std::mem::take(&mut self.replacement.old_clusters) {
+            self.tally.take_back(cluster);
         }
     }
 }
@@ -143,18 +158,19 @@ impl Plan {
     fn make(survey: &Survey, snapshots: Option<SnapshotTable>, may_lie_inside: bool) -> Option<Self> {
         let geometry = survey.geometry();
         let snapshot_bytes = snapshots.as_ref().map_or(0, |table| table.bytes.len() as u64);
-        let per_block = geometry.refcounts_per_block();
         let used = survey.blocks_in_use();
-        let last = survey.refs.chunks().last().map_or(0, |chunk| (chunk + 1) * CHUNK);
-        let end = geometry.clusters_for(survey.rules.file_len).max(last);
+        let counted_end = survey.tally.chunks().last().map_or(HostCluster(0), |chunk| chunk.end);
+        let end = HostCluster(geometry.clusters_for(survey.rules.file_len)).max(counted_end);
         // The file's last cluster may be cut off.
-        let inside = if may_lie_inside { survey.rules.file_len >> geometry.cluster_bits } else { 0 };
+        let inside = if may_lie_inside { survey.rules.file_len } else { 0 };
+        let inside = geometry.host_cluster(HostOffset(inside));
         let behind = geometry.clusters_for(snapshot_bytes);
         let mut clusters = 2 + behind;
         loop {
-            let first = survey.refs.unused_row(clusters, inside).unwrap_or(end);
+            let first = survey.tally.unused_row(clusters, inside).unwrap_or(end);
             let mut indices = used.clone();
-            indices.extend(first / per_block..=(first + clusters - 1) / per_block);
+            let block_of = |cluster: HostCluster| geometry.refcount_table_index(cluster.0);
+            indices.extend(block_of(first)..=block_of(first + (clusters - 1)));
             let entries = indices.last().map_or(0, |last| last + 1);
             let table = geometry.clusters_for(entries.checked_mul(TABLE_ENTRY_BYTES)?);
             if table * geometry.cluster_size() > MAX_REFTABLE_BYTES {
@@ -162,67 +178,69 @@ impl Plan {
             }
             let needed = table + indices.len() as u64 + behind;
             if needed <= clusters {
-                let blocks = indices.into_iter().zip(first + table..).collect();
-                return Some(Self { table: first..first + table, blocks, snapshots, behind });
+                let table = first.row(table);
+                let blocks = indices.into_iter().zip((table.end.0..).map(HostCluster)).collect();
+                return Some(Self { table, blocks, snapshots, behind });
             }
             clusters = needed;
         }
     }
 
-    fn clusters(&self) -> Range<u64> {
+    fn clusters(&self) -> Range<HostCluster> {
         self.table.start..self.snapshot_table() + self.behind
     }
 
     /// The first cluster of the new snapshot table.
-    fn snapshot_table(&self) -> u64 {
+    fn snapshot_table(&self) -> HostCluster {
         self.table.end + self.blocks.len() as u64
     }
 }
 
 async fn write(file: &ImageFile<'_, impl Io>, survey: &Survey, plan: &Plan) -> Result<()> {
     let geometry = survey.geometry();
-    let (bits, cluster_size) = (geometry.cluster_bits, geometry.cluster_size());
+    let cluster_size = geometry.cluster_size();
     for (&index, &cluster) in &plan.blocks {
         let mut block = vec![0; cluster_size as usize];
-        let first = index * geometry.refcounts_per_block();
-        for in_block in 0..geometry.refcounts_per_block() {
-            let count = survey.refs.get(first + in_block).min(geometry.refcount_max());
-            refcount::set(&mut block, geometry.refcount_order, in_block as usize, count);
+        let per_block = geometry.refcounts_per_block();
+        let counted = HostCluster(index * per_block).row(per_block);
+        for (in_block, cluster) in counted.each().enumerate() {
+            let count = survey.tally.references(cluster).min(geometry.refcount_max());
+            refcount::set(&mut block, geometry.refcount_order, in_block, count);
         }
-        file.write(cluster << bits, &block).await?;
+        file.write(geometry.host_offset(cluster).0, &block).await?;
     }
-    let entries = (plan.table.end - plan.table.start) * cluster_size / TABLE_ENTRY_BYTES;
+    let entries = plan.table.cluster_count() * cluster_size / TABLE_ENTRY_BYTES;
     let table: Vec<u8> = (0..entries)
-        .map(|index| plan.blocks.get(&index).map(|&cluster| HostOffset(cluster << bits)))
+        .map(|index| plan.blocks.get(&index).map(|&block| geometry.host_offset(block)))
         .flat_map(|block| RefcountTableEntry::encode(block).to_be_bytes())
         .collect();
-    file.write(plan.table.start << bits, &table).await?;
+    file.write(geometry.host_offset(plan.table.start).0, &table).await?;
     if let Some(snapshots) = &plan.snapshots {
-        file.write(plan.snapshot_table() << bits, &snapshots.bytes).await?;
+        file.write(geometry.host_offset(plan.snapshot_table()).0, &snapshots.bytes).await?;
     }
     file.barrier(RuleName::RebuiltBeforeHeader).await
 }
 
 /// From here on there is the new structure only.
 async fn switch(file: &mut ImageFile<'_, impl Io>, plan: &Plan) -> Result<()> {
-    let bits = file.geometry().cluster_bits;
-    let (table, clusters) = (plan.table.start << bits, (plan.table.end - plan.table.start) as u32);
+    let geometry = file.geometry();
+    let (table, clusters) = (geometry.host_offset(plan.table.start), plan.table.cluster_count() as u32);
     let (count, snapshots) = match &plan.snapshots {
-        Some(table) => (table.count, plan.snapshot_table() << bits),
-        None => (file.header.snapshot_count, file.header.snapshot_table.0),
+        Some(table) => (table.count, geometry.host_offset(plan.snapshot_table())),
+        None => (file.header.snapshot_count, file.header.snapshot_table),
     };
     let fields: [(u64, &[u8]); 4] = [
-        (REFCOUNT_TABLE_OFFSET, &table.to_be_bytes()),
+        (REFCOUNT_TABLE_OFFSET, &table.0.to_be_bytes()),
         (REFCOUNT_TABLE_CLUSTERS_OFFSET, &clusters.to_be_bytes()),
         (SNAPSHOT_COUNT_OFFSET, &count.to_be_bytes()),
-        (SNAPSHOT_TABLE_OFFSET, &snapshots.to_be_bytes()),
+        (SNAPSHOT_TABLE_OFFSET, &snapshots.0.to_be_bytes()),
     ];
     change_header(file, &fields).await?;
     file.sync().await?;
-    file.header.refcount_table = HostOffset(table);
+    file.header.refcount_table = table;
     file.header.refcount_table_clusters = clusters;
     file.header.snapshot_count = count;
-    file.header.snapshot_table = HostOffset(snapshots);
+    file.header.snapshot_table = snapshots;
     file.defects = Defects::default();
     Ok(())
 }

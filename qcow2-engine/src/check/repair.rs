@@ -17,7 +17,8 @@ use super::{
     findings::{Findings, Owner},
     on_disk::CountsOnDisk,
     rebuild,
-    survey::{L1Place, Survey},
+    survey::Survey,
+    tables::L1Place,
 };
 use crate::{
     error::Result,
@@ -25,7 +26,7 @@ use crate::{
     io::{Io, SECTOR},
     order::rules::RuleName,
 };
-use qcow2_format::{geometry::TABLE_ENTRY_BYTES, l1, l2, refcount};
+use qcow2_format::{Clusters, HostCluster, geometry::TABLE_ENTRY_BYTES, l1, l2, refcount};
 use std::collections::HashSet;
 
 /// How far a repair goes.
@@ -65,7 +66,7 @@ pub(super) async fn run(
     repair: Repair,
 ) -> Result<Vec<&'static str>> {
     let mut refused = Vec::new();
-    if repair == Repair::All && !survey.doubtful.is_empty() {
+    if repair == Repair::All && !survey.doubts.tables.is_empty() {
         refused.push("L2 tables with entries that make no sense, or that overlap data, are left as they are");
     }
     clear_unknown_autoclear(file).await?;
@@ -73,18 +74,18 @@ pub(super) async fn run(
     if repair == Repair::All && had_corruptions {
         edit_tables(file, &mut survey, Pass::Entries).await?;
         adjust_counts(file, &survey, Direction::Raise).await?;
-        if survey.needs_rebuild {
+        if survey.replacement.is_needed {
             refused.extend(rebuild::run(file, &mut survey).await?);
         }
         // Snapshots that should have gone are still there, and are not to lose what they refer to.
-        survey.hides_references |= survey.new_snapshots.is_some();
+        survey.doubts.hides_references |= survey.replacement.snapshots.is_some();
         survey.forget_counts();
         edit_tables(file, &mut survey, Pass::UnsetCopied).await?;
         file.barrier(RuleName::EntriesBeforeCounts).await?;
     }
     let may_lower = match repair {
-        Repair::All => !survey.hides_references,
-        _ => !survey.hides_references && !survey.lost_tables,
+        Repair::All => !survey.doubts.hides_references,
+        _ => !survey.doubts.hides_references && !survey.doubts.lost_tables,
     };
     if may_lower {
         adjust_counts(file, &survey, Direction::Lower).await?;
@@ -96,7 +97,7 @@ pub(super) async fn run(
     // hidden is not said to have one owner.
     let Findings { leaks, corruptions, wrong_flags, .. } = survey.findings;
     let may_set = repair == Repair::All || corruptions == wrong_flags && leaks + wrong_flags > 0;
-    if may_set && !survey.hides_references {
+    if may_set && !survey.doubts.hides_references {
         survey.forget_counts();
         if repair != Repair::All {
             edit_tables(file, &mut survey, Pass::UnsetCopied).await?;
@@ -120,21 +121,21 @@ async fn adjust_counts(file: &ImageFile<'_, impl Io>, survey: &Survey, direction
     let geometry = *survey.geometry();
     let order = geometry.refcount_order;
     let referred = survey.blocks_in_use();
-    for (&index, &at) in &survey.on_disk.blocks {
+    for (&index, &block) in &survey.on_disk.blocks {
         if direction == Direction::Raise && !referred.contains(&index) {
             continue;
         }
-        let old = match file.read_cluster(at).await {
-            Ok(Some(block)) => block,
+        let old = match file.read_cluster(block).await {
+            Ok(Some(old)) => old,
             Ok(None) if direction == Direction::Raise => vec![0; geometry.cluster_size() as usize],
             // There is nothing to lower; what could not be read was reported, and stays.
             Ok(None) | Err(_) => continue,
         };
         let mut new = old.clone();
-        for cluster in chunks_in_use(survey, index, &old).flatten() {
-            let in_block = geometry.refcount_block_index(cluster) as usize;
+        for cluster in chunks_in_use(survey, index, &old).flat_map(Clusters::each) {
+            let in_block = geometry.refcount_block_index(cluster.0) as usize;
             let count = refcount::get(&old, order, in_block);
-            let wanted = survey.refs.get(cluster).min(geometry.refcount_max());
+            let wanted = survey.tally.references(cluster).min(geometry.refcount_max());
             let changes = match direction {
                 Direction::Raise => count < wanted,
                 Direction::Lower => count > wanted,
@@ -143,7 +144,7 @@ async fn adjust_counts(file: &ImageFile<'_, impl Io>, survey: &Survey, direction
                 refcount::set(&mut new, order, in_block, wanted);
             }
         }
-        file.write_changes(at, &old, &new).await?;
+        file.write_changes(geometry.host_offset(block).0, &old, &new).await?;
     }
     Ok(())
 }
@@ -151,7 +152,7 @@ async fn adjust_counts(file: &ImageFile<'_, impl Io>, survey: &Survey, direction
 /// Goes over all L1 and L2 tables that the survey has walked, and corrects entries.
 async fn edit_tables(file: &ImageFile<'_, impl Io>, survey: &mut Survey, pass: Pass) -> Result<()> {
     let mut edited = HashSet::new();
-    for l1 in survey.l1_tables.clone() {
+    for l1 in survey.tables.l1.clone() {
         if pass != Pass::Entries && l1.owner != Owner::ActiveL1 {
             continue;
         }
@@ -179,10 +180,8 @@ async fn edit_tables(file: &ImageFile<'_, impl Io>, survey: &mut Survey, pass: P
 
 impl Survey {
     /// Whether an L2 table is that and nothing else, as far as can be known.
-    fn is_l2_table(&self, host: u64) -> bool {
-        let cluster = host >> self.geometry().cluster_bits;
-        let is_something_else = self.doubtful.contains(&host) || self.under_data.contains_key(&cluster);
-        Owner::metadata(self.owners.get(cluster)) == Some(Owner::L2) && !is_something_else
+    fn is_l2_table(&self, cluster: HostCluster) -> bool {
+        self.tally.metadata(cluster) == Some(Owner::L2) && !self.doubts.concern(cluster)
     }
 
     /// Whether the copied flag of an entry that names `host` has to change.
@@ -190,7 +189,7 @@ impl Survey {
         &mut self,
         file: &ImageFile<'_, impl Io>,
         pass: Pass,
-        host: u64,
+        host: HostCluster,
         copied: bool,
     ) -> Result<bool> {
         let is_candidate = match pass {
@@ -201,7 +200,7 @@ impl Survey {
         if !is_candidate {
             return Ok(false);
         }
-        let count = self.on_disk.get(file, host >> self.rules.geometry.cluster_bits).await?;
+        let count = self.on_disk.get(file, host).await?;
         Ok(copied != (count == 1))
     }
 }
@@ -212,11 +211,11 @@ async fn edit_l1_entry(
     survey: &mut Survey,
     pass: Pass,
     raw: u64,
-) -> Result<(u64, Option<u64>)> {
+) -> Result<(u64, Option<HostCluster>)> {
     let judged = survey.rules.judge_l1(raw);
     let kept = if pass == Pass::Entries { judged.repaired.unwrap_or(raw) } else { raw };
     let Some((host, copied)) = judged.table else { return Ok((kept, None)) };
-    if survey.rules.is_beyond_file(host, survey.geometry().cluster_size()) {
+    if survey.rules.is_table_beyond_file(host) {
         return Ok((if pass == Pass::Entries { 0 } else { kept }, None));
     }
     let flag = if survey.flag_changes(file, pass, host, copied).await? { l1::COPIED } else { 0 };
@@ -228,7 +227,7 @@ async fn edit_l2_table(
     survey: &mut Survey,
     pass: Pass,
     l1: &L1Place,
-    table: u64,
+    table: HostCluster,
 ) -> Result<()> {
     debug_assert!(pass == Pass::Entries || l1.owner == Owner::ActiveL1);
     let rules = survey.rules;
@@ -237,13 +236,13 @@ async fn edit_l2_table(
         Ok(None) => return Ok(()),
         // It could be read a moment ago. What it refers to is hidden now, from the steps that follow too.
         Err(error) => {
-            survey.unusable(Owner::L2, table, error);
+            survey.unusable(Owner::L2, rules.geometry.host_offset(table).0, error);
             return Ok(());
         }
     };
     let mut new = old.clone();
     for (index, words) in l2_words(&old, &rules).enumerate() {
-        if words.entry == 0 && words.bitmap == 0 {
+        if words == L2Words::default() {
             continue;
         }
         let changed = match pass {
@@ -252,7 +251,7 @@ async fn edit_l2_table(
         };
         put_l2_words(&mut new, &rules, index, changed);
     }
-    file.write_changes(table, &old, &new).await
+    file.write_changes(rules.geometry.host_offset(table).0, &old, &new).await
 }
 
 fn corrected(survey: &Survey, words: L2Words) -> L2Words {

@@ -1,14 +1,17 @@
 //! The survey's walk over L1 and L2 tables.
 
 use super::{
-    entry::{Judged, L2Words, Target, l2_words},
+    entry::{L2Words, Target, l2_words},
     findings::{Owner, Problem, Remedy},
-    survey::{L1Place, Reference, Survey},
+    survey::{Reference, Survey},
 };
 use crate::{error::Result, inspect::ImageFile, io::Io};
 use futures_util::future::join_all;
-use qcow2_format::{CompressedRange, geometry::TABLE_ENTRY_BYTES};
-use std::ops::Range;
+use qcow2_format::{CompressedRange, Geometry, HostCluster, geometry::TABLE_ENTRY_BYTES};
+use std::{
+    collections::{HashMap, HashSet},
+    ops::Range,
+};
 
 /// Bytes of L2 tables that are read at a time.
 const BATCH_BYTES: u64 = 2 << 20;
@@ -29,7 +32,7 @@ const PASSED: u64 = 256;
 /// Where an L2 table is walked, or a part of it.
 #[derive(Clone, Copy)]
 pub(super) struct Walk {
-    pub(super) table: u64,
+    pub(super) table: HostCluster,
     /// The bytes of the table: from here on, so many.
     pub(super) skip: u64,
     pub(super) len: u64,
@@ -39,6 +42,39 @@ pub(super) struct Walk {
     references: u64,
     /// It belongs to the active mapping, whose copied flags count.
     pub(super) is_active: bool,
+}
+
+/// An L1 table that can be walked.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct L1Place {
+    pub(super) at: u64,
+    pub(super) entries: u64,
+    pub(super) owner: Owner,
+}
+
+/// The tables that a mapping is made of, as far as they are known.
+#[derive(Default)]
+pub(super) struct Tables {
+    /// L1 tables, the active one first.
+    pub(super) l1: Vec<L1Place>,
+    /// L1 entries that name each L2 table; what has been walked is gone.
+    unwalked: HashMap<HostCluster, u64>,
+    /// L2 tables of the active mapping.
+    active: HashSet<HostCluster>,
+}
+
+impl Tables {
+    /// Whether an L2 table belongs to the active mapping.
+    pub(super) fn is_active(&self, table: HostCluster) -> bool {
+        self.active.contains(&table)
+    }
+}
+
+impl Walk {
+    /// Where it begins, in bytes.
+    pub(super) fn start(&self, geometry: &Geometry) -> u64 {
+        geometry.host_offset(self.table).0 + self.skip
+    }
 }
 
 impl L1Place {
@@ -52,7 +88,7 @@ impl L1Place {
 impl Survey {
     /// L1 entries: references to L2 tables.
     pub(super) async fn l1_entries(&mut self, file: &ImageFile<'_, impl Io>) {
-        for l1 in self.l1_tables.clone() {
+        for l1 in self.tables.l1.clone() {
             for range in l1.parts(self.l1_step()) {
                 let Some(entries) = self.l1_part(file, &l1, range.clone()).await else { break };
                 for (index, &raw) in range.zip(&entries) {
@@ -92,30 +128,27 @@ impl Survey {
                 Problem::Entry(source),
                 entry_remedy(judged.repaired.is_some()),
             );
-            self.hides_references |= judged.repaired.is_none();
+            self.doubts.hides_references |= judged.repaired.is_none();
         }
-        let Some((host, _)) = judged.table else { return };
-        let len = self.geometry().cluster_size();
+        let Some((table, _)) = judged.table else { return };
+        let (host, len) = (self.geometry().host_offset(table).0, self.geometry().cluster_size());
         let (holder, owner) = (l1.owner, Owner::L2);
-        if self.rules.is_beyond_file(host, len) {
+        if self.rules.is_table_beyond_file(table) {
             let remedy = Remedy::WithAll("clear the entry");
             self.findings.corruption(holder, at, Problem::BeyondFile { owner, host, len }, remedy);
-            self.lost_tables = true;
+            self.doubts.lost_tables = true;
             return;
         }
-        if self.count(Reference { holder, at, owner, host, len }, 1) {
-            self.note_table(&l1.owner, host >> self.geometry().cluster_bits);
-        } else {
-            self.hides_references = true;
+        if self.count_structure(Reference { holder, at, owner, host, len }) {
+            self.note_table(l1.owner, table);
         }
     }
 
     /// The copied flags of some entries of the active L1 table.
     async fn l1_flags(&mut self, file: &ImageFile<'_, impl Io>, l1: &L1Place, first: u64, entries: &[u64]) {
-        let len = self.geometry().cluster_size();
         for (index, &raw) in (first..).zip(entries).filter(|(_, raw)| **raw != 0) {
             let table = self.rules.judge_l1(raw).table;
-            let Some((host, copied)) = table.filter(|(host, _)| !self.rules.is_beyond_file(*host, len))
+            let Some((host, copied)) = table.filter(|(host, _)| !self.rules.is_table_beyond_file(*host))
             else {
                 continue;
             };
@@ -128,7 +161,7 @@ impl Survey {
 
     /// L2 tables, each once, those of the active mapping first and in guest order.
     pub(super) async fn l2_tables(&mut self, file: &ImageFile<'_, impl Io>) {
-        for l1 in self.l1_tables.clone() {
+        for l1 in self.tables.l1.clone() {
             for range in l1.parts(self.l1_step()) {
                 // It was read before: a failure now has been reported as what it means, or is new.
                 let Some(entries) = self.l1_part(file, &l1, range.clone()).await else { break };
@@ -186,23 +219,23 @@ impl Survey {
         match table {
             Ok(Some(table)) => self.l2_table(file, walk, &table).await,
             Ok(None) => {}
-            Err(error) => self.unusable(Owner::L2, walk.table, error),
+            Err(error) => self.unusable(Owner::L2, self.geometry().host_offset(walk.table).0, error),
         }
     }
 
     /// An L1 entry names a table. While an image is served its active mapping is walked by itself,
     /// because a table that it shares with a snapshot may be replaced at any moment.
-    fn note_table(&mut self, l1: &Owner, cluster: u64) {
-        if self.window.is_some() && *l1 == Owner::ActiveL1 {
+    fn note_table(&mut self, l1: Owner, table: HostCluster) {
+        if self.window.is_some() && l1 == Owner::ActiveL1 {
             return;
         }
-        *self.tables.entry(cluster).or_default() += 1;
-        if *l1 == Owner::ActiveL1 {
-            self.active_tables.insert(cluster);
+        *self.tables.unwalked.entry(table).or_default() += 1;
+        if l1 == Owner::ActiveL1 {
+            self.tables.active.insert(table);
         }
-        if self.window.is_some() && self.tables.len() > LIVE_TABLES {
+        if self.window.is_some() && self.tables.unwalked.len() > LIVE_TABLES {
             // More memory than a search may take.
-            self.hides_references = true;
+            self.doubts.hides_references = true;
         }
     }
 
@@ -210,11 +243,8 @@ impl Survey {
     fn next_walk(&mut self, l1: &L1Place, l1_index: u64, raw: u64) -> Option<Walk> {
         let (table, _) = self.rules.judge_l1(raw).table?;
         let is_active = l1.owner == Owner::ActiveL1;
-        let references = if self.window.is_some() && is_active {
-            1
-        } else {
-            self.tables.remove(&(table >> self.geometry().cluster_bits))?
-        };
+        let references =
+            if self.window.is_some() && is_active { 1 } else { self.tables.unwalked.remove(&table)? };
         let (skip, len) = (0, self.geometry().cluster_size());
         Some(Walk { table, skip, len, l1_index, references, is_active })
     }
@@ -223,21 +253,21 @@ impl Survey {
         let rules = self.rules;
         let mut expected = None;
         for (index, words) in (0..).zip(l2_words(table, &rules)) {
-            if words == (L2Words { entry: 0, bitmap: 0 }) {
+            if words == L2Words::default() {
                 continue;
             }
-            let at = walk.table + walk.skip + index * rules.l2_entry_bytes();
+            let at = walk.start(&rules.geometry) + index * rules.l2_entry_bytes();
             let judged = rules.judge(words);
             if let Some(source) = judged.damage {
                 let remedy = entry_remedy(judged.repaired.is_some());
                 self.findings.corruption(Owner::L2, at, Problem::Entry(source), remedy);
                 if judged.repaired.is_none() {
-                    self.hides_references = true;
-                    self.doubtful.insert(walk.table);
+                    self.doubts.hides_references = true;
+                    self.doubts.tables.insert(walk.table);
                 }
             }
             if walk.is_active {
-                self.count_guest_cluster(&judged, &mut expected);
+                self.statistics.count(&judged, &mut expected);
             }
             if let Err(error) = self.l2_entry(file, walk, at, words, judged.target).await {
                 self.findings.structure(Owner::RefcountBlock, at, error);
@@ -263,7 +293,7 @@ impl Survey {
             self.lost(walk.table, at, words, missing);
             return Ok(());
         }
-        let (owner, host, len) = match target {
+        let (owner, start, len) = match target {
             Target::Nothing | Target::Unknown => return Ok(()),
             Target::External { copied } => {
                 if walk.is_active && !copied {
@@ -272,9 +302,11 @@ impl Survey {
                 return Ok(());
             }
             Target::Compressed(range) => (Owner::Compressed, range.offset, self.in_file(holder, at, range)),
-            Target::Cluster { host, .. } => (Owner::Data, host, self.geometry().cluster_size()),
+            Target::Cluster { host, .. } => {
+                (Owner::Data, self.geometry().host_offset(host).0, self.geometry().cluster_size())
+            }
         };
-        self.count(Reference { holder, at, owner, host, len }, walk.references);
+        self.count(Reference { holder, at, owner, host: start, len }, walk.references);
         match target {
             Target::Cluster { host, copied } if walk.is_active => {
                 self.copied_flag(file, holder, at, host, copied).await
@@ -284,18 +316,18 @@ impl Survey {
     }
 
     /// The file does not have what an entry of a table refers to.
-    fn lost(&mut self, table: u64, at: u64, words: L2Words, (owner, host, len): (Owner, u64, u64)) {
+    fn lost(&mut self, table: HostCluster, at: u64, words: L2Words, (owner, host, len): (Owner, u64, u64)) {
         let remedy = match self.rules.without_cluster(words) {
             // Then what refers to the true table is lost, and what that refers to is out of sight.
-            _ if self.is_contested(table) => {
-                self.doubtful.insert(table);
-                self.hides_references = true;
+            _ if self.contested.has_table(table) => {
+                self.doubts.tables.insert(table);
+                self.doubts.hides_references = true;
                 Remedy::None("the table may be a part of the refcounts")
             }
             Some(_) => Remedy::WithAll("make it read as zeros"),
             None => Remedy::None("version 2 has no zero clusters, and the backing file would show"),
         };
-        self.stuck_entries |= matches!(remedy, Remedy::None(_));
+        self.doubts.stuck_entries |= matches!(remedy, Remedy::None(_));
         self.findings.corruption(Owner::L2, at, Problem::BeyondFile { owner, host, len }, remedy);
     }
 
@@ -308,7 +340,7 @@ impl Survey {
         let problem = Problem::BeyondFile { owner: Owner::Compressed, host: range.offset, len: range.len };
         let remedy = Remedy::None("what the file has of it may be all there is: read it, and write it anew");
         self.findings.corruption(holder, at, problem, remedy);
-        self.stuck_entries = true;
+        self.doubts.stuck_entries = true;
         self.rules.file_len - range.offset
     }
 
@@ -318,17 +350,16 @@ impl Survey {
         file: &ImageFile<'_, impl Io>,
         table: Owner,
         at: u64,
-        host: u64,
+        host: HostCluster,
         copied: bool,
     ) -> Result<()> {
-        let cluster = host >> self.rules.geometry.cluster_bits;
         if let Some(window) = &mut self.window {
-            window.mark_active(cluster);
+            window.mark_active(host);
             return Ok(());
         }
-        let count = self.on_disk.get(file, cluster).await?;
+        let count = self.on_disk.get(file, host).await?;
         if copied != (count == 1) {
-            self.wrong_flag(table, at, host, count, copied);
+            self.wrong_flag(table, at, self.geometry().host_offset(host).0, count, copied);
         }
         Ok(())
     }
@@ -336,27 +367,6 @@ impl Survey {
     fn wrong_flag(&mut self, table: Owner, at: u64, host: u64, count: u64, is_set: bool) {
         let remedy = Remedy::WithAll("correct the flag");
         self.findings.corruption(table, at, Problem::CopiedFlag { host, count, is_set }, remedy);
-    }
-
-    /// Statistics, as QEMU makes them: a compressed cluster always counts as fragmented, and the
-    /// first cluster of an L2 table never does.
-    fn count_guest_cluster(&mut self, judged: &Judged, expected: &mut Option<u64>) {
-        let statistics = &mut self.statistics;
-        match judged.target {
-            Target::Compressed(_) => {
-                statistics.allocated_clusters += 1;
-                statistics.compressed_clusters += 1;
-                statistics.fragmented_clusters += 1;
-            }
-            Target::Cluster { host, .. } => {
-                statistics.allocated_clusters += 1;
-                statistics.fragmented_clusters +=
-                    u64::from(expected.is_some_and(|expected| expected != host));
-                *expected = Some(host + self.rules.geometry.cluster_size());
-            }
-            Target::External { .. } => statistics.allocated_clusters += 1,
-            Target::Nothing | Target::Unknown => {}
-        }
     }
 }
 

@@ -2,6 +2,7 @@
 //! for leaks counts into, where a check keeps a sparse count of everything.
 
 use super::{findings::Owner, survey::Reference};
+use qcow2_format::{Clusters, HostCluster};
 use std::ops::Range;
 
 /// Clusters that are counted at a time, at the most: 16 MiB of counters, and twice 2 MiB for what is touched
@@ -17,32 +18,32 @@ const MANY: u8 = IS_ACTIVE - 1;
 
 /// References to a window of clusters.
 pub(crate) struct Window {
-    clusters: Range<u64>,
+    clusters: Range<HostCluster>,
     counters: Vec<u8>,
     /// One more than the highest cluster that anything refers to, inside the window or not.
-    pub(crate) referred_end: u64,
+    pub(crate) referred_end: HostCluster,
     /// Bytes of the tables that can be referred to once only. In a sound image they lie side by side.
     pub(super) sole_bytes: u64,
 }
 
 impl Window {
-    pub(crate) fn new(clusters: Range<u64>) -> Self {
-        let counters = vec![0; (clusters.end - clusters.start) as usize];
-        Self { clusters, counters, referred_end: 0, sole_bytes: 0 }
+    pub(crate) fn new(clusters: Range<HostCluster>) -> Self {
+        let counters = vec![0; clusters.cluster_count() as usize];
+        Self { clusters, counters, referred_end: HostCluster(0), sole_bytes: 0 }
     }
 
     /// References found to a cluster; `None` where there are more than are counted.
-    pub(crate) fn references(&self, cluster: u64) -> Option<u64> {
+    pub(crate) fn references(&self, cluster: HostCluster) -> Option<u64> {
         let count = self.counter(cluster) & MANY;
         (count < MANY).then_some(count.into())
     }
 
     /// Whether the active mapping has an entry for it with a copied flag.
-    pub(crate) fn is_active(&self, cluster: u64) -> bool {
+    pub(crate) fn is_active(&self, cluster: HostCluster) -> bool {
         self.counter(cluster) & IS_ACTIVE != 0
     }
 
-    pub(super) fn count(&mut self, reference: &Reference, clusters: Range<u64>, times: u64) {
+    pub(super) fn count(&mut self, reference: &Reference, clusters: Range<HostCluster>, times: u64) {
         let is_shared = match reference.owner {
             Owner::Data | Owner::Compressed => true,
             Owner::L2 => reference.holder == Owner::SnapshotL1,
@@ -53,7 +54,8 @@ impl Window {
         }
         self.referred_end = self.referred_end.max(clusters.end);
         let times = u8::try_from(times).unwrap_or(MANY);
-        for cluster in clusters.start.max(self.clusters.start)..clusters.end.min(self.clusters.end) {
+        let inside = clusters.start.max(self.clusters.start)..clusters.end.min(self.clusters.end);
+        for cluster in inside.each() {
             let counter = &mut self.counters[(cluster - self.clusters.start) as usize];
             let sum = (*counter & MANY).saturating_add(times).min(MANY);
             *counter = *counter & IS_ACTIVE | sum;
@@ -61,7 +63,7 @@ impl Window {
     }
 
     /// Takes note of references to data, if all of it is outside the window; then nothing is to be counted.
-    pub(super) fn pass_by(&mut self, clusters: &Range<u64>) -> bool {
+    pub(super) fn pass_by(&mut self, clusters: &Range<HostCluster>) -> bool {
         let is_outside = clusters.end <= self.clusters.start || self.clusters.end <= clusters.start;
         if is_outside {
             self.referred_end = self.referred_end.max(clusters.end);
@@ -69,15 +71,15 @@ impl Window {
         is_outside
     }
 
-    pub(super) fn mark_active(&mut self, cluster: u64) {
+    pub(super) fn mark_active(&mut self, cluster: HostCluster) {
         if self.clusters.contains(&cluster) {
             self.counters[(cluster - self.clusters.start) as usize] |= IS_ACTIVE;
         }
     }
 
-    fn counter(&self, cluster: u64) -> u8 {
+    fn counter(&self, cluster: HostCluster) -> u8 {
         // Beyond the window nothing is known.
-        let index = cluster.checked_sub(self.clusters.start).unwrap_or(u64::MAX);
+        let index = cluster.0.checked_sub(self.clusters.start.0).unwrap_or(u64::MAX);
         self.counters.get(index as usize).copied().unwrap_or(MANY)
     }
 }
@@ -86,36 +88,45 @@ impl Window {
 mod tests {
     use super::*;
 
+    fn row(clusters: Range<u64>) -> Range<HostCluster> {
+        HostCluster(clusters.start)..HostCluster(clusters.end)
+    }
+
     #[test]
     fn counters_stop_at_the_top_and_know_nothing_beyond_the_window() {
-        let mut window = Window::new(10..20);
+        let mut window = Window::new(row(10..20));
         let reference = Reference { holder: Owner::L2, at: 0, owner: Owner::Data, host: 0, len: 1 };
-        window.count(&reference, 8..12, 3);
-        window.mark_active(11);
-        window.mark_active(25);
-        window.count(&reference, 11..12, u64::MAX);
-        window.count(&reference, 11..12, 5);
-        assert_eq!([10, 11, 12, 9, 20].map(|at| window.references(at)), [Some(3), None, Some(0), None, None]);
-        assert!(window.is_active(11) && !window.is_active(10));
-        window.count(&reference, 12..13, 1);
-        window.mark_active(12);
-        assert_eq!((window.references(12), window.referred_end), (Some(1), 13));
+        window.count(&reference, row(8..12), 3);
+        window.mark_active(HostCluster(11));
+        window.mark_active(HostCluster(25));
+        window.count(&reference, row(11..12), u64::MAX);
+        window.count(&reference, row(11..12), 5);
+        assert_eq!(
+            [10, 11, 12, 9, 20].map(|at| window.references(HostCluster(at))),
+            [Some(3), None, Some(0), None, None]
+        );
+        assert!(window.is_active(HostCluster(11)) && !window.is_active(HostCluster(10)));
+        window.count(&reference, row(12..13), 1);
+        window.mark_active(HostCluster(12));
+        assert_eq!((window.references(HostCluster(12)), window.referred_end.0), (Some(1), 13));
     }
 
     #[test]
     fn what_is_outside_is_passed_by() {
-        let mut window = Window::new(10..20);
-        assert!(window.pass_by(&(0..10)) && window.pass_by(&(20..500)) && window.pass_by(&(0..0)));
-        assert_eq!(window.referred_end, 500);
-        assert!(!window.pass_by(&(5..11)) && !window.pass_by(&(19..900)) && !window.pass_by(&(5..900)));
-        assert_eq!(window.referred_end, 500);
+        let mut window = Window::new(row(10..20));
+        assert!(window.pass_by(&row(0..10)) && window.pass_by(&row(20..500)) && window.pass_by(&row(0..0)));
+        assert_eq!(window.referred_end.0, 500);
+        assert!(
+            !window.pass_by(&row(5..11)) && !window.pass_by(&row(19..900)) && !window.pass_by(&row(5..900))
+        );
+        assert_eq!(window.referred_end.0, 500);
     }
 
     #[test]
     fn what_can_be_referred_to_once_is_summed_up() {
-        let mut window = Window::new(0..1);
+        let mut window = Window::new(row(0..1));
         let mut count = |holder, owner| {
-            window.count(&Reference { holder, at: 0, owner, host: 0, len: 100 }, 0..1, 1);
+            window.count(&Reference { holder, at: 0, owner, host: 0, len: 100 }, row(0..1), 1);
             window.sole_bytes
         };
         assert_eq!(count(Owner::L2, Owner::Data), 0);

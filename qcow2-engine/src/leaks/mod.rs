@@ -219,7 +219,7 @@ impl<I: Io> Lane<I> {
         if !image.is_disabled(RuleName::CutBeforeSearch) {
             self.write_back().await?;
         }
-        let window = Window::new(clusters.start.0..clusters.end.0);
+        let window = Window::new(clusters.clone());
         let window = match live::count(self.io(), image, pace, window).await {
             Counted::All(window) => window,
             Counted::Stopped => return Err(Stop::Verdict(Verdict::Stopped)),
@@ -332,7 +332,7 @@ impl Meta {
             Count::Is(count) => count,
         };
         if self.watch.is_touched(cluster) {
-            let is_suspect = match window.references(cluster.0) {
+            let is_suspect = match window.references(cluster) {
                 None => false,
                 // Its last references are gone; those that still count are known to wait, or have leaked.
                 Some(0) => !self.watch.is_fresh(cluster) && going.get(&cluster).copied().unwrap_or(0) < count,
@@ -340,10 +340,10 @@ impl Meta {
             };
             return Ok(Count::Is(if is_suspect { Judged::Touched } else { Judged::InOrder }));
         }
-        Ok(Count::Is(match window.references(cluster.0) {
+        Ok(Count::Is(match window.references(cluster) {
             Some(references) if references > count => Judged::Lacking { count, references },
             Some(references) if references == count => Judged::InOrder,
-            Some(1) if window.is_active(cluster.0) => Judged::HasFlag,
+            Some(1) if window.is_active(cluster) => Judged::HasFlag,
             Some(references) => {
                 let is_metadata = self.territory.owner(cluster).is_some();
                 if is_metadata && references == 0 { Judged::InOrder } else { Judged::Excess(references) }
