@@ -10,12 +10,12 @@ use crate::{
     error::{Error, Result},
     io::{Access, Buf, FileId, Io, SECTOR, Storage, exact},
     open::table_entries,
+    opened::Opened,
     order::rules::RuleName,
 };
 use qcow2_format::{
     Defects, FormatError, Geometry, Header, HostCluster, Snapshot,
     bitmap::{self, Bitmap},
-    header::HEADER_READ_BYTES,
     snapshot::{self, MAX_SALVAGE_BYTES, MIN_ENTRY_BYTES, Salvage, TableExtent},
 };
 use std::{io, path::Path, sync::Arc};
@@ -50,20 +50,9 @@ impl<'a, I: Io> ImageFile<'a, I> {
         path: &Path,
         access: Access,
     ) -> Result<Self> {
-        let failed = |source| Error::Open { path: path.to_owned(), source: Arc::new(source) };
-        let file = storage.open(path, access).map_err(failed)?;
-        let file_len = storage.len(file).map_err(failed)?;
-        let name: Arc<str> = Arc::from(path.to_string_lossy());
-        let damaged = |source| Error::Format { file: Arc::clone(&name), source: Arc::new(source) };
-        let mut bytes = vec![0; (HEADER_READ_BYTES as u64).min(file_len) as usize];
-        read_at(io, file, &name, 0, &mut bytes).await?;
-        let needed = Header::decode_prefix(&bytes, file_len).map_err(damaged)?;
-        if needed > bytes.len() {
-            bytes.resize(needed, 0);
-            read_at(io, file, &name, 0, &mut bytes).await?;
-        }
-        let (header, defects) = Header::decode_repairable(&bytes, file_len).map_err(damaged)?;
-        Ok(Self { defects, ..Self::around(io, storage, file, name, header, file_len) })
+        let opened = Opened::open(storage, path, access)?;
+        let (header, defects, _) = opened.header(io).await?;
+        Ok(Self { defects, ..Self::around(io, storage, opened.file, opened.name, header, opened.len) })
     }
 
     /// A file that is open already, with its decoded header, which has no defects.

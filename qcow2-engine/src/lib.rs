@@ -39,6 +39,7 @@ mod load;
 mod locks;
 mod meta;
 mod open;
+mod opened;
 mod order;
 mod owner;
 mod paging;

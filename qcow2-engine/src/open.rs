@@ -12,26 +12,23 @@ use crate::{
     flush::Flusher,
     image::Image,
     inspect::ImageFile,
-    io::{Access, Buf, FileId, Io, SECTOR, Storage, exact},
+    io::{Access, Io, SECTOR, Storage},
     l1::{self, L1Table},
     lane::Lane,
     layer::{Layer, Qcow2Layer, RawLayer},
     leaks::watch::Watch,
     locks::Locks,
     meta::{HeaderPage, Meta},
+    opened::Opened,
     order::{graph::Graph, rules::Page},
     paging::{MAX_PAGE, Paging},
     territory::{SnapshotPlaces, Sources, Territory, bytes_at},
     unpack::Unpacked,
 };
 use parking_lot::Mutex;
-use qcow2_format::{
-    FormatError, Geometry, Header, HostCluster, Snapshot, Unsupported, Version, header,
-    header::HEADER_READ_BYTES,
-};
+use qcow2_format::{FormatError, Geometry, Header, HostCluster, Snapshot, Version, header};
 use std::{
-    io,
-    path::{Path, PathBuf},
+    path::Path,
     sync::{
         Arc, OnceLock,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -82,14 +79,6 @@ impl Default for OpenOptions {
 /// Whether the autoclear bits have been dealt with.
 pub(crate) struct Autoclear(AtomicBool);
 
-/// A file of the chain as it is opened.
-struct Opened {
-    file: FileId,
-    path: PathBuf,
-    name: Arc<str>,
-    len: u64,
-}
-
 impl Image {
     /// Opens an image and its backing chain.
     ///
@@ -128,7 +117,7 @@ impl Image {
             }
             let from = Path::new(&*overlay).to_owned();
             let path = options.backing_policy.admit(&from, backing.path)?;
-            let opened = open_file(storage, &path, Access::ReadOnly)?;
+            let opened = Opened::open(storage, &path, Access::ReadOnly)?;
             layers.push(match backing.format {
                 Format::Raw => Layer::Raw(RawLayer {
                     file: opened.file,
@@ -283,7 +272,7 @@ async fn open_top(
     options: &OpenOptions,
 ) -> Result<(Opened, Header, Vec<u8>)> {
     let access = if options.read_only { Access::ReadOnly } else { Access::ReadWrite };
-    let mut top = open_file(storage, path, access)?;
+    let mut top = Opened::open(storage, path, access)?;
     let (header, first_page) = read_header(io, &top, access).await?;
     let is_dirty = header.incompatible & header::DIRTY != 0;
     // A repair would change what is damaged in other ways, too.
@@ -299,38 +288,6 @@ async fn open_top(
     top.len = file.file_len;
     let (header, first_page) = read_header(io, &top, access).await?;
     Ok((top, header, first_page))
-}
-
-fn open_file(storage: &(impl Storage + ?Sized), path: &Path, access: Access) -> Result<Opened> {
-    let failed = |source| Error::Open { path: path.to_owned(), source: Arc::new(source) };
-    let file = storage.open(path, access).map_err(failed)?;
-    let len = storage.len(file).map_err(failed)?;
-    Ok(Opened { file, path: path.to_owned(), name: Arc::from(path.to_string_lossy()), len })
-}
-
-impl Opened {
-    /// Reads `len` bytes, rounded up to whole sectors for direct I/O.
-    async fn read(&self, io: &impl Io, operation: &'static str, at: u64, len: usize) -> Result<Vec<u8>> {
-        let buf = Buf::zeroed(len.next_multiple_of(SECTOR as usize));
-        exact::read_zero_extended(io, self.file, at, &buf)
-            .await
-            .map_err(|source| self.failed(operation, at, source))?;
-        let mut bytes = buf.to_vec();
-        bytes.truncate(len);
-        Ok(bytes)
-    }
-
-    fn failed(&self, operation: &'static str, at: u64, source: io::Error) -> Error {
-        Error::Io { operation, file: Arc::clone(&self.name), at, source: Arc::new(source) }
-    }
-
-    fn damaged(&self, source: qcow2_format::FormatError) -> Error {
-        Error::Format { file: Arc::clone(&self.name), source: Arc::new(source) }
-    }
-
-    fn unsupported(&self, source: Unsupported) -> Error {
-        Error::Unsupported { file: Arc::clone(&self.name), source: Arc::new(source) }
-    }
 }
 
 /// What is needed to change an image, besides what a reader needs.
@@ -396,14 +353,7 @@ async fn snapshot_places(
 
 /// The checked header, and the first page of the file for later changes to it.
 async fn read_header(io: &impl Io, opened: &Opened, access: Access) -> Result<(Header, Vec<u8>)> {
-    let damaged = |source| opened.damaged(source);
-    let some = (HEADER_READ_BYTES as u64).min(opened.len) as usize;
-    let mut bytes = opened.read(io, "header read", 0, some).await?;
-    let needed = Header::decode_prefix(&bytes, opened.len).map_err(damaged)?;
-    if needed > bytes.len() {
-        bytes = opened.read(io, "header read", 0, needed).await?;
-    }
-    let (header, defects) = Header::decode_repairable(&bytes, opened.len).map_err(damaged)?;
+    let (header, defects, mut bytes) = opened.header(io).await?;
     if access == Access::ReadOnly
         && let Some(defect) = &defects.refcount_table
     {
@@ -414,7 +364,7 @@ async fn read_header(io: &impl Io, opened: &Opened, access: Access) -> Result<(H
     }
     let unusable = defects.refcount_table.filter(|_| access == Access::ReadWrite).or(defects.snapshot_count);
     if let Some(source) = unusable {
-        return Err(damaged(source));
+        return Err(opened.damaged(source));
     }
     header.check_supported().map_err(|source| opened.unsupported(source))?;
     bytes.resize(header.geometry().cluster_size().min(MAX_PAGE) as usize, 0);
