@@ -21,11 +21,7 @@ pub fn image(virtual_size: u64, cache_bytes: u64) -> (Arc<Image>, Lane<MemFiles>
     let files = MemFiles::default();
     let blueprint =
         Blueprint::new(&CreateOptions { virtual_size, ..CreateOptions::default() }).expect("sound options");
-    let mut bytes = vec![0; blueprint.file_len() as usize];
-    for (at, part) in blueprint.writes() {
-        bytes[at as usize..at as usize + part.len()].copy_from_slice(&part);
-    }
-    files.put(NAME, bytes);
+    files.put(NAME, blueprint.to_bytes());
     let options = OpenOptions { cache_bytes, ..OpenOptions::default() };
     let image = run(Image::open(&files, &files, Path::new(NAME), &options)).expect("it was just made");
     let lane = Lane::new(&image, files, 8);

@@ -160,12 +160,7 @@ mod tests {
     fn new_image() -> MemFiles {
         let files = MemFiles::default();
         let options = CreateOptions { virtual_size: 32 * CLUSTER, ..CreateOptions::default() };
-        let blueprint = Blueprint::new(&options).unwrap();
-        let mut bytes = vec![0; blueprint.file_len() as usize];
-        for (at, part) in blueprint.writes() {
-            bytes[at as usize..at as usize + part.len()].copy_from_slice(&part);
-        }
-        files.put("it", bytes);
+        files.put("it", Blueprint::new(&options).unwrap().to_bytes());
         files
     }
 

@@ -4,13 +4,11 @@
 #[path = "common/hooked.rs"]
 mod hooked;
 
-use hooked::{Hook, Hooked, Operation};
+use hooked::{FailingDisk, Hooked};
 use proptest::{prelude::*, test_runner::Config};
 use qcow2_engine::{CheckOptions, CheckReport, Repair, check, exec::run_at_once as run, io::mem::MemFiles};
 use std::{
-    cell::Cell,
     collections::BTreeSet,
-    io,
     path::{Path, PathBuf},
     process::{Command, Output},
     sync::OnceLock,
@@ -433,25 +431,10 @@ fn dangers(report: &CheckReport) -> BTreeSet<u64> {
     .collect()
 }
 
-/// A disk that takes a number of writes and then fails all.
-struct FailingDisk {
-    left: Cell<usize>,
-}
-
-impl Hook for FailingDisk {
-    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
-        if let Operation::Write { .. } | Operation::SetLen = operation {
-            let left = self.left.get().checked_sub(1).ok_or_else(|| io::Error::from_raw_os_error(5))?;
-            self.left.set(left);
-        }
-        Ok(())
-    }
-}
-
 fn failing_disk(bytes: &[u8], writes: usize) -> Hooked<FailingDisk> {
     let files = MemFiles::default();
     files.put(IMAGE, bytes.to_vec());
-    Hooked::new(&files, FailingDisk { left: Cell::new(writes) })
+    Hooked::new(&files, FailingDisk::after(writes))
 }
 
 #[test]

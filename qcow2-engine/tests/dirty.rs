@@ -5,11 +5,11 @@ mod common;
 
 use common::{
     IMAGE, Mirror,
-    hooked::{Hook, Hooked, Operation},
+    hooked::{FailingDisk, Hooked},
     run,
 };
 use qcow2_engine::{Error, Image, OpenOptions, io::mem::MemFiles};
-use std::{cell::Cell, io, path::Path, process::Command};
+use std::{path::Path, process::Command};
 
 const DISK: usize = 8 << 20;
 /// Lowest byte of the incompatible features.
@@ -79,27 +79,13 @@ fn more_damage_than_lazy_refcounts_explain_is_refused_untouched() {
     }
 }
 
-/// Changes end after so many.
-struct Ending {
-    left: Cell<usize>,
-}
-
-impl Hook for Ending {
-    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
-        if !matches!(operation, Operation::Read { .. } | Operation::Sync(_)) {
-            self.left.set(self.left.get().checked_sub(1).ok_or(io::ErrorKind::Other)?);
-        }
-        Ok(())
-    }
-}
-
 #[test]
 fn a_repair_that_ends_half_way_leaves_the_mark_and_the_next_one_finishes_it() {
     let (files, bytes) = dirty("cluster_size=512");
     let start = files.get(IMAGE).expect("kept");
     for left in 0.. {
         files.put(IMAGE, start.clone());
-        let io = Hooked::new(&files, Ending { left: Cell::new(left) });
+        let io = Hooked::new(&files, FailingDisk::after(left));
         if run(Image::open(&io, &files, Path::new(IMAGE), &OpenOptions::default())).is_ok() {
             assert!(left > 3, "only {left} changes");
             return;

@@ -9,7 +9,7 @@ mod damaged;
 
 use common::{
     IMAGE, create,
-    hooked::{Hook, Hooked, Operation},
+    hooked::{FailingDisk, Hook, Hooked, Operation},
     run,
 };
 use damaged::{COPIED, Parts};
@@ -20,7 +20,7 @@ use qcow2_engine::{
     io::{Access, Buf, mem::MemFiles},
 };
 use qcow2_format::{CreateOptions, HostOffset, Snapshot, Version, header, snapshot};
-use std::{cell::Cell, fs, io, path::Path, process::Command};
+use std::{fs, io, path::Path, process::Command};
 
 const SHAPES: [&str; 2] = ["compat=1.1,cluster_size=4k,refcount_bits=64", "compat=0.10,cluster_size=4k"];
 
@@ -226,18 +226,6 @@ fn what_has_no_refcounts_is_read_and_not_written() {
     }
 }
 
-/// A disk that takes a number of operations that change it, and then fails all.
-struct FailingDisk(Cell<usize>);
-
-impl Hook for FailingDisk {
-    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
-        if let Operation::Write { .. } | Operation::SetLen = operation {
-            self.0.set(self.0.get().checked_sub(1).ok_or_else(|| io::Error::from_raw_os_error(5))?);
-        }
-        Ok(())
-    }
-}
-
 /// A header that names a refcount table behind the end of the file protects the image: it is not written to.
 /// The new structure grows into that place, where it would pass for a table, of no counts, if the header
 /// still named it when the repair is cut short; and the next writer would hand out every cluster anew.
@@ -251,7 +239,7 @@ fn a_repair_that_is_cut_short_leaves_no_image_that_seems_to_have_counts() {
         for writes in 0.. {
             let files = MemFiles::default();
             files.put(IMAGE, damaged.bytes.clone());
-            let disk = Hooked::new(&files, FailingDisk(Cell::new(writes)));
+            let disk = Hooked::new(&files, FailingDisk::after(writes));
             let options = CheckOptions { repair: Repair::All, ..CheckOptions::default() };
             let is_done = run(check(&disk, &files, Path::new(IMAGE), options)).is_ok();
             let bytes = files.get(IMAGE).expect("kept");

@@ -131,6 +131,16 @@ impl Blueprint {
         first.chain(table).chain(blocks)
     }
 
+    /// The whole file, for images that are made in memory.
+    #[must_use]
+    pub fn to_bytes(&self) -> Vec<u8> {
+        let mut bytes = vec![0; self.file_len() as usize];
+        for (at, part) in self.writes() {
+            bytes[at as usize..][..part.len()].copy_from_slice(&part);
+        }
+        bytes
+    }
+
     /// The range that must read as zeros although it is metadata: the L1 table, as file offset and
     /// length in bytes. Only of interest where extending a file does not give zeros.
     #[must_use]

@@ -69,12 +69,7 @@ fn create(files: &MemFiles, name: &str, file: &File, backing: Option<(&str, &str
         compression: Compression::Zlib,
         lazy_refcounts: false,
     };
-    let blueprint = Blueprint::new(&options).unwrap();
-    let mut bytes = vec![0; blueprint.file_len() as usize];
-    for (at, part) in blueprint.writes() {
-        bytes[at as usize..at as usize + part.len()].copy_from_slice(&part);
-    }
-    files.put(name, bytes);
+    files.put(name, Blueprint::new(&options).unwrap().to_bytes());
 }
 
 fn open(files: &MemFiles, name: &str) -> Lane<MemFiles> {

@@ -6,7 +6,7 @@ use qcow2_engine::{
     Image, Lane, OpenOptions, RuleName,
     io::{Buf, FileId, Io, mem::MemFiles},
 };
-use std::{io, path::Path, rc::Rc, sync::Arc};
+use std::{cell::Cell, io, path::Path, rc::Rc, sync::Arc};
 
 /// What is about to be done.
 pub(crate) enum Operation<'a> {
@@ -33,6 +33,27 @@ pub(crate) enum Operation<'a> {
 pub(crate) trait Hook {
     /// An error is what becomes of the operation.
     async fn before(&self, operation: Operation<'_>) -> io::Result<()>;
+}
+
+/// A disk that takes a number of operations that change it, and then fails all that do.
+pub(crate) struct FailingDisk {
+    left: Cell<usize>,
+}
+
+impl FailingDisk {
+    pub(crate) fn after(changes: usize) -> Self {
+        Self { left: Cell::new(changes) }
+    }
+}
+
+impl Hook for FailingDisk {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        if !matches!(operation, Operation::Read { .. } | Operation::Sync(_)) {
+            let left = self.left.get().checked_sub(1).ok_or_else(|| io::Error::from_raw_os_error(5))?;
+            self.left.set(left);
+        }
+        Ok(())
+    }
 }
 
 /// The files. Clones share them, and the hook.

@@ -14,12 +14,7 @@ pub(crate) const IMAGE: &str = "image.qcow2";
 
 /// Writes a new, empty image into `files`.
 pub(crate) fn create(files: &MemFiles, name: &str, options: &CreateOptions) {
-    let blueprint = Blueprint::new(options).expect("sound options");
-    let mut bytes = vec![0; blueprint.file_len() as usize];
-    for (at, part) in blueprint.writes() {
-        bytes[at as usize..at as usize + part.len()].copy_from_slice(&part);
-    }
-    files.put(name, bytes);
+    files.put(name, Blueprint::new(options).expect("sound options").to_bytes());
 }
 
 /// An open image with the bytes that it should hold.
