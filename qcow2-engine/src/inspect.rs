@@ -9,7 +9,6 @@ use crate::{
     check::live::Live,
     error::{Error, Result},
     io::{Access, Buf, FileId, Io, SECTOR, Storage, exact},
-    open::table_entries,
     opened::Opened,
     order::rules::RuleName,
 };
@@ -17,6 +16,7 @@ use qcow2_format::{
     Defects, FormatError, Geometry, Header, HostCluster, Snapshot,
     bitmap::{self, Bitmap},
     snapshot::{self, MAX_SALVAGE_BYTES, MIN_ENTRY_BYTES, Salvage, TableExtent},
+    word,
 };
 use std::{io, path::Path, sync::Arc};
 
@@ -202,7 +202,7 @@ impl<'a, I: Io> ImageFile<'a, I> {
     /// Reads a table of `count` 8-byte entries.
     pub(crate) async fn read_entries(&self, at: u64, count: u64) -> Result<Vec<u64>> {
         let bytes = self.read(at, count * 8).await?;
-        Ok(table_entries(&bytes).collect())
+        Ok(word::all(&bytes).collect())
     }
 
     /// Writes whole sectors.

@@ -26,7 +26,7 @@ use crate::{
     unpack::Unpacked,
 };
 use parking_lot::Mutex;
-use qcow2_format::{FormatError, Geometry, Header, HostCluster, Snapshot, Version, header};
+use qcow2_format::{FormatError, Geometry, Header, HostCluster, Snapshot, Version, header, word};
 use std::{
     path::Path,
     sync::{
@@ -391,10 +391,5 @@ fn new_layer(opened: &Opened, header: &Header, index: u16, paging: Paging) -> Qc
 async fn read_refcount_table(io: &impl Io, opened: &Opened, header: &Header) -> Result<Vec<u64>> {
     let len = u64::from(header.refcount_table_clusters) * header.geometry().cluster_size();
     let bytes = opened.read(io, "refcount table read", header.refcount_table.0, len as usize).await?;
-    Ok(table_entries(&bytes).collect())
-}
-
-/// The big-endian 8-byte entries of a table, in host byte order.
-pub(crate) fn table_entries(bytes: &[u8]) -> impl Iterator<Item = u64> + '_ {
-    bytes.chunks_exact(8).map(|entry| u64::from_be_bytes(entry.try_into().unwrap_or_default()))
+    Ok(word::all(&bytes).collect())
 }

@@ -7,6 +7,7 @@ mod hooked;
 use hooked::{FailingDisk, Hooked};
 use proptest::{prelude::*, test_runner::Config};
 use qcow2_engine::{CheckOptions, CheckReport, Repair, check, exec::run_at_once as run, io::mem::MemFiles};
+use qcow2_format::word;
 use std::{
     collections::BTreeSet,
     path::{Path, PathBuf},
@@ -167,7 +168,7 @@ fn sound_images_are_clean_and_their_numbers_are_qemus() {
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
-    u64::from_be_bytes(bytes[at..at + 8].try_into().expect("8 bytes"))
+    word::get(bytes, at).expect("8 bytes")
 }
 
 fn put_u64(bytes: &mut [u8], at: usize, value: u64) {

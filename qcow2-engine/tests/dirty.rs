@@ -9,6 +9,7 @@ use common::{
     run,
 };
 use qcow2_engine::{Error, Image, OpenOptions, io::mem::MemFiles};
+use qcow2_format::word;
 use std::{path::Path, process::Command};
 
 const DISK: usize = 8 << 20;
@@ -67,7 +68,7 @@ fn a_dirty_image_is_read_as_it_is() {
 fn more_damage_than_lazy_refcounts_explain_is_refused_untouched() {
     let (files, _) = dirty("cluster_size=64k");
     let mut image = files.get(IMAGE).expect("kept");
-    let word = |image: &[u8], at: usize| u64::from_be_bytes(image[at..at + 8].try_into().expect("8 bytes"));
+    let word = |image: &[u8], at: usize| word::get(image, at).expect("8 bytes");
     let l2 = (word(&image, word(&image, 40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
     for entry in [1_u64 << 63 | 0x5_0200, 1 << 63 | 0x7fff << 16, 1 << 63 | 1 << 57 | 0x5_0000] {
         image[l2..l2 + 8].copy_from_slice(&entry.to_be_bytes());

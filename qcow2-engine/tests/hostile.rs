@@ -14,7 +14,7 @@ use qcow2_engine::{
     exec::block_on,
     io::{Buf, Files, files::Caching, mem::MemFiles, uring::Uring},
 };
-use qcow2_format::{Backing, Compression, CreateOptions, Version, header};
+use qcow2_format::{Backing, Compression, CreateOptions, Version, header, word};
 use std::{fs, os::unix::fs::symlink, path::Path, process::Command, sync::Arc};
 
 const SIZE: u64 = 1 << 20;
@@ -240,7 +240,7 @@ fn compressed_data_that_is_none_fails_alone() {
     run(lane.write(0, Buf::from_bytes(&[0x11; 3 * 4096]))).expect("writes");
     run(lane.close()).expect("closes");
     let sound = files.get(IMAGE).expect("kept");
-    let word = |at: u64| u64::from_be_bytes(sound[at as usize..][..8].try_into().expect("eight bytes"));
+    let word = |at: u64| word::get(&sound, at as usize).expect("eight bytes");
     let l2 = word(word(header::L1_TABLE_OFFSET)) & 0x00ff_ffff_ffff_fe00;
     let data = word(l2) & 0x00ff_ffff_ffff_fe00;
     for place in [data, sound.len() as u64 + 512, 1 << 40] {
@@ -294,7 +294,7 @@ fn compressed_data_of_another_length_is_as_qemu_has_it() {
         run(lane.write(0, Buf::from_bytes(&[0x11; 3 * 4096]))).expect("writes");
         run(lane.close()).expect("closes");
         let mut image = files.get(IMAGE).expect("kept");
-        let word = |at: u64| u64::from_be_bytes(image[at as usize..][..8].try_into().expect("eight bytes"));
+        let word = |at: u64| word::get(&image, at as usize).expect("eight bytes");
         let l2 = word(word(header::L1_TABLE_OFFSET)) & 0x00ff_ffff_ffff_fe00;
         let place = (word(l2 + 8) & 0x00ff_ffff_ffff_fe00) as usize;
         image[l2 as usize + 8..][..8].copy_from_slice(&(1 << 62 | 7 << 58 | place as u64).to_be_bytes());

@@ -12,6 +12,7 @@ use qcow2_engine::{
     CheckOptions, Image, Lane, OpenOptions, Pace, Reclaimed, Verdict, ZeroMode, check,
     io::{Buf, mem::MemFiles},
 };
+use qcow2_format::word;
 use std::{
     cell::{Cell, RefCell},
     future::Future,
@@ -188,7 +189,7 @@ impl Pace for Idle {
 fn whatever_makes_no_sense_ends_the_search_and_nothing_is_given_back() {
     let (files, _) = leaky("cluster_size=64k", false);
     let sound = files.get(IMAGE).expect("kept");
-    let word = |at: usize| u64::from_be_bytes(sound[at..at + 8].try_into().expect("8 bytes"));
+    let word = |at: usize| word::get(&sound, at).expect("8 bytes");
     let l2 = (word(word(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
     let block = word(word(48) as usize) as usize;
     // A reserved bit, a place beyond the file, a count of 0 (of the L2 table) below the references.
@@ -239,7 +240,7 @@ fn damage_that_a_request_meets_ends_the_search() {
     const UNMAPPED: u64 = 2 << 20;
     let (files, _) = leaky("cluster_size=512", false);
     let mut image = files.get(IMAGE).expect("kept");
-    let word = |at: usize| u64::from_be_bytes(image[at..at + 8].try_into().expect("8 bytes"));
+    let word = |at: usize| word::get(&image, at).expect("8 bytes");
     let l2 = word(word(40) as usize + (UNMAPPED >> 15) as usize * 8) & 0x00ff_ffff_ffff_fe00;
     let cluster = (l2 >> 9) as usize;
     let block = word(word(48) as usize + cluster / 256 * 8) as usize;
@@ -320,8 +321,7 @@ fn shared() -> (MemFiles, Vec<u64>) {
         &["convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "cluster_size=4k,refcount_bits=64", raw, name],
     );
     let mut image = std::fs::read(&path).expect("image");
-    let word =
-        |image: &[u8], at: u64| u64::from_be_bytes(image[at as usize..][..8].try_into().expect("8 bytes"));
+    let word = |image: &[u8], at: u64| word::get(image, at as usize).expect("8 bytes");
     let l2 = word(&image, word(&image, 40)) & 0x00ff_ffff_ffff_fe00;
     let place = (word(&image, l2) & ((1 << 58) - 1)) / CLUSTER;
     let block = word(&image, word(&image, 48));

@@ -13,7 +13,7 @@ use qcow2_engine::{
     Error, ErrorKind, Image, Lane, OpenOptions, ZeroMode,
     io::{Buf, mem::MemFiles},
 };
-use qcow2_format::{Unsupported, Version, header};
+use qcow2_format::{Unsupported, Version, header, word};
 use std::{path::Path, sync::Arc};
 
 const SHAPES: [&str; 4] = [
@@ -46,7 +46,7 @@ fn carry_out(lane: &Lane<MemFiles>, request: Request, cluster: u64) -> qcow2_eng
 
 fn features(bytes: &[u8]) -> u64 {
     let at = header::INCOMPATIBLE_OFFSET as usize;
-    u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
+    word::get(bytes, at).expect("eight bytes")
 }
 
 /// The damaged image is given the request; nothing that was in it may change but its corrupt bit, and

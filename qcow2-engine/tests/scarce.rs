@@ -12,7 +12,7 @@ use qcow2_engine::{
     CheckOptions, ErrorKind, Image, Lane, OpenOptions, Preallocation, ZeroMode, check,
     io::{Access, Buf, FileId, Io, Storage, mem::MemFiles},
 };
-use qcow2_format::{Backing, CreateOptions, Version};
+use qcow2_format::{Backing, CreateOptions, Version, word};
 use std::{
     cell::{Cell, RefCell},
     future::Future,
@@ -484,7 +484,7 @@ fn with_bad_counts(host: &Hooked<BadPages>) -> (Lane<Hooked<BadPages>>, u64, usi
     }
     run(lane.flush()).expect("flush");
     let bytes = host.files.get(IMAGE).expect("kept");
-    let word = |at: usize| u64::from_be_bytes(bytes[at..at + 8].try_into().expect("eight"));
+    let word = |at: usize| word::get(&bytes, at).expect("eight");
     let blocks = (0..128).map(|block| word(word(48) as usize + block * 8));
     host.hook.bad.borrow_mut().extend(blocks);
     run(lane.discard(0, SIZE)).expect("discard");

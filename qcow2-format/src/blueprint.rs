@@ -16,7 +16,7 @@ use crate::{
     extension::{FeatureKind, FeatureName},
     geometry::*,
     header::{self, V2_HEADER_BYTES, V3_HEADER_BYTES},
-    refcount,
+    refcount, word,
 };
 
 /// What a new image overlays.
@@ -157,9 +157,9 @@ impl Blueprint {
             let first = 1 + self.layout.refcount_table;
             let offset = (block < self.layout.refcount_blocks)
                 .then(|| HostOffset((first + block) << geometry.cluster_bits));
-            RefcountTableEntry::encode(offset).to_be_bytes()
+            RefcountTableEntry::encode(offset)
         };
-        let bytes = (index * per_cluster..(index + 1) * per_cluster).flat_map(block).collect();
+        let bytes = word::to_bytes((index * per_cluster..(index + 1) * per_cluster).map(block));
         ((1 + index) << geometry.cluster_bits, bytes)
     }
 

@@ -15,6 +15,7 @@
 //! | L2 entry, 16 bytes | [`ExtendedEntry::decode`] | [`ExtendedEntry`] |
 //! | refcount table entry | [`RefcountTableEntry::decode`] | the block's offset, if there is one |
 //! | refcount block | [`refcount::get`], [`refcount::set`] | a count of 1 to 64 bits |
+//! | words of a table | [`word::all`], [`word::get`] | numbers of 64 bits |
 //! | snapshot table | [`snapshot::decode_table`], [`snapshot::salvage`] | [`Snapshot`]s |
 //! | bitmap directory | [`bitmap::decode_directory`] | [`bitmap::Bitmap`]s |
 //!
@@ -42,6 +43,7 @@ pub mod refcount;
 pub mod snapshot;
 pub mod subcluster;
 mod validate;
+pub mod word;
 
 pub use address::{Clusters, GuestCluster, HostCluster, HostOffset};
 pub use blueprint::{Backing, Blueprint, CreateOptions};

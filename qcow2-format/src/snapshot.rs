@@ -9,6 +9,7 @@ use crate::{
     geometry::{MAX_L1_ENTRIES, MAX_SNAPSHOTS, TABLE_ENTRY_BYTES},
     raw::{self, RawSnapshot},
     validate::check_table,
+    word,
 };
 use zerocopy::IntoBytes;
 
@@ -198,7 +199,7 @@ impl Snapshot {
         let (extra, rest) = variable.split_at_checked(fixed.extra_data_size.get() as usize)?;
         let (id, rest) = rest.split_at_checked(usize::from(fixed.id_len.get()))?;
         let (name, rest) = rest.split_at_checked(usize::from(fixed.name_len.get()))?;
-        let word = |at: usize| extra.get(at..)?.first_chunk().map(|word| u64::from_be_bytes(*word));
+        let word = |at| word::get(extra, at);
         let snapshot = Self {
             l1_table: HostOffset(fixed.l1_table_offset.get()),
             l1_entries: fixed.l1_size.get(),

@@ -10,8 +10,8 @@ use super::findings::Owner;
 use qcow2_format::{
     CompressedRange, Corruption, ExtendedEntry, Geometry, HostCluster, HostOffset, L1Entry, Mapping, Version,
     error::EntryKind,
-    geometry::TABLE_ENTRY_BYTES,
     l2::{COMPRESSED, COPIED, OFFSET, RESERVED, ZERO},
+    word,
 };
 
 /// What an image's header says that matters to its entries.
@@ -208,21 +208,17 @@ impl Rules {
 /// The entries of an L2 table.
 pub(super) fn l2_words<'a>(table: &'a [u8], rules: &Rules) -> impl Iterator<Item = L2Words> + use<'a> {
     let bytes = rules.l2_entry_bytes() as usize;
-    table.chunks_exact(bytes).map(|words| L2Words { entry: word(words, 0), bitmap: word(words, 1) })
+    let number = |words, at| word::get(words, at).unwrap_or(0);
+    table.chunks_exact(bytes).map(move |words| L2Words { entry: number(words, 0), bitmap: number(words, 8) })
 }
 
 /// Writes an entry into the bytes of its table.
 pub(super) fn put_l2_words(table: &mut [u8], rules: &Rules, index: usize, words: L2Words) {
     let at = index * rules.l2_entry_bytes() as usize;
-    table[at..at + 8].copy_from_slice(&words.entry.to_be_bytes());
+    word::set(table, at, words.entry);
     if rules.geometry.extended_l2 {
-        table[at + 8..at + 16].copy_from_slice(&words.bitmap.to_be_bytes());
+        word::set(table, at + 8, words.bitmap);
     }
-}
-
-fn word(bytes: &[u8], index: usize) -> u64 {
-    let at = index * TABLE_ENTRY_BYTES as usize;
-    bytes.get(at..).and_then(|bytes| bytes.first_chunk()).map_or(0, |word| u64::from_be_bytes(*word))
 }
 
 #[cfg(test)]

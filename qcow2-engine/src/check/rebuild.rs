@@ -21,6 +21,7 @@ use qcow2_format::{
     },
     refcount,
     snapshot::encode_table,
+    word,
 };
 use std::{collections::BTreeMap, ops::Range};
 
@@ -125,12 +126,11 @@ async fn drop_lost_blocks(file: &ImageFile<'_, impl Io>, survey: &Survey, at: u6
     let geometry = survey.geometry();
     let old = file.read(at, len).await?;
     let mut new = old.clone();
-    for entry in new.chunks_exact_mut(TABLE_ENTRY_BYTES as usize) {
-        let raw = u64::from_be_bytes((&*entry).try_into().unwrap_or_default());
+    for (index, raw) in word::all(&old).enumerate() {
         if let Ok(Some(block)) = RefcountTableEntry::decode(raw, geometry)
             && survey.rules.is_beyond_file(block.0, geometry.cluster_size())
         {
-            entry.fill(0);
+            word::set(&mut new, index * TABLE_ENTRY_BYTES as usize, 0);
         }
     }
     file.write_changes(at, &old, &new).await
@@ -210,10 +210,8 @@ async fn write(file: &ImageFile<'_, impl Io>, survey: &Survey, plan: &Plan) -> R
         file.write(geometry.host_offset(cluster).0, &block).await?;
     }
     let entries = plan.table.cluster_count() * cluster_size / TABLE_ENTRY_BYTES;
-    let table: Vec<u8> = (0..entries)
-        .map(|index| plan.blocks.get(&index).map(|&block| geometry.host_offset(block)))
-        .flat_map(|block| RefcountTableEntry::encode(block).to_be_bytes())
-        .collect();
+    let place = |index| plan.blocks.get(&index).map(|&block| geometry.host_offset(block));
+    let table = word::to_bytes((0..entries).map(|index| RefcountTableEntry::encode(place(index))));
     file.write(geometry.host_offset(plan.table.start).0, &table).await?;
     if let Some(snapshots) = &plan.snapshots {
         file.write(geometry.host_offset(plan.snapshot_table()).0, &snapshots.bytes).await?;

@@ -26,7 +26,7 @@ use crate::{
     io::{Io, SECTOR},
     order::rules::RuleName,
 };
-use qcow2_format::{Clusters, HostCluster, geometry::TABLE_ENTRY_BYTES, l1, l2, refcount};
+use qcow2_format::{Clusters, HostCluster, geometry::TABLE_ENTRY_BYTES, l1, l2, refcount, word};
 use std::collections::HashSet;
 
 /// How far a repair goes.
@@ -165,10 +165,9 @@ async fn edit_tables(file: &ImageFile<'_, impl Io>, survey: &mut Survey, pass: P
             }
         };
         let mut new = old.clone();
-        for entry in new.chunks_exact_mut(8).take(l1.entries as usize) {
-            let raw = u64::from_be_bytes((&*entry).try_into().unwrap_or_default());
+        for (index, raw) in word::all(&old).take(l1.entries as usize).enumerate() {
             let (changed, table) = edit_l1_entry(file, survey, pass, raw).await?;
-            entry.copy_from_slice(&changed.to_be_bytes());
+            word::set(&mut new, index * TABLE_ENTRY_BYTES as usize, changed);
             if let Some(table) = table.filter(|&table| survey.is_l2_table(table) && edited.insert(table)) {
                 edit_l2_table(file, survey, pass, &l1, table).await?;
             }

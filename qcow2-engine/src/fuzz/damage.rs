@@ -2,7 +2,7 @@
 
 use super::{child::REACH, corpus::Sample};
 use crate::sim::rng::Rng;
-use qcow2_format::{Header, snapshot};
+use qcow2_format::{Header, snapshot, word};
 use std::fmt;
 
 /// One change of an image file.
@@ -102,9 +102,7 @@ impl Anatomy {
             let inside = len.saturating_sub(at) / 8;
             (0..count.min(inside)).map(|index| Spot { field, at: at + index * 8, width: 8 }).collect()
         };
-        let word = |at: u64| {
-            image.get(at as usize..).and_then(|rest| rest.first_chunk()).map_or(0, |w| u64::from_be_bytes(*w))
-        };
+        let word = |at: u64| word::get(image, at as usize).unwrap_or(0);
         let targets = |spots: &[Spot]| -> Vec<u64> {
             let all = spots.iter().map(|spot| word(spot.at) & OFFSET);
             all.filter(|&at| at != 0 && at < len).collect()

@@ -5,7 +5,7 @@ use super::{
     corpus::IMAGE,
     process::{self, Ending, Finished},
 };
-use qcow2_format::{Geometry, Header, L1Entry, Mapping, snapshot};
+use qcow2_format::{Geometry, Header, L1Entry, Mapping, snapshot, word};
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     fs, io,
@@ -198,7 +198,7 @@ fn tables(image: &[u8]) -> Option<(Geometry, Tables)> {
     let header = Header::decode(image, image.len() as u64).ok()?;
     let geometry = header.geometry();
     let mut tables = Tables::default();
-    let word = |at: u64| image.get(at as usize..)?.first_chunk().map(|word| u64::from_be_bytes(*word));
+    let word = |at: u64| word::get(image, at as usize);
     for index in 0..u64::from(header.l1_entries).min(4096) {
         let raw = word(header.l1_table.0 + index * 8)?;
         let Ok(L1Entry::Table { offset, .. }) = L1Entry::decode(raw, &geometry) else { continue };

@@ -4,7 +4,7 @@
 
 use super::rng::Rng;
 use crate::check::counts::CHUNK;
-use qcow2_format::{Geometry, Header, L1Entry, Mapping, RefcountTableEntry, header, l2, refcount};
+use qcow2_format::{Geometry, Header, L1Entry, Mapping, RefcountTableEntry, header, l2, refcount, word};
 
 /// What is damaged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,8 +70,8 @@ pub(super) fn inflict(image: &mut [u8], damage: Damage, rng: &mut Rng) -> Result
 /// Sets the dirty bit.
 pub(super) fn mark_dirty(image: &mut [u8]) {
     let at = header::INCOMPATIBLE_OFFSET as usize;
-    let features = u64::from_be_bytes(image[at..at + 8].try_into().unwrap_or_default()) | header::DIRTY;
-    image[at..at + 8].copy_from_slice(&features.to_be_bytes());
+    let features = word::get(image, at).unwrap_or(0) | header::DIRTY;
+    word::set(image, at, features);
 }
 
 /// Damaged things of one kind, at the most.
@@ -85,12 +85,11 @@ struct Wreck<'a> {
 
 impl Wreck<'_> {
     fn entry(&self, at: u64) -> u64 {
-        let bytes = self.image.get(at as usize..at as usize + 8).unwrap_or_default();
-        u64::from_be_bytes(bytes.try_into().unwrap_or_default())
+        word::get(self.image, at as usize).unwrap_or(0)
     }
 
     fn set_entry(&mut self, at: u64, entry: u64) {
-        self.image[at as usize..at as usize + 8].copy_from_slice(&entry.to_be_bytes());
+        word::set(self.image, at as usize, entry);
     }
 
     /// The entries of the refcount table that name a block, with their places.

@@ -11,6 +11,7 @@ use crate::unpack::decompress;
 use qcow2_format::{
     Geometry, Header, L1Entry, Mapping, RefcountTableEntry, refcount,
     snapshot::{Snapshot, decode_table},
+    word,
 };
 use std::{
     cell::RefCell,
@@ -193,16 +194,12 @@ impl<'a> Reader<'a> {
     }
 
     pub(super) fn table(&self, at: u64, entries: usize) -> Result<Vec<u64>, String> {
-        let bytes = self.slice(at, entries as u64 * 8)?;
-        Ok(bytes
-            .chunks_exact(8)
-            .map(|entry| u64::from_be_bytes(entry.try_into().unwrap_or_default()))
-            .collect())
+        Ok(word::all(self.slice(at, entries as u64 * 8)?).collect())
     }
 
     /// One entry of a table.
     fn entry(&self, at: u64) -> Result<u64, String> {
-        Ok(u64::from_be_bytes(self.slice(at, 8)?.try_into().unwrap_or_default()))
+        Ok(word::get(self.slice(at, 8)?, 0).unwrap_or(0))
     }
 
     /// Counts a reference to a cluster.

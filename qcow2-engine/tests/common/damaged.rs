@@ -1,6 +1,6 @@
 //! Images of QEMU's, taken apart: where their tables are, and how to put wrong things into them.
 
-use qcow2_format::{Geometry, Header, refcount, snapshot};
+use qcow2_format::{Geometry, Header, refcount, snapshot, word};
 use std::{path::Path, process::Command};
 
 /// Bit 63 of L1 and L2 entries.
@@ -89,7 +89,7 @@ impl Parts {
     }
 
     pub(crate) fn word(&self, at: u64) -> u64 {
-        u64::from_be_bytes(self.bytes[at as usize..at as usize + 8].try_into().expect("eight bytes"))
+        word::get(&self.bytes, at as usize).expect("eight bytes")
     }
 
     pub(crate) fn set(&mut self, at: u64, word: u64) {
