@@ -8,7 +8,7 @@
 use crate::{
     check::live::Live,
     error::{Error, Result},
-    io::{Access, Buf, FileId, Io, SECTOR, Storage, exact},
+    io::{Access, Buf, FileId, Io, SECTOR, Storage, exact, whole_sectors},
     opened::Opened,
     order::rules::RuleName,
 };
@@ -258,7 +258,7 @@ impl<'a, I: Io> ImageFile<'a, I> {
 async fn read_at(io: &impl Io, file: FileId, name: &Arc<str>, at: u64, out: &mut [u8]) -> Result<()> {
     let start = at - at % SECTOR;
     let skip = (at - start) as usize;
-    let buf = Buf::zeroed((skip + out.len()).next_multiple_of(SECTOR as usize));
+    let buf = Buf::zeroed(whole_sectors((skip + out.len()) as u64) as usize);
     exact::read_zero_extended(io, file, start, &buf).await.map_err(|source| Error::Io {
         operation: "read",
         file: Arc::clone(name),

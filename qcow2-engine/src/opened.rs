@@ -3,7 +3,7 @@
 
 use crate::{
     error::{Error, Result},
-    io::{Access, Buf, FileId, Io, SECTOR, Storage, exact},
+    io::{Access, Buf, FileId, Io, Storage, exact, whole_sectors},
 };
 use qcow2_format::{Defects, FormatError, Header, Unsupported, header::HEADER_READ_BYTES};
 use std::{
@@ -51,7 +51,7 @@ impl Opened {
         at: u64,
         len: usize,
     ) -> Result<Vec<u8>> {
-        let buf = Buf::zeroed(len.next_multiple_of(SECTOR as usize));
+        let buf = Buf::zeroed(whole_sectors(len as u64) as usize);
         exact::read_zero_extended(io, self.file, at, &buf)
             .await
             .map_err(|source| self.failed(operation, at, source))?;

@@ -210,7 +210,8 @@ fn checked_geometry(options: &CreateOptions) -> Result<Geometry, FormatError> {
         return Err(FormatError::RefcountOrder { value: refcount_order });
     }
     let too_large = FormatError::VirtualSize { value: virtual_size, max: MAX_VIRTUAL_SIZE };
-    let virtual_size = virtual_size.checked_next_multiple_of(512).filter(|size| *size <= MAX_VIRTUAL_SIZE);
+    let virtual_size =
+        virtual_size.checked_next_multiple_of(SECTOR_BYTES).filter(|size| *size <= MAX_VIRTUAL_SIZE);
     let virtual_size = virtual_size.ok_or(too_large)?;
     let geometry = Geometry { version, cluster_bits, refcount_order, extended_l2: false, virtual_size };
     let entries = geometry.l1_entries();

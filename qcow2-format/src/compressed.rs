@@ -6,13 +6,10 @@
 use crate::{
     Corruption, Geometry,
     error::EntryKind,
-    geometry::MAX_MAPPED_HOST_BYTES,
+    geometry::{MAX_MAPPED_HOST_BYTES, SECTOR_BYTES},
     l2::{COMPRESSED, COPIED},
 };
 use std::ops::RangeInclusive;
-
-/// The unit in which a descriptor counts.
-const SECTOR: u64 = 512;
 
 /// Where the bytes of a compressed cluster lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,8 +27,8 @@ impl CompressedRange {
     #[must_use]
     pub fn new(offset: u64, len: u64, geometry: &Geometry) -> Option<Self> {
         let shift = offset_bits(geometry);
-        let end = offset.checked_add(len)?.checked_next_multiple_of(SECTOR)?;
-        let extra_sectors = (end.checked_sub(offset & !(SECTOR - 1))? / SECTOR).checked_sub(1)?;
+        let end = offset.checked_add(len)?.checked_next_multiple_of(SECTOR_BYTES)?;
+        let extra_sectors = (end.checked_sub(offset & !(SECTOR_BYTES - 1))? / SECTOR_BYTES).checked_sub(1)?;
         let fits = len > 0 && offset < offset_limit(shift) && extra_sectors < 1 << (62 - shift);
         (fits && offset >= geometry.cluster_size()).then_some(Self { offset, len: end - offset })
     }
@@ -59,14 +56,14 @@ impl CompressedRange {
             return Err(Corruption::CompressedInHeader { raw });
         }
         let sectors = (descriptor >> shift) + 1;
-        Ok(Self { offset, len: sectors * SECTOR - offset % SECTOR })
+        Ok(Self { offset, len: sectors * SECTOR_BYTES - offset % SECTOR_BYTES })
     }
 
     /// The host-endian L2 entry, bit 62 included.
     #[must_use]
     pub fn encode(&self, geometry: &Geometry) -> u64 {
         debug_assert_eq!(Self::new(self.offset, self.len, geometry), Some(*self));
-        let extra_sectors = (self.offset % SECTOR + self.len).div_ceil(SECTOR).saturating_sub(1);
+        let extra_sectors = (self.offset % SECTOR_BYTES + self.len).div_ceil(SECTOR_BYTES).saturating_sub(1);
         COMPRESSED | extra_sectors << offset_bits(geometry) | self.offset
     }
 
@@ -74,7 +71,7 @@ impl CompressedRange {
     /// as it is. A descriptor may claim nearly twice as much, and then names somebody else's clusters.
     #[must_use]
     pub fn plausible(&self, geometry: &Geometry) -> Self {
-        let end = (self.offset + geometry.cluster_size()).next_multiple_of(SECTOR);
+        let end = (self.offset + geometry.cluster_size()).next_multiple_of(SECTOR_BYTES);
         Self { offset: self.offset, len: self.len.min(end - self.offset) }
     }
 
@@ -159,7 +156,7 @@ mod tests {
         fn ranges_survive_the_round_trip(g in any_geometry(), offset in 0u64..1 << 57, len in 0u64..5 << 20) {
             let offset = offset >> (g.cluster_bits - 8);
             if let Some(range) = CompressedRange::new(offset, len, &g) {
-                prop_assert!(range.len >= len && range.len < len + SECTOR);
+                prop_assert!(range.len >= len && range.len < len + SECTOR_BYTES);
                 prop_assert_eq!(CompressedRange::decode(range.encode(&g), &g), Ok(range));
             }
         }

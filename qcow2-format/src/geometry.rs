@@ -32,6 +32,8 @@ pub const MAX_VIRTUAL_SIZE: u64 = i64::MAX as u64;
 /// L1, L2 and refcount table entries hold bits 9 to 55 of an offset: a cluster that a mapping can
 /// name lies below 64 PiB.
 pub const MAX_MAPPED_HOST_BYTES: u64 = 1 << 56;
+/// The unit of a virtual disk's size, and of what a compressed cluster takes in the file, in bytes.
+pub const SECTOR_BYTES: u64 = 512;
 /// Size in bytes of an L1, refcount table or bitmap table entry.
 pub const TABLE_ENTRY_BYTES: u64 = 8;
 

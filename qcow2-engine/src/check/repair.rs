@@ -23,7 +23,7 @@ use super::{
 use crate::{
     error::Result,
     inspect::ImageFile,
-    io::{Io, SECTOR},
+    io::{Io, whole_sectors},
     order::rules::RuleName,
 };
 use qcow2_format::{Clusters, HostCluster, geometry::TABLE_ENTRY_BYTES, l1, l2, refcount, word};
@@ -156,7 +156,7 @@ async fn edit_tables(file: &ImageFile<'_, impl Io>, survey: &mut Survey, pass: P
         if pass != Pass::Entries && l1.owner != Owner::ActiveL1 {
             continue;
         }
-        let len = (l1.entries * TABLE_ENTRY_BYTES).next_multiple_of(SECTOR);
+        let len = whole_sectors(l1.entries * TABLE_ENTRY_BYTES);
         let old = match file.read(l1.at, len).await {
             Ok(old) => old,
             Err(error) => {

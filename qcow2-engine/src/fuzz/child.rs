@@ -8,7 +8,7 @@ use crate::{
     CheckOptions, Error, ErrorKind, Image, Lane, OpenOptions, Repair, ZeroMode, check,
     exec::run_at_once as run,
     inspect::ImageFile,
-    io::{Access, Buf},
+    io::{Access, Buf, SECTOR, whole_sectors},
     sim::rng::Rng,
 };
 use nix::sys::resource::{Resource, setrlimit};
@@ -89,7 +89,7 @@ fn read_all(image: &str, into: &str, label: &str) -> io::Result<()> {
             return Ok(());
         }
     };
-    let size = image.virtual_size().next_multiple_of(512);
+    let size = whole_sectors(image.virtual_size());
     println!("{label}-size {}", image.virtual_size());
     let lane = Lane::new(&image, files, 4);
     let out = File::create(into)?;
@@ -114,9 +114,9 @@ fn read_all(image: &str, into: &str, label: &str) -> io::Result<()> {
         }
     }
     // Far out, where a claim may be larger than the tables.
-    for at in [size / 2, size.saturating_sub(512)] {
-        let at = at & !511;
-        let _ = run(lane.read(at, Buf::zeroed(512.min(size - at) as usize)));
+    for at in [size / 2, size.saturating_sub(SECTOR)] {
+        let at = at - at % SECTOR;
+        let _ = run(lane.read(at, Buf::zeroed(SECTOR.min(size - at) as usize)));
     }
     Ok(())
 }
@@ -174,13 +174,14 @@ fn request(rng: &mut Rng, lane: &Lane<HostFiles>, size: u64, cluster: u64) -> Re
     }
     // Mostly where the sample has something.
     let reach = if rng.below(8) == 0 { size } else { size.min(READ_BYTES).min(REACH * cluster) };
-    let at = rng.below(reach) & !511;
+    let at = rng.below(reach);
+    let at = at - at % SECTOR;
     let len = match rng.below(3) {
-        0 => 512,
+        0 => SECTOR,
         1 => cluster,
         _ => 1 + rng.below(3 * cluster),
     };
-    let len = len.next_multiple_of(512).min(size - at);
+    let len = whole_sectors(len).min(size - at);
     let kind = rng.below(10);
     if kind < 8 {
         println!("touched {at} {len}");

@@ -5,6 +5,7 @@ use super::{
     corpus::IMAGE,
     process::{self, Ending, Finished},
 };
+use crate::io::{SECTOR, whole_sectors};
 use qcow2_format::{Geometry, Header, L1Entry, Mapping, snapshot, word};
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
@@ -154,7 +155,7 @@ fn wrong_bytes(directory: &Path, account: &Account) -> io::Result<Option<String>
     let (ours, theirs) = (fs::read(directory.join(READ_BEFORE))?, fs::read(theirs)?);
     let failed = salvaged(&finished.errors);
     // A part of a sector at the end is left out by QEMU and served by us.
-    if !(size & !511..=size.next_multiple_of(512)).contains(&(theirs.len() as u64)) {
+    if !(size - size % SECTOR..=whole_sectors(size)).contains(&(theirs.len() as u64)) {
         return Ok(Some(format!("QEMU's disk has {} bytes, ours {size}", theirs.len())));
     }
     for (index, (our, their)) in ours.chunks(CHUNK as usize).zip(theirs.chunks(CHUNK as usize)).enumerate() {
@@ -182,7 +183,7 @@ pub(super) fn salvaged(errors: &str) -> Vec<Range<u64>> {
         let (_, rest) = line.split_once("while reading offset ")?;
         rest.split(':').next()?.trim().parse::<u64>().ok()
     };
-    errors.lines().filter_map(offset).map(|at| at..at + 512).collect()
+    errors.lines().filter_map(offset).map(|at| at..at + SECTOR).collect()
 }
 
 /// Entries of tables, as they are, by what they stand for.

@@ -24,6 +24,11 @@ use std::{future::Future, io, path::Path};
 /// The unit of every transfer, in bytes: what direct I/O asks for at most.
 pub(crate) const SECTOR: u64 = 512;
 
+/// So many bytes, rounded up to whole sectors.
+pub(crate) const fn whole_sectors(bytes: u64) -> u64 {
+    bytes.next_multiple_of(SECTOR)
+}
+
 /// Names an open file, in the order in which its [`Storage`] opened them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct FileId(pub u32);

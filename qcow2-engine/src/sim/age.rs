@@ -2,6 +2,7 @@
 
 use super::{
     disk::Disk,
+    file::SECTOR,
     model::Value,
     play::{Player, play},
     run::{Life, Totals},
@@ -60,7 +61,7 @@ pub(super) fn fill_table(fixture: &Fixture) -> Result<Fixture, String> {
         let sector = (number - EARLIER) as usize;
         life.live_on(&lane, vec![Request::Write(sector, 1), Request::Flush], number)?;
         number += 2;
-        let clusters = life.disk.look(0, |file, _| file.current.len() as u64 / 512);
+        let clusters = life.disk.look(0, |file, _| (file.current.len() / SECTOR) as u64);
         if clusters >= TABLE_REACH {
             return Err(format!("{}: all {clusters} clusters are taken", fixture.name));
         }
@@ -79,12 +80,12 @@ const SMALL_BLOCK: usize = 128;
 /// Makes the file longer: the clusters are free, and have old content.
 pub(super) fn leave_tail(fixture: &Fixture) -> Fixture {
     let mut image = fixture.image.clone();
-    let cluster_bytes = fixture.variant.cluster_sectors * 512;
+    let cluster_bytes = fixture.variant.cluster_sectors * SECTOR;
     let per_block = cluster_bytes * 8 / fixture.variant.refcount_bits as usize;
     let used = image.len().div_ceil(cluster_bytes);
     let behind = if per_block <= SMALL_BLOCK { used.next_multiple_of(per_block) - used } else { 0 };
     let sectors = (behind + TAIL) * fixture.variant.cluster_sectors + fixture.variant.cluster_sectors / 2;
-    image.resize(image.len().next_multiple_of(fixture.variant.cluster_sectors * 512), 0);
+    image.resize(image.len().next_multiple_of(fixture.variant.cluster_sectors * SECTOR), 0);
     let old = (0..sectors).map(|sector| Value::Stamp { request: EARLIER, sector: sector as u32 });
     image.extend(old.flat_map(Value::bytes));
     Fixture { name: format!("{} with a tail", fixture.name), image, past: Past::Tailed, ..fixture.clone() }
@@ -104,7 +105,7 @@ impl Life<'_> {
 
     /// The image as it is now, with whatever its content is now.
     fn end_in_a_crash(&mut self, lane: &Lane<Disk>, name: &str, past: Past) -> Result<Fixture, String> {
-        let buf = Buf::zeroed(self.fixture.content.len() * 512);
+        let buf = Buf::zeroed(self.fixture.content.len() * SECTOR);
         let read = {
             let (lane, buf) = (lane.clone(), buf.clone());
             Box::pin(async move { lane.read(0, buf).await.map_err(|error| error.to_string()) })
@@ -113,7 +114,7 @@ impl Life<'_> {
         Ok(Fixture {
             name: format!("{} {name}", self.fixture.name),
             image: self.disk.look(0, |file, _| file.current.clone()),
-            content: buf.to_vec().chunks_exact(512).map(Value::read).collect(),
+            content: buf.to_vec().chunks_exact(SECTOR).map(Value::read).collect(),
             past,
             ..self.fixture.clone()
         })

@@ -8,6 +8,11 @@ use std::{io, ops::Range, sync::Arc};
 /// The unit that is written whole or not at all.
 pub const SECTOR: usize = 512;
 
+/// So many sectors, in bytes.
+pub(super) const fn sector_bytes(sectors: usize) -> u64 {
+    (sectors * SECTOR) as u64
+}
+
 /// A change of a file that a crash may keep or lose.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {

@@ -9,7 +9,7 @@
 use super::{
     disk::Disk,
     faults::{Failing, Fault, HeldBack, Victim},
-    file::File,
+    file::{File, SECTOR},
     memory::{self, Moment},
     model::{Model, Value},
     oracle,
@@ -146,7 +146,7 @@ impl Life<'_> {
         };
         let is_cut_short = self.rng.below(CUT_SHORT_CHANCE) == 0;
         self.drive(vec![replay], is_cut_short)?;
-        let buf = Buf::zeroed(self.fixture.content.len() * 512);
+        let buf = Buf::zeroed(self.fixture.content.len() * SECTOR);
         let read = {
             let (lane, buf) = (lane.clone(), buf.clone());
             Box::pin(async move { lane.read(0, buf).await.map_err(|error| error.to_string()) })
@@ -203,7 +203,7 @@ impl Life<'_> {
         };
         self.carry_out("the next one's flush", flush, false)?;
         // All of it is durable now: nothing that the dead one was about to do can come any more.
-        let content: Vec<_> = found.to_vec().chunks_exact(512).map(Value::read).collect();
+        let content: Vec<_> = found.to_vec().chunks_exact(SECTOR).map(Value::read).collect();
         self.model = Rc::new(RefCell::new(Model::new(&content)));
         self.judged = (u64::MAX, 0);
         image.keep_redo_log(self.redo.create().map_err(|error| error.to_string())?);

@@ -4,6 +4,7 @@
 //! issue and acknowledgement. A completed flush that was issued at F takes those away that were
 //! overwritten by a write acknowledged before F. What is left is what a crash may show.
 
+use super::file::SECTOR;
 use std::{collections::BTreeMap, ops::Range};
 
 /// What a sector holds: zeros, or a stamp that says which request wrote which sector.
@@ -25,10 +26,10 @@ pub enum Value {
 const MAGIC: &[u8; 8] = b"sim-data";
 
 impl Value {
-    /// The 512 bytes that stand for the value.
+    /// The bytes that stand for the value.
     #[must_use]
-    pub fn bytes(self) -> [u8; 512] {
-        let mut bytes = [0; 512];
+    pub fn bytes(self) -> [u8; SECTOR] {
+        let mut bytes = [0; SECTOR];
         if let Self::Stamp { request, sector } = self {
             for part in bytes.chunks_exact_mut(16) {
                 part[..8].copy_from_slice(MAGIC);
@@ -39,7 +40,7 @@ impl Value {
         bytes
     }
 
-    /// The value that 512 bytes stand for.
+    /// The value that a sector stands for.
     #[must_use]
     pub fn read(bytes: &[u8]) -> Self {
         let first = &bytes[..16];

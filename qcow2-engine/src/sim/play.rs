@@ -2,6 +2,7 @@
 
 use super::{
     disk::Disk,
+    file::{SECTOR, sector_bytes},
     model::{Model, Value},
     run::Task,
     workload::Request,
@@ -125,9 +126,9 @@ impl Player {
             Request::Write(..) | Request::Read(..) | Request::Flush => Ok(()),
             Request::Zero(at, count, keep) => {
                 let mode = if keep { ZeroMode::Keep } else { ZeroMode::Unmap };
-                lane.write_zeroes(bytes(at), bytes(count), mode).await
+                lane.write_zeroes(sector_bytes(at), sector_bytes(count), mode).await
             }
-            Request::Discard(at, count) => lane.discard(bytes(at), bytes(count)).await,
+            Request::Discard(at, count) => lane.discard(sector_bytes(at), sector_bytes(count)).await,
             Request::Maintain => lane.maintain().await,
             Request::Reclaim(window) => self.reclaim(window).await,
         }
@@ -135,7 +136,7 @@ impl Player {
 
     /// The short cut where there is one, and the long way if that does not end whole.
     async fn write(&self, sectors: Range<usize>, value: impl Fn(usize) -> Value) -> Result<(), Trouble> {
-        let (lane, at) = (&self.lane, bytes(sectors.start));
+        let (lane, at) = (&self.lane, sector_bytes(sectors.start));
         let data: Vec<u8> = sectors.flat_map(|sector| value(sector).bytes()).collect();
         let buf = Buf::from_bytes(&data);
         if let Some(direct) = lane.direct_write(at, buf.len() as u64) {
@@ -151,12 +152,12 @@ impl Player {
 
     /// As [`Self::write`]; what is read must be what was there at some moment of the read.
     async fn read(&self, number: u32, sectors: Range<usize>) -> Result<(), Trouble> {
-        let buf = Buf::zeroed(sectors.len() * 512);
+        let buf = Buf::zeroed(sectors.len() * SECTOR);
         self.model.borrow_mut().read_issued(number, sectors.clone());
-        let outcome = self.read_into(bytes(sectors.start), &buf).await;
+        let outcome = self.read_into(sector_bytes(sectors.start), &buf).await;
         let allowed = self.model.borrow_mut().read_ended(number);
         outcome?;
-        for ((sector, allowed), found) in sectors.zip(allowed).zip(buf.to_vec().chunks_exact(512)) {
+        for ((sector, allowed), found) in sectors.zip(allowed).zip(buf.to_vec().chunks_exact(SECTOR)) {
             let found = Value::read(found);
             if !allowed.contains(&found) {
                 return Err(Trouble::Wrong(format!(
@@ -194,10 +195,6 @@ impl Player {
     }
 }
 
-fn bytes(sectors: usize) -> u64 {
-    sectors as u64 * 512
-}
-
 /// Each rest ends when the disk happens to get to it.
 struct Leisure(Disk);
 
@@ -205,7 +202,7 @@ impl Pace for Leisure {
     fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
         Box::pin(async {
             // A fault may hit the rest; it is over all the same.
-            let _ = self.0.read(FileId(0), 0, Buf::zeroed(512)).await;
+            let _ = self.0.read(FileId(0), 0, Buf::zeroed(SECTOR)).await;
             true
         })
     }

@@ -17,7 +17,7 @@ use super::{
     damage::{self, Damage},
     disk::Disk,
     faults::{Failing, FileSystem, HeldBack},
-    file::{Change, File},
+    file::{Change, File, SECTOR, sector_bytes},
     model::{Model, Value},
     oracle::{self, Memo},
     rng::Rng,
@@ -194,7 +194,7 @@ impl<'a> Work<'a> {
         let names = disk.names(&[IMAGE, BASE]);
         let (disk, tool, disabled) = (disk.clone(), self.tool, case.disabled);
         let options = self.create_options();
-        let new_size = self.model.len() as u64 * 512;
+        let new_size = sector_bytes(self.model.len());
         Box::pin(async move {
             let path = Path::new(IMAGE);
             match tool {
@@ -218,8 +218,8 @@ impl<'a> Work<'a> {
     fn create_options(&self) -> CreateOptions {
         let variant = &self.fixture.variant;
         CreateOptions {
-            virtual_size: self.model.len() as u64 * 512,
-            cluster_bits: (variant.cluster_sectors as u32 * 512).ilog2(),
+            virtual_size: sector_bytes(self.model.len()),
+            cluster_bits: (variant.cluster_sectors * SECTOR).ilog2(),
             refcount_order: variant.refcount_bits.ilog2(),
             ..CreateOptions::default()
         }
@@ -314,7 +314,7 @@ impl<'a> Work<'a> {
     }
 
     fn sound(&self, bytes: &[u8], model: &Model) -> Result<oracle::Findings, String> {
-        let (old, new) = (self.fixture.content.len() as u64 * 512, model.len() as u64 * 512);
+        let (old, new) = (sector_bytes(self.fixture.content.len()), sector_bytes(model.len()));
         let case = oracle::Case {
             model,
             sizes: &[old, new],

@@ -3,7 +3,7 @@
 //! The images are made by the real qemu-img and qemu-io, with clusters of 1 KiB, mostly, so that tables
 //! are small, a cluster still has two sectors, and a few requests cross every kind of boundary.
 
-use super::{model::Value, rng::Rng};
+use super::{file::SECTOR, model::Value, rng::Rng};
 use std::{
     io,
     path::{Path, PathBuf},
@@ -106,7 +106,7 @@ impl Variant {
             self.compat,
             self.refcount_bits,
             self.lazy_refcounts,
-            self.cluster_sectors * 512
+            self.cluster_sectors * SECTOR
         )
     }
 
@@ -114,7 +114,7 @@ impl Variant {
     pub(super) fn options(&self) -> String {
         format!(
             "cluster_size={},compat={},refcount_bits={},lazy_refcounts={}",
-            self.cluster_sectors * 512,
+            self.cluster_sectors * SECTOR,
             self.compat,
             self.refcount_bits,
             if self.lazy_refcounts { "on" } else { "off" }
@@ -304,16 +304,16 @@ impl Maker {
             }
         };
         let raw: Vec<u8> = stamps.iter().flat_map(|value| value.bytes()).collect();
-        let backing = (initial == Initial::Backing).then(|| raw[..backing_sectors * 512].to_vec());
+        let backing = (initial == Initial::Backing).then(|| raw[..backing_sectors * SECTOR].to_vec());
         std::fs::write(self.directory.join("raw"), &raw)?;
         let options = variant.options();
-        let size = (SECTORS * 512).to_string();
+        let size = (SECTORS * SECTOR).to_string();
         match initial {
             Initial::Unallocated => {
                 self.qemu_img(&["create", "-f", "qcow2", "-o", &options, "image", &size])?
             }
             Initial::Backing => {
-                std::fs::write(self.directory.join("base"), &raw[..backing_sectors * 512])?;
+                std::fs::write(self.directory.join("base"), &raw[..backing_sectors * SECTOR])?;
                 let args =
                     ["create", "-f", "qcow2", "-o", &options, "-b", "base", "-F", "raw", "image", &size];
                 self.qemu_img(&args)?;
@@ -378,10 +378,10 @@ impl Maker {
         self.qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-o", options, "raw", "image"])?;
         self.qemu_img(&["snapshot", "-c", "first", "image"])?;
         let image = std::fs::read(self.directory.join("image"))?;
-        if !(4040..4096).contains(&(image.len() / 512)) {
+        if !(4040..4096).contains(&(image.len() / SECTOR)) {
             return Err(io::Error::other(format!(
                 "the image has {} clusters, not a few below 4096",
-                image.len() / 512
+                image.len() / SECTOR
             )));
         }
         Ok(Fixture {
