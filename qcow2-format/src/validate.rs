@@ -54,11 +54,29 @@ pub(crate) fn decode(bytes: &[u8], file_len: u64) -> Result<(Header, Defects), F
     let area = cluster.get(features.header_length as usize..area_end).unwrap_or_default();
     let bitmaps_flag = features.autoclear & BITMAPS != 0;
     let extensions = extension::decode(area, u64::from(features.header_length), bitmaps_flag)?;
-    let Extensions { backing_format, data_file, feature_names, unknown, places, .. } = extensions;
+    let places = extensions.places;
+    let backing_file = backing.map(|(_, name)| name).filter(|name| !name.is_empty());
+    let mut header = put_together(version, &fixed, crypt, features, backing_file, extensions);
+    let defects = check_tables(&header, file_len)?;
+    check_pointers(&header, places, file_len)?;
+    if defects.refcount_table.is_some() {
+        (header.refcount_table, header.refcount_table_clusters) = (HostOffset(0), 0);
+    }
+    Ok((header, defects))
+}
 
-    let mut header = Header {
+/// The header that the parts are of, its tables not checked yet.
+fn put_together(
+    version: Version,
+    fixed: &RawHeader,
+    crypt: CryptMethod,
+    features: Features,
+    backing_file: Option<Vec<u8>>,
+    extensions: Extensions,
+) -> Header {
+    Header {
         version,
-        cluster_bits,
+        cluster_bits: fixed.cluster_bits.get(),
         virtual_size: fixed.size.get(),
         crypt,
         l1_entries: fixed.l1_size.get(),
@@ -74,20 +92,14 @@ pub(crate) fn decode(bytes: &[u8], file_len: u64) -> Result<(Header, Defects), F
         header_length: features.header_length,
         compression: features.compression,
         unknown_fields: features.unknown_fields,
-        backing_file: backing.map(|(_, name)| name).filter(|name| !name.is_empty()),
-        backing_format,
-        data_file,
-        feature_names,
+        backing_file,
+        backing_format: extensions.backing_format,
+        data_file: extensions.data_file,
+        feature_names: extensions.feature_names,
         bitmaps: extensions.bitmaps,
         crypto_header: extensions.crypto_header,
-        unknown_extensions: unknown,
-    };
-    let defects = check_tables(&header, file_len)?;
-    check_pointers(&header, places, file_len)?;
-    if defects.refcount_table.is_some() {
-        (header.refcount_table, header.refcount_table_clusters) = (HostOffset(0), 0);
+        unknown_extensions: extensions.unknown,
     }
-    Ok((header, defects))
 }
 
 /// Magic, version and cluster size.
