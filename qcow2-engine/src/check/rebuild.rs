@@ -10,7 +10,7 @@ use super::{change_header, on_disk::CountsOnDisk, survey::Survey};
 use crate::{
     error::Result,
     inspect::ImageFile,
-    io::{Io, SECTOR},
+    io::{Io, whole_sectors},
     order::rules::RuleName,
 };
 use qcow2_format::{
@@ -74,7 +74,7 @@ pub(super) async fn run(
             Err(_) => return Ok(Some("the snapshot table is not written anew: it would be too long")),
         },
     };
-    let Some(plan) = Plan::make(survey, snapshots, may_lie_inside(file, survey)) else {
+    let Some(plan) = Plan::make(survey, snapshots, room_inside(file, survey)) else {
         return Ok(Some("the refcounts are not rebuilt: the file is too large for a refcount table"));
     };
     drop_lost_parts(file, survey).await?;
@@ -97,13 +97,16 @@ pub(super) async fn run(
     Ok(None)
 }
 
-/// Whether what has no references is room for the new structure. It is not where the header goes on naming
+/// The end of the part of the file in which what has no references is room for the new structure: all of the
+/// file but its last cluster, which may be cut off, or nothing. Nothing where the header goes on naming
 /// something there until it is switched: snapshots that are going to be dropped, a refcount table that is not
 /// counted because it is something else as well. Nor where a table is called a part of the refcounts: if it
 /// is, what the right one names seems unused.
-fn may_lie_inside(file: &ImageFile<'_, impl Io>, survey: &Survey) -> bool {
+fn room_inside(file: &ImageFile<'_, impl Io>, survey: &Survey) -> HostCluster {
     let is_table_known = survey.replacement.has_old_table || file.defects.refcount_table.is_some();
-    is_table_known && !survey.doubts.lost_tables && !survey.contested.has_tables()
+    let is_room = is_table_known && !survey.doubts.lost_tables && !survey.contested.has_tables();
+    let end = if is_room { survey.rules.file_len } else { 0 };
+    survey.geometry().host_cluster(HostOffset(end))
 }
 
 /// Before the file grows: takes what is behind its end away from the old structure. Without a block all
@@ -148,22 +151,19 @@ impl Survey {
 impl SnapshotTable {
     fn of(snapshots: &[Snapshot]) -> std::result::Result<Self, FormatError> {
         let mut bytes = encode_table(snapshots)?;
-        bytes.resize(bytes.len().next_multiple_of(SECTOR as usize), 0);
+        bytes.resize(whole_sectors(bytes.len() as u64) as usize, 0);
         Ok(Self { count: snapshots.len() as u32, bytes })
     }
 }
 
 impl Plan {
-    /// The smallest structure that counts everything, itself included.
-    fn make(survey: &Survey, snapshots: Option<SnapshotTable>, may_lie_inside: bool) -> Option<Self> {
+    /// The smallest structure that counts everything, itself included: before `inside` if it fits there.
+    fn make(survey: &Survey, snapshots: Option<SnapshotTable>, inside: HostCluster) -> Option<Self> {
         let geometry = survey.geometry();
         let snapshot_bytes = snapshots.as_ref().map_or(0, |table| table.bytes.len() as u64);
         let used = survey.blocks_in_use();
         let counted_end = survey.tally.chunks().last().map_or(HostCluster(0), |chunk| chunk.end);
         let end = HostCluster(geometry.clusters_for(survey.rules.file_len)).max(counted_end);
-        // The file's last cluster may be cut off.
-        let inside = if may_lie_inside { survey.rules.file_len } else { 0 };
-        let inside = geometry.host_cluster(HostOffset(inside));
         let behind = geometry.clusters_for(snapshot_bytes);
         let mut clusters = 2 + behind;
         loop {

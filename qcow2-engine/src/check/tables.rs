@@ -122,12 +122,7 @@ impl Survey {
         let at = l1.at + index * TABLE_ENTRY_BYTES;
         let judged = self.rules.judge_l1(raw);
         if let Some(source) = judged.damage {
-            self.findings.corruption(
-                l1.owner,
-                at,
-                Problem::Entry(source),
-                entry_remedy(judged.repaired.is_some()),
-            );
+            self.findings.corruption(l1.owner, at, Problem::Entry(source), entry_remedy(judged.repaired));
             self.doubts.hides_references |= judged.repaired.is_none();
         }
         let Some((table, _)) = judged.table else { return };
@@ -259,7 +254,7 @@ impl Survey {
             let at = walk.start(&rules.geometry) + index * rules.l2_entry_bytes();
             let judged = rules.judge(words);
             if let Some(source) = judged.damage {
-                let remedy = entry_remedy(judged.repaired.is_some());
+                let remedy = entry_remedy(judged.repaired);
                 self.findings.corruption(Owner::L2, at, Problem::Entry(source), remedy);
                 if judged.repaired.is_none() {
                     self.doubts.hides_references = true;
@@ -370,10 +365,10 @@ impl Survey {
     }
 }
 
-fn entry_remedy(is_repairable: bool) -> Remedy {
-    if is_repairable {
-        Remedy::WithAll("correct the entry")
-    } else {
-        Remedy::None("what it should be is not known")
+/// What becomes of a damaged entry, which a repair can make into `repaired`.
+fn entry_remedy<T>(repaired: Option<T>) -> Remedy {
+    match repaired {
+        Some(_) => Remedy::WithAll("correct the entry"),
+        None => Remedy::None("what it should be is not known"),
     }
 }
