@@ -4,8 +4,8 @@ pub(crate) mod hooked;
 
 pub(crate) use qcow2_engine::exec::run_at_once as run;
 use qcow2_engine::{
-    Image, Lane, OpenOptions, ZeroMode,
-    io::{Buf, mem::MemFiles},
+    CheckOptions, Image, Lane, OpenOptions, ZeroMode, check,
+    io::{Buf, FileId, Storage, mem::MemFiles},
 };
 use qcow2_format::{Blueprint, CreateOptions};
 use std::{path::Path, process::Command, sync::Arc};
@@ -15,6 +15,17 @@ pub(crate) const IMAGE: &str = "image.qcow2";
 /// Writes a new, empty image into `files`.
 pub(crate) fn create(files: &MemFiles, name: &str, options: &CreateOptions) {
     files.put(name, Blueprint::new(options).expect("sound options").to_bytes());
+}
+
+/// What a check finds, in words.
+pub(crate) fn findings(files: &MemFiles) -> Vec<String> {
+    let report = run(check(files, files, Path::new(IMAGE), CheckOptions::default())).expect("checks");
+    report.found.list.iter().map(ToString::to_string).collect()
+}
+
+/// How long the image is, in bytes.
+pub(crate) fn image_len(files: &MemFiles) -> u64 {
+    files.len(FileId(0)).expect("a file")
 }
 
 /// An open image with the bytes that it should hold.

@@ -1,0 +1,278 @@
+//! Hosts without room, or with room up to some byte: what needs more fails, and what there is can be used.
+
+#[allow(dead_code, reason = "shared by several test programs")]
+mod common;
+
+use common::{
+    IMAGE, create, findings,
+    hooked::{Hook, Hooked, Operation},
+    image_len, run,
+};
+use qcow2_engine::{
+    ErrorKind, Lane, OpenOptions,
+    io::{Buf, FileId, Io, mem::MemFiles},
+};
+use qcow2_format::CreateOptions;
+use std::{cell::Cell, io, path::Path};
+
+/// A host that cannot punch holes because it is full.
+struct NoHoles;
+
+impl Hook for NoHoles {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        match operation {
+            Operation::PunchHole => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// On a full file system a hole may need room itself. What the guest discards can be used again all the same:
+/// otherwise nothing that it does could make room.
+#[test]
+fn what_is_discarded_is_free_though_no_hole_can_be_punched() {
+    const CLUSTER: u64 = 4096;
+    let host = Hooked::new(&MemFiles::default(), NoHoles);
+    let options = CreateOptions { virtual_size: 256 * CLUSTER, cluster_bits: 12, ..CreateOptions::default() };
+    create(&host.files, IMAGE, &options);
+    let image = host.open(4 * CLUSTER);
+    let lane = host.lane(&image);
+    run(lane.write(0, Buf::from_bytes(&[7; 32 * CLUSTER as usize]))).expect("write");
+    let len = image_len(&host.files);
+    for round in 1..8 {
+        run(lane.discard(0, 256 * CLUSTER)).expect("discard");
+        run(lane.flush()).expect("flush");
+        run(lane.maintain()).expect("gives back");
+        run(lane.write(round * 32 * CLUSTER, Buf::from_bytes(&[7; 31 * CLUSTER as usize + 512])))
+            .expect("write");
+        let buf = Buf::zeroed(CLUSTER as usize - 512);
+        run(lane.read((round * 32 + 31) * CLUSTER + 512, buf.clone())).expect("read");
+        assert!(buf.to_vec().iter().all(|&byte| byte == 0), "what the cluster held before shows");
+    }
+    assert!(image_len(&host.files) <= len + 8 * CLUSTER, "the freed clusters are used again");
+    run(lane.close()).expect("close");
+    assert!(findings(&host.files).is_empty(), "{:?}", findings(&host.files));
+}
+
+/// A host that has room up to some byte of the file, and not one block more.
+struct Full {
+    room: Cell<u64>,
+}
+
+impl Hook for Full {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        let end = match operation {
+            Operation::Allocate { end, .. } => end,
+            Operation::Write { at, buf } => at + buf.len() as u64,
+            _ => 0,
+        };
+        if end > self.room.get() { Err(io::Error::from_raw_os_error(libc::ENOSPC)) } else { Ok(()) }
+    }
+}
+
+/// A write needs a new extent, with a refcount block for it or a longer refcount table, and the host has no
+/// room. The write fails, and nothing else: the block was made all the same, behind the end of the file, so
+/// that every flush failed with it until there was room; and with room for the block, but not for what it
+/// counts, closing cut it off again.
+#[test]
+fn a_full_host_fails_writes_that_allocate_and_no_flush() {
+    const CLUSTER: u64 = 512;
+    const STEP: u64 = 16 * CLUSTER;
+    // The table has 64 entries for blocks that count 64 clusters each, with 64 bits.
+    const TABLE: u64 = 64 * 64 * CLUSTER;
+    const SIZE: u64 = 4608 * CLUSTER;
+    let (blocks, table) = (0..3 * 64, (TABLE / CLUSTER - 70..TABLE / CLUSTER + 130).step_by(9));
+    for room in blocks.chain(table).map(|clusters| clusters * CLUSTER) {
+        let host = Hooked::new(&MemFiles::default(), Full { room: Cell::new(u64::MAX) });
+        let options = CreateOptions {
+            virtual_size: SIZE,
+            cluster_bits: 9,
+            refcount_order: 6,
+            ..CreateOptions::default()
+        };
+        create(&host.files, IMAGE, &options);
+        let image = host.open(STEP);
+        let lane = host.lane(&image);
+        host.hook.room.set(room.max(image_len(&host.files)));
+        let mut written = 0;
+        let write = |at: u64| lane.write(at, Buf::from_bytes(&[5; STEP as usize]));
+        let refused = loop {
+            match run(write(written)) {
+                Ok(()) => written += STEP,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(refused.kind(), ErrorKind::NoSpace, "room for {room} bytes: {refused}");
+        run(lane.flush()).unwrap_or_else(|error| panic!("room for {room} bytes: {error}"));
+        run(lane.maintain()).unwrap_or_else(|error| panic!("room for {room} bytes: {error}"));
+        host.hook.room.set(u64::MAX);
+        run(write(written)).expect("there is room now");
+        run(lane.close()).expect("closes");
+        assert_eq!(findings(&host.files), Vec::<String>::new(), "room for {room} bytes");
+    }
+}
+
+/// What there is room for, in clusters of 512 bytes: a lane's extent of 16 does not fit, and what was cut off
+/// from it had to wait as freed clusters do, while the next write looked for room behind it.
+fn fills_up(host: &Hooked<impl Hook>, lane: &Lane<Hooked<impl Hook>>, room: u64) {
+    let mut written = 0;
+    let refused = loop {
+        match run(lane.write(written, Buf::from_bytes(&[5; 512]))) {
+            Ok(()) => written += 512,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(refused.kind(), ErrorKind::NoSpace, "{refused}");
+    // Header, refcount table, refcount block, L1 and L2 table; the rest is the guest's.
+    assert_eq!((image_len(&host.files), written / 512 + 5), (room, room / 512));
+    run(lane.flush()).expect("flush");
+    // No later than the next request needs it: it was refused what the next flush would have made room for.
+    run(lane.discard(0, 1024)).expect("discard");
+    run(lane.write(written, Buf::from_bytes(&[5; 512])))
+        .expect("there is room where the discarded clusters were");
+}
+
+/// Each queue has an extent of its own, and a full host one more cluster for none: what the others had
+/// counted and not used was not to be had.
+#[test]
+fn a_full_host_is_filled_whichever_queue_has_the_room() {
+    let host = Hooked::new(&MemFiles::default(), Full { room: Cell::new(u64::MAX) });
+    let options = CreateOptions { virtual_size: 64 * 512, cluster_bits: 9, ..CreateOptions::default() };
+    create(&host.files, IMAGE, &options);
+    let image = host.open(16 * 512);
+    let (lane, other) = (host.lane(&image), host.lane(&image));
+    run(other.write(0, Buf::from_bytes(&[1; 512]))).expect("an extent with room for 16");
+    host.hook.room.set(image_len(&host.files));
+    // The L2 table has one of them.
+    for cluster in 1..15 {
+        run(lane.write(cluster * 512, Buf::from_bytes(&[cluster as u8; 512]))).expect("the other lane's");
+    }
+    let refused = run(lane.write(15 * 512, Buf::from_bytes(&[15; 512]))).expect_err("nobody has any");
+    assert_eq!(refused.kind(), ErrorKind::NoSpace, "{refused}");
+    run(other.close()).expect("close");
+    assert_eq!(findings(&host.files), Vec::<String>::new());
+}
+
+/// A host whose file grows by a half of what is asked for, as ext4's does when it has no room for the rest.
+struct Halfway {
+    files: MemFiles,
+    is_full: Cell<bool>,
+}
+
+impl Hook for Halfway {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        match operation {
+            Operation::Allocate { at, end } if self.is_full.get() => {
+                self.files.allocate(FileId(0), at, (end - at) / 2).await?;
+                Err(io::Error::from_raw_os_error(libc::ENOSPC))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What a failed allocation had added stayed for good, on a host that is full: no count, and so no check,
+/// tells of it.
+#[test]
+fn what_a_failed_allocation_has_added_is_cut_off() {
+    let files = MemFiles::default();
+    let host = Hooked::new(&files, Halfway { files: files.clone(), is_full: Cell::new(false) });
+    let options = CreateOptions { virtual_size: 64 * 512, cluster_bits: 9, ..CreateOptions::default() };
+    create(&host.files, IMAGE, &options);
+    let image = host.open(4 * 512);
+    let lane = host.lane(&image);
+    // The extent is used up, with the L2 table: the last cluster of the file stays.
+    run(lane.write(0, Buf::from_bytes(&[1; 3 * 512]))).expect("write");
+    let len = image_len(&host.files);
+    host.hook.is_full.set(true);
+    run(lane.write(3 * 512, Buf::from_bytes(&[2; 4 * 512]))).expect_err("no room");
+    assert!(image_len(&host.files) > len, "it has grown all the same");
+    run(lane.close()).expect("close");
+    assert_eq!(image_len(&host.files), len);
+}
+
+#[test]
+fn a_full_host_is_filled_to_the_last_cluster() {
+    for clusters in 30..50 {
+        let room = clusters * 512;
+        let host = Hooked::new(&MemFiles::default(), Full { room: Cell::new(room) });
+        create(
+            &host.files,
+            IMAGE,
+            &CreateOptions { virtual_size: 64 * 512, cluster_bits: 9, ..CreateOptions::default() },
+        );
+        let image = host.open(16 * 512);
+        fills_up(&host, &host.lane(&image), room);
+    }
+}
+
+/// A block device as the kernel has it: it cannot allocate, and what begins behind its end is full.
+struct Device {
+    capacity: u64,
+}
+
+impl Hook for Device {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        match operation {
+            Operation::Allocate { .. } => Err(io::ErrorKind::Unsupported.into()),
+            Operation::Write { at, buf } if at + buf.len() as u64 > self.capacity => {
+                Err(io::Error::from_raw_os_error(libc::ENOSPC))
+            }
+            Operation::SetLen => Err(io::ErrorKind::InvalidInput.into()),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[test]
+fn an_image_on_a_block_device_can_use_all_of_it() {
+    for clusters in 30..50 {
+        let host = Hooked::new(&MemFiles::default(), Device { capacity: clusters * 512 });
+        create(
+            &host.files,
+            IMAGE,
+            &CreateOptions { virtual_size: 64 * 512, cluster_bits: 9, ..CreateOptions::default() },
+        );
+        let mut bytes = host.files.get(IMAGE).expect("kept");
+        bytes.resize(clusters as usize * 512, 0xee);
+        host.files.put(IMAGE, bytes);
+        let image = host.open(16 * 512);
+        fills_up(&host, &host.lane(&image), clusters * 512);
+    }
+}
+
+/// The longer L1 table was to lie behind the end of the file, so that an image that fills a block device
+/// could not be grown though nearly all of it was free.
+#[test]
+fn the_longer_table_lies_inside_a_file_that_cannot_grow() {
+    const CLUSTER: u64 = 64 << 10;
+    /// Its L1 table has 10 clusters.
+    const NEW_SIZE: u64 = 40 << 40;
+    // What there is of the image without data, and so much more.
+    for (spare, fits) in [(10, true), (60, true), (9, false)] {
+        let options = CreateOptions { virtual_size: 1 << 20, ..CreateOptions::default() };
+        let files = MemFiles::default();
+        create(&files, IMAGE, &options);
+        let mut bytes = files.get(IMAGE).expect("made");
+        let size = (bytes.len() as u64).next_multiple_of(CLUSTER) + spare * CLUSTER;
+        bytes.resize(size as usize, 0xee);
+        files.put(IMAGE, bytes);
+        let host = Hooked::new(&files, Device { capacity: size });
+        let before = files.get(IMAGE);
+        let outcome = run(qcow2_engine::grow(
+            host.clone(),
+            &files,
+            Path::new(IMAGE),
+            &OpenOptions::default(),
+            NEW_SIZE,
+        ));
+        assert_eq!(
+            outcome.as_ref().map_err(qcow2_engine::Error::kind).err(),
+            (!fits).then_some(ErrorKind::NoSpace)
+        );
+        assert!(fits || files.get(IMAGE) == before, "it was changed");
+        assert_eq!(host.open(CLUSTER).virtual_size(), if fits { NEW_SIZE } else { 1 << 20 });
+        assert_eq!(findings(&files), Vec::<String>::new());
+        assert_eq!(image_len(&files), size);
+    }
+}

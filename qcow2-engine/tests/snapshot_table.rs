@@ -1,0 +1,236 @@
+//! Snapshot tables that a repair makes anew, as `qemu-img check -r all` does: those beyond their limits.
+
+#[allow(dead_code, reason = "shared by several test programs")]
+mod common;
+#[allow(dead_code, reason = "shared by several test programs")]
+#[path = "common/damaged.rs"]
+mod damaged;
+#[allow(dead_code, reason = "shared by several test programs")]
+#[path = "common/repaired.rs"]
+mod repaired;
+
+use common::{IMAGE, run};
+use damaged::{COPIED, Parts};
+use qcow2_engine::{
+    ErrorKind, Repair,
+    check::{Problem, Remedy},
+    inspect::ImageFile,
+    io::{Access, mem::MemFiles},
+};
+use qcow2_format::{HostOffset, Snapshot, Version, header, snapshot};
+use repaired::{SHAPES, assert_repaired, is_same, open, put, qemu_img, repaired};
+use std::path::Path;
+
+/// The snapshots of an image.
+fn snapshots(parts: &Parts) -> Vec<Snapshot> {
+    let table = &parts.bytes[parts.header.snapshot_table.0 as usize..];
+    snapshot::decode_table(table, parts.header.snapshot_count).expect("sound")
+}
+
+/// The image with another snapshot table, at the end of the file and counted.
+fn with_table(sound: &Parts, table: &[u8], count: u32) -> Parts {
+    let mut parts = sound.clone();
+    let at = (sound.bytes.len() as u64).next_multiple_of(sound.cluster());
+    parts.bytes.resize((at + (table.len() as u64).next_multiple_of(sound.cluster())) as usize, 0);
+    parts.bytes[at as usize..][..table.len()].copy_from_slice(table);
+    put(&mut parts, header::SNAPSHOT_COUNT_OFFSET, count.into(), 4);
+    put(&mut parts, header::SNAPSHOT_TABLE_OFFSET, at, 8);
+    parts.set_count(sound.header.snapshot_table.0, 0);
+    (at..parts.bytes.len() as u64)
+        .step_by(sound.cluster() as usize)
+        .for_each(|host| parts.set_count(host, 1));
+    parts
+}
+
+/// One entry with extra data of any length: the first bytes of it are what the format knows.
+fn entry(one: &Snapshot, extra: &[u8], claimed: u32) -> Vec<u8> {
+    let mut bytes =
+        snapshot::encode_table(&[Snapshot { disk_size: None, icount: None, ..one.clone() }]).expect("short");
+    bytes.truncate(40);
+    bytes[36..40].copy_from_slice(&claimed.to_be_bytes());
+    let bytes = [&bytes[..], extra, &one.id, &one.name].concat();
+    let padded = bytes.len().next_multiple_of(8);
+    let mut bytes = bytes;
+    bytes.resize(padded, 0);
+    bytes
+}
+
+/// A snapshot of nothing.
+fn empty(id: u32) -> Snapshot {
+    Snapshot {
+        l1_table: HostOffset(0),
+        l1_entries: 0,
+        id: id.to_string().into_bytes(),
+        name: b"empty".to_vec(),
+        date_sec: 0,
+        date_nsec: 0,
+        vm_clock_nsec: 0,
+        vm_state_bytes: 0,
+        disk_size: Some(1 << 30),
+        icount: None,
+        unknown_extra: Vec::new(),
+    }
+}
+
+/// What `qemu-img snapshot -l` tells, without the line that names the image.
+fn listed(bytes: &[u8]) -> String {
+    let (code, text, _) = qemu_img(bytes, &["snapshot", "-l"]);
+    assert_eq!(code, 0, "{text}");
+    text
+}
+
+/// Snapshots' entries with more extra data than the limit, or in version 3 with too little, kept an image
+/// from being opened, and `check --repair all` from doing anything about it. `qemu-img check -r all` writes
+/// the table anew, without the unknown extra data and with the disk's size.
+#[test]
+fn extra_data_of_snapshots_is_brought_within_the_limits() {
+    for shape in SHAPES {
+        let sound = Parts::with_snapshot(shape);
+        let one = snapshots(&sound).remove(0);
+        let known = [0u64.to_be_bytes(), (1u64 << 30).to_be_bytes()].concat();
+        let long = [&known[..], &[0xee; 2000]].concat();
+        let mut tables = vec![("too much", entry(&one, &long, long.len() as u32))];
+        if sound.header.version == Version::V3 {
+            tables.push(("too little", entry(&one, &known[..8], 8)));
+            tables.push(("none", entry(&one, &[], 0)));
+        }
+        for (name, table) in tables {
+            let what = format!("{shape}: extra data: {name}");
+            let damaged = with_table(&sound, &table, 1);
+            let after = assert_repaired(&what, &sound, &damaged.bytes, true);
+            let found = snapshots(&Parts::of(after.clone()));
+            assert_eq!(
+                (&found[0].name, found[0].disk_size.unwrap_or(1 << 30)),
+                (&one.name, 1 << 30),
+                "{what}"
+            );
+            let (code, text, theirs) = qemu_img(&damaged.bytes, &["check", "-f", "qcow2", "-r", "all"]);
+            assert_eq!(code, 0, "{what}: {text}");
+            assert_eq!(listed(&after), listed(&theirs), "{what}");
+            run(open(&after, false).expect("opens").0.close()).expect("closes");
+        }
+    }
+}
+
+/// A table that goes on beyond its limits: what overhangs is dropped by a repair of all, as QEMU does it, and
+/// what only the dropped ones had is free. Before that nothing is freed: the snapshots are still in the
+/// table.
+#[test]
+fn snapshots_beyond_the_limits_are_dropped_and_their_clusters_freed() {
+    let sound = Parts::with_snapshot("compat=1.1,cluster_size=64k");
+    let one = snapshots(&sound).remove(0);
+    let known = [0u64.to_be_bytes(), (1u64 << 30).to_be_bytes()].concat();
+    let many: Vec<u8> = (0..65536).flat_map(|id| entry(&empty(id + 10), &known, 16)).collect();
+    let last = entry(&one, &known, 16);
+    // The first one's extra data is longer than what is looked through.
+    let long = entry(&empty(10), &known, 80 << 20);
+    for (name, kept, table, count) in
+        [("too many", 65536, [many, last.clone()].concat(), 65537), ("too long", 0, [long, last].concat(), 2)]
+    {
+        let mut damaged = with_table(&sound, &table, count);
+        if name == "too long" {
+            // A hole is as good as extra data.
+            let end = damaged.bytes.len() + (80 << 20);
+            damaged.bytes.resize(end, 0);
+        }
+        let (report, _) = repaired(&damaged.bytes, Repair::None);
+        assert!(report.found.corruptions > 0, "{name}");
+        let is_of_table = |problem: &Problem| matches!(problem, Problem::Structure(error) if error.kind() == ErrorKind::Corrupt);
+        let of_table: Vec<_> = report.found.list.iter().filter(|found| is_of_table(&found.problem)).collect();
+        assert!(
+            of_table.iter().all(|found| matches!(found.remedy, Remedy::WithAll(_))),
+            "{name}: {of_table:?}"
+        );
+        let (_, after) = repaired(&damaged.bytes, Repair::Leaks);
+        assert!(after == damaged.bytes, "{name}: freeing leaks changed it");
+        let (report, after) = repaired(&damaged.bytes, Repair::All);
+        assert!(report.remaining.is_clean(), "{name}: {:?} {:?}", report.refused, report.remaining.list);
+        let parts = Parts::of(after);
+        assert_eq!(parts.header.snapshot_count, kept, "{name}");
+        let (code, text, _) = qemu_img(&parts.bytes, &["check", "-f", "qcow2"]);
+        assert_eq!(code, 0, "{name}: {text}");
+        assert!(is_same(&parts.bytes, &sound.bytes, false), "{name}: the disk has changed");
+        // The active mapping shares nothing any more: its table can be written to in place.
+        assert_ne!(parts.word(parts.l1_entry(0)) & COPIED, 0, "{name}");
+    }
+}
+
+/// An entry with so much extra data that it goes beyond the end of the file kept the table from being
+/// repaired, and one that needed the room of others had them dropped, though all fit in when it is cut short.
+/// (QEMU's iotest 261.)
+#[test]
+fn what_an_entry_says_too_much_of_itself_costs_no_other_snapshot() {
+    let sound = Parts::with_snapshot("compat=1.1,cluster_size=64k");
+    let one = snapshots(&sound).remove(0);
+    let known = [0u64.to_be_bytes(), (1u64 << 30).to_be_bytes()].concat();
+    let beyond = [entry(&one, &known, 16), entry(&empty(7), &known, 65536)].concat();
+    let long = entry(&empty(7), &vec![0; 64 << 20], 64 << 20);
+    for (name, table) in [("beyond the end", beyond), ("too long", [long, entry(&one, &known, 16)].concat())]
+    {
+        let damaged = with_table(&sound, &table, 2);
+        let (_, after) = repaired(&damaged.bytes, Repair::Leaks);
+        assert!(after == damaged.bytes, "{name}: freeing leaks changed it");
+        let (report, after) = repaired(&damaged.bytes, Repair::All);
+        assert!(report.remaining.is_clean(), "{name}: {:?} {:?}", report.refused, report.remaining.list);
+        let (code, text, theirs) = qemu_img(&damaged.bytes, &["check", "-f", "qcow2", "-r", "all"]);
+        assert_eq!(code, 0, "{name}: {text}");
+        let count = |bytes: &[u8]| Parts::of(bytes.to_vec()).header.snapshot_count;
+        assert_eq!((count(&after), count(&theirs)), (2, 2), "{name}");
+        let (code, text, _) = qemu_img(&after, &["check", "-f", "qcow2"]);
+        assert_eq!(code, 0, "{name}: {text}");
+        assert!(is_same(&after, &sound.bytes, true), "{name}: the disk or the snapshot has changed");
+    }
+}
+
+/// What is dropped with the snapshot table goes when that is replaced, and not where it cannot be: an entry
+/// that names an L2 table keeps the repair from making anything new.
+#[test]
+fn snapshots_that_stay_in_the_table_keep_their_clusters() {
+    let sound = Parts::with_snapshot("compat=1.1,cluster_size=64k");
+    let one = snapshots(&sound).remove(0);
+    let known = [0u64.to_be_bytes(), (1u64 << 30).to_be_bytes()].concat();
+    let long = entry(&empty(10), &known, (64 << 20) - 64);
+    let mut damaged = with_table(&sound, &[long, entry(&one, &known, 16)].concat(), 2);
+    let end = damaged.bytes.len() + (80 << 20);
+    damaged.bytes.resize(end, 0);
+    damaged.set(damaged.l2_entry(9 * sound.cluster()), sound.l2_table(sound.geometry.l2_coverage_bytes()));
+    let (report, after) = repaired(&damaged.bytes, Repair::All);
+    assert!(!report.refused.is_empty() && report.remaining.corruptions > 0);
+    let count = |bytes: &[u8]| {
+        let block = &bytes[sound.refcount_block() as usize..][..sound.cluster() as usize];
+        qcow2_format::refcount::get(block, 4, (sound.snapshot_l1() / sound.cluster()) as usize)
+    };
+    assert_eq!((count(&damaged.bytes), count(&after)), (1, 1), "the snapshot's L1 table");
+}
+
+/// A number of snapshots that is nonsense takes what follows the table for entries. They make no sense, so
+/// nothing is dropped for it.
+#[test]
+fn a_table_that_is_none_is_left_alone() {
+    let sound = Parts::with_snapshot("compat=1.1,cluster_size=4k");
+    let mut damaged = sound.clone();
+    put(&mut damaged, header::SNAPSHOT_COUNT_OFFSET, 1 << 20, 4);
+    damaged.bytes.resize(16 << 20, 0x5a);
+    let (report, after) = repaired(&damaged.bytes, Repair::All);
+    assert!(report.remaining.corruptions > 0 && !report.refused.is_empty());
+    assert_eq!(after[60..72], damaged.bytes[60..72], "the header's word on the snapshots");
+    let old = sound.header.snapshot_table.0 as usize;
+    assert!(after[old..old + 4096] == damaged.bytes[old..old + 4096], "the table");
+}
+
+/// `info` and all that opens an image for writing still want what QEMU wants.
+#[test]
+fn only_a_check_takes_too_many_snapshots() {
+    let mut damaged = Parts::with_snapshot("compat=1.1,cluster_size=4k");
+    damaged.bytes.resize(16 << 20, 0);
+    put(&mut damaged, header::SNAPSHOT_COUNT_OFFSET, 65537, 4);
+    for read_only in [true, false] {
+        let error = open(&damaged.bytes, read_only).err().expect("refused");
+        assert!(error.to_string().contains("nb_snapshots"), "{error}");
+    }
+    let files = MemFiles::default();
+    files.put(IMAGE, damaged.bytes);
+    let file = run(ImageFile::open(&files, &files, Path::new(IMAGE), Access::ReadOnly)).expect("opens");
+    let error = run(file.snapshots()).expect_err("refused");
+    assert!(error.to_string().contains("nb_snapshots"), "{error}");
+}
