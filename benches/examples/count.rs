@@ -6,15 +6,19 @@
 //! ```
 //!
 //! The difference of two counts, divided by the difference of TIMES, is what the work costs in user
-//! space, exactly. WORK is `map`, `direct`, `read`, `write` (of 4 KiB at places drawn from a fixed seed)
-//! `open`, or `search` (for leaks, without a rest).
+//! space, exactly. WORK is `map`, `direct`, `read`, `write` (of 4 KiB at places drawn from a fixed seed),
+//! `serve` (as `direct`, with the transfer, and a no-op in the place of the commit), `open`, or `search` (for
+//! leaks, without a rest).
 
+#![allow(unsafe_code, reason = "a no-op on the ring")]
+
+use io_uring::opcode;
 use qcow2_engine::{
-    Image, Lane, OpenOptions, Pace,
+    Direct, Image, Lane, OpenOptions, Pace,
     exec::{Executor, block_on},
     io::{Buf, Files, files::Caching, uring::Uring},
 };
-use std::{error::Error, hint::black_box, path::Path, pin::Pin, process::ExitCode, sync::Arc};
+use std::{error::Error, hint::black_box, io, path::Path, pin::Pin, process::ExitCode, sync::Arc};
 
 /// Requests in flight.
 const DEPTH: u64 = 64;
@@ -53,6 +57,9 @@ fn run() -> Result<(), Box<dyn Error>> {
         }
         return Ok(());
     }
+    if work == "serve" {
+        return Ok(block_on(&ring, serve(&lane, &ring, times))??);
+    }
     let executor = Executor::new(ring);
     for task in 0..DEPTH {
         let (lane, work) = (lane.clone(), work.clone());
@@ -72,6 +79,49 @@ fn run() -> Result<(), Box<dyn Error>> {
         });
     }
     Ok(executor.run()?)
+}
+
+/// What a queue does with reads that are answered directly: each token is a tag.
+async fn serve(lane: &Lane<Uring>, ring: &Uring, times: u64) -> io::Result<()> {
+    let blocks = lane.image().virtual_size() / BLOCK;
+    let mut places = fastrand::Rng::with_seed(1);
+    let bufs: Vec<_> = (0..DEPTH).map(|_| Buf::zeroed(BLOCK as usize)).collect();
+    ring.keep(bufs.clone());
+    ring.register_buffers(bufs.clone())?;
+    let mut under_way: Vec<Option<Direct>> = (0..DEPTH).map(|_| None).collect();
+    let no_op = |token: u32| {
+        // SAFETY: a no-op names no memory.
+        unsafe { ring.submit_reporting(opcode::Nop::new().build(), token) }
+    };
+    (0..DEPTH as u32).for_each(no_op);
+    let (mut reports, mut begun, mut live) = (Vec::new(), 0, DEPTH);
+    while live > 0 {
+        ring.reports(&mut reports).await;
+        for report in &reports {
+            let tag = report.token as usize;
+            if let Some(direct) = under_way[tag].take() {
+                lane.end_direct(direct);
+                no_op(report.token);
+            } else if begun < times {
+                begun += 1;
+                let at = places.u64(..blocks) * BLOCK;
+                match lane.direct_read(at, BLOCK) {
+                    Some(direct) => {
+                        let run = direct.runs()[0];
+                        ring.read_reporting(run.file, run.at, &bufs[tag], report.token);
+                        under_way[tag] = Some(direct);
+                    }
+                    None => {
+                        lane.read(at, bufs[tag].clone()).await.map_err(io::Error::other)?;
+                        no_op(report.token);
+                    }
+                }
+            } else {
+                live -= 1;
+            }
+        }
+    }
+    Ok(())
 }
 
 struct Restless;

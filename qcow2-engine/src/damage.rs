@@ -75,10 +75,13 @@ impl Image {
     /// Checks the cluster that an L2 entry names before something is written to it.
     #[inline]
     pub(crate) fn check_target(&self, host: HostOffset, guest: u64) -> Result<()> {
-        if self.sieve.suspects(self.geometry().host_cluster(host)) {
-            return self.look_closer(host, guest);
-        }
-        Ok(())
+        if self.is_suspect(host) { self.look_closer(host, guest) } else { Ok(()) }
+    }
+
+    /// Whether a cluster may be no place for data. A "no" is certain.
+    #[inline]
+    pub(crate) fn is_suspect(&self, host: HostOffset) -> bool {
+        self.sieve.suspects(self.geometry().host_cluster(host))
     }
 
     #[cold]

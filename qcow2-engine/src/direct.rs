@@ -7,16 +7,18 @@
 //! goes to [`Lane::read`] and [`Lane::write`], which do the whole request from its beginning: doing a part of
 //! it twice is harmless, as it has not been answered.
 //!
-//! The same decisions as on the long way: `resolve` and `write::split`. The request is in flight from
-//! before its look-up until [`Lane::end_direct`] (R5).
+//! The same decisions as on the long way: `resolve` and `write::split`, which are asked for whatever is not data
+//! in one cluster of the top layer (`Image::own`), as most is. The request is in flight from before its look-up
+//! until [`Lane::end_direct`] (R5).
 
 use crate::{
     image::Image,
     io::{FileId, Io},
     lane::{Flight, Lane},
-    resolve::{Extent, Extents},
-    write::{Kind, Piece, piece, split},
+    resolve::{Extent, Extents, to_boundary},
+    write::{Kind, Piece, split},
 };
+use qcow2_format::{HostOffset, Mapping};
 use smallvec::SmallVec;
 
 /// Runs of a request at most: a transfer costs something too, and small pieces are better gathered in a
@@ -84,7 +86,9 @@ impl<I: Io> Lane<I> {
         len: u64,
         find: impl Fn(&Image, u64, u64) -> Option<Runs>,
     ) -> Option<Direct> {
-        self.check_range(at, len).ok()?;
+        if !self.has_range(at, len) {
+            return None;
+        }
         let flight = self.try_begin()?;
         if let Some(runs) = find(self.image(), at, len) {
             return Some(Direct { runs, flight });
@@ -94,13 +98,40 @@ impl<I: Io> Lane<I> {
     }
 }
 
+/// Data in one cluster of the top layer: what most requests are about.
+struct Own {
+    run: Run,
+    /// The cluster.
+    host: HostOffset,
+    copied: bool,
+}
+
 impl Image {
+    /// A range that lies in one cluster of the top layer's own data, as the general ways would find it.
+    #[inline]
+    fn own(&self, at: u64, len: u64) -> Option<Own> {
+        let layer = self.top();
+        if len > to_boundary(at, layer.geometry.cluster_size()) {
+            return None;
+        }
+        match layer.resident(&self.cache, at)? {
+            Mapping::Data { host, copied } => {
+                let run = Run { file: layer.file, at: host.0 + layer.geometry.in_cluster(at), len };
+                Some(Own { run, host, copied })
+            }
+            _ => None,
+        }
+    }
+
     /// Where a range can be read, if it is all data.
     fn runs_to_read(&self, at: u64, len: u64) -> Option<Runs> {
         let run_of = |extent: &Extent| match *extent {
             Extent::Data { file, at, len } => Some(Run { file, at, len }),
             _ => None,
         };
+        if let Some(Own { run, .. }) = self.own(at, len) {
+            return Some(one(run));
+        }
         let first = self.as_chain().step(at, len).ok()?;
         if first.len() == len {
             return run_of(&first).map(one);
@@ -117,17 +148,17 @@ impl Image {
             Kind::InPlace { host } => Some(Run { file, at: host.0, len: piece.len }),
             Kind::Allocate => None,
         };
-        let first = piece(self, at, len).ok()?;
-        if first.len == len {
-            return run_of(&first).map(one);
+        if let Some(Own { run, host, copied: true }) = self.own(at, len)
+            && !self.is_suspect(host)
+        {
+            return Some(one(run));
         }
-        let mut pieces = SmallVec::from_slice(&[first]);
+        let mut pieces = SmallVec::new();
         split(self, at, len, &mut pieces).ok()?;
         few(&pieces, run_of)
     }
 }
 
-/// What most requests are: within one cluster.
 #[inline]
 fn one(run: Run) -> Runs {
     Runs::from_buf([run])

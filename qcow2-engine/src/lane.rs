@@ -9,7 +9,7 @@ use crate::{
     epoch::Slots,
     error::{Error, Result},
     image::Image,
-    io::{Io, Pool, SECTOR},
+    io::{Io, Pool},
     paging::MAX_PAGE,
 };
 use std::{
@@ -163,11 +163,14 @@ impl<I: Io> Lane<I> {
 
     /// Checks that a request lies inside the virtual disk.
     pub(crate) fn check_range(&self, at: u64, len: u64) -> Result<()> {
-        let size = self.image().virtual_size().next_multiple_of(SECTOR);
-        match at.checked_add(len) {
-            Some(end) if end <= size => Ok(()),
-            _ => Err(Error::OutOfRange { at, len, size }),
-        }
+        let size = self.image().top().size();
+        if self.has_range(at, len) { Ok(()) } else { Err(Error::OutOfRange { at, len, size }) }
+    }
+
+    /// Whether a request lies inside the virtual disk.
+    #[inline]
+    pub(crate) fn has_range(&self, at: u64, len: u64) -> bool {
+        at.checked_add(len).is_some_and(|end| end <= self.image().top().size())
     }
 }
 

@@ -164,6 +164,13 @@ impl Qcow2Layer {
         })
     }
 
+    /// The mapping of a guest offset, if it is in memory and sound: [`Self::look_up`] tells what is amiss.
+    #[inline]
+    pub(crate) fn resident(&self, cache: &SliceCache, guest: u64) -> Option<Mapping> {
+        let (key, index) = self.slice_at(guest);
+        Mapping::decode(cache.entry(key, index)?, &self.geometry).ok()
+    }
+
     /// Looks the mapping of a guest offset up.
     #[inline]
     pub(crate) fn look_up(&self, cache: &SliceCache, guest: u64) -> Result<Lookup> {

@@ -318,10 +318,14 @@ impl Uring {
     }
 
     /// What is known of `file`: its slot in the ring's table if it got one, else its descriptor.
+    #[inline]
     fn known(&self, file: FileId) -> io::Result<Known> {
-        if let Some(Some(known)) = self.0.known.borrow().get(file.0 as usize) {
-            return Ok(*known);
-        }
+        let known = self.0.known.borrow().get(file.0 as usize).copied().flatten();
+        known.map_or_else(|| self.get_to_know(file), Ok)
+    }
+
+    #[cold]
+    fn get_to_know(&self, file: FileId) -> io::Result<Known> {
         let fd = self.0.files.fd(file)?;
         let is_direct = self.0.files.is_direct(file)?;
         let fixed = self.0.has_file_table && file.0 < FIRST_GUEST_SLOT && self.0.update_file_slot(file.0, fd);
@@ -336,10 +340,12 @@ impl Uring {
         Ok(known)
     }
 
+    #[inline]
     fn target(&self, file: FileId) -> io::Result<Target> {
         self.known(file).map(|known| known.target)
     }
 
+    #[inline]
     fn read_entry(&self, file: FileId, at: u64, buf: &Buf) -> io::Result<Prepared> {
         let len = buf.len().min(MAX_TRANSFER) as u32;
         Ok(Prepared::Other(entry_for!(self.target(file)?, |fd| match buf.registered_at(self.id()) {
@@ -348,6 +354,7 @@ impl Uring {
         })))
     }
 
+    #[inline]
     fn write_entry(&self, file: FileId, at: u64, buf: &Buf) -> io::Result<Prepared> {
         let len = buf.len().min(MAX_TRANSFER) as u32;
         let known = self.known(file)?;

@@ -46,6 +46,7 @@ impl Uring {
     /// # Safety
     /// Memory that `entry` names stays valid until the ring is gone, as what it keeps does. The `user_data`
     /// of `entry` is replaced. `entry` completes exactly once.
+    #[inline]
     pub unsafe fn submit_reporting(&self, entry: squeue::Entry, token: u32) {
         self.start_reporting(Prepared::Other(entry), token);
     }
@@ -100,6 +101,7 @@ impl Uring {
         .await;
     }
 
+    #[inline]
     fn keep_once(&self, buf: &Buf) {
         if !buf.is_kept_by(self.id()) {
             self.keep(vec![buf.clone()]);
@@ -107,6 +109,7 @@ impl Uring {
     }
 
     /// Memory of ours that the entry names is kept by the ring.
+    #[inline]
     fn start_reporting(&self, prepared: Prepared, token: u32) {
         self.0.reporting.set(self.0.reporting.get() + 1);
         // SAFETY: so those who prepare say; see above.
@@ -116,6 +119,7 @@ impl Uring {
         }
     }
 
+    #[cold]
     fn report_failure(&self, error: &std::io::Error, token: u32) {
         let result = -error.raw_os_error().unwrap_or(libc::EIO);
         self.0.reports.add(Report { token, result });

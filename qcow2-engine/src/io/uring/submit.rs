@@ -102,6 +102,7 @@ impl Uring {
     /// # Safety
     /// The memory that the operation names belongs to the slot that `user_data` names, or is kept by the
     /// ring.
+    #[inline]
     pub(super) unsafe fn hand_over(&self, prepared: Prepared, user_data: u64) -> io::Result<()> {
         match prepared {
             Prepared::DirectWrite(entry) if self.0.writes.go_by_twos() => {
@@ -119,6 +120,7 @@ impl Uring {
     ///
     /// # Safety
     /// The memory that the entry names is in a slot, or kept by the ring, until the completion.
+    #[inline]
     pub(super) unsafe fn push(&self, entry: &squeue::Entry) -> io::Result<()> {
         loop {
             // SAFETY: the caller's word.
