@@ -21,7 +21,7 @@ use std::{
 const CONTROL_PATH: &str = "/dev/ublk-control";
 /// How long a command may take that only changes the driver's own state.
 const QUICK: Duration = Duration::from_secs(10);
-/// START_DEV: the kernel reads the partition table through us before it returns.
+/// START_DEV: the kernel (before Linux 6.19) reads the partition table through us before it returns.
 const START: Duration = Duration::from_secs(120);
 /// STOP_DEV: the kernel waits for requests in flight and writes dirty pages back through us.
 const STOP: Duration = Duration::from_secs(300);
@@ -148,8 +148,8 @@ impl Control {
     }
 
     /// Starts a device for the server process `pid`. All its queues must be fetching, on other
-    /// threads than this, since the kernel reads from the device before this returns. Given up
-    /// as soon as `give_up` says so.
+    /// threads than this, since the kernel may read from the device before this returns. `pid` must be
+    /// who has opened the character device (Linux 6.17). Given up as soon as `give_up` says so.
     pub(crate) fn start(
         &mut self,
         id: u32,

@@ -12,6 +12,13 @@
 //!    └──────────── a socket: jobs, answers ──────────┘
 //! ```
 //!
+//! Starting a device waits for requests too, where the kernel looks for partitions meanwhile (see
+//! [`partitions`]); but there it is no use that somebody else waits. START_DEV has the driver's lock of the
+//! device then, the reads of a server that dies are put aside for its successor, and who wants to succeed it,
+//! or to stop the device, needs that lock first: whoever has begun the start waits until the machine is
+//! restarted, and who comes after him too. It would only help devices that are not for recovery. So the
+//! server starts its device itself, and tells nobody of it before it has.
+//!
 //! The deputy has nothing but the socket and the driver's control device. It ends when the server closes its
 //! end of the socket or dies: if it waits then, as soon as the requests have been failed. Should the deputy
 //! be killed, the server does without.

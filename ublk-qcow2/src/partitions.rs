@@ -1,9 +1,10 @@
 //! Looking for a partition table on a device that has just come into service.
 //!
-//! Linux up to 6.18 looks while it starts the device. Later kernels do so some time after the start has
-//! returned, so whoever mounts `/dev/ublkbNp1` on our word that the device serves might come too early. Where
-//! the driver leaves the scan to its user (Linux 7.0) we have it made here, and wait for it. It reads through
-//! the queues, hence on a thread of its own, with a bound, and not in the server (see `deputy`).
+//! Linux before 6.19 looks while it starts the device. Later kernels (and those of the long-term series 6.18
+//! that have been given the same correction) do so some time after the start has returned, so whoever mounts
+//! `/dev/ublkbNp1` on our word that the device serves might come too early. Where the driver leaves the scan
+//! to its user (Linux 7.0) we have it made here, and wait for it. It reads through the queues, hence on a
+//! thread of its own, with a bound, and not in the server (see `deputy`).
 
 #![allow(unsafe_code, reason = "an ioctl")]
 
