@@ -18,7 +18,7 @@ use crate::{
     redofile::{self, RedoFile, RedoFileError, Witness},
     request::device_sectors,
     runfile::{self, Choice, CreateError, Phase, Record, RunFile, RunFileError, TakeOverError},
-    safety,
+    safety, wait,
 };
 use nix::sys::signal::Signal;
 use qcow2_engine::{
@@ -34,7 +34,7 @@ use std::{
     process,
     sync::Arc,
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// Submission slots of the ring that opens the image.
@@ -302,15 +302,8 @@ fn new_log(device: &Device, image: &Image, config: &Config) -> Result<Option<Log
 /// condemned.
 fn open_when_let_go(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {
     let options = OpenOptions { serve_corrupt: true, ..config.open_options() };
-    let deadline = Instant::now() + DEAD_LOCK_WAIT;
-    loop {
-        match open_image(&config.image, &options, files) {
-            Err(ServeError::Open(error)) if error.is_locked() && Instant::now() < deadline => {
-                thread::sleep(DEAD_LOCK_PAUSE);
-            }
-            opened => return opened,
-        }
-    }
+    let is_locked = |opened: &_| matches!(opened, Err(ServeError::Open(error)) if error.is_locked());
+    wait::patiently(DEAD_LOCK_WAIT, DEAD_LOCK_PAUSE, is_locked, || open_image(&config.image, &options, files))
 }
 
 /// Opens the image of a dead server and replays the redo log that it has left.

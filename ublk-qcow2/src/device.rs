@@ -26,7 +26,7 @@ use std::{
     io,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// The largest request that the kernel hands over in one piece, in bytes, and how much more where it takes no
@@ -57,6 +57,8 @@ const ZERO_COPY: u64 =
     (sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG | sys::UBLK_F_USER_COPY) as u64;
 /// How long a device node may take to appear after the driver has made the device.
 const NODE_WAIT: Duration = Duration::from_secs(10);
+/// Between two attempts to open it.
+const NODE_PAUSE: Duration = Duration::from_millis(5);
 
 /// How the data of requests gets to the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -201,7 +203,7 @@ impl Device {
             }
             started => Ok(started?),
         };
-        match patiently(libc::EBUSY, start, DeviceError::refusal) {
+        match until_let_go(DeviceError::refusal, start) {
             // The recovery that the dead server had begun is still under way, and no queue was handed over.
             // Of a device for recovery it means nothing else; the server may have died before it could say
             // how far it had come.
@@ -369,31 +371,22 @@ fn is_stopped(info: &sys::ublksrv_ctrl_dev_info) -> bool {
 
 fn open_char(id: u32) -> Result<File, DeviceError> {
     wait_for_node(char_path(id), |path| {
-        // A dead server may not have let go of it yet.
-        patiently(
-            libc::EBUSY,
-            // Or the kernel would have a thread of its own read and write it, see `queue::payload`.
-            || OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path),
-            io::Error::raw_os_error,
-        )
+        // A dead server may not have let go of it yet. Without O_NONBLOCK the kernel would have a thread of
+        // its own read and write it, see `queue::payload`.
+        until_let_go(io::Error::raw_os_error, || {
+            OpenOptions::new().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(path)
+        })
     })
 }
 
-/// Tries again while the kernel still has to do with a server that died, and so refuses with `errno`.
-fn patiently<T, E>(
-    errno: i32,
-    mut attempt: impl FnMut() -> Result<T, E>,
+/// Tries again while the kernel still has to do with a server that died, and so refuses with EBUSY.
+fn until_let_go<T, E>(
     errno_of: impl Fn(&E) -> Option<i32>,
+    attempt: impl FnMut() -> Result<T, E>,
 ) -> Result<T, E> {
-    let deadline = Instant::now() + ORPHAN_WAIT;
-    loop {
-        match attempt() {
-            Err(error) if errno_of(&error) == Some(errno) && Instant::now() < deadline => {
-                std::thread::sleep(ORPHAN_PAUSE);
-            }
-            outcome => return outcome,
-        }
-    }
+    let is_busy =
+        |outcome: &Result<T, E>| outcome.as_ref().is_err_and(|error| errno_of(error) == Some(libc::EBUSY));
+    wait::patiently(ORPHAN_WAIT, ORPHAN_PAUSE, is_busy, attempt)
 }
 
 /// Has the kernel write back what it has in memory for a block device; waits for requests to it.
@@ -463,20 +456,15 @@ fn wait_for_node<T>(
     path: PathBuf,
     mut attempt: impl FnMut(&Path) -> io::Result<T>,
 ) -> Result<T, DeviceError> {
-    let deadline = Instant::now() + NODE_WAIT;
-    loop {
-        let source = match attempt(&path) {
-            Ok(value) => return Ok(value),
-            Err(error) => error,
-        };
-        let may_come = matches!(source.kind(), io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied);
-        if !may_come || Instant::now() >= deadline {
-            let missing = source.kind() == io::ErrorKind::NotFound;
-            let hint = if missing { "; is a devtmpfs mounted on /dev, or does udev run?" } else { "" };
-            return Err(DeviceError::Node { path, source, hint });
-        }
-        std::thread::sleep(Duration::from_millis(5));
-    }
+    let may_come = |outcome: &io::Result<T>| {
+        let kind = outcome.as_ref().err().map(io::Error::kind);
+        matches!(kind, Some(io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied))
+    };
+    wait::patiently(NODE_WAIT, NODE_PAUSE, may_come, || attempt(&path)).map_err(|source| {
+        let is_missing = source.kind() == io::ErrorKind::NotFound;
+        let hint = if is_missing { "; is a devtmpfs mounted on /dev, or does udev run?" } else { "" };
+        DeviceError::Node { path, source, hint }
+    })
 }
 
 /// The largest request in bytes of a device with queues of this depth: a power of two, of a page at least.

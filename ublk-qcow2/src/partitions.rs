@@ -9,13 +9,13 @@
 #![allow(unsafe_code, reason = "an ioctl")]
 
 use crate::wait;
+use nix::errno::Errno;
 use std::{
     fs::File,
     io,
     os::fd::AsRawFd,
     path::{Path, PathBuf},
-    thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// How long a scan may take; what it finds later is there later.
@@ -35,16 +35,12 @@ pub(crate) fn scan(device: PathBuf) -> io::Result<()> {
 
 fn reread(path: &Path) -> io::Result<()> {
     let device = File::open(path)?;
-    let deadline = Instant::now() + LIMIT;
-    loop {
-        // SAFETY: the command names no memory; the descriptor is open for as long as it runs.
-        match unsafe { ioctl::reread_partitions(device.as_raw_fd()) } {
-            Ok(_) => return Ok(()),
-            // An automounter, say, has it open for itself alone, and will let go.
-            Err(nix::errno::Errno::EBUSY) if Instant::now() < deadline => thread::sleep(PAUSE),
-            Err(errno) => return Err(errno.into()),
-        }
-    }
+    // An automounter, say, has it open for itself alone, and will let go.
+    let is_busy = |outcome: &_| matches!(outcome, Err(Errno::EBUSY));
+    // SAFETY: the command names no memory; the descriptor is open for as long as it runs.
+    let reread = || unsafe { ioctl::reread_partitions(device.as_raw_fd()) };
+    wait::patiently(LIMIT, PAUSE, is_busy, reread)?;
+    Ok(())
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@
 //! device of the same number waits until nobody works with the old one's files, and is not made while a
 //! record of this boot is all that leads to writes which are in no image yet.
 
-use crate::{config::Config, processes::Process};
+use crate::{config::Config, processes::Process, wait};
 use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
@@ -20,8 +20,7 @@ use std::{
     io::{self, Read, Write},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
-    thread::sleep,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// Where the files are, unless the environment variable [`DIRECTORY_VARIABLE`] names another place.
@@ -387,15 +386,13 @@ enum Dead {
 
 /// Locks the run file of a server that has died. Waits so long for whoever has it locked.
 fn lock_dead(path: &Path, patience: Duration) -> io::Result<Dead> {
-    let deadline = Instant::now() + patience;
-    loop {
-        match lock_named(path, FlockArg::LockExclusiveNonblock)? {
-            Named::Missing => return Ok(Dead::Missing),
-            Named::Locked(file) => return Ok(Dead::Locked(file)),
-            Named::Held(_) if Instant::now() >= deadline => return Ok(Dead::Alive),
-            Named::Held(_) => sleep(LOCK_PAUSE),
-        }
-    }
+    let is_held = |found: &_| matches!(found, Ok(Named::Held(_)));
+    let lock = || lock_named(path, FlockArg::LockExclusiveNonblock);
+    Ok(match wait::patiently(patience, LOCK_PAUSE, is_held, lock)? {
+        Named::Missing => Dead::Missing,
+        Named::Held(_) => Dead::Alive,
+        Named::Locked(file) => Dead::Locked(file),
+    })
 }
 
 /// A run file, and whether the lock could be had.

@@ -23,14 +23,52 @@ pub(crate) fn in_time(
     outcome.recv_timeout(limit).unwrap_or_else(late)
 }
 
+/// Tries until the outcome is none that passes with time, but not longer than that: then the last one counts.
+pub(crate) fn patiently<T>(
+    limit: Duration,
+    pause: Duration,
+    passes: impl Fn(&T) -> bool,
+    mut attempt: impl FnMut() -> T,
+) -> T {
+    let deadline = Instant::now() + limit;
+    loop {
+        let outcome = attempt();
+        if !passes(&outcome) || Instant::now() >= deadline {
+            return outcome;
+        }
+        sleep(pause);
+    }
+}
+
 /// Whether a child of this process has ended in time, by looking so often.
 pub(crate) fn ends_within(child: Pid, limit: Duration, look: Duration) -> bool {
-    let deadline = Instant::now() + limit;
-    while let Ok(WaitStatus::StillAlive) | Err(Errno::EINTR) = waitpid(child, Some(WaitPidFlag::WNOHANG)) {
-        if Instant::now() >= deadline {
-            return false;
-        }
-        sleep(look);
+    let lives = |state: &_| matches!(state, Ok(WaitStatus::StillAlive) | Err(Errno::EINTR));
+    !lives(&patiently(limit, look, lives, || waitpid(child, Some(WaitPidFlag::WNOHANG))))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_passes_is_sat_out_and_nothing_else() {
+        let attempts = |passing: u32, limit| {
+            let mut made = 0;
+            let outcome = patiently(
+                limit,
+                Duration::from_millis(1),
+                |made| *made < passing,
+                || {
+                    made += 1;
+                    made
+                },
+            );
+            assert_eq!(outcome, made);
+            made
+        };
+        assert_eq!(attempts(1, Duration::from_secs(60)), 1);
+        assert_eq!(attempts(3, Duration::from_secs(60)), 3);
+        assert_eq!(attempts(2, Duration::ZERO), 1, "there is one attempt in any case");
+        assert!(attempts(u32::MAX, Duration::from_millis(20)) > 1);
     }
-    true
 }

@@ -2,12 +2,11 @@
 //!
 //! A device whose server lives is detached by that server: it is asked to stop, and this command waits until
 //! the image is closed, the device is gone and so are the processes that had to do with it, which hold the
-//! image's file system. Where the server has died, the one that its supervisor
-//! puts in its place is asked; where there is none, the device is stopped and deleted from here, and what that
-//! server had acknowledged is written to the image. Who has the lock of the run file does it: another `del` may
-//! be at work. Nothing else's devices are touched, unless named
-//! by `-n`. A device that is mounted, or claimed in another way, is not taken from under its user without
-//! `--force`.
+//! image's file system. Where the server has died, the one that its supervisor puts in its place is asked;
+//! where there is none, the device is stopped and deleted from here, and what that server had acknowledged is
+//! written to the image. Who has the lock of the run file does it: another `del` may be at work. Nothing
+//! else's devices are touched, unless named by `-n`. A device that is mounted, or claimed in another way, is
+//! not taken from under its user without `--force`.
 
 use super::{CommandError, complain};
 use crate::{
@@ -17,6 +16,7 @@ use crate::{
     device,
     processes::Process,
     runfile::{self, Entry, Phase, Record, RunFile, TakeOverError},
+    wait,
 };
 use nix::{
     errno::Errno,
@@ -26,9 +26,7 @@ use nix::{
 use std::{
     collections::BTreeSet,
     fs::OpenOptions,
-    io,
     os::unix::fs::OpenOptionsExt,
-    sync::mpsc,
     thread,
     time::{Duration, Instant},
 };
@@ -137,8 +135,8 @@ fn take_away(first: Entry, users: Users, served_by: &mut BTreeSet<Process>) -> R
     }
 }
 
-/// Whether a server is on its way, in a dead one's place perhaps, or a supervisor there that will start one. It can have the kernel
-/// write what that has in memory for the device; without a server that would be lost.
+/// Whether a server is on its way, in a dead one's place perhaps, or a supervisor there that will start one.
+/// It can have the kernel write what that has in memory for the device; without a server that would be lost.
 fn is_about_to_serve(entry: &Entry) -> bool {
     let Record { phase, config, processes, error, .. } = &entry.record;
     let is_alive = |process: &Process| !process.ends_by(Instant::now()).unwrap_or(true);
@@ -159,26 +157,19 @@ fn ask_to_stop(id: u32, pid: i32) -> Result<bool, CommandError> {
 
 /// Makes sure that nobody has mounted the device or claimed it otherwise.
 fn check_unclaimed(id: u32, users: Users, first: &'static str) -> Result<(), CommandError> {
-    let deadline = Instant::now() + CLAIM_WAIT;
-    while users == Users::Spared && is_claimed(id) {
-        if Instant::now() >= deadline {
-            return Err(CommandError::Claimed { id, first });
-        }
-        thread::sleep(LOOK);
+    let is_taken = || users == Users::Spared && is_claimed(id);
+    match wait::patiently(CLAIM_WAIT, LOOK, |is_taken| *is_taken, is_taken) {
+        true => Err(CommandError::Claimed { id, first }),
+        false => Ok(()),
     }
-    Ok(())
 }
 
 fn is_claimed(id: u32) -> bool {
-    // A device without a server may keep whoever opens it waiting, but only if it is not claimed.
-    let (to_us, outcome) = mpsc::channel();
-    thread::spawn(move || {
-        // For a block device O_EXCL means: fail if it is claimed.
-        let claim = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(device::block_path(id));
-        let _ = to_us.send(claim.map(drop));
-    });
-    let outcome: Option<io::Result<()>> = outcome.recv_timeout(CLAIM_WAIT).ok();
-    matches!(outcome, Some(Err(error)) if error.raw_os_error() == Some(libc::EBUSY))
+    // For a block device O_EXCL means: fail if it is claimed. A device without a server may keep whoever opens
+    // it waiting, but only if it is not claimed.
+    let claim = move || OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(device::block_path(id));
+    let claimed = wait::in_time(CLAIM_WAIT, move || claim().map(drop));
+    claimed.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
 }
 
 /// How far [`clean_up`] has come.
@@ -243,8 +234,8 @@ fn delete_foreign(id: u32, users: Users) -> Result<(), CommandError> {
 mod tests {
     use super::*;
 
-    /// A server was killed while it stopped. `del` removed the device at once, or asked the next server before it served: what the kernel
-    /// had in memory for the device was lost.
+    /// A server was killed while it stopped. `del` removed the device at once, or asked the next server before
+    /// it served: what the kernel had in memory for the device was lost.
     #[test]
     fn whoever_is_about_to_serve_is_waited_for() {
         let with = |is_alive, change: fn(&mut Record)| {

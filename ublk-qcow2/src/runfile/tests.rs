@@ -1,4 +1,5 @@
 use super::*;
+use std::thread::sleep;
 
 /// `del` had removed a device and could not write to its image; the next `add` got the number, and emptied
 /// the log.
