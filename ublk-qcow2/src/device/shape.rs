@@ -86,7 +86,7 @@ pub(super) fn check_params(wanted: &sys::ublk_params, taken: &sys::ublk_params) 
 
 #[cfg(test)]
 mod tests {
-    use super::{super::MAX_IO_BYTES, *};
+    use super::{super::request::MAX_IO_BYTES, *};
 
     const SHAPE: Shape = Shape {
         sectors: 2048,
