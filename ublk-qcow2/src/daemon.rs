@@ -6,6 +6,10 @@
 //! thread commands the driver and serves nothing itself, because the driver's commands wait for requests
 //! that the queues serve.
 
+mod image;
+
+pub(crate) use image::settle;
+
 use crate::{
     config::Config,
     control::{Control, ControlError},
@@ -15,17 +19,14 @@ use crate::{
     namespace::Namespace,
     processes::Process,
     queue::QueueError,
-    redofile::{self, RedoFile, RedoFileError, Witness},
+    redofile::{self, RedoFileError, Witness},
     request::device_sectors,
     runfile::{self, Choice, CreateError, Phase, Record, RunFile, RunFileError, TakeOverError},
-    safety, wait,
+    safety,
 };
+use image::{close_image, keep_new_log, open_image, take_image_over};
 use nix::sys::signal::Signal;
-use qcow2_engine::{
-    Image, Lane, OpenOptions, RedoError, RedoLog, Workers,
-    exec::block_on,
-    io::{Files, uring::Uring},
-};
+use qcow2_engine::{Image, RedoError, Workers, io::Files};
 use std::{
     fs::File,
     io, mem,
@@ -37,17 +38,11 @@ use std::{
     time::Duration,
 };
 
-/// Submission slots of the ring that opens the image.
-const OPENING_RING: u32 = 64;
 /// How long the queues may take to finish their requests, write back and end, once the device has
 /// been stopped.
 const DRAIN_WAIT: Duration = Duration::from_secs(300);
 /// The same when the device could not be stopped, so that they hardly will.
 const HOPELESS_DRAIN_WAIT: Duration = Duration::from_secs(5);
-/// How long the kernel may take to let go of the image of a server that was killed.
-const DEAD_LOCK_WAIT: Duration = Duration::from_secs(60);
-/// Between two attempts to open it.
-const DEAD_LOCK_PAUSE: Duration = Duration::from_millis(50);
 
 /// Threads that decompress clusters at the most; they are started when there is work for them.
 const MAX_WORKERS: usize = 8;
@@ -180,8 +175,7 @@ fn make(
         error: None,
     })?;
     device.describe(&shape)?;
-    let log = new_log(&device, &image, config)?;
-    let witness = keep_log(&image, log)?;
+    let witness = keep_new_log(&device, &image, config)?;
     let service = service(image, files, device.open_char()?, config);
     keep_ways(namespace, &service);
     Ok(Ready { service, device, run_file, witness })
@@ -235,19 +229,7 @@ fn take_over_as(
     // When this succeeds the old server's I/O has ended.
     let char_device = device.open_char()?;
     let files = Arc::new(config.files());
-    let (image, log) = match RedoFile::open(id)? {
-        Some(file) => {
-            let (image, log) = open_as_left(&record, &files, file)?;
-            (image, Some(log))
-        }
-        // The dead server was not to change it, or had not got to changing it, or its writes were given up.
-        None => {
-            let image = open_when_let_go(config, &files)?;
-            let log = new_log(&device, &image, config)?;
-            (image, log)
-        }
-    };
-    let witness = keep_log(&image, log)?;
+    let (image, witness) = take_image_over(&record, &device, &files)?;
     let service = service(image, files, char_device, config);
     keep_ways(namespace, &service);
     Ok((service, device, witness))
@@ -266,81 +248,6 @@ fn service(image: Arc<Image>, files: Arc<Files>, char_device: File, config: &Con
     Service { image, files, char_device: Arc::new(char_device), reclaims: config.reclaims }
 }
 
-/// Writes to the image what a dead server had acknowledged, when nobody is to serve it any more.
-pub(crate) fn settle(record: &Record) -> Result<(), ServeError> {
-    // Without one there is nothing to write, and the image may be gone.
-    let Some(file) = RedoFile::open(record.id)? else { return Ok(()) };
-    let files = Arc::new(record.config.files());
-    let (image, _log) = open_as_left(record, &files, file)?;
-    close_image(&image, &files)
-}
-
-/// A redo log, and who testifies that its image is ours.
-struct Log {
-    file: RedoFile,
-    witness: Witness,
-}
-
-impl Log {
-    /// For who has the image open: from now on it may be modified.
-    fn begin(file: RedoFile, config: &Config) -> Result<Self, ServeError> {
-        let witness = file.witness(&config.image)?;
-        Ok(Self { file, witness })
-    }
-}
-
-/// The log of a device that has none yet, if it is to have one: its image may be changed, and its server
-/// replaced.
-fn new_log(device: &Device, image: &Image, config: &Config) -> Result<Option<Log>, ServeError> {
-    if !device.is_recoverable() || image.is_read_only() {
-        return Ok(None);
-    }
-    Ok(Some(Log::begin(RedoFile::create(device.id())?, config)?))
-}
-
-/// Opens the image of a dead server, which the kernel may not have let go of yet, and which that may have
-/// condemned.
-fn open_when_let_go(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {
-    let options = OpenOptions { serve_corrupt: true, ..config.open_options() };
-    let is_locked = |opened: &_| matches!(opened, Err(ServeError::Open(error)) if error.is_locked());
-    wait::patiently(DEAD_LOCK_WAIT, DEAD_LOCK_PAUSE, is_locked, || open_image(&config.image, &options, files))
-}
-
-/// Opens the image of a dead server and replays the redo log that it has left.
-fn open_as_left(
-    record: &Record,
-    files: &Arc<Files>,
-    file: RedoFile,
-) -> Result<(Arc<Image>, Log), ServeError> {
-    let config = &record.config;
-    file.check_same(&config.image)?;
-    let image = open_when_let_go(config, files)?;
-    let left = RedoLog::open(file.memory())?;
-    if !left.is_empty() {
-        file.check_unchanged(&config.image)?;
-    }
-    // Before the replay: should it be cut short it is to be done again.
-    let log = Log::begin(file, config)?;
-    if !left.is_empty() {
-        let replayed = replay(&image, files, &left)?;
-        tracing::info!(id = record.id, replayed, "changes of the dead server were replayed");
-    }
-    Ok((image, log))
-}
-
-fn replay(image: &Arc<Image>, files: &Arc<Files>, log: &RedoLog) -> Result<usize, ServeError> {
-    let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
-    let lane = Lane::new(image, ring.clone(), 1);
-    block_on(&ring, lane.replay(log)).map_err(ServeError::SetUp)?.map_err(ServeError::Open)
-}
-
-/// From now on changes are remembered for the next server, in a log that begins empty.
-fn keep_log(image: &Image, log: Option<Log>) -> Result<Option<Witness>, ServeError> {
-    let Some(Log { file, witness }) = log else { return Ok(None) };
-    image.keep_redo_log(RedoLog::create(file.memory())?);
-    Ok(Some(witness))
-}
-
 /// Has the queues serve the device, until the end.
 fn serve(
     ready: Ready,
@@ -348,7 +255,7 @@ fn serve(
     mut deputy: Deputy,
     announce: impl FnOnce(&Path, u32) -> io::Result<()>,
 ) -> Result<(), ServeError> {
-    let Ready { service, mut device, mut run_file, mut witness } = ready;
+    let Ready { service, mut device, mut run_file, witness } = ready;
     let was_in_use = device.is_waiting();
     let started = crew.bring_up(&service, &mut device, &mut run_file, &mut deputy, announce);
     let is_announced = started.is_ok();
@@ -370,6 +277,23 @@ fn serve(
             }
         }
     }
+    let result = wind_up(served, service, device, crew, deputy, witness);
+    // Before the announcement the one who waits for it learns of the error; after, `del` does.
+    if let (Err(error), true) = (&result, is_announced) {
+        run_file.fail(error.to_string());
+    }
+    result
+}
+
+/// Stops the device, closes the image and deletes the device.
+fn wind_up(
+    served: Result<End, ServeError>,
+    service: Service,
+    mut device: Device,
+    crew: Crew,
+    mut deputy: Deputy,
+    witness: Option<Witness>,
+) -> Result<(), ServeError> {
     let written = match &served {
         Ok(End::Stopped) => {
             tracing::warn!(
@@ -387,7 +311,7 @@ fn serve(
     // While a queue may still write the image cannot be closed; it is then as after a crash.
     let closed = if drained.is_ok() {
         let closed = close_image(&image, &files);
-        drop(witness.take());
+        drop(witness);
         closed
     } else {
         Ok(())
@@ -395,16 +319,11 @@ fn serve(
     // The driver deletes a device when nobody has it open.
     drop((image, files, char_device));
     let deleted = device.delete().map_err(ServeError::from);
-    // Before the record: with that gone nothing of this server is to be left that sees its image's file
+    // Before the record goes: then nothing of this server is to be left that sees its image's file
     // system.
     drop(deputy);
     // A failed queue is the cause of whatever else went wrong.
-    let result = drained.and(served.map(drop)).and(closed).and(written).and(stopped).and(deleted);
-    // Before the announcement the one who waits for it learns of the error; after, `del` does.
-    if let (Err(error), true) = (&result, is_announced) {
-        run_file.fail(error.to_string());
-    }
-    result
+    drained.and(served.map(drop)).and(closed).and(written).and(stopped).and(deleted)
 }
 
 /// How a server ends one of whose queues has failed while its device was started. The device is not stopped
@@ -431,20 +350,6 @@ fn die(device: &Device, run_file: RunFile, error: &ServeError) -> ! {
     }
     run_file.fail(error.to_string());
     process::exit(1)
-}
-
-fn open_image(path: &Path, options: &OpenOptions, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {
-    let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
-    block_on(&ring, Image::open(&ring, &**files, path, options))
-        .map_err(ServeError::SetUp)?
-        .map_err(ServeError::Open)
-}
-
-/// Makes everything durable and leaves no leak, when nobody serves the image any more.
-fn close_image(image: &Arc<Image>, files: &Arc<Files>) -> Result<(), ServeError> {
-    let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
-    let lane = Lane::new(image, ring.clone(), 1);
-    block_on(&ring, lane.close()).map_err(ServeError::SetUp)?.map_err(ServeError::Close)
 }
 
 fn shape_of(image: &Image, config: &Config) -> Result<Shape, ServeError> {

@@ -1,0 +1,150 @@
+//! The image of a device: opened, brought up to what its dead server had acknowledged, and closed.
+//!
+//! None of this runs while the device is served: each step has a ring of its own, and waits for it.
+
+use super::ServeError;
+use crate::{
+    config::Config,
+    device::Device,
+    redofile::{RedoFile, Witness},
+    runfile::Record,
+    wait,
+};
+use qcow2_engine::{
+    Image, Lane, OpenOptions, RedoLog,
+    exec::block_on,
+    io::{Files, uring::Uring},
+};
+use std::{path::Path, sync::Arc, time::Duration};
+
+/// Submission slots of the ring that opens the image.
+const OPENING_RING: u32 = 64;
+/// How long the kernel may take to let go of the image of a server that was killed.
+const DEAD_LOCK_WAIT: Duration = Duration::from_secs(60);
+/// Between two attempts to open it.
+const DEAD_LOCK_PAUSE: Duration = Duration::from_millis(50);
+
+/// Opens an image, as anybody does.
+pub(super) fn open_image(
+    path: &Path,
+    options: &OpenOptions,
+    files: &Arc<Files>,
+) -> Result<Arc<Image>, ServeError> {
+    let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
+    block_on(&ring, Image::open(&ring, &**files, path, options))
+        .map_err(ServeError::SetUp)?
+        .map_err(ServeError::Open)
+}
+
+/// Opens the image of a dead server for its successor, and keeps a log for the next.
+pub(super) fn take_image_over(
+    record: &Record,
+    device: &Device,
+    files: &Arc<Files>,
+) -> Result<(Arc<Image>, Option<Witness>), ServeError> {
+    let (image, log) = match RedoFile::open(record.id)? {
+        Some(file) => {
+            let (image, log) = open_as_left(record, files, file)?;
+            (image, Some(log))
+        }
+        // The dead server was not to change it, or had not got to changing it, or its writes were given up.
+        None => {
+            let image = open_when_let_go(&record.config, files)?;
+            let log = new_log(device, &image, &record.config)?;
+            (image, log)
+        }
+    };
+    let witness = keep_log(&image, log)?;
+    Ok((image, witness))
+}
+
+/// Keeps a log of an image that is served for the first time, if there is to be one.
+pub(super) fn keep_new_log(
+    device: &Device,
+    image: &Image,
+    config: &Config,
+) -> Result<Option<Witness>, ServeError> {
+    keep_log(image, new_log(device, image, config)?)
+}
+
+/// Makes everything durable and leaves no leak, when nobody serves the image any more.
+pub(super) fn close_image(image: &Arc<Image>, files: &Arc<Files>) -> Result<(), ServeError> {
+    let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
+    let lane = Lane::new(image, ring.clone(), 1);
+    block_on(&ring, lane.close()).map_err(ServeError::SetUp)?.map_err(ServeError::Close)
+}
+
+/// Writes to the image what a dead server had acknowledged, when nobody is to serve it any more.
+pub(crate) fn settle(record: &Record) -> Result<(), ServeError> {
+    // Without one there is nothing to write, and the image may be gone.
+    let Some(file) = RedoFile::open(record.id)? else { return Ok(()) };
+    let files = Arc::new(record.config.files());
+    let (image, _log) = open_as_left(record, &files, file)?;
+    close_image(&image, &files)
+}
+
+/// A redo log, and who testifies that its image is ours.
+struct Log {
+    file: RedoFile,
+    witness: Witness,
+}
+
+impl Log {
+    /// For who has the image open: from now on it may be modified.
+    fn begin(file: RedoFile, config: &Config) -> Result<Self, ServeError> {
+        let witness = file.witness(&config.image)?;
+        Ok(Self { file, witness })
+    }
+}
+
+/// The log of a device that has none yet, if it is to have one: its image may be changed, and its server
+/// replaced.
+fn new_log(device: &Device, image: &Image, config: &Config) -> Result<Option<Log>, ServeError> {
+    if !device.is_recoverable() || image.is_read_only() {
+        return Ok(None);
+    }
+    Ok(Some(Log::begin(RedoFile::create(device.id())?, config)?))
+}
+
+/// From now on changes are remembered for the next server, in a log that begins empty.
+fn keep_log(image: &Image, log: Option<Log>) -> Result<Option<Witness>, ServeError> {
+    let Some(Log { file, witness }) = log else { return Ok(None) };
+    image.keep_redo_log(RedoLog::create(file.memory())?);
+    Ok(Some(witness))
+}
+
+/// Opens the image of a dead server, which the kernel may not have let go of yet, and which that may have
+/// condemned.
+fn open_when_let_go(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {
+    let options = OpenOptions { serve_corrupt: true, ..config.open_options() };
+    let is_locked = |opened: &_| matches!(opened, Err(ServeError::Open(error)) if error.is_locked());
+    wait::patiently(DEAD_LOCK_WAIT, DEAD_LOCK_PAUSE, is_locked, || open_image(&config.image, &options, files))
+}
+
+/// Opens the image of a dead server and replays the redo log that it has left.
+fn open_as_left(
+    record: &Record,
+    files: &Arc<Files>,
+    file: RedoFile,
+) -> Result<(Arc<Image>, Log), ServeError> {
+    let config = &record.config;
+    file.check_same(&config.image)?;
+    let image = open_when_let_go(config, files)?;
+    let left = RedoLog::open(file.memory())?;
+    if !left.is_empty() {
+        file.check_unchanged(&config.image)?;
+    }
+    // Before the replay: should it be cut short it is to be done again.
+    let log = Log::begin(file, config)?;
+    if !left.is_empty() {
+        let replayed = replay(&image, files, &left)?;
+        tracing::info!(id = record.id, replayed, "changes of the dead server were replayed");
+    }
+    Ok((image, log))
+}
+
+fn replay(image: &Arc<Image>, files: &Arc<Files>, log: &RedoLog) -> Result<usize, ServeError> {
+    let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
+    let lane = Lane::new(image, ring.clone(), 1);
+    block_on(&ring, lane.replay(log)).map_err(ServeError::SetUp)?.map_err(ServeError::Open)
+}
