@@ -8,79 +8,33 @@
 //! device of the same number waits until nobody works with the old one's files, and is not made while a
 //! record of this boot is all that leads to writes which are in no image yet.
 
-use crate::{config::Config, processes::Process, wait};
-use nix::{
-    errno::Errno,
-    fcntl::{Flock, FlockArg},
+mod directory;
+mod lock;
+mod record;
+
+#[cfg(test)]
+pub(crate) use record::example;
+pub(crate) use {
+    directory::{directory, load, load_all, load_each, load_made, log_path, path_of, redo_path},
+    record::{Entry, Phase, Record},
 };
-use serde::{Deserialize, Serialize};
+
+use crate::{config::Config, processes::Process};
+use directory::remove_files;
+use lock::{Dead, lock_dead, write_locked};
+use nix::fcntl::Flock;
 use std::{
-    env,
     fs::{self, File},
-    io::{self, Read, Write},
-    os::unix::fs::MetadataExt,
+    io::{self, Read},
     path::{Path, PathBuf},
     time::Duration,
 };
 
-/// Where the files are, unless the environment variable [`DIRECTORY_VARIABLE`] names another place.
-const DIRECTORY: &str = "/run/ublk-qcow2";
-/// Names another run directory: for tests, and for several instances that must not meet.
-const DIRECTORY_VARIABLE: &str = "UBLK_QCOW2_RUN_DIR";
 /// How long a file may be locked by somebody who only looks whether somebody else has it locked.
 const GLANCE: Duration = Duration::from_secs(1);
 /// How long the one before may still be busy with its files, when its device is gone already and its very
 /// number is wanted: what it had acknowledged may have to be written to its image.
 const PREDECESSOR_WAIT: Duration = Duration::from_secs(60);
-/// Between two attempts to lock a file.
-const LOCK_PAUSE: Duration = Duration::from_millis(5);
-
-/// How far a server has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Phase {
-    /// It has made the device, or taken it over, and the driver does not know its queues yet.
-    Preparing,
-    /// It is handing its queues to the driver.
-    Fetching,
-    /// The driver has all of them.
-    Fetched,
-    /// The device serves I/O.
-    Serving,
-    /// `del` is taking it away; its server is dead.
-    Removing,
-}
-
-/// The contents of a run file.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(crate) struct Record {
-    /// The device's number.
-    pub(crate) id: u32,
-    /// The server's process.
-    pub(crate) pid: i32,
-    /// The device's capacity in bytes.
-    pub(crate) size: u64,
-    /// Queues and depth as the driver gave them.
-    pub(crate) queues: u16,
-    pub(crate) depth: u16,
-    /// How far the server has come, or its dead predecessor had.
-    pub(crate) phase: Phase,
-    /// Whether the phase is the predecessor's: who has taken the file over has not come any further.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub(crate) is_inherited: bool,
-    /// How the image is served.
-    pub(crate) config: Config,
-    /// What the driver knows the device by, so that it is not taken for another with its number.
-    pub(crate) cookie: u64,
-    /// Who has the image's file system mounted, or keeps it busy: the server, and its supervisor.
-    #[serde(default)]
-    pub(crate) processes: Vec<Process>,
-    /// The boot in which the device was made: it has not outlived it.
-    pub(crate) boot: String,
-    /// Why the server could not end cleanly.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub(crate) error: Option<String>,
-}
 
 /// Why a run file could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -134,21 +88,6 @@ pub(crate) struct RunFile {
     is_left: bool,
     /// Let go of after `drop` has removed the file, so that nobody takes it for a dead server's.
     lock: Flock<File>,
-}
-
-/// A run file as others see it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
-    pub(crate) record: Record,
-    /// Whether its server lives.
-    pub(crate) is_alive: bool,
-}
-
-impl Entry {
-    /// Whether its server serves it.
-    pub(crate) fn serves(&self) -> bool {
-        self.is_alive && self.record.phase == Phase::Serving && !self.record.is_inherited
-    }
 }
 
 impl RunFile {
@@ -280,86 +219,6 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Writes the file under another name, locks it, and only then gives it its name: whoever finds it
-/// finds it whole and locked.
-fn write_locked(path: &Path, record: &Record) -> io::Result<Flock<File>> {
-    let temporary = path.with_extension(format!("{}.new", record.pid));
-    let written = write_as(&temporary, path, record);
-    if written.is_err() {
-        // It fills a directory that may be full already.
-        let _ = fs::remove_file(&temporary);
-    }
-    written
-}
-
-fn write_as(temporary: &Path, path: &Path, record: &Record) -> io::Result<Flock<File>> {
-    let mut file = File::create(temporary)?;
-    file.write_all(serde_json::to_string(record)?.as_bytes())?;
-    let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno)?;
-    fs::rename(temporary, path)?;
-    Ok(lock)
-}
-
-/// The run file of device `id`, if there is one.
-pub(crate) fn load(id: u32) -> Result<Option<Entry>, RunFileError> {
-    load_path(&path_of(id))
-}
-
-/// All run files that can be read, in the order of their ids. One that cannot hides no other.
-pub(crate) fn load_all() -> Result<Vec<Entry>, RunFileError> {
-    let readable = |entry: Result<Entry, RunFileError>| match entry {
-        Ok(entry) => Some(entry),
-        Err(error) => {
-            tracing::warn!("{error}");
-            None
-        }
-    };
-    Ok(load_each()?.into_iter().filter_map(readable).collect())
-}
-
-/// What is left of the device that was made with this cookie, however far its server had come.
-pub(crate) fn load_made(cookie: u64) -> Option<Record> {
-    load_made_in(&directory(), cookie)
-}
-
-fn load_made_in(directory: &Path, cookie: u64) -> Option<Record> {
-    let records = load_each_in(directory).unwrap_or_default().into_iter().filter_map(Result::ok);
-    records.map(|entry| entry.record).find(|record| record.cookie == cookie)
-}
-
-/// All run files, in the order of their ids.
-pub(crate) fn load_each() -> Result<Vec<Result<Entry, RunFileError>>, RunFileError> {
-    load_each_in(&directory())
-}
-
-fn load_each_in(directory: &Path) -> Result<Vec<Result<Entry, RunFileError>>, RunFileError> {
-    let fail = |source| RunFileError { what: "cannot read", path: directory.to_owned(), source };
-    let files = match fs::read_dir(directory) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        files => files.map_err(fail)?,
-    };
-    let mut found = Vec::new();
-    for file in files {
-        let path = file.map_err(fail)?.path();
-        let is_ours = path.extension().is_some_and(|extension| extension == "json");
-        let id = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<u32>().ok());
-        if let (true, Some(id)) = (is_ours, id) {
-            found.extend(load_path(&path).transpose().map(|entry| (id, entry)));
-        }
-    }
-    found.sort_by_key(|&(id, _)| id);
-    Ok(found.into_iter().map(|(_, entry)| entry).collect())
-}
-
-/// Removes what a server has in the run directory. The run file must be locked, or a new device of the same
-/// number loses its.
-fn remove_files(id: u32) {
-    // The log first: it is of no use without the run file, but not the other way round.
-    for path in [redo_path(id), log_path(id), path_of(id)] {
-        let _ = fs::remove_file(path);
-    }
-}
-
 /// A number by which a device is known that is to be made.
 pub(crate) fn new_cookie() -> io::Result<u64> {
     let mut bytes = [0; 8];
@@ -370,105 +229,6 @@ pub(crate) fn new_cookie() -> io::Result<u64> {
 /// Which boot of the machine this is.
 pub(crate) fn boot() -> io::Result<String> {
     Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
-}
-
-/// Where a server keeps its redo log.
-pub(crate) fn redo_path(id: u32) -> PathBuf {
-    directory().join(format!("{id}.redo"))
-}
-
-/// A run file that is to be taken over.
-enum Dead {
-    Missing,
-    Alive,
-    Locked(Flock<File>),
-}
-
-/// Locks the run file of a server that has died. Waits so long for whoever has it locked.
-fn lock_dead(path: &Path, patience: Duration) -> io::Result<Dead> {
-    let is_held = |found: &_| matches!(found, Ok(Named::Held(_)));
-    let lock = || lock_named(path, FlockArg::LockExclusiveNonblock);
-    Ok(match wait::patiently(patience, LOCK_PAUSE, is_held, lock)? {
-        Named::Missing => Dead::Missing,
-        Named::Held(_) => Dead::Alive,
-        Named::Locked(file) => Dead::Locked(file),
-    })
-}
-
-/// A run file, and whether the lock could be had.
-enum Named {
-    Missing,
-    Held(File),
-    Locked(Flock<File>),
-}
-
-/// Opens a run file and tries to lock it. A file that has lost its name by then tells nothing: its owner
-/// has put another one there, and is alive.
-fn lock_named(path: &Path, how: FlockArg) -> io::Result<Named> {
-    loop {
-        let file = match File::open(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Named::Missing),
-            file => file?,
-        };
-        let lock = match Flock::lock(file, how) {
-            Err((file, Errno::EWOULDBLOCK)) => return Ok(Named::Held(file)),
-            lock => lock.map_err(|(_, errno)| errno)?,
-        };
-        if has_name(&lock, path)? {
-            return Ok(Named::Locked(lock));
-        }
-    }
-}
-
-/// Whether a file is the one that `path` names.
-fn has_name(file: &File, path: &Path) -> io::Result<bool> {
-    let file = file.metadata()?;
-    Ok(fs::metadata(path).is_ok_and(|named| (named.dev(), named.ino()) == (file.dev(), file.ino())))
-}
-
-/// Where a server in the background writes what it has to say.
-pub(crate) fn log_path(id: u32) -> PathBuf {
-    directory().join(format!("{id}.log"))
-}
-
-fn load_path(path: &Path) -> Result<Option<Entry>, RunFileError> {
-    let read = || {
-        Ok(match lock_named(path, FlockArg::LockSharedNonblock)? {
-            Named::Missing => None,
-            Named::Held(file) => Some(Entry { record: serde_json::from_reader(file)?, is_alive: true }),
-            Named::Locked(file) => Some(Entry { record: serde_json::from_reader(&*file)?, is_alive: false }),
-        })
-    };
-    read().map_err(|source| RunFileError { what: "cannot read", path: path.to_owned(), source })
-}
-
-/// The run file of device `id`.
-pub(crate) fn path_of(id: u32) -> PathBuf {
-    directory().join(format!("{id}.json"))
-}
-
-/// The run directory.
-pub(crate) fn directory() -> PathBuf {
-    env::var_os(DIRECTORY_VARIABLE).map_or_else(|| PathBuf::from(DIRECTORY), PathBuf::from)
-}
-
-/// A record for tests.
-#[cfg(test)]
-pub(crate) fn example() -> Record {
-    Record {
-        phase: Phase::Serving,
-        is_inherited: false,
-        id: 7,
-        pid: 1,
-        size: 1 << 40,
-        queues: 2,
-        depth: 64,
-        config: crate::config::example(),
-        cookie: u64::MAX,
-        processes: vec![Process::this().unwrap()],
-        boot: boot().unwrap(),
-        error: None,
-    }
 }
 
 #[cfg(test)]

@@ -1,4 +1,9 @@
-use super::*;
+use super::{
+    directory::{load_each_in, load_made_in, load_path},
+    lock::{Named, has_name, lock_named},
+    *,
+};
+use nix::fcntl::FlockArg;
 use std::thread::sleep;
 
 /// `del` had removed a device and could not write to its image; the next `add` got the number, and emptied

@@ -1,0 +1,107 @@
+//! Where the files of servers lie, and what is found there.
+
+use super::{
+    Entry, Record, RunFileError,
+    lock::{Named, lock_named},
+};
+use nix::fcntl::FlockArg;
+use std::{
+    env, fs, io,
+    path::{Path, PathBuf},
+};
+
+/// Where the files are, unless the environment variable [`DIRECTORY_VARIABLE`] names another place.
+const DIRECTORY: &str = "/run/ublk-qcow2";
+/// Names another run directory: for tests, and for several instances that must not meet.
+const DIRECTORY_VARIABLE: &str = "UBLK_QCOW2_RUN_DIR";
+
+/// The run directory.
+pub(crate) fn directory() -> PathBuf {
+    env::var_os(DIRECTORY_VARIABLE).map_or_else(|| PathBuf::from(DIRECTORY), PathBuf::from)
+}
+
+/// The run file of device `id`.
+pub(crate) fn path_of(id: u32) -> PathBuf {
+    directory().join(format!("{id}.json"))
+}
+
+/// Where a server keeps its redo log.
+pub(crate) fn redo_path(id: u32) -> PathBuf {
+    directory().join(format!("{id}.redo"))
+}
+
+/// Where a server in the background writes what it has to say.
+pub(crate) fn log_path(id: u32) -> PathBuf {
+    directory().join(format!("{id}.log"))
+}
+
+/// The run file of device `id`, if there is one.
+pub(crate) fn load(id: u32) -> Result<Option<Entry>, RunFileError> {
+    load_path(&path_of(id))
+}
+
+/// All run files that can be read, in the order of their ids. One that cannot hides no other.
+pub(crate) fn load_all() -> Result<Vec<Entry>, RunFileError> {
+    let readable = |entry: Result<Entry, RunFileError>| match entry {
+        Ok(entry) => Some(entry),
+        Err(error) => {
+            tracing::warn!("{error}");
+            None
+        }
+    };
+    Ok(load_each()?.into_iter().filter_map(readable).collect())
+}
+
+/// What is left of the device that was made with this cookie, however far its server had come.
+pub(crate) fn load_made(cookie: u64) -> Option<Record> {
+    load_made_in(&directory(), cookie)
+}
+
+pub(super) fn load_made_in(directory: &Path, cookie: u64) -> Option<Record> {
+    let records = load_each_in(directory).unwrap_or_default().into_iter().filter_map(Result::ok);
+    records.map(|entry| entry.record).find(|record| record.cookie == cookie)
+}
+
+/// All run files, in the order of their ids.
+pub(crate) fn load_each() -> Result<Vec<Result<Entry, RunFileError>>, RunFileError> {
+    load_each_in(&directory())
+}
+
+pub(super) fn load_each_in(directory: &Path) -> Result<Vec<Result<Entry, RunFileError>>, RunFileError> {
+    let fail = |source| RunFileError { what: "cannot read", path: directory.to_owned(), source };
+    let files = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        files => files.map_err(fail)?,
+    };
+    let mut found = Vec::new();
+    for file in files {
+        let path = file.map_err(fail)?.path();
+        let is_ours = path.extension().is_some_and(|extension| extension == "json");
+        let id = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<u32>().ok());
+        if let (true, Some(id)) = (is_ours, id) {
+            found.extend(load_path(&path).transpose().map(|entry| (id, entry)));
+        }
+    }
+    found.sort_by_key(|&(id, _)| id);
+    Ok(found.into_iter().map(|(_, entry)| entry).collect())
+}
+
+pub(super) fn load_path(path: &Path) -> Result<Option<Entry>, RunFileError> {
+    let read = || {
+        Ok(match lock_named(path, FlockArg::LockSharedNonblock)? {
+            Named::Missing => None,
+            Named::Held(file) => Some(Entry { record: serde_json::from_reader(file)?, is_alive: true }),
+            Named::Locked(file) => Some(Entry { record: serde_json::from_reader(&*file)?, is_alive: false }),
+        })
+    };
+    read().map_err(|source| RunFileError { what: "cannot read", path: path.to_owned(), source })
+}
+
+/// Removes what a server has in the run directory. The run file must be locked, or a new device of the same
+/// number loses its.
+pub(super) fn remove_files(id: u32) {
+    // The log first: it is of no use without the run file, but not the other way round.
+    for path in [redo_path(id), log_path(id), path_of(id)] {
+        let _ = fs::remove_file(path);
+    }
+}

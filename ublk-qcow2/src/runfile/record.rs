@@ -1,0 +1,85 @@
+//! What a run file says.
+
+use crate::{config::Config, processes::Process};
+use serde::{Deserialize, Serialize};
+
+/// How far a server has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Phase {
+    /// It has made the device, or taken it over, and the driver does not know its queues yet.
+    Preparing,
+    /// It is handing its queues to the driver.
+    Fetching,
+    /// The driver has all of them.
+    Fetched,
+    /// The device serves I/O.
+    Serving,
+    /// `del` is taking it away; its server is dead.
+    Removing,
+}
+
+/// The contents of a run file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Record {
+    /// The device's number.
+    pub(crate) id: u32,
+    /// The server's process.
+    pub(crate) pid: i32,
+    /// The device's capacity in bytes.
+    pub(crate) size: u64,
+    /// Queues and depth as the driver gave them.
+    pub(crate) queues: u16,
+    pub(crate) depth: u16,
+    /// How far the server has come, or its dead predecessor had.
+    pub(crate) phase: Phase,
+    /// Whether the phase is the predecessor's: who has taken the file over has not come any further.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) is_inherited: bool,
+    /// How the image is served.
+    pub(crate) config: Config,
+    /// What the driver knows the device by, so that it is not taken for another with its number.
+    pub(crate) cookie: u64,
+    /// Who has the image's file system mounted, or keeps it busy: the server, and its supervisor.
+    #[serde(default)]
+    pub(crate) processes: Vec<Process>,
+    /// The boot in which the device was made: it has not outlived it.
+    pub(crate) boot: String,
+    /// Why the server could not end cleanly.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) error: Option<String>,
+}
+
+/// A run file as others see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Entry {
+    pub(crate) record: Record,
+    /// Whether its server lives.
+    pub(crate) is_alive: bool,
+}
+
+impl Entry {
+    /// Whether its server serves it.
+    pub(crate) fn serves(&self) -> bool {
+        self.is_alive && self.record.phase == Phase::Serving && !self.record.is_inherited
+    }
+}
+
+/// A record for tests.
+#[cfg(test)]
+pub(crate) fn example() -> Record {
+    Record {
+        phase: Phase::Serving,
+        is_inherited: false,
+        id: 7,
+        pid: 1,
+        size: 1 << 40,
+        queues: 2,
+        depth: 64,
+        config: crate::config::example(),
+        cookie: u64::MAX,
+        processes: vec![Process::this().unwrap()],
+        boot: super::boot().unwrap(),
+        error: None,
+    }
+}
