@@ -15,23 +15,25 @@
 
 #![allow(unsafe_code, reason = "a mapping seen as atomic words")]
 
-use crate::{runfile, safety};
+mod witness;
+
+pub(crate) use witness::Witness;
+
+use crate::runfile;
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, fallocate};
 use qcow2_engine::{REDO_BYTES, RedoLog, RedoMemory};
 use std::{
     fs::{self, File, OpenOptions},
     io,
-    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
-        mpsc::{self, Receiver, RecvTimeoutError, Sender},
     },
-    thread,
-    time::{Duration, SystemTime, UNIX_EPOCH},
 };
+use witness::{Identity, Noted, Sight, cannot_look_at, look_at, open_to_look};
 
 /// Bytes of the file: the log, and a page with the witness.
 const FILE_BYTES: usize = REDO_BYTES + 4096;
@@ -42,10 +44,6 @@ const BORN: usize = OURS_UNTIL + 2;
 /// Seconds by which the image may have changed after its dead server last looked: a server that is kept
 /// from running for longer than that hardly writes.
 const TOLERANCE_SECONDS: u64 = 10;
-/// Between two notes of a witness.
-const PAUSE: Duration = Duration::from_secs(1);
-/// How long the end of one is waited for.
-const END_WAIT: Duration = Duration::from_secs(2);
 
 /// Why a redo log's memory could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -154,117 +152,6 @@ pub(crate) fn owes(id: u32) -> bool {
     }
 }
 
-/// Which file an image is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Identity {
-    inode: u64,
-    /// When it was made, in nanoseconds, or 0 where that is not known: the number of an inode is given out
-    /// again.
-    born: u64,
-}
-
-/// What is seen of an image file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Seen {
-    identity: Identity,
-    /// When it was last modified, in seconds; 0 where that is not known.
-    modified: u64,
-}
-
-/// What is noted of it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Noted {
-    identity: Identity,
-    /// Until then nobody else can have modified it, in seconds.
-    ours_until: u64,
-}
-
-impl Seen {
-    fn of(image: &File) -> io::Result<Self> {
-        let it = image.metadata()?;
-        if it.file_type().is_block_device() {
-            // Its node may be made anew; when it was modified says nothing of what is in the device, only
-            // when udev has set its owner and mode, which it does at every event.
-            return Ok(Self { identity: Identity { inode: it.rdev(), born: 0 }, modified: 0 });
-        }
-        // A file from before 1970 counts as old.
-        let modified = u64::try_from(it.mtime()).unwrap_or(0);
-        let born = it.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-        let born = born.map_or(0, |time| time.as_nanos() as u64);
-        Ok(Self { identity: Identity { inode: it.ino(), born }, modified })
-    }
-}
-
-/// Has it noted beside the log which file its image is, and that it is ours: now, every second, and when this
-/// is dropped. For who has the image's locks, as long as it may modify the image.
-///
-/// It has a thread of its own, because who may modify the image may be busy with that, or wait for it, for
-/// minutes.
-pub(crate) struct Witness {
-    /// Closed, it has the thread end.
-    go_on: Option<Sender<()>>,
-    /// Closed when the thread has let go of the image.
-    ended: Receiver<()>,
-}
-
-impl Witness {
-    fn begin(sight: Sight) -> io::Result<Self> {
-        sight.note();
-        let (go_on, stop) = mpsc::channel();
-        let (to_end, ended) = mpsc::channel();
-        thread::Builder::new().name("witness".to_owned()).spawn(move || {
-            safety::keep_nothing();
-            while stop.recv_timeout(PAUSE) == Err(RecvTimeoutError::Timeout) {
-                sight.note();
-            }
-            sight.note();
-            // In this order: whoever is told may want to unmount the image's file system.
-            drop(sight);
-            drop::<Sender<()>>(to_end);
-        })?;
-        Ok(Self { go_on: Some(go_on), ended })
-    }
-}
-
-impl Drop for Witness {
-    fn drop(&mut self) {
-        drop(self.go_on.take());
-        // It may hang with the file system that the image is on.
-        let _ = self.ended.recv_timeout(END_WAIT);
-    }
-}
-
-/// The image as a witness sees it.
-struct Sight {
-    map: Arc<Mapped>,
-    /// Open, because it may not be found again without privileges.
-    image: File,
-}
-
-impl Sight {
-    fn note(&self) {
-        // An image that cannot be looked at just now was noted a second ago.
-        if let Ok(Seen { identity, modified }) = Seen::of(&self.image) {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
-            // Another machine, whose clock is ahead, may say when a file was modified.
-            self.map.note(Noted { identity, ours_until: now.max(modified) });
-        }
-    }
-}
-
-fn open_to_look(image: &Path) -> Result<File, RedoFileError> {
-    let opened = OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(image);
-    opened.map_err(|source| cannot_look_at(image, source))
-}
-
-fn look_at(image: &Path) -> Result<Seen, RedoFileError> {
-    Seen::of(&open_to_look(image)?).map_err(|source| cannot_look_at(image, source))
-}
-
-fn cannot_look_at(image: &Path, source: io::Error) -> RedoFileError {
-    RedoFileError::Io { what: "cannot look at", path: image.to_owned(), source, hint: "" }
-}
-
 fn make(path: &Path) -> io::Result<File> {
     if let Some(directory) = path.parent() {
         fs::create_dir_all(directory)?;
@@ -338,7 +225,11 @@ impl Mapped {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{witness::PAUSE, *};
+    use std::{
+        thread,
+        time::{Duration, SystemTime},
+    };
 
     /// An image, open, and a log, in a directory that is kept as long as they are of use.
     fn image_and_log() -> (tempfile::TempDir, PathBuf, File, RedoFile) {
@@ -405,18 +296,6 @@ mod tests {
         assert!(matches!(log.check_unchanged(&image), Err(RedoFileError::Changed { .. })));
         sight.note();
         assert!(log.check_unchanged(&image).is_ok());
-    }
-
-    /// udev sets owner and mode of a block device's node at every event, which counts as a modification of
-    /// it: its image could neither be recovered nor settled.
-    #[test]
-    fn when_a_node_was_modified_says_nothing_of_its_block_device() {
-        let is_block = |path: &PathBuf| fs::metadata(path).is_ok_and(|it| it.file_type().is_block_device());
-        let nodes = fs::read_dir("/dev").unwrap().flatten().map(|node| node.path());
-        // A container may have none.
-        let Some(node) = nodes.into_iter().find(is_block) else { return };
-        assert_eq!(look_at(&node).unwrap().modified, 0, "{}", node.display());
-        assert_ne!(look_at(&node).unwrap().identity.inode, 0, "its number still tells which it is");
     }
 
     /// A replay that was cut short could not be repeated, nor what an idle server had begun to write when it
