@@ -10,7 +10,6 @@ use qcow2_engine::{CheckOptions, CheckReport, Error, Repair, check, io::files::C
 use qcow2_format::FormatError;
 use serde::Serialize;
 use std::{
-    fmt::Write as _,
     io::{self, Write},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -180,66 +179,75 @@ fn json<'a>(path: &Path, report: &CheckReport) -> Json<'a> {
 }
 
 fn text(report: &CheckReport, repair: Repair) -> String {
-    let (left, statistics) = (&report.remaining, &report.statistics);
     let mut text = String::new();
-    // Writing to a string does not fail.
     if repair != Repair::None && report.leaks_fixed() + report.corruptions_fixed() > 0 {
-        let _ = writeln!(
-            text,
-            "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} corruptions\n",
+        text += &format!(
+            "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} corruptions\n\n",
             report.leaks_fixed(),
             report.corruptions_fixed()
         );
     }
+    for line in remaining(report).into_iter().chain(marks(report)).chain(statistics(report)) {
+        text += &line;
+        text.push('\n');
+    }
+    text
+}
+
+/// What is wrong with the image still.
+fn remaining(report: &CheckReport) -> Vec<String> {
+    let left = &report.remaining;
+    let mut lines = Vec::new();
     if left.is_clean() {
-        text.push_str("No errors were found on the image.\n");
+        lines.push("No errors were found on the image.".to_owned());
     }
     if left.corruptions > 0 {
-        let _ = writeln!(
-            text,
+        lines.push(format!(
             "{} errors were found on the image.\nData may be corrupted, or further writes to the image may corrupt it.",
             left.corruptions
-        );
+        ));
     }
     if left.leaks > 0 {
-        let _ = writeln!(
-            text,
+        lines.push(format!(
             "{} leaked clusters were found on the image.\nThis means waste of disk space, but no harm to data.",
             left.leaks
-        );
+        ));
     }
     if left.counted_beyond_end > 0 {
-        let _ = writeln!(
-            text,
+        lines.push(format!(
             "{} clusters beyond the end of the file are counted. They take no space; a repair clears the counts.",
             left.counted_beyond_end
-        );
+        ));
     }
     if left.check_errors > 0 {
-        let _ = writeln!(text, "{} internal errors have occurred during the check.", left.check_errors);
+        lines.push(format!("{} internal errors have occurred during the check.", left.check_errors));
     }
-    for (is_marked, mark) in [(report.is_dirty, "dirty"), (report.is_corrupt, "corrupt")] {
-        if is_marked {
-            let _ = writeln!(
-                text,
-                "The image is marked {mark}; a repair clears the mark when nothing else is wrong."
-            );
-        }
-    }
+    lines
+}
+
+fn marks(report: &CheckReport) -> impl Iterator<Item = String> {
+    let marks = [(report.is_dirty, "dirty"), (report.is_corrupt, "corrupt")];
+    marks.into_iter().filter(|(is_marked, _)| *is_marked).map(|(_, mark)| {
+        format!("The image is marked {mark}; a repair clears the mark when nothing else is wrong.")
+    })
+}
+
+fn statistics(report: &CheckReport) -> Vec<String> {
+    let statistics = &report.statistics;
+    let mut lines = Vec::new();
     if statistics.total_clusters > 0 && statistics.allocated_clusters > 0 {
         let share = |part: u64, whole: u64| part as f64 * 100.0 / whole as f64;
-        let _ = writeln!(
-            text,
+        lines.push(format!(
             "{}/{} = {:.2}% allocated, {:.2}% fragmented, {:.2}% compressed clusters",
             statistics.allocated_clusters,
             statistics.total_clusters,
             share(statistics.allocated_clusters, statistics.total_clusters),
             share(statistics.fragmented_clusters, statistics.allocated_clusters),
             share(statistics.compressed_clusters, statistics.allocated_clusters),
-        );
+        ));
     }
     if statistics.image_end_offset > 0 {
-        let _ = writeln!(text, "Image end offset: {}", statistics.image_end_offset);
+        lines.push(format!("Image end offset: {}", statistics.image_end_offset));
     }
-    text
+    lines
 }

@@ -5,7 +5,7 @@ use super::{
     image::{Tool, refuse_served},
 };
 use crate::cli::parse_size;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use qcow2_engine::{
     Preallocation, create,
     io::files::{Caching, Locking},
@@ -61,7 +61,7 @@ struct Options {
     backing_format: Option<String>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mode {
     Off,
     Metadata,
@@ -227,38 +227,17 @@ impl Options {
             "size" => self.size = Some(parse_size(value)?),
             "cluster_size" => self.cluster_size = Some(parse_size(value)?),
             "refcount_bits" => {
-                self.refcount_bits =
-                    Some(value.parse().map_err(|_| format!("refcount_bits={value} is no number"))?);
+                let bits = value.parse().map_err(|_| format!("refcount_bits={value} is no number"))?;
+                self.refcount_bits = Some(bits);
             }
-            "compat" => {
-                self.version = Some(match value {
-                    "0.10" | "v2" => Version::V2,
-                    "1.1" | "v3" => Version::V3,
-                    _ => return Err(format!("compat={value} is not one of 0.10, 1.1")),
-                });
-            }
-            "compression_type" => {
-                self.compression = Some(match value {
-                    "zlib" => Compression::Zlib,
-                    "zstd" => Compression::Zstd,
-                    _ => return Err(format!("compression_type={value} is not one of zlib, zstd")),
-                });
-            }
-            "lazy_refcounts" => {
-                self.lazy_refcounts = Some(match value {
-                    "on" | "yes" | "true" => true,
-                    "off" | "no" | "false" => false,
-                    _ => return Err(format!("lazy_refcounts={value} is not one of on, off")),
-                });
-            }
-            "preallocation" => {
-                let unknown = |_| format!("preallocation={value} is not one of off, metadata, falloc");
-                self.preallocation = Some(Mode::from_str(value, false).map_err(unknown)?);
-            }
+            "compat" => self.version = Some(one_of(VERSIONS, key, value)?),
+            "compression_type" => self.compression = Some(one_of(COMPRESSIONS, key, value)?),
+            "lazy_refcounts" => self.lazy_refcounts = Some(one_of(SWITCHES, key, value)?),
+            "preallocation" => self.preallocation = Some(one_of(MODES, key, value)?),
             "backing_file" => self.backing_file = Some(value.to_owned()),
             "backing_fmt" => self.backing_format = Some(value.to_owned()),
             "encryption" | "extended_l2" | "data_file_raw" => {
-                if !matches!(value, "off" | "no" | "false") {
+                if one_of(SWITCHES, key, value) != Ok(false) {
                     return Err(format!("{key}={value}: images with {key} are not served"));
                 }
             }
@@ -266,6 +245,23 @@ impl Options {
         }
         Ok(())
     }
+}
+
+/// The names of values, and others that mean the same.
+type Names<T> = [(&'static [&'static str], T)];
+const VERSIONS: &Names<Version> = &[(&["0.10", "v2"], Version::V2), (&["1.1", "v3"], Version::V3)];
+const COMPRESSIONS: &Names<Compression> = &[(&["zlib"], Compression::Zlib), (&["zstd"], Compression::Zstd)];
+const SWITCHES: &Names<bool> = &[(&["on", "yes", "true"], true), (&["off", "no", "false"], false)];
+const MODES: &Names<Mode> =
+    &[(&["off"], Mode::Off), (&["metadata"], Mode::Metadata), (&["falloc"], Mode::Falloc)];
+
+/// The value of an option that has names for its values.
+fn one_of<T: Copy>(names: &Names<T>, key: &str, value: &str) -> Result<T, String> {
+    let found = names.iter().find(|(names, _)| names.contains(&value));
+    found.map(|&(_, named)| named).ok_or_else(|| {
+        let known: Vec<_> = names.iter().filter_map(|(names, _)| names.first().copied()).collect();
+        format!("{key}={value} is not one of {}", known.join(", "))
+    })
 }
 
 /// Reads key=value,key=value; a comma inside a value is doubled.
