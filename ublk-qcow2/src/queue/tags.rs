@@ -218,14 +218,18 @@ impl Context {
             Request::Read(range) => self.read(number, range).await?,
             Request::Write { range, fua } => {
                 self.write(number, range).await?;
-                self.flush_if(fua).await?;
+                if fua {
+                    self.lane.flush().await?;
+                }
             }
             Request::Flush => lane.flush().await?,
             Request::Discard(range) => lane.discard(range.at, range.len).await?,
             Request::WriteZeroes { range, unmap, fua } => {
                 let mode = if unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
                 lane.write_zeroes(range.at, range.len, mode).await?;
-                self.flush_if(fua).await?;
+                if fua {
+                    self.lane.flush().await?;
+                }
             }
         }
         Ok(request.data_len())
@@ -249,9 +253,5 @@ impl Context {
         };
         self.payloads.give_back(buf);
         written
-    }
-
-    async fn flush_if(&self, fua: bool) -> Result<(), Error> {
-        if fua { self.lane.flush().await } else { Ok(()) }
     }
 }

@@ -41,9 +41,16 @@ pub(super) struct Transfer {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Action {
     Read { verify: Option<Verify>, dumps: bool },
-    Write { source: Source, durable: bool },
-    Zero { unmap: bool, durable: bool },
+    Write { source: Source, done: Done },
+    Zero { unmap: bool, done: Done },
     Discard,
+}
+
+/// When a write is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Done {
+    Written,
+    Durable,
 }
 
 /// What a read is compared with.
@@ -86,11 +93,9 @@ pub(super) fn command(line: &str) -> Result<Option<Command>, String> {
     let words: Vec<_> = words.collect();
     let alone = |command| if words.is_empty() { Ok(command) } else { Err(bad_count(name)) };
     let command = match name {
-        "read" | "r" | "readv" => transfer(name, &words, Kind::Read, false),
-        "write" | "w" | "writev" => transfer(name, &words, Kind::Write, false),
-        "aio_read" => transfer(name, &words, Kind::Read, true),
-        "aio_write" => transfer(name, &words, Kind::Write, true),
-        "discard" | "d" => transfer(name, &words, Kind::Discard, false),
+        "read" | "r" | "readv" | "aio_read" => transfer(name, &words, Kind::Read),
+        "write" | "w" | "writev" | "aio_write" => transfer(name, &words, Kind::Write),
+        "discard" | "d" => transfer(name, &words, Kind::Discard),
         "aio_flush" => alone(Command::AioFlush),
         "flush" | "f" => alone(Command::Flush),
         "length" | "l" => alone(Command::Length),
@@ -157,7 +162,8 @@ impl Flags<'_> {
     }
 }
 
-fn transfer(name: &str, words: &[&str], kind: Kind, is_async: bool) -> Result<Command, String> {
+fn transfer(name: &str, words: &[&str], kind: Kind) -> Result<Command, String> {
+    let is_async = name.starts_with("aio_");
     let (flags, rest) = split_flags(name, words, kind)?;
     let takes_several = is_async || name.ends_with('v');
     let [at, lens @ ..] = rest else { return Err(bad_count(name)) };
@@ -249,7 +255,7 @@ fn read(flags: &Flags<'_>, len: u64) -> Result<Action, String> {
 }
 
 fn write(flags: &Flags<'_>) -> Result<Action, String> {
-    let durable = flags.has('f');
+    let done = if flags.has('f') { Done::Durable } else { Done::Written };
     if flags.has('c') {
         return Err("compressed writes (-c) are not supported".into());
     }
@@ -257,11 +263,11 @@ fn write(flags: &Flags<'_>) -> Result<Action, String> {
         return Err("-u requires -z to be specified".into());
     }
     match (flags.has('z'), flags.pattern()?, flags.value('s')) {
-        (true, None, None) => Ok(Action::Zero { unmap: flags.has('u'), durable }),
+        (true, None, None) => Ok(Action::Zero { unmap: flags.has('u'), done }),
         (false, Some(_), Some(_)) | (true, ..) => Err("only one of -z, -P and -s can be specified".into()),
-        (false, None, Some(path)) => Ok(Action::Write { source: Source::File(path.into()), durable }),
+        (false, None, Some(path)) => Ok(Action::Write { source: Source::File(path.into()), done }),
         (false, pattern, None) => {
-            Ok(Action::Write { source: Source::Pattern(pattern.unwrap_or(DEFAULT_PATTERN)), durable })
+            Ok(Action::Write { source: Source::Pattern(pattern.unwrap_or(DEFAULT_PATTERN)), done })
         }
     }
 }
@@ -285,9 +291,12 @@ mod tests {
     fn transfers_are_read_as_qemu_io_reads_them() {
         let write = parsed("write -P 0x1f -q 4k 1M");
         assert_eq!((write.at, write.len, write.is_quiet, write.is_async), (4096, 1 << 20, true, false));
-        assert_eq!(write.action, Action::Write { source: Source::Pattern(0x1f), durable: false });
-        assert_eq!(parsed("w 0 1").action, Action::Write { source: Source::Pattern(0xcd), durable: false });
-        assert_eq!(parsed("write -zu 0 64k").action, Action::Zero { unmap: true, durable: false });
+        assert_eq!(write.action, Action::Write { source: Source::Pattern(0x1f), done: Done::Written });
+        assert_eq!(
+            parsed("w 0 1").action,
+            Action::Write { source: Source::Pattern(0xcd), done: Done::Written }
+        );
+        assert_eq!(parsed("write -zu 0 64k").action, Action::Zero { unmap: true, done: Done::Written });
         let read = parsed("read -P255 -s 512 -l 10 0x200 1k");
         let verify = Some(Verify { pattern: 255, skip: 512, len: 10 });
         assert_eq!((read.at, read.action), (512, Action::Read { verify, dumps: false }));

@@ -6,7 +6,7 @@
 
 use super::{
     Next,
-    parse::{self, Action, Command, Source, Transfer, Verify},
+    parse::{self, Action, Command, Done, Source, Transfer, Verify},
     print,
 };
 use qcow2_engine::{
@@ -162,13 +162,18 @@ impl Session {
         let (verb, result) = match &transfer.action {
             Action::Read { verify, dumps } => {
                 let read = self.read(at, len).await;
-                let read = read.map(|bytes| self.show(at, &bytes, *verify, *dumps && !is_quiet));
-                ("read", read)
+                let shown = read.map(|bytes| {
+                    self.verify(at, &bytes, *verify);
+                    if *dumps && !is_quiet {
+                        self.print(print::dump(at, &bytes));
+                    }
+                });
+                ("read", shown)
             }
-            Action::Write { source, durable } => ("wrote", self.write_from(at, len, source, *durable).await),
-            Action::Zero { unmap, durable } => {
+            Action::Write { source, done } => ("wrote", self.write_from(at, len, source, *done).await),
+            Action::Zero { unmap, done } => {
                 let mode = if *unmap { ZeroMode::Unmap } else { ZeroMode::Keep };
-                ("wrote", self.zero(at, len, mode, *durable).await)
+                ("wrote", self.zero(at, len, mode, *done).await)
             }
             Action::Discard => ("discard", self.discard(at, len).await),
         };
@@ -181,16 +186,13 @@ impl Session {
         }
     }
 
-    /// Compares and prints what was read.
-    fn show(&self, at: u64, bytes: &[u8], verify: Option<Verify>, dumps: bool) {
+    /// Compares what was read.
+    fn verify(&self, at: u64, bytes: &[u8], verify: Option<Verify>) {
         if let Some(Verify { pattern, skip, len }) = verify {
             let compared = &bytes[skip as usize..(skip + len) as usize];
             if compared.iter().any(|byte| *byte != pattern) {
                 self.fail(&format!("Pattern verification failed at offset {}, {len} bytes", at + skip));
             }
-        }
-        if dumps {
-            self.print(print::dump(at, bytes));
         }
     }
 
@@ -204,7 +206,7 @@ impl Session {
         Ok(bytes)
     }
 
-    async fn write_from(&self, at: u64, len: u64, source: &Source, durable: bool) -> Result<(), String> {
+    async fn write_from(&self, at: u64, len: u64, source: &Source, done: Done) -> Result<(), String> {
         let (start, end) = self.sectors_around(at, len)?;
         let buf = self.sectors_to_change(at, len, start, end).await?;
         let payload = buf.slice((at - start) as usize..(at - start + len) as usize);
@@ -213,10 +215,10 @@ impl Session {
             Source::File(path) => fill_from(&payload, path)?,
         }
         self.0.lane.write(start, buf).await.map_err(|error| error.to_string())?;
-        self.flush_if(durable).await
+        self.make(done).await
     }
 
-    async fn zero(&self, at: u64, len: u64, mode: ZeroMode, durable: bool) -> Result<(), String> {
+    async fn zero(&self, at: u64, len: u64, mode: ZeroMode, done: Done) -> Result<(), String> {
         let (start, end) = self.sectors_around(at, len)?;
         let inner_start = at.next_multiple_of(SECTOR);
         let inner_end = at + len - (at + len) % SECTOR;
@@ -227,16 +229,16 @@ impl Session {
         let zeros = Source::Pattern(0);
         if inner_start > inner_end {
             // All within one sector.
-            self.write_from(at, len, &zeros, false).await?;
+            self.write_from(at, len, &zeros, Done::Written).await?;
         } else {
             if start < inner_start {
-                self.write_from(at, inner_start - at, &zeros, false).await?;
+                self.write_from(at, inner_start - at, &zeros, Done::Written).await?;
             }
             if inner_end < end {
-                self.write_from(inner_end, at + len - inner_end, &zeros, false).await?;
+                self.write_from(inner_end, at + len - inner_end, &zeros, Done::Written).await?;
             }
         }
-        self.flush_if(durable).await
+        self.make(done).await
     }
 
     /// A discard is a hint: where an image cannot follow it, it is done, as for qemu-io.
@@ -247,8 +249,12 @@ impl Session {
         }
     }
 
-    async fn flush_if(&self, durable: bool) -> Result<(), String> {
-        if durable { self.0.lane.flush().await.map_err(|error| error.to_string()) } else { Ok(()) }
+    /// Sees to it that what was written is done as far as that.
+    async fn make(&self, done: Done) -> Result<(), String> {
+        match done {
+            Done::Written => Ok(()),
+            Done::Durable => self.0.lane.flush().await.map_err(|error| error.to_string()),
+        }
     }
 
     /// A buffer for whole sectors, with the content of those that are not wholly overwritten.
