@@ -277,12 +277,22 @@ fn serve(
             }
         }
     }
-    let result = wind_up(served, service, device, crew, deputy, witness);
-    // Before the announcement the one who waits for it learns of the error; after, `del` does.
-    if let (Err(error), true) = (&result, is_announced) {
-        run_file.fail(error.to_string());
+    let (result, rest) = wind_up(served, service, device, crew, deputy, witness);
+    match (&result, rest) {
+        // Before the announcement the one who waits for it learns of the error; after, `del` does.
+        (Err(error), _) if is_announced => run_file.fail(error.to_string()),
+        (_, Rest::Device) => run_file.leave(),
+        _ => {}
     }
     result
+}
+
+/// What there still is when a server has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rest {
+    Nothing,
+    /// The device, which could not be stopped: whoever reads the record removes it.
+    Device,
 }
 
 /// Stops the device, closes the image and deletes the device.
@@ -293,7 +303,7 @@ fn wind_up(
     crew: Crew,
     mut deputy: Deputy,
     witness: Option<Witness>,
-) -> Result<(), ServeError> {
+) -> (Result<(), ServeError>, Rest) {
     let written = match &served {
         Ok(End::Stopped) => {
             tracing::warn!(
@@ -318,12 +328,17 @@ fn wind_up(
     };
     // The driver deletes a device when nobody has it open.
     drop((image, files, char_device));
-    let deleted = device.delete().map_err(ServeError::from);
+    let (deleted, rest) = if stopped.is_ok() {
+        (device.delete().map_err(ServeError::from), Rest::Nothing)
+    } else {
+        mem::forget(device);
+        (Ok(()), Rest::Device)
+    };
     // Before the record goes: then nothing of this server is to be left that sees its image's file
     // system.
     drop(deputy);
     // A failed queue is the cause of whatever else went wrong.
-    drained.and(served.map(drop)).and(closed).and(written).and(stopped).and(deleted)
+    (drained.and(served.map(drop)).and(closed).and(written).and(stopped).and(deleted), rest)
 }
 
 /// How a server ends one of whose queues has failed while its device was started. The device is not stopped

@@ -19,7 +19,7 @@ pub(crate) use request::{DataPath, MAX_DEPTH, Request};
 pub(crate) use shape::Shape;
 
 use crate::{
-    control::{Control, ControlError},
+    control::{Command, Control, ControlError},
     deputy::{Deputy, DeputyError, Job},
     handover,
     runfile::Phase,
@@ -258,7 +258,7 @@ impl Device {
         Ok(())
     }
 
-    /// Deletes the device, for good. The character device must be closed. While somebody still has the
+    /// Deletes the stopped device, for good. The character device must be closed. While somebody still has the
     /// stopped block device open, deletion is under way when this returns, and ends with that. Somebody else
     /// may have deleted it, and its number be another device's already.
     pub(crate) fn delete(mut self) -> Result<(), DeviceError> {
@@ -277,19 +277,26 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        let id = self.id();
-        if self.state == State::Orphaned {
-            return;
-        }
-        if self.state == State::Started
-            && let Err(error) = self.control.stop(id)
-        {
+        let (id, state) = (self.id(), self.state);
+        let undone = state.undo(|command| match command {
+            Command::Stop => self.control.stop(id),
+            _ => self.control.delete(id),
+        });
+        if let Err(error) = undone {
             tracing::error!(id, %error, "the device is left behind; try `ublk-qcow2 del -n {id}`");
         }
-        if self.state != State::Deleted
-            && let Err(error) = self.control.delete(id)
-        {
-            tracing::error!(id, %error, "the device is left behind; try `ublk-qcow2 del -n {id}`");
+    }
+}
+
+impl State {
+    /// Undoes what has been made. What cannot be stopped is not deleted either: the driver would stop it
+    /// first, and wait for the same once more, with the lock that it takes for whatever device is to be added
+    /// or deleted.
+    fn undo(self, mut have: impl FnMut(Command) -> Result<(), ControlError>) -> Result<(), ControlError> {
+        match self {
+            Self::Added => have(Command::Delete),
+            Self::Started => have(Command::Stop).and_then(|()| have(Command::Delete)),
+            Self::Orphaned | Self::Deleted => Ok(()),
         }
     }
 }
@@ -297,4 +304,31 @@ impl Drop for Device {
 /// Whether no block device is there, and none comes back.
 fn is_stopped(info: &sys::ublksrv_ctrl_dev_info) -> bool {
     u32::from(info.state) == sys::UBLK_S_DEV_DEAD
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A device that could not be stopped was deleted all the same: the driver then waits with its lock for
+    /// all devices, and no other one could be added or deleted on that machine.
+    #[test]
+    fn what_cannot_be_stopped_is_not_deleted() {
+        let undone = |state: State, refused: Option<Command>| {
+            let mut had = Vec::new();
+            let outcome = state.undo(|command| {
+                had.push(command);
+                let errno = libc::EIO;
+                if refused == Some(command) { Err(ControlError::Refused { command, errno }) } else { Ok(()) }
+            });
+            (had, outcome.is_ok())
+        };
+        let (stop, delete) = (Command::Stop, Command::Delete);
+        assert_eq!(undone(State::Started, None), (vec![stop, delete], true));
+        assert_eq!(undone(State::Started, Some(stop)), (vec![stop], false));
+        assert_eq!(undone(State::Added, None), (vec![delete], true));
+        for state in [State::Orphaned, State::Deleted] {
+            assert_eq!(undone(state, None), (vec![], true));
+        }
+    }
 }
