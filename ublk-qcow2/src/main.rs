@@ -41,6 +41,10 @@ fn main() -> ExitCode {
         Err(answer) => return say(&answer),
     };
     log().init();
+    if let Err(error) = runfile::check_directory() {
+        commands::complain(&error);
+        return ExitCode::FAILURE;
+    }
     let success = |()| ExitCode::SUCCESS;
     let result = match &cli.command {
         Command::Add(args) => commands::add::run(args).map(success),

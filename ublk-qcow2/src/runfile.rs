@@ -15,7 +15,9 @@ mod record;
 #[cfg(test)]
 pub(crate) use record::example;
 pub(crate) use {
-    directory::{directory, load, load_all, load_each, load_made, log_path, path_of, redo_path},
+    directory::{
+        check_directory, directory, load, load_all, load_each, load_made, log_path, path_of, redo_path,
+    },
     record::{Entry, Phase, Record},
 };
 
@@ -38,11 +40,22 @@ const PREDECESSOR_WAIT: Duration = Duration::from_secs(60);
 
 /// Why a run file could not be used.
 #[derive(Debug, thiserror::Error)]
-#[error("{what} {}: {source}", .path.display())]
+#[error("{what} {}: {source}{}", .path.display(), hint(.source))]
 pub(crate) struct RunFileError {
     what: &'static str,
     path: PathBuf,
     source: io::Error,
+}
+
+/// The way out where there is a file that cannot be understood.
+fn hint(source: &io::Error) -> &'static str {
+    match source.get_ref() {
+        Some(inner) if inner.is::<serde_json::Error>() => {
+            "; it is damaged or another version's: detach the device with that version, or remove the file, \
+             which gives up what is in its redo log only, and then the device, with `ublk-qcow2 del -n`"
+        }
+        _ => "",
+    }
 }
 
 /// Why a new device could not have its run file.

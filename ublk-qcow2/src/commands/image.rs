@@ -45,43 +45,48 @@ impl Tool {
 ///
 /// The image's locks would refuse as well, and see other programs too; this knows the way out.
 pub(super) fn refuse_served(path: &Path) -> Result<(), CommandError> {
-    if let Some(Entry { record: Record { id, .. }, .. }) = users_of(path).find(|entry| entry.is_alive) {
-        let (path, device) = (path.display(), device::block_path(id));
+    let users = users_of(path);
+    if let Some(Entry { record: Record { id, .. }, .. }) = users.iter().find(|entry| entry.is_alive) {
+        let (path, device) = (path.display(), device::block_path(*id));
         return Err(CommandError::Usage(format!(
             "{path} is served as {}; detach it first: ublk-qcow2 del -n {id}",
             device.display()
         )));
     }
-    refuse_awaited(path)
+    refuse_awaited_by(&users, path)
 }
 
 /// Refuses to work on an image whose server has died and is to be replaced: what that had acknowledged is not
 /// in it, and its successor would write it over whatever is there by then. A dead server has no locks.
 pub(super) fn refuse_awaited(path: &Path) -> Result<(), CommandError> {
+    refuse_awaited_by(&users_of(path), path)
+}
+
+fn refuse_awaited_by(users: &[Entry], path: &Path) -> Result<(), CommandError> {
     let boot = runfile::boot().unwrap_or_default();
-    let awaits = |entry: &Entry| {
+    let awaits = |entry: &&Entry| {
         !entry.is_alive
             && entry.record.config.recovery
             && !entry.record.config.read_only
             && entry.record.boot == boot
     };
-    match users_of(path).find(awaits) {
+    match users.iter().find(awaits) {
         None => Ok(()),
         Some(Entry { record: Record { id, .. }, .. }) => Err(CommandError::Usage(format!(
             "{} was served as {}, whose server has died; first `ublk-qcow2 recover -n {id}`, or `ublk-qcow2 del -n {id}`",
             path.display(),
-            device::block_path(id).display()
+            device::block_path(*id).display()
         ))),
     }
 }
 
 /// The servers of this program that have, or had, this image.
-fn users_of(path: &Path) -> impl Iterator<Item = Entry> {
+fn users_of(path: &Path) -> Vec<Entry> {
     let identity = |path: &Path| fs::metadata(path).map(|it| (it.dev(), it.ino())).ok();
-    let wanted = identity(path);
+    let Some(wanted) = identity(path) else { return Vec::new() };
     // Where the records cannot be read there is no server that this user could have started.
-    let all = runfile::load_all().unwrap_or_default().into_iter();
-    all.filter(move |entry| wanted.is_some() && identity(&entry.record.config.image) == wanted)
+    let all = runfile::load_all().unwrap_or_default();
+    all.into_iter().filter(|entry| identity(&entry.record.config.image) == Some(wanted)).collect()
 }
 
 /// A size as QEMU shows it: three significant digits and a binary unit.

@@ -48,7 +48,8 @@ pub(crate) fn run(args: &ListArgs) -> Result<(), CommandError> {
         Some(id) => vec![runfile::load(id)?.ok_or(CommandError::NoDevice(id))?],
         None => runfile::load_all()?,
     };
-    let lines: Vec<_> = entries.iter().map(line).collect();
+    let boot = runfile::boot()?;
+    let lines: Vec<_> = entries.iter().map(|entry| line(entry, &boot)).collect();
     let text = if args.json {
         serde_json::to_string_pretty(&lines).map_err(io::Error::from)? + "\n"
     } else {
@@ -57,26 +58,32 @@ pub(crate) fn run(args: &ListArgs) -> Result<(), CommandError> {
     Ok(io::stdout().lock().write_all(text.as_bytes())?)
 }
 
-fn line(entry: &Entry) -> Line<'_> {
+fn line<'a>(entry: &'a Entry, boot: &str) -> Line<'a> {
     let record = &entry.record;
     Line {
         id: record.id,
         device: device::block_path(record.id),
-        state: match (entry.is_alive, record.phase) {
-            (true, _) if record.is_inherited => State::Starting,
-            (true, Phase::Serving) => State::Serving,
-            (true, Phase::Removing) => State::Removing,
-            (true, _) => State::Starting,
-            (false, Phase::Removing) => State::Dead,
-            (false, _) if record.config.recovery => State::Waiting,
-            (false, _) => State::Dead,
-        },
+        state: state(entry, boot),
         pid: record.pid,
         size: record.size,
         queues: record.queues,
         depth: record.depth,
         read_only: record.config.read_only,
         image: &record.config.image,
+    }
+}
+
+fn state(Entry { record, is_alive }: &Entry, boot: &str) -> State {
+    match (is_alive, record.phase) {
+        (true, _) if record.is_inherited => State::Starting,
+        (true, Phase::Serving) => State::Serving,
+        (true, Phase::Removing) => State::Removing,
+        (true, _) => State::Starting,
+        // Its device has not outlived the machine's last start.
+        (false, _) if record.boot != boot => State::Dead,
+        (false, Phase::Removing) => State::Dead,
+        (false, _) if record.config.recovery => State::Waiting,
+        (false, _) => State::Dead,
     }
 }
 
@@ -116,6 +123,19 @@ fn table(lines: &[Line<'_>]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{config::Config, runfile::Record};
+
+    /// With a run directory that outlives the machine's uptime a device that was gone was said to wait for
+    /// `recover`.
+    #[test]
+    fn a_device_of_another_boot_does_not_wait() {
+        let record = runfile::example();
+        let waiting = Record { config: Config { recovery: true, ..record.config.clone() }, ..record };
+        let boot = waiting.boot.clone();
+        let dead = Entry { record: waiting, is_alive: false };
+        assert_eq!(state(&dead, &boot), State::Waiting);
+        assert_eq!(state(&dead, "another"), State::Dead);
+    }
 
     #[test]
     fn an_image_s_name_cannot_steer_the_terminal() {

@@ -17,8 +17,27 @@ const DIRECTORY_VARIABLE: &str = "UBLK_QCOW2_RUN_DIR";
 
 /// The run directory.
 pub(crate) fn directory() -> PathBuf {
-    env::var_os(DIRECTORY_VARIABLE).map_or_else(|| PathBuf::from(DIRECTORY), PathBuf::from)
+    named().unwrap_or_else(|| PathBuf::from(DIRECTORY))
 }
+
+/// What the environment says. An empty value names nothing.
+fn named() -> Option<PathBuf> {
+    env::var_os(DIRECTORY_VARIABLE).filter(|name| !name.is_empty()).map(PathBuf::from)
+}
+
+/// Makes sure that the run directory is the same one for whoever looks for it: servers have another working
+/// directory.
+pub(crate) fn check_directory() -> Result<(), NotAbsolute> {
+    match named() {
+        Some(path) if !path.is_absolute() => Err(NotAbsolute(path)),
+        _ => Ok(()),
+    }
+}
+
+/// The run directory depends on who looks for it.
+#[derive(Debug, thiserror::Error)]
+#[error("{DIRECTORY_VARIABLE} is {}; it must be an absolute path, or not be set", .0.display())]
+pub(crate) struct NotAbsolute(PathBuf);
 
 /// The run file of device `id`.
 pub(crate) fn path_of(id: u32) -> PathBuf {
