@@ -127,7 +127,8 @@ pub(crate) struct Places {
 /// Decodes the extension area, whose first byte is byte `area_offset` of the file.
 ///
 /// Specification, "Header extensions": each record is a 4-byte type, a 4-byte data length, the data,
-/// and padding to a multiple of 8; type 0 ends the area; a type appears at most once. An area
+/// and padding to a multiple of 8; type 0 ends the area (and has to fit into it, as for QEMU, whatever
+/// length it claims); a type appears at most once. An area
 /// without room for another head ends too: that is how a backing file name right behind the header
 /// of a version 2 image looks.
 pub(crate) fn decode(area: &[u8], area_offset: u64, bitmaps_flag: bool) -> Result<Extensions, FormatError> {
@@ -136,9 +137,6 @@ pub(crate) fn decode(area: &[u8], area_offset: u64, bitmaps_flag: bool) -> Resul
     let mut at = 0;
     while let Some(head) = area.get(at..).and_then(raw::read::<RawExtension>) {
         let (kind, len, offset) = (head.kind.get(), head.len.get(), area_offset + at as u64);
-        if kind == END {
-            break;
-        }
         let rest = &area[at + HEAD_BYTES..];
         let data = rest.get(..len as usize).ok_or(FormatError::ExtensionTooLong {
             kind,
@@ -146,6 +144,9 @@ pub(crate) fn decode(area: &[u8], area_offset: u64, bitmaps_flag: bool) -> Resul
             len,
             available: rest.len() as u64,
         })?;
+        if kind == END {
+            break;
+        }
         if all.take(Record { kind, offset, data }, bitmaps_flag)? {
             if seen.contains(&kind) {
                 return Err(FormatError::ExtensionRepeated { kind, offset });

@@ -272,10 +272,20 @@ fn tables_lie_at_cluster_boundaries_inside_the_file() {
     assert_eq!(patched(&v3(), &snapshots), Err(misaligned));
 }
 
+/// An image without snapshots whose table was said to be at no cluster boundary was served, and `check`
+/// found nothing wrong; QEMU does not open it.
 #[test]
-fn tables_without_entries_may_be_anywhere() {
-    let header = patched(&v3(), &[(SNAPSHOT_TABLE_OFFSET, &3u64.to_be_bytes())]).unwrap();
-    assert_eq!((header.snapshot_count, header.snapshot_table), (0, HostOffset(3)));
+fn tables_without_entries_are_at_a_cluster_boundary() {
+    let at = |value: u64| patched(&v3(), &[(SNAPSHOT_TABLE_OFFSET, &value.to_be_bytes())]);
+    let header = at(FILE_LEN << 10).unwrap();
+    assert_eq!((header.snapshot_count, header.snapshot_table), (0, HostOffset(FILE_LEN << 10)));
+    let (field, cluster_size) = (SNAPSHOT_TABLE, 65536);
+    for value in [3, 0x1_0200, 0x1234_5678_90ab_cdef] {
+        assert_eq!(at(value), Err(FormatError::TableMisaligned { field, value, cluster_size }));
+    }
+    let value = 1 << 63;
+    let beyond = FormatError::TableBeyondFile { field, value, len_bytes: 0, file_len: FILE_LEN };
+    assert_eq!(at(value), Err(beyond));
 }
 
 #[test]
