@@ -1,6 +1,6 @@
 //! Closing an image so that nothing is left over: no leak, no tail.
 
-use crate::{error::Result, io::Io, lane::Lane};
+use crate::{alloc::reserve::LaneSpace, error::Result, io::Io, lane::Lane};
 use qcow2_format::HostCluster;
 
 /// Rounds of "write back, give back": freed clusters → their counts → nothing. A request that never ended
@@ -28,14 +28,7 @@ impl<I: Io> Lane<I> {
             // What was acknowledged before is made durable; nothing that is counted is believed.
             return self.write_back().await;
         }
-        {
-            let mut meta = image.meta.lock();
-            for lane in 0..meta.lanes.len() {
-                if let Some(rest) = meta.lanes[lane].take_rest() {
-                    meta.unmapped(rest.clusters);
-                }
-            }
-        }
+        self.give_rests_back().await;
         for _ in 0..MAX_ROUNDS {
             image.meta.lock().frees.try_again();
             self.write_back().await?;
@@ -46,6 +39,23 @@ impl<I: Io> Lane<I> {
             }
         }
         self.trim_file().await
+    }
+
+    /// What the lanes have reserved and not used. Where the file had it already only the count is lowered: it
+    /// was free and nobody has written to it, or the image counts too low and it is somebody's data, in which
+    /// no hole is to be punched.
+    async fn give_rests_back(&self) {
+        let rests: Vec<_> = {
+            let mut meta = self.image().meta.lock();
+            meta.lanes.iter_mut().filter_map(LaneSpace::take_rest).collect()
+        };
+        for rest in rests {
+            if rest.fresh {
+                self.image().meta.lock().unmapped(rest.clusters);
+            } else {
+                self.give_up(rest).await;
+            }
+        }
     }
 
     /// Cuts free clusters off the end of what this session has added to the file.

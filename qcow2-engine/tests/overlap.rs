@@ -306,6 +306,28 @@ fn what_waits_to_be_freed_is_not_handed_out() {
     });
 }
 
+/// Data that is counted 0 is handed out, which only a check could tell, and the cluster that is needed is lost.
+/// So was its neighbours' data, which nobody had asked for: a close punched holes into the rest of what had
+/// been reserved.
+#[test]
+fn data_that_is_counted_as_free_is_not_given_back_to_the_host() {
+    each(|parts| {
+        let cluster = parts.cluster();
+        let mut damaged = parts.clone();
+        let places = [8, 9, 10, 11].map(|index| parts.data(index * cluster));
+        places.iter().for_each(|&host| damaged.set_count(host, 0));
+        let files = MemFiles::default();
+        files.put(IMAGE, damaged.bytes);
+        let lane = Lane::new(&open(&files, false).expect("opens"), files.clone(), 8);
+        run(lane.write(20 * cluster, Buf::from_bytes(&vec![7; cluster as usize]))).expect("nothing tells");
+        run(lane.close()).expect("closes");
+        let after = files.get(IMAGE).expect("kept");
+        let found = places.map(|host| after[host as usize..][..cluster as usize].to_vec());
+        assert!(found.iter().all(|bytes| [7, 0x22].map(|byte| vec![byte; bytes.len()]).contains(bytes)));
+        assert_eq!(found.iter().filter(|bytes| bytes[0] == 7).count(), 1, "handed out once");
+    });
+}
+
 #[test]
 fn what_is_counted_too_low_condemns_when_it_is_given_back() {
     each(|parts| {

@@ -235,7 +235,7 @@ impl<I: Io> Lane<I> {
     /// The last part of a run that the file does not reach was never anybody's: it is free at once. Had it to
     /// wait as freed clusters do, the next request would look for its place behind it, where there is even
     /// less room.
-    async fn give_up(&self, run: Run) {
+    pub(crate) async fn give_up(&self, run: Run) {
         for cluster in run.clusters.clone().each().rev() {
             {
                 // While it is counted. Afterwards somebody may have been given it, and have written to it.
