@@ -107,6 +107,44 @@ fn a_repair_clears_the_autoclear_bits_that_it_does_not_know_and_no_others() {
     }
 }
 
+/// A raw data file was vouched for where there is none. `check` found nothing wrong with such an image, and a
+/// repair left it as it was; QEMU does not open it.
+#[test]
+fn a_bit_about_a_data_file_goes_where_there_is_none() {
+    for repair in [Repair::Leaks, Repair::All] {
+        let mut parts = Parts::with_snapshot("cluster_size=4096");
+        let at = header::AUTOCLEAR_OFFSET;
+        parts.set(at, header::RAW_EXTERNAL | header::BITMAPS);
+        assert_eq!(repaired(&parts, Repair::None).0.found.corruptions, 1);
+        let (report, after) = repaired(&parts, repair);
+        assert_eq!((report.corruptions_fixed(), report.remaining.is_clean()), (1, true));
+        assert_eq!(after.word(at), header::BITMAPS);
+        qemu_checks(&after.bytes);
+    }
+}
+
+/// An L1 table that says to be longer than it is covers the L2 tables and the data behind it. They were taken
+/// for entries beyond the end of the file and cleared: a repair lost data that could be read.
+#[test]
+fn what_lies_in_an_l1_table_that_is_too_long_is_not_cleared() {
+    let mut parts = Parts::with_snapshot("cluster_size=4096");
+    let sound = parts.clone();
+    let (l1, cluster) = (parts.header.l1_table.0, parts.cluster());
+    let kept = [2, 3].map(|index| sound.data(index * cluster));
+    let clusters = kept.iter().max().expect("two") / cluster + 1 - l1 / cluster;
+    let entries = (clusters * cluster / 8) as u32;
+    parts.bytes[header::L1_SIZE_OFFSET as usize..][..4].copy_from_slice(&entries.to_be_bytes());
+    let (report, after) = repaired(&parts, Repair::All);
+    assert!(report.remaining.corruptions > 0);
+    for host in kept {
+        assert_eq!(after.bytes[host as usize..][..cluster as usize], vec![0x11; cluster as usize]);
+    }
+    for guest in (0..16).map(|index| index * cluster) {
+        assert_eq!(after.word(sound.l2_entry(guest)) & OFFSET, sound.data(guest), "{guest:#x}");
+    }
+    assert!(report.refused.iter().any(|reason| reason.contains("L1 tables that overlap")));
+}
+
 /// An entry of the disk that names an L2 table which only the snapshot has. Once it is counted for both and
 /// flagged as nobody's own, a write goes elsewhere and nothing is lost; but the overlap was reported for
 /// ever, and the corrupt bit kept the image read-only. `qemu-img check -r all` clears it.

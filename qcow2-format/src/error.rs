@@ -111,6 +111,9 @@ pub enum FormatError {
         /// The field's value.
         value: u8,
     },
+    /// The raw external data bit without the external data bit.
+    #[error("autoclear_features (byte 88) says that the data file is raw, but there is no data file")]
+    RawWithoutDataFile,
     /// A table does not start at a cluster boundary.
     #[error("{field} is {value:#x}, which is not a multiple of the cluster size {cluster_size}")]
     TableMisaligned {

@@ -262,6 +262,13 @@ impl Header {
         self.autoclear & !kept
     }
 
+    /// Whether the raw external data bit is set where there is no data file, which the specification rules
+    /// out.
+    #[must_use]
+    pub fn has_stray_raw_bit(&self) -> bool {
+        self.autoclear & RAW_EXTERNAL != 0 && self.incompatible & EXTERNAL_DATA == 0
+    }
+
     /// Whether the bitmaps extension says the truth: "if the bit is unset, the bitmaps extension
     /// data must be considered inconsistent".
     #[must_use]

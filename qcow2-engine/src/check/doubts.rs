@@ -12,6 +12,8 @@ pub(super) struct Doubts {
     /// L2 tables that may be something else: entries that cannot be, or clusters of data. They are
     /// never written to.
     pub(super) tables: HashSet<HostCluster>,
+    /// Clusters of L1 tables that are something else, too: what looks like an entry there may be that.
+    pub(super) shared_l1: HashSet<HostCluster>,
     /// Clusters of L2 tables outside the active mapping that are data, too, and the first entry that says
     /// so. Shared and counted as often as they are referred to, they are copied before they change, so that
     /// nothing is lost.
@@ -24,6 +26,15 @@ pub(super) struct Doubts {
 }
 
 impl Doubts {
+    /// A cluster that is `other` is also something else, and neither is of the refcount structure.
+    pub(super) fn note(&mut self, cluster: HostCluster, other: Owner) {
+        match other {
+            Owner::L2 => drop(self.tables.insert(cluster)),
+            Owner::ActiveL1 | Owner::SnapshotL1 => drop(self.shared_l1.insert(cluster)),
+            _ => {}
+        }
+    }
+
     /// Whether an L2 table may be something else, too.
     pub(super) fn concern(&self, table: HostCluster) -> bool {
         self.tables.contains(&table) || self.under_data.contains_key(&table)

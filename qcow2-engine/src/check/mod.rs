@@ -146,9 +146,11 @@ async fn clear_marks(file: &mut ImageFile<'_, impl Io>, marks: u64) -> Result<()
 }
 
 /// Clears the autoclear bits that are not known here, durably, before the first change: what they vouch for
-/// may be changed. A check counts the bitmaps, so that their bit stays.
+/// may be changed. A check counts the bitmaps, so that their bit stays; that of a data file goes where there
+/// is none.
 async fn clear_unknown_autoclear(file: &mut ImageFile<'_, impl Io>) -> Result<()> {
-    let known = file.header.autoclear & header::KNOWN_AUTOCLEAR;
+    let stray = if file.header.has_stray_raw_bit() { header::RAW_EXTERNAL } else { 0 };
+    let known = file.header.autoclear & header::KNOWN_AUTOCLEAR & !stray;
     if known == file.header.autoclear {
         return Ok(());
     }

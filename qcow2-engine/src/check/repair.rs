@@ -26,7 +26,7 @@ use crate::{
     io::{Io, whole_sectors},
     order::rules::RuleName,
 };
-use qcow2_format::{Clusters, HostCluster, geometry::TABLE_ENTRY_BYTES, l1, l2, refcount, word};
+use qcow2_format::{Clusters, HostCluster, HostOffset, geometry::TABLE_ENTRY_BYTES, l1, l2, refcount, word};
 use std::collections::HashSet;
 
 /// How far a repair goes.
@@ -68,6 +68,9 @@ pub(super) async fn run(
     let mut refused = Vec::new();
     if repair == Repair::All && !survey.doubts.tables.is_empty() {
         refused.push("L2 tables with entries that make no sense, or that overlap data, are left as they are");
+    }
+    if repair == Repair::All && !survey.doubts.shared_l1.is_empty() {
+        refused.push("entries of L1 tables that overlap something else are left as they are");
     }
     clear_unknown_autoclear(file).await?;
     let had_corruptions = survey.findings.corruptions > 0;
@@ -172,12 +175,23 @@ async fn edit_tables(file: &ImageFile<'_, impl Io>, survey: &mut Survey, pass: P
                 edit_l2_table(file, survey, pass, &l1, table).await?;
             }
         }
-        file.write_changes(l1.at, &old, &new).await?;
+        if pass != Pass::Entries || !survey.is_shared(&l1) {
+            file.write_changes(l1.at, &old, &new).await?;
+        }
     }
     Ok(())
 }
 
 impl Survey {
+    /// Whether an L1 table is something else, too, all of it or a part.
+    fn is_shared(&self, l1: &L1Place) -> bool {
+        let geometry = self.geometry();
+        let end = HostCluster(geometry.clusters_for(l1.at + l1.entries * TABLE_ENTRY_BYTES));
+        (geometry.host_cluster(HostOffset(l1.at))..end)
+            .each()
+            .any(|cluster| self.doubts.shared_l1.contains(&cluster))
+    }
+
     /// Whether an L2 table is that and nothing else, as far as can be known.
     fn is_l2_table(&self, cluster: HostCluster) -> bool {
         self.tally.metadata(cluster) == Some(Owner::L2) && !self.doubts.concern(cluster)

@@ -21,7 +21,7 @@ use super::{
     window::Window,
 };
 use crate::{error::Error, inspect::ImageFile, io::Io};
-use qcow2_format::{Clusters, Geometry, HostCluster, HostOffset, header};
+use qcow2_format::{Clusters, FormatError, Geometry, HostCluster, HostOffset, header};
 use std::{collections::BTreeMap, ops::Range};
 
 /// What a repair does about a refcount structure that cannot be one.
@@ -69,6 +69,7 @@ impl Survey {
     /// Surveys an image. What cannot be read is a finding, not an error.
     pub(super) async fn of(file: &ImageFile<'_, impl Io>, max_findings: usize) -> Self {
         let mut survey = Self::new(file, max_findings);
+        survey.features(file);
         survey.count_references(file).await;
         survey.compare(file).await;
         survey
@@ -93,6 +94,15 @@ impl Survey {
             replacement: Replacement::default(),
             contested: Contested::default(),
             doubts: Doubts::default(),
+        }
+    }
+
+    /// Feature bits that contradict each other: QEMU does not open such an image.
+    fn features(&mut self, file: &ImageFile<'_, impl Io>) {
+        if file.header().has_stray_raw_bit() {
+            let problem = Problem::Structure(file.damaged(FormatError::RawWithoutDataFile));
+            let remedy = Remedy::WithLeaks("clear the bit");
+            self.findings.corruption(Owner::Header, header::AUTOCLEAR_OFFSET, problem, remedy);
         }
     }
 
@@ -188,9 +198,7 @@ impl Survey {
             self.contested.note(cluster, other);
             REBUILD
         } else {
-            if other == Owner::L2 {
-                self.doubts.tables.insert(cluster);
-            }
+            self.doubts.note(cluster, other);
             Remedy::None("the content of one of the two is lost; only the refcount is raised")
         };
         let HostOffset(host) = self.geometry().host_offset(cluster);
