@@ -13,7 +13,7 @@ use qcow2_engine::{
     check::{Finding, Problem},
     io::{Buf, mem::MemFiles},
 };
-use qcow2_format::{Version, header};
+use qcow2_format::{Version, header, l2};
 use std::path::Path;
 
 /// What a repair makes of an image.
@@ -143,6 +143,24 @@ fn what_lies_in_an_l1_table_that_is_too_long_is_not_cleared() {
         assert_eq!(after.word(sound.l2_entry(guest)) & OFFSET, sound.data(guest), "{guest:#x}");
     }
     assert!(report.refused.iter().any(|reason| reason.contains("L1 tables that overlap")));
+}
+
+/// An entry that reads as zeros may keep a cluster, and one that names a table there was left as it is: the
+/// image stayed corrupt, although nobody loses anything when the entry keeps nothing.
+#[test]
+fn zeros_that_keep_a_table_for_themselves_let_go_of_it() {
+    let sound = Parts::with_snapshot("cluster_size=4096");
+    for (what, host) in sound.metadata() {
+        let mut parts = sound.clone();
+        let entry = parts.l2_entry(20 * 4096);
+        parts.set(entry, host | COPIED | l2::ZERO);
+        let (report, after) = repaired(&parts, Repair::All);
+        assert_eq!(report.found.corruptions, 1, "{what}: {:?}", report.found.list);
+        assert!(report.remaining.is_clean(), "{what}: {:?}", report.remaining.list);
+        parts.set(entry, l2::ZERO);
+        assert!(after.bytes == parts.bytes, "{what}: more was changed");
+        qemu_checks(&after.bytes);
+    }
 }
 
 /// An entry of the disk that names an L2 table which only the snapshot has. Once it is counted for both and

@@ -143,6 +143,17 @@ impl Rules {
         }
     }
 
+    /// Where the cluster is that an entry without damage keeps for a guest cluster of zeros.
+    pub(super) fn kept_cluster(&self, words: L2Words) -> Option<HostOffset> {
+        if self.geometry.extended_l2 || self.has_data_file {
+            return None;
+        }
+        match Mapping::decode(words.entry, &self.geometry) {
+            Ok(Mapping::Zero { host, .. }) => host,
+            _ => None,
+        }
+    }
+
     /// What an entry without damage refers to.
     fn target(&self, words: L2Words) -> Result<Target, Corruption> {
         let L2Words { entry, bitmap } = words;

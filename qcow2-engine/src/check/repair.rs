@@ -271,10 +271,8 @@ fn corrected(survey: &Survey, words: L2Words) -> L2Words {
     let rules = &survey.rules;
     let judged = rules.judge(words);
     let kept = judged.repaired.unwrap_or(words);
-    match rules.missing(judged.target) {
-        Some(_) => rules.without_cluster(words).unwrap_or(kept),
-        None => kept,
-    }
+    let goes = rules.missing(judged.target).is_some() || survey.needless(words).is_some();
+    if goes { rules.without_cluster(words).unwrap_or(kept) } else { kept }
 }
 
 async fn with_right_flag(

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::{error::Result, inspect::ImageFile, io::Io};
 use futures_util::future::join_all;
-use qcow2_format::{CompressedRange, Geometry, HostCluster, geometry::TABLE_ENTRY_BYTES};
+use qcow2_format::{CompressedRange, Geometry, HostCluster, HostOffset, geometry::TABLE_ENTRY_BYTES};
 use std::{
     collections::{HashMap, HashSet},
     ops::Range,
@@ -288,6 +288,12 @@ impl Survey {
             self.lost(walk.table, at, words, missing);
             return Ok(());
         }
+        if let Some((host, other)) = self.needless(words) {
+            let problem = Problem::Overlap { host: host.0, owner: Owner::Data, other };
+            let remedy = Remedy::WithAll("have it read as zeros without the cluster");
+            self.findings.corruption(holder, at, problem, remedy);
+            return Ok(());
+        }
         let (owner, start, len) = match target {
             Target::Nothing | Target::Unknown => return Ok(()),
             Target::External { copied } => {
@@ -308,6 +314,13 @@ impl Survey {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Metadata that an entry claims to keep for a guest cluster of zeros. Without it the guest reads the same,
+    /// and the metadata is what it was.
+    pub(super) fn needless(&self, words: L2Words) -> Option<(HostOffset, Owner)> {
+        let host = self.rules.kept_cluster(words)?;
+        Some((host, self.tally.metadata(self.geometry().host_cluster(host))?))
     }
 
     /// The file does not have what an entry of a table refers to.
