@@ -283,10 +283,7 @@ impl Image {
                 geometry.host_cluster(host).row(1)
             }
             // What a damaged descriptor claims beyond that is not its to give back.
-            Mapping::Compressed(range) => {
-                let clusters = range.plausible(geometry).host_clusters(geometry);
-                HostCluster(*clusters.start())..HostCluster(clusters.end() + 1)
-            }
+            Mapping::Compressed(range) => range.plausible(geometry).host_clusters(geometry),
         }
     }
 }

@@ -4,12 +4,12 @@
 //! decompressor finds out, since the descriptor counts whole 512-byte sectors.
 
 use crate::{
-    Corruption, Geometry,
+    Corruption, Geometry, HostCluster, HostOffset,
     error::EntryKind,
     geometry::{MAX_MAPPED_HOST_BYTES, SECTOR_BYTES},
     l2::{COMPRESSED, COPIED},
 };
-use std::ops::RangeInclusive;
+use std::ops::Range;
 
 /// Where the bytes of a compressed cluster lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -75,12 +75,11 @@ impl CompressedRange {
         Self { offset: self.offset, len: self.len.min(end - self.offset) }
     }
 
-    /// Indices of the host clusters that the range touches; each holds one reference per compressed
-    /// cluster.
+    /// The host clusters that the range touches; each holds one reference per compressed cluster.
     #[must_use]
-    pub fn host_clusters(&self, geometry: &Geometry) -> RangeInclusive<u64> {
+    pub fn host_clusters(&self, geometry: &Geometry) -> Range<HostCluster> {
         let last = self.offset + self.len.saturating_sub(1);
-        self.offset >> geometry.cluster_bits..=last >> geometry.cluster_bits
+        geometry.host_cluster(HostOffset(self.offset))..geometry.host_cluster(HostOffset(last)) + 1
     }
 }
 
@@ -106,7 +105,7 @@ mod tests {
         let longest = CompressedRange::new(0x5_0064, (64 << 10) - 1, &g).unwrap();
         assert_eq!(longest.plausible(&g), longest);
         let claimed = CompressedRange { offset: 0x5_0000, len: 128 << 10 };
-        assert_eq!(claimed.plausible(&g).host_clusters(&g), 5..=5);
+        assert_eq!(claimed.plausible(&g).host_clusters(&g), HostCluster(5).row(1));
     }
 
     #[test]
@@ -118,15 +117,15 @@ mod tests {
         assert_eq!(range, CompressedRange { offset: 0x5_0064, len: 3 * 512 - 100 });
         assert_eq!(range.encode(&g), raw);
         assert_eq!(CompressedRange::new(0x5_0064, 1100, &g), Some(range));
-        assert_eq!(range.host_clusters(&g), 5..=5);
+        assert_eq!(range.host_clusters(&g), HostCluster(5).row(1));
     }
 
     #[test]
     fn a_range_may_cross_into_the_next_cluster() {
         let range = CompressedRange::new(0x5_ff00, 600, &geometry(16)).unwrap();
-        assert_eq!(range.host_clusters(&geometry(16)), 5..=6);
+        assert_eq!(range.host_clusters(&geometry(16)), HostCluster(5).row(2));
         let flush = CompressedRange::new(0x5_fe00, 512, &geometry(16)).unwrap();
-        assert_eq!(flush.host_clusters(&geometry(16)), 5..=5);
+        assert_eq!(flush.host_clusters(&geometry(16)), HostCluster(5).row(1));
     }
 
     #[test]

@@ -209,15 +209,15 @@ impl Geometry {
     /// Index into the refcount table of the block that counts a host cluster.
     #[inline]
     #[must_use]
-    pub const fn refcount_table_index(&self, host_cluster: u64) -> u64 {
-        host_cluster / self.refcounts_per_block()
+    pub const fn refcount_table_index(&self, cluster: HostCluster) -> u64 {
+        cluster.0 / self.refcounts_per_block()
     }
 
     /// Index into its refcount block of a host cluster.
     #[inline]
     #[must_use]
-    pub const fn refcount_block_index(&self, host_cluster: u64) -> u64 {
-        host_cluster % self.refcounts_per_block()
+    pub const fn refcount_block_index(&self, cluster: HostCluster) -> u64 {
+        cluster.0 % self.refcounts_per_block()
     }
 
     /// log2 of the entries per L2 table: `cluster_size / 8`, halved by extended L2 entries.

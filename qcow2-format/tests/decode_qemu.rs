@@ -10,7 +10,7 @@ mod common;
 
 use common::{info, run, try_run};
 use qcow2_format::{
-    Compression, CryptMethod, ExtendedEntry, Geometry, Header, HostOffset, L1Entry, Mapping,
+    Clusters, Compression, CryptMethod, ExtendedEntry, Geometry, Header, HostOffset, L1Entry, Mapping,
     RefcountTableEntry, Unsupported, Version,
     bitmap::{self, BitmapTableEntry},
     header, refcount,
@@ -74,8 +74,8 @@ impl Image {
                 if let Some(host) = host {
                     self.count_bytes(counts, host, g.cluster_size());
                 }
-                for cluster in compressed.iter().flat_map(|range| range.host_clusters(g)) {
-                    *counts.entry(cluster).or_default() += 1;
+                for cluster in compressed.iter().flat_map(|range| range.host_clusters(g).each()) {
+                    *counts.entry(cluster.0).or_default() += 1;
                 }
             }
         }

@@ -32,7 +32,7 @@ pub(super) fn chunks_in_use<'a>(
 impl Survey {
     /// Indices of the refcount blocks that count clusters with references.
     pub(super) fn blocks_in_use(&self) -> BTreeSet<u64> {
-        let block_of = |chunk: Range<HostCluster>| self.geometry().refcount_table_index(chunk.start.0);
+        let block_of = |chunk: Range<HostCluster>| self.geometry().refcount_table_index(chunk.start);
         self.tally.chunks().into_iter().map(block_of).collect()
     }
 
@@ -55,12 +55,12 @@ impl Survey {
             };
             let ranges: Vec<_> = chunks_in_use(self, index, &block).collect();
             for cluster in ranges.into_iter().flat_map(Clusters::each) {
-                let at = geometry.refcount_block_index(cluster.0) as usize;
+                let at = geometry.refcount_block_index(cluster) as usize;
                 self.compare_one(cluster, refcount::get(&block, geometry.refcount_order, at), &mut last);
             }
         }
         for chunk in self.tally.chunks() {
-            let is_hole = holes.contains(&geometry.refcount_table_index(chunk.start.0));
+            let is_hole = holes.contains(&geometry.refcount_table_index(chunk.start));
             if is_hole || !self.on_disk.has_block(chunk.start) {
                 self.uncounted(chunk, &mut last);
             }

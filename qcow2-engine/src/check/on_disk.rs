@@ -23,18 +23,18 @@ impl CountsOnDisk {
 
     /// Whether a block counts the cluster.
     pub(super) fn has_block(&self, cluster: HostCluster) -> bool {
-        self.blocks.contains_key(&self.geometry.refcount_table_index(cluster.0))
+        self.blocks.contains_key(&self.geometry.refcount_table_index(cluster))
     }
 
     /// The refcount of a cluster; 0 without a block.
     pub(super) async fn get(&mut self, file: &ImageFile<'_, impl Io>, cluster: HostCluster) -> Result<u64> {
         let order = self.geometry.refcount_order;
-        let Some(&block) = self.blocks.get(&self.geometry.refcount_table_index(cluster.0)) else {
+        let Some(&block) = self.blocks.get(&self.geometry.refcount_table_index(cluster)) else {
             return Ok(0);
         };
         let page_bytes = self.geometry.cluster_size().min(MAX_PAGE);
         let per_page = (page_bytes * 8) >> order;
-        let in_block = self.geometry.refcount_block_index(cluster.0);
+        let in_block = self.geometry.refcount_block_index(cluster);
         let at = self.geometry.host_offset(block).0 + in_block / per_page * page_bytes;
         if !self.pages.contains_key(&at) {
             if self.pages.len() as u64 >= MAX_BYTES / page_bytes {

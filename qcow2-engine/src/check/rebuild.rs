@@ -169,7 +169,7 @@ impl Plan {
         loop {
             let first = survey.tally.unused_row(clusters, inside).unwrap_or(end);
             let mut indices = used.clone();
-            let block_of = |cluster: HostCluster| geometry.refcount_table_index(cluster.0);
+            let block_of = |cluster: HostCluster| geometry.refcount_table_index(cluster);
             indices.extend(block_of(first)..=block_of(first + (clusters - 1)));
             let entries = indices.last().map_or(0, |last| last + 1);
             let table = geometry.clusters_for(entries.checked_mul(TABLE_ENTRY_BYTES)?);

@@ -136,7 +136,7 @@ async fn adjust_counts(file: &ImageFile<'_, impl Io>, survey: &Survey, direction
         };
         let mut new = old.clone();
         for cluster in chunks_in_use(survey, index, &old).flat_map(Clusters::each) {
-            let in_block = geometry.refcount_block_index(cluster.0) as usize;
+            let in_block = geometry.refcount_block_index(cluster) as usize;
             let count = refcount::get(&old, order, in_block);
             let wanted = survey.tally.references(cluster).min(geometry.refcount_max());
             let changes = match direction {

@@ -5,7 +5,7 @@
 //! read is passed over, and two images are compared.
 
 use super::oracle::Reader;
-use qcow2_format::{L1Entry, Mapping, RefcountTableEntry, refcount};
+use qcow2_format::{Clusters, L1Entry, Mapping, RefcountTableEntry, refcount};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How an image's counts stand to its references.
@@ -97,8 +97,8 @@ impl References<'_> {
                         self.refer(host.0, copied && is_active);
                     }
                     Ok(Mapping::Compressed(range)) => {
-                        let clusters = range.host_clusters(geometry);
-                        clusters.for_each(|cluster| self.refer(cluster << geometry.cluster_bits, false));
+                        let clusters = range.host_clusters(geometry).each();
+                        clusters.for_each(|cluster| self.refer(geometry.host_offset(cluster).0, false));
                     }
                     Ok(Mapping::Unallocated | Mapping::Zero { host: None, .. }) | Err(_) => {}
                 }

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::unpack::decompress;
 use qcow2_format::{
-    Geometry, Header, L1Entry, Mapping, RefcountTableEntry, refcount,
+    Clusters, Geometry, Header, L1Entry, Mapping, RefcountTableEntry, refcount,
     snapshot::{Snapshot, decode_table},
     word,
 };
@@ -269,8 +269,8 @@ impl<'a> Reader<'a> {
             let mapping = Mapping::decode(raw, &self.geometry).map_err(|error| error.to_string())?;
             match mapping {
                 Mapping::Compressed(range) => {
-                    for cluster in range.host_clusters(&self.geometry) {
-                        self.refer(cluster << self.geometry.cluster_bits, what)?;
+                    for cluster in range.host_clusters(&self.geometry).each() {
+                        self.refer(self.geometry.host_offset(cluster).0, what)?;
                     }
                 }
                 Mapping::Data { host, copied } | Mapping::Zero { host: Some(host), copied } => {

@@ -1,6 +1,6 @@
 //! Images of QEMU's, taken apart: where their tables are, and how to put wrong things into them.
 
-use qcow2_format::{Geometry, Header, refcount, snapshot, word};
+use qcow2_format::{Geometry, Header, HostOffset, refcount, snapshot, word};
 use std::{path::Path, process::Command};
 
 /// Bit 63 of L1 and L2 entries.
@@ -122,7 +122,7 @@ impl Parts {
 
     /// Sets the count of the cluster at a host offset; its block exists.
     pub(crate) fn set_count(&mut self, host: u64, count: u64) {
-        let cluster = host / self.cluster();
+        let cluster = self.geometry.host_cluster(HostOffset(host));
         let block = self.header.refcount_table.0 + self.geometry.refcount_table_index(cluster) * 8;
         let block = self.word(block) as usize;
         let (order, index) = (self.geometry.refcount_order, self.geometry.refcount_block_index(cluster));
