@@ -116,76 +116,118 @@ pub fn make(directory: &Path) -> io::Result<Vec<Sample>> {
 }
 
 fn recipe_made(directory: &Path, recipe: &Recipe) -> io::Result<Sample> {
-    let has = |extra| recipe.extras.contains(&extra);
-    let (cluster, size) = (recipe.cluster, disk_bytes(recipe.cluster));
-    let tool = |name: &str, args: &[&str]| tool(directory, name, args);
-    let mut options = recipe.options.to_owned();
-    let mut others = Vec::new();
-    let mut create = vec!["create", "-q", "-f", "qcow2"];
-    if has(RawBase) || has(Qcow2Base) {
-        let format = if has(RawBase) { "raw" } else { "qcow2" };
-        tool("qemu-img", &["create", "-q", "-f", format, "base", &(size / 2).to_string()])?;
-        tool("qemu-io", &["-f", format, "-c", &format!("write -P 0xbb 0 {}", size / 4), "base"])?;
-        create.extend(["-b", "base", "-F", format]);
-        others.push("base");
-    }
-    if has(DataFile) {
-        options += ",data_file=data.raw";
-        others.push("data.raw");
-    }
-    let size_text = size.to_string();
-    create.extend(["-o", &options, IMAGE, &size_text]);
-    tool("qemu-img", &create)?;
-    let io = |commands: &[String]| {
-        let mut args = vec!["-f", "qcow2"];
-        commands.iter().for_each(|command| args.extend(["-c", command]));
-        args.push(IMAGE);
-        tool("qemu-io", &args)
-    };
-    if !has(Preallocated) {
-        io(&[
-            format!("write -P 1 0 {}", 3 * cluster),
-            format!("write -P 2 {} 512", size - cluster),
-            format!("write -P 3 {} {}", size / 2, 4 * cluster),
-            format!("write -z {} {cluster}", cluster * 2),
-            format!("discard {} {cluster}", size / 2 + cluster),
-        ])?;
-    }
-    if has(Compressed) {
-        io(&[format!("write -c -P 7 {} {}", 5 * cluster, 4 * cluster)])?;
-        // Bytes that do not compress to almost nothing.
-        let noise: Vec<u8> =
-            (0..2 * cluster).map(|at| (at.wrapping_mul(at ^ 0x5bd1) >> 7) as u8 & 0x1f).collect();
-        fs::write(directory.join("noise"), noise)?;
-        io(&[format!("write -c -s noise {} {}", 10 * cluster, 2 * cluster)])?;
-        fs::remove_file(directory.join("noise"))?;
-    }
-    if has(Snapshots) {
-        tool("qemu-img", &["snapshot", "-c", "one", IMAGE])?;
-        io(&[format!("write -P 4 {cluster} {cluster}"), format!("write -P 5 {} {cluster}", 12 * cluster)])?;
-        tool("qemu-img", &["snapshot", "-c", "two", IMAGE])?;
-        io(&[format!("write -P 6 {} {}", 13 * cluster, 2 * cluster)])?;
-    }
-    if has(Bitmap) {
-        tool("qemu-img", &["bitmap", "--add", "-g", "4096", IMAGE, "b0"])?;
-        io(&[format!("write -P 8 {} {cluster}", 6 * cluster)])?;
-    }
+    let bench = Bench { directory, recipe, size: disk_bytes(recipe.cluster) };
+    let others = bench.create()?;
+    bench.fill()?;
+    bench.add_extras()?;
     let others = others.into_iter().map(|name| Ok((name.to_owned(), fs::read(directory.join(name))?)));
-    let extras = [
-        (Compressed, "compressed"),
-        (Snapshots, "snapshots"),
-        (Bitmap, "bitmap"),
-        (RawBase, "raw base"),
-        (Qcow2Base, "qcow2 base"),
-        (DataFile, "data file"),
-        (Preallocated, "preallocated"),
-    ];
-    let extras = extras.iter().filter(|(extra, _)| has(*extra)).map(|(_, name)| format!(", {name}"));
+    let extras = NAMES.iter().filter(|(extra, _)| bench.has(*extra)).map(|(_, name)| format!(", {name}"));
     Ok(Sample {
         name: recipe.options.to_owned() + &extras.collect::<String>(),
         bytes: fs::read(directory.join(IMAGE))?,
         others: others.collect::<io::Result<_>>()?,
     })
+}
+
+const NAMES: [(Extra, &str); 7] = [
+    (Compressed, "compressed"),
+    (Snapshots, "snapshots"),
+    (Bitmap, "bitmap"),
+    (RawBase, "raw base"),
+    (Qcow2Base, "qcow2 base"),
+    (DataFile, "data file"),
+    (Preallocated, "preallocated"),
+];
+
+/// Where one sample is made.
+struct Bench<'a> {
+    directory: &'a Path,
+    recipe: &'a Recipe,
+    /// Bytes of the disk.
+    size: u64,
+}
+
+impl Bench<'_> {
+    fn has(&self, extra: Extra) -> bool {
+        self.recipe.extras.contains(&extra)
+    }
+
+    fn qemu_img(&self, args: &[&str]) -> io::Result<()> {
+        tool(self.directory, "qemu-img", args)
+    }
+
+    /// Has qemu-io carry commands out on the image.
+    fn io(&self, commands: &[String]) -> io::Result<()> {
+        let commands = commands.iter().flat_map(|command| ["-c", command]);
+        let args: Vec<_> = ["-f", "qcow2"].into_iter().chain(commands).chain([IMAGE]).collect();
+        tool(self.directory, "qemu-io", &args)
+    }
+
+    /// Makes the image, and the files that it needs, whose names it returns.
+    fn create(&self) -> io::Result<Vec<&'static str>> {
+        let mut options = self.recipe.options.to_owned();
+        let mut others = Vec::new();
+        let mut args = vec!["create", "-q", "-f", "qcow2"];
+        if self.has(RawBase) || self.has(Qcow2Base) {
+            let format = if self.has(RawBase) { "raw" } else { "qcow2" };
+            self.qemu_img(&["create", "-q", "-f", format, "base", &(self.size / 2).to_string()])?;
+            let write = format!("write -P 0xbb 0 {}", self.size / 4);
+            tool(self.directory, "qemu-io", &["-f", format, "-c", &write, "base"])?;
+            args.extend(["-b", "base", "-F", format]);
+            others.push("base");
+        }
+        if self.has(DataFile) {
+            options += ",data_file=data.raw";
+            others.push("data.raw");
+        }
+        let size = self.size.to_string();
+        args.extend(["-o", &options, IMAGE, &size]);
+        self.qemu_img(&args)?;
+        Ok(others)
+    }
+
+    /// Writes to the image, and lets go of some of it.
+    fn fill(&self) -> io::Result<()> {
+        let (cluster, size) = (self.recipe.cluster, self.size);
+        if !self.has(Preallocated) {
+            self.io(&[
+                format!("write -P 1 0 {}", 3 * cluster),
+                format!("write -P 2 {} 512", size - cluster),
+                format!("write -P 3 {} {}", size / 2, 4 * cluster),
+                format!("write -z {} {cluster}", cluster * 2),
+                format!("discard {} {cluster}", size / 2 + cluster),
+            ])?;
+        }
+        if self.has(Compressed) {
+            self.io(&[format!("write -c -P 7 {} {}", 5 * cluster, 4 * cluster)])?;
+            // Bytes that do not compress to almost nothing.
+            let noise: Vec<u8> =
+                (0..2 * cluster).map(|at| (at.wrapping_mul(at ^ 0x5bd1) >> 7) as u8 & 0x1f).collect();
+            fs::write(self.directory.join("noise"), noise)?;
+            self.io(&[format!("write -c -s noise {} {}", 10 * cluster, 2 * cluster)])?;
+            fs::remove_file(self.directory.join("noise"))?;
+        }
+        Ok(())
+    }
+
+    /// Takes snapshots and adds a bitmap, with writes between them.
+    fn add_extras(&self) -> io::Result<()> {
+        let cluster = self.recipe.cluster;
+        if self.has(Snapshots) {
+            self.qemu_img(&["snapshot", "-c", "one", IMAGE])?;
+            self.io(&[
+                format!("write -P 4 {cluster} {cluster}"),
+                format!("write -P 5 {} {cluster}", 12 * cluster),
+            ])?;
+            self.qemu_img(&["snapshot", "-c", "two", IMAGE])?;
+            self.io(&[format!("write -P 6 {} {}", 13 * cluster, 2 * cluster)])?;
+        }
+        if self.has(Bitmap) {
+            self.qemu_img(&["bitmap", "--add", "-g", "4096", IMAGE, "b0"])?;
+            self.io(&[format!("write -P 8 {} {cluster}", 6 * cluster)])?;
+        }
+        Ok(())
+    }
 }
 
 fn tool(directory: &Path, name: &str, args: &[&str]) -> io::Result<()> {

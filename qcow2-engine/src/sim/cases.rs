@@ -150,78 +150,22 @@ pub fn fixtures(directory: &Path) -> io::Result<Vec<Fixture>> {
 pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
     let mut rng = Rng::new(seed ^ number.wrapping_mul(0xD6E8_FEB8_6659_FD93));
     let plan = Plan::draw(&mut rng);
-    let past = match plan {
-        Plan::SearchFullTable => Past::MadeFull,
-        Plan::FullTable => Past::CrashedFull,
-        Plan::Search => Past::Crashed,
-        Plan::SearchWhileAllocating | Plan::Tool if rng.below(2) == 0 => Past::Crashed,
-        Plan::Tool => Past::Made,
-        // Its end is in a cluster that is free and has old content.
-        Plan::NoRoom if rng.below(2) == 0 => Past::Tailed,
-        _ if rng.below(TAILED_SHARE) == 0 => Past::Tailed,
-        _ => Past::Made,
-    };
-    // Of many refcount pages few are kept; new blocks are made.
-    let needs_blocks = match plan {
-        Plan::FreeingUnread | Plan::FreeingBesideCut | Plan::NoRoomUnread | Plan::FullLog => true,
-        Plan::Freeing | Plan::FullHost => rng.below(2) == 0,
-        _ => false,
-    };
-    let is_fit = |fixture: &Fixture| {
-        let is_fit = match plan {
-            Plan::Flushed | Plan::FailedCopy => fixture.initial.is_shared(),
-            Plan::ReuseForTables => matches!(fixture.initial, Initial::Unallocated | Initial::Backing),
-            // Those of a compressed cluster's host clusters had several references.
-            Plan::Reuse => matches!(fixture.initial, Initial::Data | Initial::Compressed),
-            Plan::Growing => {
-                fixture.variant == Variant::SMALL_BLOCKS && fixture.initial.makes_writes_allocate()
-            }
-            Plan::NoRoom | Plan::NoRoomUnread | Plan::FullHost | Plan::FailedCut | Plan::TornWrite => {
-                fixture.initial.makes_writes_allocate()
-            }
-            // What is zero already is not changed.
-            Plan::FullLog => fixture.initial == Initial::Data,
-            _ if plan.frees() => {
-                !matches!(fixture.initial, Initial::Unallocated | Initial::Backing | Initial::ZeroPlain)
-                    && fixture.can_discard
-            }
-            _ => true,
-        };
-        is_fit && fixture.past == past && (!needs_blocks || fixture.variant == Variant::SMALL_BLOCKS)
-    };
-    let candidates: Vec<usize> = (0..fixtures.len()).filter(|&index| is_fit(&fixtures[index])).collect();
-    let fixture = candidates[rng.below(candidates.len() as u64) as usize];
+    let fixture = plan.fixture(&mut rng, fixtures);
     let work = match plan {
         Plan::Tool => Work::Tool(tool(&mut rng, &fixtures[fixture])),
         _ => Work::Lanes(plan.lanes(&mut rng)),
     };
-    let fault = plan.fault(&mut rng);
-    let fills_after = (plan == Plan::FullHost).then(|| rng.below(120));
-    let file_system = FileSystem {
-        allocates: matches!(plan, Plan::NoRoom | Plan::NoRoomUnread | Plan::FullHost)
-            || rng.below(UNABLE_SHARE) != 0,
-        punches: plan != Plan::ReuseForTables && rng.below(UNABLE_SHARE) != 0,
+    let case = Case {
+        work,
+        fault: plan.fault(&mut rng),
+        fills_after: (plan == Plan::FullHost).then(|| rng.below(120)),
+        file_system: plan.file_system(&mut rng),
+        held_back: plan.held_back(&mut rng),
+        paging: plan.paging(&mut rng),
+        is_one_lane: rng.below(ONE_LANE_SHARE) == 0,
+        seed: rng.draw(),
+        disabled: None,
     };
-    let held_back = match plan {
-        Plan::Growing | Plan::SearchWhileAllocating => HeldBack::Growth,
-        Plan::Reuse => [HeldBack::Oldest, HeldBack::Direct][rng.below(2) as usize],
-        Plan::Freeing | Plan::FreeingAfterFailedCut => HeldBack::Punch,
-        Plan::FreeingBesideCut => HeldBack::Metadata,
-        Plan::Search if rng.below(4) == 0 => HeldBack::Punch,
-        _ if rng.below(STARVING_SHARE) == 0 => HeldBack::Oldest,
-        _ => HeldBack::Nothing,
-    };
-    let paging = match plan.frees() || rng.below(2) == 0 {
-        false => Paging::default(),
-        // The search gives clusters up that change in each of four rounds: many small batches have them do
-        // so.
-        true if plan.searches() => Paging::SMALL,
-        true => Paging::TINY,
-    };
-    let is_one_lane = rng.below(ONE_LANE_SHARE) == 0;
-    let seed = rng.draw();
-    let case =
-        Case { work, seed, held_back, fault, fills_after, file_system, paging, is_one_lane, disabled: None };
     (fixture, case)
 }
 
@@ -247,6 +191,95 @@ impl Plan {
 
     fn searches(self) -> bool {
         matches!(self, Self::Search | Self::SearchWhileAllocating | Self::SearchFullTable)
+    }
+
+    /// The index of an image for a case of this kind.
+    fn fixture(self, rng: &mut Rng, fixtures: &[Fixture]) -> usize {
+        let past = self.past(rng);
+        // Of many refcount pages few are kept; new blocks are made.
+        let needs_blocks = match self {
+            Self::FreeingUnread | Self::FreeingBesideCut | Self::NoRoomUnread | Self::FullLog => true,
+            Self::Freeing | Self::FullHost => rng.below(2) == 0,
+            _ => false,
+        };
+        let is_fit = |fixture: &Fixture| {
+            self.suits(fixture)
+                && fixture.past == past
+                && (!needs_blocks || fixture.variant == Variant::SMALL_BLOCKS)
+        };
+        let candidates: Vec<usize> = (0..fixtures.len()).filter(|&index| is_fit(&fixtures[index])).collect();
+        candidates[rng.below(candidates.len() as u64) as usize]
+    }
+
+    /// What has happened to its image before.
+    fn past(self, rng: &mut Rng) -> Past {
+        match self {
+            Self::SearchFullTable => Past::MadeFull,
+            Self::FullTable => Past::CrashedFull,
+            Self::Search => Past::Crashed,
+            Self::SearchWhileAllocating | Self::Tool if rng.below(2) == 0 => Past::Crashed,
+            Self::Tool => Past::Made,
+            // Its end is in a cluster that is free and has old content.
+            Self::NoRoom if rng.below(2) == 0 => Past::Tailed,
+            _ if rng.below(TAILED_SHARE) == 0 => Past::Tailed,
+            _ => Past::Made,
+        }
+    }
+
+    /// Whether such a case finds what it is about in an image.
+    fn suits(self, fixture: &Fixture) -> bool {
+        match self {
+            Self::Flushed | Self::FailedCopy => fixture.initial.is_shared(),
+            Self::ReuseForTables => matches!(fixture.initial, Initial::Unallocated | Initial::Backing),
+            // Those of a compressed cluster's host clusters had several references.
+            Self::Reuse => matches!(fixture.initial, Initial::Data | Initial::Compressed),
+            Self::Growing => {
+                fixture.variant == Variant::SMALL_BLOCKS && fixture.initial.makes_writes_allocate()
+            }
+            Self::NoRoom | Self::NoRoomUnread | Self::FullHost | Self::FailedCut | Self::TornWrite => {
+                fixture.initial.makes_writes_allocate()
+            }
+            // What is zero already is not changed.
+            Self::FullLog => fixture.initial == Initial::Data,
+            _ if self.frees() => {
+                !matches!(fixture.initial, Initial::Unallocated | Initial::Backing | Initial::ZeroPlain)
+                    && fixture.can_discard
+            }
+            _ => true,
+        }
+    }
+
+    /// What the host's file system can do.
+    fn file_system(self, rng: &mut Rng) -> FileSystem {
+        let must_allocate = matches!(self, Self::NoRoom | Self::NoRoomUnread | Self::FullHost);
+        FileSystem {
+            allocates: must_allocate || rng.below(UNABLE_SHARE) != 0,
+            punches: self != Self::ReuseForTables && rng.below(UNABLE_SHARE) != 0,
+        }
+    }
+
+    /// What is served last of all that is under way.
+    fn held_back(self, rng: &mut Rng) -> HeldBack {
+        match self {
+            Self::Growing | Self::SearchWhileAllocating => HeldBack::Growth,
+            Self::Reuse => [HeldBack::Oldest, HeldBack::Direct][rng.below(2) as usize],
+            Self::Freeing | Self::FreeingAfterFailedCut => HeldBack::Punch,
+            Self::FreeingBesideCut => HeldBack::Metadata,
+            Self::Search if rng.below(4) == 0 => HeldBack::Punch,
+            _ if rng.below(STARVING_SHARE) == 0 => HeldBack::Oldest,
+            _ => HeldBack::Nothing,
+        }
+    }
+
+    /// How much metadata is kept in memory.
+    fn paging(self, rng: &mut Rng) -> Paging {
+        match self.frees() || rng.below(2) == 0 {
+            false => Paging::default(),
+            // The search gives clusters up that change in each of four rounds: many small batches have them
+            // do so.
+            true if self.searches() => Paging::SMALL,
+            true => Paging::TINY,
+        }
     }
 
     /// What fails in a case of this kind.

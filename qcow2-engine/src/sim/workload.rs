@@ -12,6 +12,8 @@ use std::{
 
 /// Sectors of the virtual disk: two L2 tables and a bit, and the last cluster is not whole.
 pub const SECTORS: usize = 2 * 256 + 7;
+/// Sectors of a backing file, which is shorter.
+const BACKING_SECTORS: usize = SECTORS - 100;
 
 /// Where the autoclear bits are in the header, the highest first.
 const AUTOCLEAR_AT: usize = 88;
@@ -291,50 +293,20 @@ impl Maker {
         let stamps: Vec<Value> = (0..SECTORS)
             .map(|sector| Value::Stamp { request: super::model::INITIAL, sector: sector as u32 })
             .collect();
-        let backing_sectors = SECTORS - 100;
-        let content: Vec<Value> = match initial {
-            Initial::Data | Initial::Compressed | Initial::Shared => stamps.clone(),
-            Initial::Backing => stamps
-                .iter()
-                .enumerate()
-                .map(|(i, &s)| if i < backing_sectors { s } else { Value::Zero })
-                .collect(),
-            _ => {
-                vec![Value::Zero; SECTORS]
-            }
-        };
         let raw: Vec<u8> = stamps.iter().flat_map(|value| value.bytes()).collect();
-        let backing = (initial == Initial::Backing).then(|| raw[..backing_sectors * SECTOR].to_vec());
-        std::fs::write(self.directory.join("raw"), &raw)?;
-        let options = variant.options();
-        let size = (SECTORS * SECTOR).to_string();
-        match initial {
-            Initial::Unallocated => {
-                self.qemu_img(&["create", "-f", "qcow2", "-o", &options, "image", &size])?
-            }
+        let base = raw[..BACKING_SECTORS * SECTOR].to_vec();
+        let content: Vec<Value> = match initial {
+            Initial::Data | Initial::Compressed | Initial::Shared => stamps,
             Initial::Backing => {
-                std::fs::write(self.directory.join("base"), &raw[..backing_sectors * SECTOR])?;
-                let args =
-                    ["create", "-f", "qcow2", "-o", &options, "-b", "base", "-F", "raw", "image", &size];
-                self.qemu_img(&args)?;
+                let zeros = vec![Value::Zero; SECTORS - BACKING_SECTORS];
+                stamps.into_iter().take(BACKING_SECTORS).chain(zeros).collect()
             }
-            Initial::Data | Initial::Shared => {
-                self.qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-o", &options, "raw", "image"])?;
-            }
-            Initial::Compressed => {
-                self.qemu_img(&[
-                    "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", &options, "raw", "image",
-                ])?;
-            }
-            Initial::ZeroPlain | Initial::ZeroAllocated | Initial::SharedZero | Initial::Mixed => {
-                self.qemu_img(&["create", "-f", "qcow2", "-o", &options, "image", &size])?;
-                let write = if initial == Initial::ZeroPlain { "write -z -u 0 " } else { "write -z 0 " };
-                if initial != Initial::ZeroPlain {
-                    self.run("qemu-io", &["-f", "qcow2", "-c", &format!("write 0 {size}"), "image"])?;
-                }
-                self.run("qemu-io", &["-f", "qcow2", "-c", &format!("{write}{size}"), "image"])?;
-            }
-        }
+            _ => vec![Value::Zero; SECTORS],
+        };
+        std::fs::write(self.directory.join("raw"), &raw)?;
+        std::fs::write(self.directory.join("base"), &base)?;
+        self.make_file(variant, initial)?;
+        let backing = (initial == Initial::Backing).then_some(base);
         if initial.is_shared() {
             self.qemu_img(&["snapshot", "-c", "first", "image"])?;
         }
@@ -349,6 +321,31 @@ impl Maker {
             content,
             past: Past::Made,
         })
+    }
+
+    /// The file itself, from `raw` or over `base`.
+    fn make_file(&self, variant: Variant, initial: Initial) -> io::Result<()> {
+        let (options, size) = (variant.options(), (SECTORS * SECTOR).to_string());
+        let to_qcow2 = ["-O", "qcow2", "-o", &options, "raw", "image"];
+        match initial {
+            Initial::Unallocated => self.qemu_img(&["create", "-f", "qcow2", "-o", &options, "image", &size]),
+            Initial::Backing => {
+                let over_base = ["-b", "base", "-F", "raw", "image", &size];
+                self.qemu_img(&[&["create", "-f", "qcow2", "-o", &options], &over_base[..]].concat())
+            }
+            Initial::Data | Initial::Shared => {
+                self.qemu_img(&[&["convert", "-f", "raw"], &to_qcow2[..]].concat())
+            }
+            Initial::Compressed => self.qemu_img(&[&["convert", "-c", "-f", "raw"], &to_qcow2[..]].concat()),
+            Initial::ZeroPlain | Initial::ZeroAllocated | Initial::SharedZero | Initial::Mixed => {
+                self.qemu_img(&["create", "-f", "qcow2", "-o", &options, "image", &size])?;
+                let write = if initial == Initial::ZeroPlain { "write -z -u 0 " } else { "write -z 0 " };
+                if initial != Initial::ZeroPlain {
+                    self.run("qemu-io", &["-f", "qcow2", "-c", &format!("write 0 {size}"), "image"])?;
+                }
+                self.run("qemu-io", &["-f", "qcow2", "-c", &format!("{write}{size}"), "image"])
+            }
+        }
     }
 
     /// The image that is in the directory.
