@@ -88,80 +88,97 @@ pub struct Anatomy {
     len: u64,
 }
 
+/// A sound image, read word by word.
+struct Body<'a> {
+    image: &'a [u8],
+    len: u64,
+}
+
+impl Body<'_> {
+    fn word(&self, at: u64) -> u64 {
+        word::get(self.image, at as usize).unwrap_or(0)
+    }
+
+    /// Up to `count` words from `at` on, as far as the file goes.
+    fn words(&self, field: &'static str, at: u64, count: u64) -> Vec<Spot> {
+        let inside = self.len.saturating_sub(at) / 8;
+        (0..count.min(inside)).map(|index| Spot { field, at: at + index * 8, width: 8 }).collect()
+    }
+
+    /// What the entries at these spots point at.
+    fn targets(&self, spots: &[Spot]) -> Vec<u64> {
+        let all = spots.iter().map(|spot| self.word(spot.at) & OFFSET);
+        all.filter(|&at| at != 0 && at < self.len).collect()
+    }
+
+    /// Those that are in use, and a few of the others.
+    fn used(&self, spots: Vec<Spot>) -> Vec<Spot> {
+        let mut free = 0;
+        let keep = |spot: &Spot| {
+            self.word(spot.at) != 0 || {
+                free += 1;
+                free % 16 == 1
+            }
+        };
+        spots.into_iter().filter(keep).collect()
+    }
+
+    /// The fields of the snapshot table and of the snapshots' L1 tables, and where these are.
+    fn snapshots(&self, header: &Header, places: &mut Vec<u64>) -> Vec<Spot> {
+        if header.snapshot_count == 0 {
+            return Vec::new();
+        }
+        let at = header.snapshot_table.0;
+        let mut spots = self.words("snapshot table", at, 24);
+        places.push(at);
+        let table = &self.image[at as usize..];
+        for one in snapshot::decode_table(table, header.snapshot_count).unwrap_or_default() {
+            let l1 = self.words("L1 entry of a snapshot", one.l1_table.0, one.l1_entries.into());
+            places.push(one.l1_table.0);
+            places.extend(self.targets(&l1).iter().take(2));
+            spots.extend(self.used(l1));
+        }
+        spots
+    }
+}
+
 impl Anatomy {
     /// Takes a sound image apart.
     ///
     /// # Errors
     /// It is not sound.
     pub fn of(sample: &Sample) -> Result<Self, String> {
-        let image = &sample.bytes;
-        let len = image.len() as u64;
-        let header = Header::decode(image, len).map_err(|error| format!("{}: {error}", sample.name))?;
+        let len = sample.bytes.len() as u64;
+        let header =
+            Header::decode(&sample.bytes, len).map_err(|error| format!("{}: {error}", sample.name))?;
         let cluster = header.geometry().cluster_size();
-        let words = |field, at: u64, count: u64| -> Vec<Spot> {
-            let inside = len.saturating_sub(at) / 8;
-            (0..count.min(inside)).map(|index| Spot { field, at: at + index * 8, width: 8 }).collect()
+        let body = Body { image: &sample.bytes, len };
+        let table_words = cluster / 8;
+        let tables_of = |field, spots: &[Spot]| -> Vec<Spot> {
+            let tables = body.targets(spots);
+            tables.into_iter().flat_map(|at| body.used(body.words(field, at, table_words))).collect()
         };
-        let word = |at: u64| word::get(image, at as usize).unwrap_or(0);
-        let targets = |spots: &[Spot]| -> Vec<u64> {
-            let all = spots.iter().map(|spot| word(spot.at) & OFFSET);
-            all.filter(|&at| at != 0 && at < len).collect()
-        };
-        let l1 = words("L1 entry", header.l1_table.0, header.l1_entries.into());
-        let table_words = u64::from(header.refcount_table_clusters) * cluster / 8;
-        let refcount_table = words("refcount table entry", header.refcount_table.0, table_words.min(64));
-        let l2_tables = targets(&l1);
-        let blocks = targets(&refcount_table);
-        let used = |spots: Vec<Spot>| -> Vec<Spot> {
-            let mut free = 0;
-            let keep = |spot: &Spot| {
-                word(spot.at) != 0 || {
-                    free += 1;
-                    free % 16 == 1
-                }
-            };
-            spots.into_iter().filter(keep).collect()
-        };
-        let l2: Vec<Spot> =
-            l2_tables.iter().flat_map(|&at| used(words("L2 entry", at, cluster / 8))).collect();
-        let busy = words("L2 entry", l2_tables.first().copied().unwrap_or(len), (cluster / 8).min(REACH));
-        let counts = blocks.iter().flat_map(|&at| used(words("refcounts", at, cluster / 8))).collect();
-        let mut snapshots = Vec::new();
+        let l1 = body.words("L1 entry", header.l1_table.0, header.l1_entries.into());
+        let refcount_words = (u64::from(header.refcount_table_clusters) * table_words).min(64);
+        let refcount_table = body.words("refcount table entry", header.refcount_table.0, refcount_words);
+        let (l2, counts) = (tables_of("L2 entry", &l1), tables_of("refcounts", &refcount_table));
+        let first_table = body.targets(&l1).first().copied().unwrap_or(len);
+        let busy = body.words("L2 entry", first_table, table_words.min(REACH));
         let mut places = vec![0, header.l1_table.0, header.refcount_table.0];
-        if header.snapshot_count > 0 {
-            let at = header.snapshot_table.0;
-            snapshots.extend(words("snapshot table", at, 24));
-            places.push(at);
-            for one in
-                snapshot::decode_table(&image[at as usize..], header.snapshot_count).unwrap_or_default()
-            {
-                let l1 = words("L1 entry of a snapshot", one.l1_table.0, one.l1_entries.into());
-                places.push(one.l1_table.0);
-                places.extend(targets(&l1).iter().take(2));
-                snapshots.extend(used(l1));
-            }
-        }
-        let bitmaps = header.bitmaps.map_or_else(Vec::new, |bitmaps| {
+        let snapshots = body.snapshots(&header, &mut places);
+        let bitmaps = header.bitmaps.as_ref().map_or_else(Vec::new, |bitmaps| {
             places.push(bitmaps.directory.0);
-            words("bitmap directory", bitmaps.directory.0, 8)
+            body.words("bitmap directory", bitmaps.directory.0, 8)
         });
-        places.extend(l2_tables.iter().chain(&blocks).take(6));
-        places.extend(targets(&l2).iter().take(4));
+        places.extend(body.targets(&l1).into_iter().chain(body.targets(&refcount_table)).take(6));
+        places.extend(body.targets(&l2).iter().take(4));
         let fields = HEADER_FIELDS.iter().map(|&(field, at, width)| Spot { field, at, width }).collect();
         let area = u64::from(header.header_length);
-        let extensions = words("header extensions", area, ((cluster.min(1024) - area) / 8).min(48));
-        let kinds = [
-            fields,
-            extensions,
-            l1.clone(),
-            used(l1),
-            l2.clone(),
-            l2,
-            refcount_table,
-            counts,
-            snapshots,
-            bitmaps,
-        ];
+        let extensions = body.words("header extensions", area, ((cluster.min(1024) - area) / 8).min(48));
+        // Entries are chosen twice as often as other fields.
+        let (l1_used, l2_again) = (body.used(l1.clone()), l2.clone());
+        let kinds =
+            [fields, extensions, l1, l1_used, l2_again, l2, refcount_table, counts, snapshots, bitmaps];
         let kinds = kinds.into_iter().filter(|kind: &Vec<Spot>| !kind.is_empty()).collect();
         Ok(Self { kinds, busy, places, cluster, len })
     }
