@@ -107,36 +107,7 @@ impl Image {
         let (top, mut header, first_page) = open_top(io, storage, path, options).await?;
         header.virtual_size = size.unwrap_or(header.virtual_size);
         let mut layers = vec![Layer::Qcow2(new_layer(&top, &header, 0, options.paging))];
-        let mut next = backing::of(&header, path, options.backing_format)?;
-        let mut l1_bytes = u64::from(header.l1_entries) * 8;
-        while let Some(backing) = next.take() {
-            let overlay = layers.last().map(|layer| Arc::clone(layer.name())).unwrap_or_default();
-            if layers.len() == MAX_CHAIN {
-                let reason = format!("the backing chain is longer than {MAX_CHAIN} files, or a loop");
-                return Err(Error::Backing { file: overlay, reason });
-            }
-            let from = Path::new(&*overlay).to_owned();
-            let path = options.backing_policy.admit(&from, backing.path)?;
-            let opened = Opened::open(storage, &path, Access::ReadOnly)?;
-            layers.push(match backing.format {
-                Format::Raw => Layer::Raw(RawLayer {
-                    file: opened.file,
-                    name: opened.name,
-                    len: opened.len.next_multiple_of(SECTOR),
-                }),
-                Format::Qcow2 => {
-                    let (header, _) = read_header(io, &opened, Access::ReadOnly).await?;
-                    l1_bytes += u64::from(header.l1_entries) * 8;
-                    if l1_bytes > MAX_CHAIN_L1_BYTES {
-                        let reason =
-                            format!("the L1 tables of the chain are larger than {MAX_CHAIN_L1_BYTES} bytes");
-                        return Err(Error::Backing { file: opened.name, reason });
-                    }
-                    next = backing::of(&header, &opened.path, options.backing_format)?;
-                    Layer::Qcow2(new_layer(&opened, &header, layers.len() as u16, options.paging))
-                }
-            });
-        }
+        open_below(io, storage, path, options, &header, &mut layers).await?;
         l1::load_all(io, &layers).await?;
         let parts = if options.read_only {
             Changeable { refcount_table: Vec::new(), territory: Territory::none(), damage: Damage::default() }
@@ -197,6 +168,48 @@ impl Image {
             locks: Locks::default(),
         }
     }
+}
+
+/// Opens the chain below the top layer, whose file is at `path`.
+async fn open_below<I: Io>(
+    io: &I,
+    storage: &(impl Storage + ?Sized),
+    path: &Path,
+    options: &OpenOptions,
+    top: &Header,
+    layers: &mut Vec<Layer>,
+) -> Result<()> {
+    let mut next = backing::of(top, path, options.backing_format)?;
+    let mut l1_bytes = u64::from(top.l1_entries) * 8;
+    while let Some(backing) = next.take() {
+        let overlay = layers.last().map(|layer| Arc::clone(layer.name())).unwrap_or_default();
+        if layers.len() == MAX_CHAIN {
+            let reason = format!("the backing chain is longer than {MAX_CHAIN} files, or a loop");
+            return Err(Error::Backing { file: overlay, reason });
+        }
+        let from = Path::new(&*overlay).to_owned();
+        let path = options.backing_policy.admit(&from, backing.path)?;
+        let opened = Opened::open(storage, &path, Access::ReadOnly)?;
+        layers.push(match backing.format {
+            Format::Raw => Layer::Raw(RawLayer {
+                file: opened.file,
+                name: opened.name,
+                len: opened.len.next_multiple_of(SECTOR),
+            }),
+            Format::Qcow2 => {
+                let (header, _) = read_header(io, &opened, Access::ReadOnly).await?;
+                l1_bytes += u64::from(header.l1_entries) * 8;
+                if l1_bytes > MAX_CHAIN_L1_BYTES {
+                    let reason =
+                        format!("the L1 tables of the chain are larger than {MAX_CHAIN_L1_BYTES} bytes");
+                    return Err(Error::Backing { file: opened.name, reason });
+                }
+                next = backing::of(&header, &opened.path, options.backing_format)?;
+                Layer::Qcow2(new_layer(&opened, &header, layers.len() as u16, options.paging))
+            }
+        });
+    }
+    Ok(())
 }
 
 impl Meta {
