@@ -71,12 +71,25 @@ pub(crate) struct Crew {
 }
 
 impl Crew {
-    /// A crew without threads. Watches the signals from now on: all threads started later leave them
-    /// alone.
+    /// A crew without threads. From now on the signals that end a service wait for [`Self::listen`]: all
+    /// threads started later leave them alone.
     pub(crate) fn new() -> io::Result<Self> {
-        let crew = Self::deaf();
-        watch_signals(crew.to_events.clone())?;
-        Ok(crew)
+        ending_signals().thread_block()?;
+        Ok(Self::deaf())
+    }
+
+    /// Hears of these signals from now on, and of those that have come meanwhile.
+    pub(crate) fn listen(&self) -> io::Result<()> {
+        let to_events = self.to_events.clone();
+        std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
+            safety::keep_nothing();
+            while let Ok(signal) = ending_signals().wait() {
+                if to_events.send(Event::Signal(signal)).is_err() {
+                    return;
+                }
+            }
+        })?;
+        Ok(())
     }
 
     fn deaf() -> Self {
@@ -289,24 +302,56 @@ impl Drop for Ending {
     }
 }
 
-/// Turns the signals that end a service into events.
-fn watch_signals(to_events: Sender<Event>) -> io::Result<()> {
-    let signals: SigSet = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect();
-    signals.thread_block()?;
-    std::thread::Builder::new().name("signals".to_owned()).spawn(move || {
-        safety::keep_nothing();
-        while let Ok(signal) = signals.wait() {
-            if to_events.send(Event::Signal(signal)).is_err() {
-                return;
-            }
-        }
-    })?;
-    Ok(())
+fn ending_signals() -> SigSet {
+    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect()
+}
+
+/// Takes a step that may be long and leaves nothing to be undone: before the crew listens the signals that
+/// end a service end the process meanwhile.
+pub(crate) fn interruptible<T>(step: impl FnOnce() -> T) -> io::Result<T> {
+    ending_signals().thread_unblock()?;
+    let done = step();
+    ending_signals().thread_block()?;
+    Ok(done)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        alone,
+        detach::{self, Side},
+    };
+    use nix::{
+        sys::{
+            signal::kill,
+            wait::{WaitStatus, waitpid},
+        },
+        unistd::Pid,
+    };
+    use std::{process, thread};
+
+    /// `add --foreground` could not be interrupted while it opened its image, which takes long if that has
+    /// to be repaired first.
+    #[test]
+    fn a_server_that_opens_its_image_can_be_interrupted() {
+        alone::run("crew::tests::a_server_that_opens_its_image_can_be_interrupted", || {
+            let child = match detach::into_background().unwrap() {
+                Side::Parent { child, .. } => child,
+                Side::Child(_) => {
+                    let _crew = Crew::new().unwrap();
+                    let opening = thread::spawn(|| {
+                        interruptible(|| {
+                            kill(Pid::this(), Signal::SIGTERM).unwrap();
+                            thread::sleep(Duration::from_secs(10));
+                        })
+                    });
+                    process::exit(opening.join().map_or(2, |_| 1));
+                }
+            };
+            assert!(matches!(waitpid(child, None), Ok(WaitStatus::Signaled(_, Signal::SIGTERM, _))));
+        });
+    }
 
     /// Another program stopped the device: its queues ended well, but the record said "a queue failed",
     /// `list` that the device waits, and `del` failed, though there was nothing left to be done.

@@ -13,7 +13,7 @@ pub(crate) use image::settle;
 use crate::{
     config::Config,
     control::{Control, ControlError},
-    crew::{Crew, End, Service},
+    crew::{self, Crew, End, Service},
     deputy::Deputy,
     device::{self, Device, DeviceError, Shape},
     namespace::Namespace,
@@ -122,6 +122,7 @@ pub(crate) fn run(
         Start::New { id, config, cookie } => make(*id, config, *cookie, namespace, processes),
         Start::Recover { id } => take_over(*id, namespace, processes),
     })?;
+    crew.listen().map_err(ServeError::SetUp)?;
     safety::keep_control();
     serve(ready, crew, deputy, announce)
 }
@@ -155,7 +156,8 @@ fn make(
     processes: Vec<Process>,
 ) -> Result<Ready, ServeError> {
     let files = Arc::new(config.files());
-    let image = open_image(&config.image, &config.open_options(), &files)?;
+    let open = || open_image(&config.image, &config.open_options(), &files);
+    let image = crew::interruptible(open).map_err(ServeError::SetUp)??;
     let shape = shape_of(&image, config)?;
     let &Config { queues, depth, recovery, part_scan, zero_copy, .. } = config;
     let boot = runfile::boot().map_err(ServeError::SetUp)?;
