@@ -9,7 +9,7 @@ use crate::{
     discard::ZeroMode,
     error::{Error, Result},
     image::Image,
-    io::{Access, Buf, FileId, Io, SECTOR, Storage, exact},
+    io::{Access, Buf, FileId, Io, SECTOR, Storage, exact, whole_sectors},
     lane::Lane,
     layer::Layer,
     open::OpenOptions,
@@ -225,7 +225,7 @@ impl Image {
     fn old_content(&self, end: u64) -> Range<u64> {
         let cluster = self.geometry().cluster_size();
         let whole = |end: u64| end.checked_next_multiple_of(cluster).unwrap_or(u64::MAX);
-        end.next_multiple_of(SECTOR)..whole(end).max(whole(self.backing_size())).min(self.virtual_size())
+        whole_sectors(end)..whole(end).max(whole(self.backing_size())).min(self.virtual_size())
     }
 
     /// How far the backing file reaches.

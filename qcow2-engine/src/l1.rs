@@ -11,6 +11,7 @@ use crate::{
     layer::{Layer, Qcow2Layer},
 };
 use futures_util::future::join_all;
+use qcow2_format::word;
 use std::{
     cell::RefCell,
     sync::{
@@ -79,7 +80,7 @@ impl L1Table {
 
     /// Some entries as they go to disk.
     pub(crate) fn bytes(&self, first: u64, count: u64) -> Vec<u8> {
-        (first..first + count).flat_map(|index| self.get(index).to_be_bytes()).collect()
+        word::to_bytes((first..first + count).map(|index| self.get(index)))
     }
 
     /// Takes over what was read from entry `first` on, which begins a page.

@@ -10,7 +10,7 @@ use crate::{
         slices::{SliceCache, SliceKey},
     },
     error::{Error, Result},
-    io::{FileId, SECTOR},
+    io::{FileId, SECTOR, whole_sectors},
     l1::L1Table,
 };
 use qcow2_format::{Compression, Geometry, GuestCluster, HostOffset, L1Entry, Mapping};
@@ -114,7 +114,7 @@ impl Qcow2Layer {
     /// [`size_below`].
     pub(crate) fn size(&self) -> u64 {
         let size = self.geometry.virtual_size;
-        if self.index == 0 { size.next_multiple_of(SECTOR) } else { size_below(size) }
+        if self.index == 0 { whole_sectors(size) } else { size_below(size) }
     }
 
     pub(crate) fn slices_per_table(&self) -> u64 {

@@ -17,7 +17,7 @@ use crate::{
     redo::{Record, RedoLog},
     territory::Territory,
 };
-use qcow2_format::{Clusters, Geometry, HostCluster};
+use qcow2_format::{Clusters, Geometry, HostCluster, word};
 use std::{ops::Range, sync::Arc};
 
 /// The mutable metadata of the top layer.
@@ -49,7 +49,7 @@ impl HeaderPage {
     }
 
     pub(crate) fn set_u64(&mut self, at: usize, value: u64) {
-        self.0[at..at + 8].copy_from_slice(&value.to_be_bytes());
+        word::set(&mut self.0, at, value);
     }
 
     pub(crate) fn set_u32(&mut self, at: usize, value: u32) {

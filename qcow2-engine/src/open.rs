@@ -12,7 +12,7 @@ use crate::{
     flush::Flusher,
     image::Image,
     inspect::ImageFile,
-    io::{Access, Io, SECTOR, Storage},
+    io::{Access, Io, Storage, whole_sectors},
     l1::{self, L1Table},
     lane::Lane,
     layer::{Layer, Qcow2Layer, RawLayer},
@@ -22,7 +22,7 @@ use crate::{
     opened::Opened,
     order::{graph::Graph, rules::Page},
     paging::{MAX_PAGE, Paging},
-    territory::{SnapshotPlaces, Sources, Territory, bytes_at},
+    territory::{SnapshotPlaces, Sources, Territory},
     unpack::Unpacked,
 };
 use parking_lot::Mutex;
@@ -191,11 +191,9 @@ async fn open_below<I: Io>(
         let path = options.backing_policy.admit(&from, backing.path)?;
         let opened = Opened::open(storage, &path, Access::ReadOnly)?;
         layers.push(match backing.format {
-            Format::Raw => Layer::Raw(RawLayer {
-                file: opened.file,
-                name: opened.name,
-                len: opened.len.next_multiple_of(SECTOR),
-            }),
+            Format::Raw => {
+                Layer::Raw(RawLayer { file: opened.file, name: opened.name, len: whole_sectors(opened.len) })
+            }
             Format::Qcow2 => {
                 let (header, _) = read_header(io, &opened, Access::ReadOnly).await?;
                 l1_bytes += u64::from(header.l1_entries) * 8;
@@ -357,9 +355,9 @@ async fn snapshot_places(
             Err(source) => return Err(top.damaged(source)),
         }
     }
-    let l1 = |snapshot: &Snapshot| bytes_at(snapshot.l1_table, u64::from(snapshot.l1_entries) * 8);
+    let l1 = |snapshot: &Snapshot| snapshot.l1_table.bytes(u64::from(snapshot.l1_entries) * 8);
     Ok(SnapshotPlaces {
-        table: bytes_at(table, len),
+        table: table.bytes(len),
         l1_tables: snapshots.iter().filter(|snapshot| snapshot.l1_entries > 0).map(l1).collect(),
     })
 }

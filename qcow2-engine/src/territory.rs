@@ -148,7 +148,9 @@ impl Territory {
         let mut territory = Self {
             sieve: Arc::new(sieve),
             areas: Vec::new(),
-            snapshot_l1s: joined(sources.snapshots.l1_tables.iter().map(|range| clusters(&geometry, range))),
+            snapshot_l1s: joined(
+                sources.snapshots.l1_tables.iter().map(|range| geometry.host_clusters(range)),
+            ),
             l2_tables: HashSet::new(),
             refcount_blocks: HashSet::new(),
         };
@@ -218,24 +220,24 @@ impl Territory {
     /// from each other, was checked when it was decoded.
     fn add_areas(&mut self, sources: &Sources<'_>, geometry: &Geometry) -> Result<()> {
         let header = sources.header;
-        let l1 = bytes_at(header.l1_table, u64::from(header.l1_entries) * 8);
+        let l1 = header.l1_table.bytes(u64::from(header.l1_entries) * 8);
         let table_bytes = u64::from(header.refcount_table_clusters) * geometry.cluster_size();
-        let table = bytes_at(header.refcount_table, table_bytes);
+        let table = header.refcount_table.bytes(table_bytes);
         let bitmaps = header.bitmaps.filter(|_| header.bitmaps_consistent());
-        let bitmaps = bitmaps
-            .map_or_else(Range::default, |bitmaps| bytes_at(bitmaps.directory, bitmaps.directory_bytes));
+        let bitmaps =
+            bitmaps.map_or_else(Range::default, |bitmaps| bitmaps.directory.bytes(bitmaps.directory_bytes));
         for range in self.snapshot_l1s.clone() {
             range.each().for_each(|cluster| self.sieve.mark(cluster));
         }
         let mut outcome = Ok(());
         for (owner, place) in [
-            (Owner::Header, bytes_at(HostOffset(0), 1)),
+            (Owner::Header, HostOffset(0).bytes(1)),
             (Owner::ActiveL1, l1),
             (Owner::RefcountTable, table),
             (Owner::SnapshotTable, sources.snapshots.table.clone()),
             (Owner::BitmapDirectory, bitmaps),
         ] {
-            let range = clusters(geometry, &place);
+            let range = geometry.host_clusters(&place);
             if range.is_empty() {
                 continue;
             }
@@ -318,16 +320,6 @@ impl Territory {
     ) -> Error {
         Error::Conflict { file: Arc::clone(sources.file), table, at, host: host.0, conflict }
     }
-}
-
-/// `len` bytes of the file.
-pub(crate) fn bytes_at(at: HostOffset, len: u64) -> Range<HostOffset> {
-    at..HostOffset(at.0 + len)
-}
-
-/// The clusters of a range of bytes.
-fn clusters(geometry: &Geometry, bytes: &Range<HostOffset>) -> Range<HostCluster> {
-    geometry.host_cluster(bytes.start)..HostCluster(geometry.clusters_for(bytes.end.0))
 }
 
 fn intersects(one: &Range<HostCluster>, other: &Range<HostCluster>) -> bool {

@@ -10,7 +10,7 @@ use crate::{
     alloc::reserve::Reservation,
     error::{Error, Result},
     image::Image,
-    io::{Buf, Io, SECTOR, exact},
+    io::{Buf, Io, exact, whole_sectors},
     lane::Lane,
     layer::Lookup,
     resolve::{Extent, Stop, to_boundary},
@@ -225,8 +225,7 @@ impl<I: Io> Lane<I> {
             if edge.is_empty() {
                 continue;
             }
-            let inside =
-                edge.end.min(self.image().virtual_size().next_multiple_of(SECTOR)).saturating_sub(edge.start);
+            let inside = edge.end.min(whole_sectors(self.image().virtual_size())).saturating_sub(edge.start);
             let extents = self.resolve(edge.start, inside).await?;
             if fresh && extents.iter().all(|extent| matches!(extent, Extent::Zero { .. })) {
                 continue;

@@ -22,6 +22,12 @@ impl HostOffset {
         }
     }
 
+    /// `len` bytes of the file, of which this is the first.
+    #[must_use]
+    pub const fn bytes(self, len: u64) -> Range<Self> {
+        self..Self(self.0 + len)
+    }
+
     /// Whether the offset is a multiple of `unit` bytes; `unit` is a power of two.
     #[must_use]
     pub const fn is_aligned(self, unit: u64) -> bool {

@@ -78,8 +78,7 @@ impl CompressedRange {
     /// The host clusters that the range touches; each holds one reference per compressed cluster.
     #[must_use]
     pub fn host_clusters(&self, geometry: &Geometry) -> Range<HostCluster> {
-        let last = self.offset + self.len.saturating_sub(1);
-        geometry.host_cluster(HostOffset(self.offset))..geometry.host_cluster(HostOffset(last)) + 1
+        geometry.host_clusters(&HostOffset(self.offset).bytes(self.len.max(1)))
     }
 }
 

@@ -6,6 +6,7 @@
 //! It knows nothing of where tables lie in the file.
 
 use crate::{GuestCluster, HostCluster, HostOffset};
+use std::ops::Range;
 
 /// Smallest cluster: 512 bytes ("must not be less than 9").
 pub const MIN_CLUSTER_BITS: u32 = 9;
@@ -92,6 +93,13 @@ impl Geometry {
     #[must_use]
     pub const fn host_cluster(&self, offset: HostOffset) -> HostCluster {
         HostCluster(offset.0 >> self.cluster_bits)
+    }
+
+    /// The clusters of the file that these bytes touch, the first and the last of them perhaps in part.
+    #[inline]
+    #[must_use]
+    pub const fn host_clusters(&self, bytes: &Range<HostOffset>) -> Range<HostCluster> {
+        self.host_cluster(bytes.start)..HostCluster(self.clusters_for(bytes.end.0))
     }
 
     /// Where a cluster of the file starts. The cluster comes from an offset, or was allocated.
@@ -260,6 +268,15 @@ pub(crate) mod tests {
         assert_eq!(g.refcounts_per_block(), 32768);
         assert_eq!(g.refcount_max(), 65535);
         assert_eq!(g.refcount_block_coverage_bytes(), 2 << 30);
+    }
+
+    #[test]
+    fn bytes_touch_the_clusters_that_they_lie_in() {
+        let g = geometry(16);
+        let touched = |at, len| g.host_clusters(&HostOffset(at).bytes(len));
+        assert_eq!(touched(0x5_0000, 0x1_0000), HostCluster(5).row(1));
+        assert_eq!(touched(0x5_ffff, 2), HostCluster(5).row(2));
+        assert_eq!(touched(0x5_0000, 0), HostCluster(5).row(0));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use crate::{
     error::{Error, Result},
     paging::Paging,
 };
-use qcow2_format::{Clusters, Geometry, HostCluster, HostOffset, RefcountTableEntry, refcount};
+use qcow2_format::{Clusters, Geometry, HostCluster, HostOffset, RefcountTableEntry, refcount, word};
 use std::{
     collections::HashMap,
     ops::{ControlFlow, Range},
@@ -277,7 +277,7 @@ impl Refcounts {
     pub(crate) fn table_page_copy(&self, page: u64) -> Vec<u8> {
         let per_page = (self.page_bytes() / 8) as usize;
         let first = page as usize * per_page;
-        self.table[first..first + per_page].iter().flat_map(|entry| entry.to_be_bytes()).collect()
+        word::to_bytes(self.table[first..first + per_page].iter().copied())
     }
 
     /// Some of the table's entries.

@@ -18,6 +18,7 @@ use super::{
     page::TablePage,
 };
 use crate::paging::MAX_PAGE;
+use qcow2_format::word;
 use std::sync::{
     OnceLock,
     atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence},
@@ -200,9 +201,7 @@ impl SliceCache {
     /// The bytes of a resident slice as they go to disk: `len` of them.
     pub(crate) fn bytes(&self, key: SliceKey, len: usize) -> Option<Vec<u8>> {
         let entries = self.slot_of(key)?.entries();
-        Some(
-            entries[..len / 8].iter().flat_map(|entry| entry.load(Ordering::Acquire).to_be_bytes()).collect(),
-        )
+        Some(word::to_bytes(entries[..len / 8].iter().map(|entry| entry.load(Ordering::Acquire))))
     }
 
     fn slot_of(&self, key: SliceKey) -> Option<&Slot> {

@@ -185,11 +185,9 @@ async fn edit_tables(file: &ImageFile<'_, impl Io>, survey: &mut Survey, pass: P
 impl Survey {
     /// Whether an L1 table is something else, too, all of it or a part.
     fn is_shared(&self, l1: &L1Place) -> bool {
-        let geometry = self.geometry();
-        let end = HostCluster(geometry.clusters_for(l1.at + l1.entries * TABLE_ENTRY_BYTES));
-        (geometry.host_cluster(HostOffset(l1.at))..end)
-            .each()
-            .any(|cluster| self.doubts.shared_l1.contains(&cluster))
+        let bytes = HostOffset(l1.at).bytes(l1.entries * TABLE_ENTRY_BYTES);
+        let mut clusters = self.geometry().host_clusters(&bytes).each();
+        clusters.any(|cluster| self.doubts.shared_l1.contains(&cluster))
     }
 
     /// Whether an L2 table is that and nothing else, as far as can be known.

@@ -41,8 +41,7 @@ pub(super) struct Reference {
 impl Reference {
     /// The clusters that it is to, the last of them perhaps in part.
     pub(super) fn clusters(&self, geometry: &Geometry) -> Range<HostCluster> {
-        let end = HostCluster(geometry.clusters_for(self.host + self.len));
-        geometry.host_cluster(HostOffset(self.host))..end
+        geometry.host_clusters(&HostOffset(self.host).bytes(self.len))
     }
 }
 

@@ -19,7 +19,7 @@ pub use workers::Workers;
 use crate::{
     error::{Error, Result},
     image::Image,
-    io::{Buf, Io, SECTOR, exact},
+    io::{Buf, Io, exact, whole_sectors},
     lane::Lane,
     layer::Qcow2Layer,
 };
@@ -51,7 +51,7 @@ impl<I: Io> Lane<I> {
     async fn read_packed(&self, layer: &Qcow2Layer, range: CompressedRange) -> Result<Vec<u8>> {
         // Whole sectors around them, for direct I/O.
         let start = range.offset & !511;
-        let end = (range.offset + range.len).next_multiple_of(SECTOR);
+        let end = whole_sectors(range.offset + range.len);
         let buf = Buf::zeroed(end.saturating_sub(start) as usize);
         exact::read_zero_extended(self.io(), layer.file, start, &buf).await.map_err(|source| {
             self.image().io_error("read of a compressed cluster", layer.file, start, source)
