@@ -9,7 +9,7 @@ use nix::{
 use std::{
     fs::{self, File},
     io::{self, Write},
-    os::unix::fs::MetadataExt,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
     path::Path,
     time::Duration,
 };
@@ -66,7 +66,8 @@ pub(super) enum Named {
 /// has put another one there, and is alive.
 pub(super) fn lock_named(path: &Path, how: FlockArg) -> io::Result<Named> {
     loop {
-        let file = match File::open(path) {
+        // Not to wait for whoever writes to something else of that name.
+        let file = match File::options().read(true).custom_flags(libc::O_NONBLOCK).open(path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Named::Missing),
             file => file?,
         };

@@ -80,6 +80,15 @@ fn a_record_that_cannot_be_written_leaves_nothing() {
     assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
 }
 
+/// `list` waited for somebody to write to a FIFO of a record's name.
+#[test]
+fn a_record_that_is_no_file_is_not_waited_for() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("7.json");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    assert!(load_path(&path).is_err());
+}
+
 /// `list` said that a device served whose successor had not begun.
 #[test]
 fn a_phase_is_the_predecessor_s_until_another_is_entered() {
