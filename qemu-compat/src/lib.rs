@@ -45,6 +45,7 @@ pub mod report;
 pub mod sequence;
 pub mod server;
 pub mod shape;
+pub mod share;
 pub mod stopping;
 pub mod suite;
 pub mod unheard;

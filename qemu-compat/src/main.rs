@@ -6,6 +6,7 @@ use qemu_compat::{
     device::{Binary, existing},
     power::plug,
     report,
+    share::Share,
     suite::{Scale, Setting, cases},
 };
 use std::{path::PathBuf, process::ExitCode};
@@ -43,6 +44,9 @@ struct RunArgs {
     /// Only cases whose name contains this; may be repeated, then one of these.
     #[arg(long = "filter", value_name = "PART")]
     filters: Vec<String>,
+    /// Of the cases that differ by their images, only what is for machine NUMBER of so many.
+    #[arg(long, value_name = "NUMBER/OF", default_value = "1/1")]
+    share: Share,
     /// Only print the names of the cases.
     #[arg(long)]
     list: bool,
@@ -70,7 +74,7 @@ fn run(args: RunArgs) -> Result<ExitCode> {
     let seed = args.seed.unwrap_or_else(|| fastrand::u64(..1 << 32));
     let dir = args.dir.canonicalize().with_context(|| format!("no directory {}", args.dir.display()))?;
     let binary = Binary::new(args.binary);
-    let mut cases = cases(Setting { binary: binary.clone(), dir, seed, scale });
+    let mut cases = cases(Setting { binary: binary.clone(), dir, seed, scale, share: args.share });
     cases
         .retain(|case| args.filters.is_empty() || args.filters.iter().any(|part| case.name().contains(part)));
     if args.list {

@@ -17,7 +17,9 @@ use crate::{
     power::{self, Outage},
     qemu_img, recovery, refusals,
     report::Case,
-    server, shape, stopping, unheard,
+    server, shape,
+    share::Share,
+    stopping, unheard,
 };
 use anyhow::{Context, Result, ensure};
 use std::{
@@ -50,6 +52,8 @@ pub struct Setting {
     pub seed: u64,
     /// How much there is to do.
     pub scale: Scale,
+    /// Whether other machines have a part in it.
+    pub share: Share,
 }
 
 /// Gathers cases; each gets a directory of its own, removed when it ends.
@@ -91,8 +95,14 @@ impl Cases {
         }));
     }
 
+    /// Those of the cases which differ by their images that are for this machine. How requests get to the
+    /// server, and how it lives and dies, depends on the kernel, and is seen on each.
+    fn share_of<T>(&self, all: impl IntoIterator<Item = T>) -> Vec<T> {
+        self.setting.share.of(all).collect()
+    }
+
     fn refusals(&mut self) {
-        for refusal in refusals::REFUSALS {
+        for refusal in self.share_of(refusals::REFUSALS) {
             self.add(format!("refusal/{}", refusal.name), 60, |it, dir| refusal.hold(&it.binary, dir));
         }
         self.add("refusal/command-lines", 60, |it, dir| refusals::command_lines(&it.binary, dir));
@@ -192,7 +202,7 @@ impl Cases {
             Scale::Quick => (matrix::quick(), 12),
             Scale::Full => (matrix::full(), 40),
         };
-        for (index, recipe) in recipes.into_iter().enumerate() {
+        for (index, recipe) in self.share_of(recipes.into_iter().enumerate()) {
             // The way back through qemu-io doubles the work; half of the quick ones take it, and not
             // the huge one, whose comparison is slow.
             let is_huge = recipe.size > 1 << 30;
@@ -299,7 +309,7 @@ impl Cases {
                 (fs::Kind::Ext4, Recipe { compat: Compat::V2, backing: Backing::Chain, ..Recipe::plain(16) }),
             ]);
         }
-        for (host, recipe) in outages {
+        for (host, recipe) in self.share_of(outages) {
             let outage = Outage { host, recipe, histories, flushes, states, served_again };
             self.add(format!("power/{}", outage.name()), 400, move |it, dir| {
                 power::cut(&it.binary, dir, &outage, it.seed).with_context(|| format!("seed {}", it.seed))

@@ -70,17 +70,14 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
         cargo_test(&["--package", "qcow2-engine", "--features", "sim", "--lib", "--", "sim::"])
     });
     campaign::quick(&mut report);
-    match places[..] {
-        [place] => report.lane(&device_tests(place), || device_lane(place, Matrix::Quick, Console::Streamed)),
-        _ => report.lanes_at_once(places.into_iter().map(|place| {
-            (device_tests(place), move || device_lane(place, Matrix::Quick, Console::Labelled(place.label())))
-        })),
-    }
+    let of = places.len();
+    let quick = |number, place: Place| {
+        let console = if of == 1 { Console::Streamed } else { Console::Labelled(place.label()) };
+        let lane = move || device_lane(place, Matrix::Quick { number, of }, console);
+        (format!("device tests on {place}"), lane)
+    };
+    report.lanes_at_once((1..).zip(places).map(|(number, place)| quick(number, place)));
     Ok(report.finish())
-}
-
-fn device_tests(place: Place) -> String {
-    format!("device tests on {place}")
 }
 
 /// Runs `cargo test`, with fixed seeds where none are given.
@@ -97,7 +94,8 @@ fn cargo_test(args: &[&str]) -> Result<Count> {
 /// How much of the compatibility matrix runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Matrix {
-    Quick,
+    /// What is for one of so many machines.
+    Quick { number: usize, of: usize },
     /// May take this long.
     Full(Duration),
 }
@@ -110,11 +108,11 @@ pub(crate) enum Matrix {
 pub(crate) fn device_lane(place: Place, matrix: Matrix, console: Console) -> Result<Count> {
     let product = build_release("ublk-qcow2", "ublk-qcow2")?;
     let kit = build_release("qemu-compat", "qemu-compat")?;
-    let (flag, limit) = match matrix {
-        Matrix::Quick => ("--quick", QUICK_LIMIT),
-        Matrix::Full(limit) => ("--full", limit),
+    let (scale, limit) = match matrix {
+        Matrix::Quick { number, of } => (format!("--quick --share {number}/{of}"), QUICK_LIMIT),
+        Matrix::Full(limit) => ("--full".to_owned(), limit),
     };
-    let script = format!("exec qemu-compat run {flag} --binary \"$(command -v ublk-qcow2)\" 2>&1\n");
+    let script = format!("exec qemu-compat run {scale} --binary \"$(command -v ublk-qcow2)\" 2>&1\n");
     let mut job = Job::new(&script, limit).program(&product).program(&kit);
     job.console = console;
     let finished = job.run(place)?;
