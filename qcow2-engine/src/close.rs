@@ -71,7 +71,8 @@ impl<I: Io> Lane<I> {
         while used > lowest && self.refcount(HostCluster(used - 1)).await? == 0 {
             used -= 1;
         }
-        let len = (used * geometry.cluster_size()).min(file_end).max(image.opened_len);
+        // Whole clusters: a file may have ended in the middle of one, and has become longer by a write there.
+        let len = used * geometry.cluster_size();
         if len < file_end || may_be_longer {
             let file = image.top().file;
             self.io()

@@ -214,7 +214,8 @@ impl Error {
     pub fn kind(&self) -> ErrorKind {
         match self {
             Self::Io { source, .. } | Self::Open { source, .. } => match source.raw_os_error() {
-                Some(libc::ENOSPC | libc::EDQUOT) => ErrorKind::NoSpace,
+                // The host's largest file is as full as a disk can be.
+                Some(libc::ENOSPC | libc::EDQUOT | libc::EFBIG) => ErrorKind::NoSpace,
                 errno => ErrorKind::Io(errno),
             },
             Self::Redo { .. }

@@ -141,10 +141,11 @@ impl<I: Io> Lane<I> {
         let image = self.image();
         self.begin_mutation().await?;
         let old = image.old_content(present);
-        if !old.is_empty() {
-            self.write_zeroes_in_parts(old.start, old.end - old.start, ZeroMode::Unmap).await?;
-            self.write_back().await?;
+        for part in [old.clone()].into_iter().chain(image.old_tables(old.end)).filter(|part| !part.is_empty())
+        {
+            self.write_zeroes_in_parts(part.start, part.end - part.start, ZeroMode::Unmap).await?;
         }
+        self.write_back().await?;
         {
             let mut meta = image.meta.lock();
             meta.header.set_u64(header::SIZE_OFFSET as usize, image.virtual_size());
@@ -226,6 +227,17 @@ impl Image {
         let cluster = self.geometry().cluster_size();
         let whole = |end: u64| end.checked_next_multiple_of(cluster).unwrap_or(u64::MAX);
         whole_sectors(end)..whole(end).max(whole(self.backing_size())).min(self.virtual_size())
+    }
+
+    /// What L2 tables that are there already cover from `end` on. Whoever made the disk smaller may have left
+    /// them, and a snapshot that QEMU has gone back to has the machine's memory behind the disk's end.
+    fn old_tables(&self, end: u64) -> Vec<Range<u64>> {
+        let covered = self.geometry().l2_coverage_bytes();
+        let parts =
+            self.top().l1.used().map(|(index, _)| {
+                (index * covered).max(end)..((index + 1) * covered).min(self.virtual_size())
+            });
+        parts.filter(|part| part.start < part.end).collect()
     }
 
     /// How far the backing file reaches.

@@ -53,12 +53,14 @@ impl<I: Io> Lane<I> {
     /// # Errors
     /// As [`Self::flush`]; nothing is lost, the next pass tries again.
     pub async fn maintain(&self) -> Result<()> {
+        let image = self.image();
         let idle = {
-            let mut meta = self.image().meta.lock();
+            let mut meta = image.meta.lock();
             meta.frees.begin_pass();
-            meta.graph.len() == 0 && meta.frees.len() == 0
+            // For what stays as it is whatever is cut, the disk is not kept awake.
+            meta.graph.len() == 0 && (image.damage.is_condemned() || !image.can_free(&meta))
         };
-        if idle || self.image().read_only {
+        if idle || image.read_only {
             return Ok(());
         }
         self.write_back().await?;

@@ -12,6 +12,7 @@ use common::{
 use qcow2_engine::{
     BackingPolicy, CheckOptions, ErrorKind, Image, Lane, OpenOptions, Repair, check,
     exec::block_on,
+    grow,
     io::{Buf, Files, files::Caching, mem::MemFiles, uring::Uring},
 };
 use qcow2_format::{Backing, Compression, CreateOptions, Version, header, word};
@@ -54,6 +55,33 @@ fn a_chain_that_does_not_end_is_refused() {
     }
     create(&files, "base1000", &options(None));
     assert_refused(&files, "longer than 256 files");
+}
+
+/// Counts of one bit in clusters of 2 MiB reach further than a byte has a number. A free cluster there was
+/// byte 0, and the new L1 table was written over the header.
+#[test]
+fn no_cluster_is_handed_out_that_no_entry_could_name() {
+    const CLUSTER: usize = 2 << 20;
+    let files = MemFiles::default();
+    let options =
+        CreateOptions { cluster_bits: 21, refcount_order: 0, virtual_size: SIZE, ..CreateOptions::default() };
+    create(&files, IMAGE, &options);
+    let mut bytes = files.get(IMAGE).expect("made");
+    bytes.resize(4 * CLUSTER, 0);
+    // All that the first block counts is in use; of the others there is the one that counts from 2^64 on.
+    let (table, first, far) = (4 * CLUSTER, 2 * CLUSTER, 7 * CLUSTER);
+    bytes.resize(8 * CLUSTER, 0);
+    assert_eq!(word::get(&bytes, CLUSTER), Some(first as u64), "where the first block is");
+    bytes[first..first + CLUSTER].fill(0xff);
+    word::set(&mut bytes, table, first as u64);
+    word::set(&mut bytes, table + (8 << 19), far as u64);
+    word::set(&mut bytes, header::REFCOUNT_TABLE_OFFSET as usize, table as u64);
+    bytes[header::REFCOUNT_TABLE_CLUSTERS_OFFSET as usize..][..4].copy_from_slice(&3_u32.to_be_bytes());
+    files.put(IMAGE, bytes.clone());
+    let grown = run(grow(files.clone(), &files, Path::new(IMAGE), &OpenOptions::default(), 1 << 40));
+    assert_eq!(grown.expect_err("no room").kind(), ErrorKind::TooLarge);
+    let after = files.get(IMAGE).expect("kept");
+    assert!(after[..after.len().min(bytes.len())] == bytes[..], "nothing is changed");
 }
 
 /// 256 files whose L1 tables are as long as they may be would take 8 GiB of memory.

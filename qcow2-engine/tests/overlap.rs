@@ -7,14 +7,18 @@ mod common;
 #[path = "common/damaged.rs"]
 mod damaged;
 
-use common::{IMAGE, run};
+use common::{
+    IMAGE,
+    hooked::{Hook, Hooked, Operation},
+    run,
+};
 use damaged::{COPIED, Parts, qemu_says_corrupt};
 use qcow2_engine::{
     Error, ErrorKind, Image, Lane, OpenOptions, ZeroMode,
     io::{Buf, mem::MemFiles},
 };
 use qcow2_format::{Unsupported, Version, header, word};
-use std::{path::Path, sync::Arc};
+use std::{cell::Cell, io, path::Path, sync::Arc};
 
 const SHAPES: [&str; 4] = [
     "compat=1.1,cluster_size=64k",
@@ -282,15 +286,42 @@ fn a_table_that_a_snapshot_shares_is_not_changed_in_place() {
 }
 
 /// An open image in which a guest cluster was discarded that was counted 0 all the time.
-fn with_uncounted_data_discarded(parts: &Parts) -> (MemFiles, Lane<MemFiles>) {
+fn with_uncounted_data_discarded(parts: &Parts) -> (Hooked<Syncs>, Lane<Hooked<Syncs>>) {
     let guest = 9 * parts.cluster();
     let mut damaged = parts.clone();
     damaged.set_count(parts.data(guest), 0);
     let files = MemFiles::default();
     files.put(IMAGE, damaged.bytes);
-    let lane = Lane::new(&open(&files, false).expect("opens"), files.clone(), 8);
+    let host = Hooked::new(&files, Syncs::default());
+    let image = run(Image::open(&host, &files, Path::new(IMAGE), &OpenOptions::default())).expect("opens");
+    let lane = host.lane(&image);
     run(lane.discard(guest, parts.cluster())).expect("nothing tells yet");
-    (files, lane)
+    (host, lane)
+}
+
+/// How often what was written has been made durable.
+#[derive(Default)]
+struct Syncs(Cell<u32>);
+
+impl Hook for Syncs {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        self.0.set(self.0.get() + u32::from(matches!(operation, Operation::Sync(_))));
+        Ok(())
+    }
+}
+
+/// What waited to be freed when damage was met waits for ever: the disk was asked to make it durable every
+/// second.
+#[test]
+fn a_condemned_image_leaves_the_disk_alone() {
+    each(|parts| {
+        let (host, lane) = with_uncounted_data_discarded(&parts);
+        run(lane.maintain()).expect_err("too low");
+        run(lane.maintain()).expect("what is left is written back");
+        let before = host.hook.0.get();
+        (0..10).for_each(|_| run(lane.maintain()).expect("nothing to do"));
+        assert_eq!(host.hook.0.get(), before);
+    });
 }
 
 /// A cluster that was counted 0 all the time is unmapped, and handed out anew before it is given back:
@@ -331,11 +362,11 @@ fn data_that_is_counted_as_free_is_not_given_back_to_the_host() {
 #[test]
 fn what_is_counted_too_low_condemns_when_it_is_given_back() {
     each(|parts| {
-        let (files, lane) = with_uncounted_data_discarded(&parts);
+        let (host, lane) = with_uncounted_data_discarded(&parts);
         let error = run(lane.maintain()).expect_err("too low");
         assert_eq!(error.kind(), ErrorKind::Corrupt, "{error}");
         let at = parts.data(9 * parts.cluster()) as usize;
-        let bytes = files.get(IMAGE).expect("kept");
+        let bytes = host.files.get(IMAGE).expect("kept");
         assert_eq!(bytes[at..at + 512], [0x22; 512], "no hole was punched");
         assert_eq!(features(&bytes) & header::CORRUPT != 0, parts.header.version == Version::V3);
     });

@@ -14,7 +14,11 @@ use crate::{
     owner::Owner,
     redo::Record,
 };
-use qcow2_format::{Clusters, HostCluster, geometry::MAX_REFTABLE_BYTES, header};
+use qcow2_format::{
+    Clusters, HostCluster, HostOffset,
+    geometry::{MAX_MAPPED_HOST_BYTES, MAX_REFTABLE_BYTES},
+    header,
+};
 use std::{ops::Range, sync::Arc};
 
 /// Records in the redo log of one growth of the refcount table: the largest table has 16384 clusters
@@ -68,7 +72,7 @@ impl Meta {
                     }
                 }
                 Place::NoBlock { block } => {
-                    if let Some(needs) = self.lacks_room(cursor.row(1)) {
+                    if let Some(needs) = self.lacks_room(cursor.row(1))? {
                         return Ok(needs);
                     }
                     self.claim(cursor.row(1))?;
@@ -127,7 +131,7 @@ impl Meta {
     /// Takes clusters in a row, of which the first become new refcount blocks. What is passed over is still
     /// free.
     fn take_row(&mut self, clusters: Range<HostCluster>, new_blocks: Range<u64>) -> Result<Next> {
-        if let Some(needs) = self.lacks_room(clusters.clone()) {
+        if let Some(needs) = self.lacks_room(clusters.clone())? {
             return Ok(needs);
         }
         let cursor = self.space.cursor;
@@ -170,11 +174,23 @@ impl Meta {
 
     /// Moves the cursor over a run that is taken; says whether it is fresh.
     fn claim(&mut self, run: Range<HostCluster>) -> Result<bool> {
+        self.check_reach(&run)?;
         self.check_unused(&run)?;
         let fresh = run.start >= self.space.fresh_from;
         self.space.fresh_from = self.space.fresh_from.max(run.end);
         self.space.cursor = run.end;
         Ok(fresh)
+    }
+
+    /// Narrow counts of large clusters reach further than an entry can name.
+    fn check_reach(&self, run: &Range<HostCluster>) -> Result<()> {
+        if run.end > self.geometry.host_cluster(HostOffset(MAX_MAPPED_HOST_BYTES)) {
+            return Err(Error::TooLarge {
+                file: Arc::clone(&self.file),
+                reason: "no free cluster is left below 64 PiB, beyond which no entry of a table can name one",
+            });
+        }
+        Ok(())
     }
 
     /// A count of 0 is not enough: the count may be what is damaged.
@@ -216,9 +232,10 @@ impl Meta {
 
     /// What metadata in these clusters needs first, unless the file reaches over them: a flush that had to
     /// write behind its end would fail where the host has no room.
-    fn lacks_room(&self, clusters: Range<HostCluster>) -> Option<Next> {
+    fn lacks_room(&self, clusters: Range<HostCluster>) -> Result<Option<Next>> {
+        self.check_reach(&clusters)?;
         let is_in_file = self.geometry.host_offset(clusters.end).0 <= self.space.file_end;
-        (!is_in_file).then_some(Next::NeedsRoom(clusters))
+        Ok((!is_in_file).then_some(Next::NeedsRoom(clusters)))
     }
 
     /// Moves the refcount table to a larger place at `base`, the first cluster that it does not
@@ -235,7 +252,7 @@ impl Meta {
             });
         }
         let taken = base.row(plan.blocks + plan.table_clusters);
-        if let Some(needs) = self.lacks_room(taken.clone()) {
+        if let Some(needs) = self.lacks_room(taken.clone())? {
             return Ok(Some(needs));
         }
         self.claim(taken.clone())?;

@@ -185,10 +185,10 @@ impl<I: Io> Lane<I> {
         image.undamaged()?;
         let _searching = image.locks.searching.acquire().await;
         for window in in_parts(&(HostCluster(0)..image.counted_end()), size) {
-            rest(pace).await?;
             if !image.has_block_in(&window) {
                 continue;
             }
+            rest(pace).await?;
             for round in 1.. {
                 let found = self.search_window(window.clone(), pace, reclaimed).await?;
                 if found.touched == 0 || round == MAX_ROUNDS {
