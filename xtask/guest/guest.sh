@@ -66,7 +66,7 @@ END
 boot() {
     timeout "$BOOT_LIMIT" qemu-system-x86_64 -L "$PAYLOAD/bin" -nodefaults -no-user-config -display none -no-reboot \
         -machine pc -accel tcg -cpu max -m 512 -kernel "$SCRATCH/kernel" -initrd "$initramfs" \
-        -append "console=ttyS0 quiet panic=-1 mitigations=off nowatchdog random.trust_cpu=on boot=$1" \
+        -append "console=ttyS0 quiet panic=-1 mitigations=off nowatchdog no_timer_check random.trust_cpu=on boot=$1" \
         -serial "file:$SCRATCH/boot.$1" -drive "if=none,id=root,cache=none,$2" -device virtio-blk-pci,drive=root
 }
 

@@ -33,6 +33,9 @@ const RESULTS_BYTES: u64 = 4 << 30;
 /// Its memory holds the whole mapping of 8 GiB in clusters of 4 KiB, so that none of it is written for want
 /// of room.
 const VOLATILE: &str = "qcow2,l2-cache-size=16M";
+/// Without a check of the timer: on a busy host an emulated one is late, which the kernel panics of.
+const COMMAND_LINE: &str = "console=ttyS0 loglevel=4 panic=-1 oops=panic mitigations=off nowatchdog \
+                            no_timer_check random.trust_cpu=on";
 const POLL: Duration = Duration::from_millis(20);
 /// How long a machine may take until its script begins. A boot takes seconds; now and then an emulated one,
 /// on a busy host, hangs in the kernel before anything of ours has run.
@@ -156,10 +159,7 @@ impl Machine<'_> {
         qemu.args(self.accel.arguments());
         qemu.args(["-m", &format!("{}M", self.memory_mib)]);
         qemu.arg("-kernel").arg(&self.kernel.image).arg("-initrd").arg(initramfs);
-        qemu.args([
-            "-append",
-            "console=ttyS0 loglevel=4 panic=-1 oops=panic mitigations=off nowatchdog random.trust_cpu=on",
-        ]);
+        qemu.args(["-append", COMMAND_LINE]);
         qemu.arg("-serial").arg(format!("file:{}", dir.shown("kernel.log")));
         qemu.arg("-serial").arg(format!("file:{}", dir.shown("status")));
         qemu.args(["-device", "virtio-serial-pci", "-device", "virtconsole,chardev=script"]);
