@@ -223,18 +223,21 @@ impl Uring {
         } else if self.0.queued() > 0 || self.0.has_deferred() {
             self.enter(Wait::No)?;
         }
+        // This thread looks for work again: whom the completions wake need not kick it, which would cost a write
+        // and a read each time.
+        self.end_wait();
         self.reap();
         Ok(())
     }
 
-    /// Announces that this thread is about to wait: from now on a [`Kick`] is delivered. Look for
-    /// work once more after this call and before [`Uring::turn`].
+    /// Announces that this thread is about to wait: until [`Uring::turn`] has waited a [`Kick`] is delivered.
+    /// Look for work once more after this call and before the turn.
     pub fn prepare_wait(&self) {
         self.0.kick.asleep.store(true, Ordering::SeqCst);
     }
 
     /// Takes [`Uring::prepare_wait`] back.
-    pub fn end_wait(&self) {
+    fn end_wait(&self) {
         self.0.kick.asleep.store(false, Ordering::Relaxed);
     }
 
