@@ -198,7 +198,7 @@ fn a_registered_descriptor_is_released_with_its_guard() {
 /// The refinements that this kernel takes are also what an older one would be left with.
 #[test]
 fn every_kind_of_delivery_works() {
-    for delivery in [Delivery::Deferred, Delivery::Cooperative, Delivery::Plain] {
+    for delivery in [Delivery::InOrder, Delivery::Deferred, Delivery::Cooperative, Delivery::Plain] {
         let it = Fixture::new(Caching::Auto, 4096);
         it.ring.0.ring.replace(build(delivery, 8).unwrap());
         // SAFETY: a no-op names no memory.
