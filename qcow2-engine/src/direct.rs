@@ -33,6 +33,14 @@ pub struct Direct {
     flight: Flight,
 }
 
+/// All of a [`Direct`] that is needed once its transfers have been started.
+impl From<Direct> for Flight {
+    #[inline]
+    fn from(direct: Direct) -> Self {
+        direct.flight
+    }
+}
+
 /// Bytes that are contiguous in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
@@ -44,14 +52,22 @@ pub struct Run {
     pub len: u64,
 }
 
-type Runs = SmallVec<[Run; 1]>;
+/// The runs of a request, mostly one.
+#[derive(Debug)]
+enum Runs {
+    One(Run),
+    Few(Vec<Run>),
+}
 
 impl Direct {
     /// One transfer for each; at least one.
     #[inline]
     #[must_use]
     pub fn runs(&self) -> &[Run] {
-        &self.runs
+        match &self.runs {
+            Runs::One(run) => std::slice::from_ref(run),
+            Runs::Few(runs) => runs,
+        }
     }
 }
 
@@ -75,8 +91,8 @@ impl<I: Io> Lane<I> {
 
     /// Ends the request: its transfers are over, well or not.
     #[inline]
-    pub fn end_direct(&self, direct: Direct) {
-        self.end(direct.flight);
+    pub fn end_direct(&self, direct: impl Into<Flight>) {
+        self.end(direct.into());
     }
 
     #[inline]
@@ -98,43 +114,43 @@ impl<I: Io> Lane<I> {
     }
 }
 
-/// Data in one cluster of the top layer: what most requests are about.
-struct Own {
-    run: Run,
-    /// The cluster.
-    host: HostOffset,
-    copied: bool,
-}
-
 impl Image {
-    /// A range that lies in one cluster of the top layer's own data, as the general ways would find it.
+    /// What the top layer says of a range that lies in one of its clusters, if that is in memory.
     #[inline]
-    fn own(&self, at: u64, len: u64) -> Option<Own> {
+    fn in_top(&self, at: u64, len: u64) -> Option<Mapping> {
         let layer = self.top();
         if len > to_boundary(at, layer.geometry.cluster_size()) {
             return None;
         }
-        match layer.resident(&self.cache, at)? {
-            Mapping::Data { host, copied } => {
-                let run = Run { file: layer.file, at: host.0 + layer.geometry.in_cluster(at), len };
-                Some(Own { run, host, copied })
-            }
-            _ => None,
-        }
+        layer.resident(&self.cache, at)
+    }
+
+    /// The run that a range is which lies in one cluster of the top layer's own data.
+    #[inline]
+    fn own(&self, host: HostOffset, at: u64, len: u64) -> Runs {
+        let layer = self.top();
+        Runs::One(Run { file: layer.file, at: host.0 + layer.geometry.in_cluster(at), len })
     }
 
     /// Where a range can be read, if it is all data.
+    #[inline]
     fn runs_to_read(&self, at: u64, len: u64) -> Option<Runs> {
+        match self.in_top(at, len) {
+            Some(Mapping::Data { host, .. }) => Some(self.own(host, at, len)),
+            Some(Mapping::Unallocated) => self.runs_from(self.as_chain().below(at, len).ok()?, at, len),
+            _ => self.runs_from(self.as_chain().step(at, len).ok()?, at, len),
+        }
+    }
+
+    /// Where a range can be read that begins with an extent, if it is all data.
+    #[inline(never)] // out of the way of what is in the top layer
+    fn runs_from(&self, first: Extent, at: u64, len: u64) -> Option<Runs> {
         let run_of = |extent: &Extent| match *extent {
             Extent::Data { file, at, len } => Some(Run { file, at, len }),
             _ => None,
         };
-        if let Some(Own { run, .. }) = self.own(at, len) {
-            return Some(one(run));
-        }
-        let first = self.as_chain().step(at, len).ok()?;
         if first.len() == len {
-            return run_of(&first).map(one);
+            return run_of(&first).map(Runs::One);
         }
         let mut extents = Extents::from_slice(&[first]);
         self.resolve(at, len, &mut extents).ok()?;
@@ -142,31 +158,34 @@ impl Image {
     }
 
     /// Where a range can be overwritten, if all of it can.
+    #[inline]
     fn runs_to_write(&self, at: u64, len: u64) -> Option<Runs> {
+        match self.in_top(at, len) {
+            Some(Mapping::Data { host, copied: true }) if !self.is_suspect(host) => {
+                Some(self.own(host, at, len))
+            }
+            _ => self.pieces_to_write(at, len),
+        }
+    }
+
+    /// The same, where one look-up does not tell.
+    #[inline(never)]
+    fn pieces_to_write(&self, at: u64, len: u64) -> Option<Runs> {
         let file = self.top().file;
         let run_of = |piece: &Piece| match piece.kind {
             Kind::InPlace { host } => Some(Run { file, at: host.0, len: piece.len }),
             Kind::Allocate => None,
         };
-        if let Some(Own { run, host, copied: true }) = self.own(at, len)
-            && !self.is_suspect(host)
-        {
-            return Some(one(run));
-        }
         let mut pieces = SmallVec::new();
         split(self, at, len, &mut pieces).ok()?;
         few(&pieces, run_of)
     }
 }
 
-#[inline]
-fn one(run: Run) -> Runs {
-    Runs::from_buf([run])
-}
-
 /// The runs of all parts, if each is one.
 fn few<P>(parts: &[P], run_of: impl Fn(&P) -> Option<Run>) -> Option<Runs> {
-    if parts.len() <= MAX_RUNS { parts.iter().map(run_of).collect() } else { None }
+    let is_worth_it = parts.len() <= MAX_RUNS;
+    is_worth_it.then(|| parts.iter().map(run_of).collect()).flatten().map(Runs::Few)
 }
 
 #[cfg(test)]

@@ -77,6 +77,7 @@ impl Epochs {
 
     /// Marks slot `index` as a request that begins now. The store is sequentially consistent, so
     /// that the look-ups which follow it cannot be ordered before it.
+    #[inline]
     pub(crate) fn enter(&self, slots: &Slots, index: usize) {
         slots.at(index).store(self.now.load(SeqCst), SeqCst);
     }
@@ -88,10 +89,12 @@ impl Slots {
         Self((0..count.div_ceil(Line::SLOTS)).map(line).collect())
     }
 
+    #[inline]
     fn at(&self, index: usize) -> &AtomicU64 {
         &self.0[index / Line::SLOTS].0[index % Line::SLOTS]
     }
 
+    #[inline]
     pub(crate) fn leave(&self, index: usize) {
         self.at(index).store(IDLE, std::sync::atomic::Ordering::Release);
     }

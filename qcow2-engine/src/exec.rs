@@ -142,9 +142,7 @@ impl Executor {
         let ring = &self.0.ring;
         ring.prepare_wait();
         let wait = if stop() || !self.0.ready.lock().is_empty() { Wait::No } else { Wait::Forever };
-        let turned = ring.turn(wait);
-        ring.end_wait();
-        turned
+        ring.turn(wait)
     }
 
     /// Polls each task that has been woken once. Returns whether there was one.

@@ -125,10 +125,12 @@ impl Image {
         cfg!(any(test, feature = "sim")) && self.meta.lock().graph.is_disabled(rule)
     }
 
+    #[inline]
     pub(crate) fn top(&self) -> &Qcow2Layer {
         self.qcow2_layer(0)
     }
 
+    #[inline]
     pub(crate) fn qcow2_layer(&self, index: u16) -> &Qcow2Layer {
         match &self.layers[usize::from(index)] {
             Layer::Qcow2(layer) => layer,

@@ -50,7 +50,7 @@ struct FreeSlots {
 /// A request in flight, by its slot. Dropping it instead of ending it leaves the request in flight.
 #[must_use = "a request that is not ended keeps freed clusters from being used"]
 #[derive(Debug)]
-pub(crate) struct Flight(usize);
+pub struct Flight(usize);
 
 impl<I> Clone for Lane<I> {
     fn clone(&self) -> Self {

@@ -63,7 +63,7 @@ pub use discard::ZeroMode;
 pub use error::{Error, ErrorKind, Result};
 pub use grow::{grow, grow_by};
 pub use image::Image;
-pub use lane::Lane;
+pub use lane::{Flight, Lane};
 pub use leaks::{Pace, Reclaimed, Verdict};
 pub use open::{DEFAULT_CACHE_BYTES, DEFAULT_EXTENT_BYTES, OpenOptions};
 pub use order::rules::RuleName;

@@ -136,11 +136,17 @@ impl Chain<'_> {
     /// Resolves the longest prefix of the range that one look-up answers.
     #[inline]
     pub(crate) fn step(&self, at: u64, len: u64) -> Result<Extent, Stop> {
-        let Some(flat) = self.flat else { return self.walk(0, at, len) };
-        let len = match self.ask(0, at, len)? {
-            Said::Extent(extent) => return Ok(extent),
-            Said::Nothing(len) => len.min(to_boundary(at, flat.granule())),
-        };
+        match self.ask(0, at, len)? {
+            Said::Extent(extent) => Ok(extent),
+            Said::Nothing(len) => self.below(at, len),
+        }
+    }
+
+    /// The same for a range of which the top layer says nothing.
+    #[inline]
+    pub(crate) fn below(&self, at: u64, len: u64) -> Result<Extent, Stop> {
+        let Some(flat) = self.flat else { return self.walk(1, at, len) };
+        let len = len.min(to_boundary(at, flat.granule()));
         match flat.look_up(self.cache, at).map_err(Stop::Miss)? {
             Answer::Zero => Ok(Extent::Zero { len }),
             Answer::Data { layer, at: granule } => {

@@ -67,6 +67,7 @@ pub(crate) fn device_sectors(size: u64) -> u64 {
 
 impl Request {
     /// Decodes a descriptor.
+    #[inline]
     pub(crate) fn decode(descriptor: &sys::ublksrv_io_desc, bounds: Bounds) -> Result<Self, DecodeError> {
         let has = |flag: u32| descriptor.op_flags & flag != 0;
         let range = || Range::decode(descriptor, bounds.sectors);

@@ -31,7 +31,6 @@ use std::{
     cell::{Cell, RefCell},
     future::Future,
     io,
-    mem::MaybeUninit,
     os::fd::{AsFd, AsRawFd, RawFd},
     pin::Pin,
     rc::Rc,
@@ -56,9 +55,9 @@ const MAX_RETRIES: u32 = 5_000;
 const TEARDOWN: Duration = Duration::from_secs(5);
 
 /// `user_data` of the read that waits for a [`Kick`].
-const KICK: u64 = u64::MAX;
+const KICK: u64 = 1 << 63;
 /// `user_data` of a cancellation, whose own result is of no interest.
-const CANCEL: u64 = u64::MAX - 1;
+const CANCEL: u64 = KICK | 1;
 /// With this bit: `user_data` of an operation without a slot; its token is below.
 const REPORT: u64 = 1 << 62;
 
@@ -223,18 +222,21 @@ impl Uring {
         } else if self.0.queued() > 0 || self.0.has_deferred() {
             self.enter(Wait::No)?;
         }
+        // This thread looks for work again: whom the completions wake need not kick it, which would cost a write
+        // and a read each time.
+        self.end_wait();
         self.reap();
         Ok(())
     }
 
-    /// Announces that this thread is about to wait: from now on a [`Kick`] is delivered. Look for
-    /// work once more after this call and before [`Uring::turn`].
+    /// Announces that this thread is about to wait: until [`Uring::turn`] has waited a [`Kick`] is delivered.
+    /// Look for work once more after this call and before the turn.
     pub fn prepare_wait(&self) {
         self.0.kick.asleep.store(true, Ordering::SeqCst);
     }
 
     /// Takes [`Uring::prepare_wait`] back.
-    pub fn end_wait(&self) {
+    fn end_wait(&self) {
         self.0.kick.asleep.store(false, Ordering::Relaxed);
     }
 
@@ -273,31 +275,31 @@ impl Uring {
 
     /// Hands out the completions that are in the queue.
     fn reap(&self) {
-        const BATCH: usize = 32;
-        loop {
-            let mut batch = [const { MaybeUninit::<cqueue::Entry>::uninit() }; BATCH];
-            // Copied out, so that nothing is borrowed while wakers run.
-            let mut ring = self.0.ring.borrow_mut();
-            let filled = ring.completion().fill(&mut batch).len();
-            drop(ring);
-            for entry in &batch[..filled] {
-                // SAFETY: `fill` has initialised this many.
-                self.complete(unsafe { entry.assume_init_ref() });
-            }
-            if filled < BATCH {
-                return;
-            }
+        // Nothing is borrowed while wakers run.
+        while let Some(entry) = self.next_unreported() {
+            self.complete(&entry);
         }
+        self.0.reports.announce();
+    }
+
+    /// Takes completions up to one that is for somebody else than the list of reports.
+    fn next_unreported(&self) -> Option<cqueue::Entry> {
+        let mut reports = self.0.reports.list();
+        self.0.ring.borrow_mut().completion().find(|entry| {
+            let user_data = entry.user_data();
+            if user_data & REPORT == 0 {
+                return true;
+            }
+            self.0.reporting.set(self.0.reporting.get() - 1);
+            reports.push(Report { token: user_data as u32, result: entry.result() });
+            false
+        })
     }
 
     fn complete(&self, entry: &cqueue::Entry) {
         match entry.user_data() {
             CANCEL => {}
             KICK => self.0.kick_armed.set(false),
-            report if report & REPORT != 0 => {
-                self.0.reporting.set(self.0.reporting.get() - 1);
-                self.0.reports.add(Report { token: report as u32, result: entry.result() });
-            }
             key => {
                 // The slots are not borrowed while the waker runs.
                 let waker = self.0.slots.borrow_mut().complete(key as Key, entry.result());
@@ -346,12 +348,12 @@ impl Uring {
     }
 
     #[inline]
-    fn read_entry(&self, file: FileId, at: u64, buf: &Buf) -> io::Result<Prepared> {
+    fn read_entry(&self, file: FileId, at: u64, buf: &Buf) -> io::Result<squeue::Entry> {
         let len = buf.len().min(MAX_TRANSFER) as u32;
-        Ok(Prepared::Other(entry_for!(self.target(file)?, |fd| match buf.registered_at(self.id()) {
+        Ok(entry_for!(self.target(file)?, |fd| match buf.registered_at(self.id()) {
             Some(index) => opcode::ReadFixed::new(fd, buf.as_ptr(), len, index).offset(at).build(),
             None => opcode::Read::new(fd, buf.as_ptr(), len).offset(at).build(),
-        })))
+        }))
     }
 
     #[inline]
@@ -397,7 +399,7 @@ impl Uring {
 
 impl Io for Uring {
     async fn read(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
-        self.run(self.read_entry(file, at, &buf)?, Some(buf)).await
+        self.run(Prepared::Other(self.read_entry(file, at, &buf)?), Some(buf)).await
     }
 
     async fn write(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {

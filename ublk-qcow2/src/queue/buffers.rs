@@ -63,6 +63,7 @@ impl TagBuffers {
     }
 
     /// Part of the buffer that a tag has.
+    #[inline]
     pub(super) fn part(&self, tag: u16, range: Range<usize>) -> Buf {
         self.with(tag, |buf| buf.slice(range))
     }
@@ -79,6 +80,7 @@ impl TagBuffers {
 
     /// Gives a tag the buffer for requests of `len` bytes: for a read before it is carried out, for a write
     /// when that is over, because its data is where the command before it said.
+    #[inline]
     pub(super) fn suit(&self, tag: u16, len: u64) {
         let Chunks { taken, spare } = &mut *self.chunks.borrow_mut();
         let taken = &mut taken[usize::from(tag)];

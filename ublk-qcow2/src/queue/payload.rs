@@ -10,7 +10,7 @@
 //! character device ([`Payloads::collect`], [`Payloads::deliver`]).
 
 use super::{Queue, buffers::TagBuffers};
-use crate::{device::DataPath, request::Request};
+use crate::device::DataPath;
 use io_uring::{opcode, squeue};
 use libublk::sys;
 use qcow2_engine::{
@@ -84,17 +84,17 @@ impl Payloads {
         matches!(self.place, Place::Tags(_)) || op_flags & sys::UBLK_IO_F_NEED_REG_BUF == 0
     }
 
-    /// Gets ready for a request that has been fetched.
-    pub(super) fn begin(&self, tag: u16, request: &Request) {
-        if let (Place::Tags(buffers), Request::Read(range)) = (&self.place, request) {
-            buffers.suit(tag, range.len);
+    /// Gets ready for a request that has been fetched, and moves `len` bytes.
+    pub(super) fn begin(&self, tag: u16, way: Way, len: u64) {
+        if let (Place::Tags(buffers), Way::FromFile) = (&self.place, way) {
+            buffers.suit(tag, len);
         }
     }
 
-    /// Gets ready for whatever comes after a request that has been carried out.
-    pub(super) fn end(&self, tag: u16, request: &Request) {
-        if let (Place::Tags(buffers), Request::Write { range, .. }) = (&self.place, request) {
-            buffers.suit(tag, range.len);
+    /// Gets ready for whatever comes after a request that has moved `len` bytes.
+    pub(super) fn end(&self, tag: u16, way: Way, len: u64) {
+        if let (Place::Tags(buffers), Way::ToFile) = (&self.place, way) {
+            buffers.suit(tag, len);
         }
     }
 
@@ -103,24 +103,22 @@ impl Payloads {
         let token = u32::from(tag);
         match &self.place {
             Place::Tags(buffers) => {
-                let start = match way {
-                    Way::FromFile => Uring::read_reporting,
-                    Way::ToFile => Uring::write_reporting,
-                };
                 for (begin, run) in placed(runs) {
                     let part = buffers.part(tag, begin as usize..(begin + run.len) as usize);
-                    start(&self.ring, run.file, run.at, &part, token);
+                    match way {
+                        Way::FromFile => self.ring.read_reporting(run.file, run.at, &part, token),
+                        Way::ToFile => self.ring.write_reporting(run.file, run.at, &part, token),
+                    }
                 }
             }
             Place::Pages(_) => {
-                let start = match way {
-                    Way::FromFile => Uring::read_into_reporting,
-                    Way::ToFile => Uring::write_from_reporting,
-                };
                 for (offset, run) in placed(runs) {
                     // At most the longest request, 1 MiB.
                     let pages = KernelBuf { index: tag, offset, len: run.len as u32 };
-                    start(&self.ring, run.file, run.at, pages, token);
+                    match way {
+                        Way::FromFile => self.ring.read_into_reporting(run.file, run.at, pages, token),
+                        Way::ToFile => self.ring.write_from_reporting(run.file, run.at, pages, token),
+                    }
                 }
             }
         }

@@ -17,7 +17,7 @@
 use super::{ABORTED, Context, Notice, QueueError, payload::Way};
 use crate::request::{Range, Request};
 use libublk::sys;
-use qcow2_engine::{Direct, Error, ZeroMode};
+use qcow2_engine::{Error, Flight, ZeroMode};
 use std::{
     cell::{Cell, RefCell},
     future::poll_fn,
@@ -46,8 +46,8 @@ pub(super) enum Failure {
 enum Stage {
     /// The kernel: it has been told to fetch, or that and a result.
     Kernel,
-    /// Transfers that answer the request are under way.
-    Direct { request: Request, direct: Direct, account: Account },
+    /// Transfers that answer the request are under way. The request itself stays in its descriptor.
+    Direct { flight: Flight, account: Account },
     /// The tag's task, which has the request or is about to take it.
     Task(Option<Request>),
     /// Nobody: the device is being stopped, or the tag is lost.
@@ -57,16 +57,19 @@ enum Stage {
 /// How far a request's transfers have come.
 #[derive(Clone, Copy)]
 struct Account {
-    under_way: usize,
-    /// Bytes moved by those that have ended; fewer than the request's if one has failed.
-    moved: u64,
+    way: Way,
+    under_way: u32,
+    /// Bytes of the request that none of those that have ended has moved; some are left if one has failed.
+    missing: u32,
+    /// Bytes of the request.
+    len: u32,
 }
 
 impl Account {
     /// Notes the end of one.
     fn note(self, result: i32) -> Self {
-        let moved = self.moved + u64::try_from(result).unwrap_or(0);
-        Self { under_way: self.under_way - 1, moved }
+        let moved = u32::try_from(result).unwrap_or(0);
+        Self { under_way: self.under_way - 1, missing: self.missing - moved, ..self }
     }
 }
 
@@ -132,7 +135,9 @@ impl Context {
                 Ok(bytes) => bytes as i32,
                 Err(error) => self.failed(&request, &error),
             };
-            self.payloads.end(number, &request);
+            if let Request::Write { range, .. } = request {
+                self.payloads.end(number, Way::ToFile, range.len);
+            }
             self.commit(number, result);
         }
     }
@@ -141,24 +146,31 @@ impl Context {
     fn advance(&self, number: u16, result: i32) {
         match self.tag(number).stage.replace(Stage::Kernel) {
             Stage::Kernel => self.fetched(number, result),
-            Stage::Direct { request, direct, account } => {
+            Stage::Direct { flight, account } => {
                 let account = account.note(result);
                 if account.under_way > 0 {
-                    return self.tag(number).set(Stage::Direct { request, direct, account });
+                    return self.tag(number).set(Stage::Direct { flight, account });
                 }
-                self.lane.end_direct(direct);
-                if account.moved == request.data_len() {
-                    self.payloads.end(number, &request);
-                    // At most the longest request.
-                    self.commit(number, account.moved as i32);
-                } else {
-                    self.hand_over(number, request);
-                }
+                self.lane.end_direct(flight);
+                self.transferred(number, account);
             }
             stage @ (Stage::Task(_) | Stage::Ended) => {
                 debug_assert!(false, "tag {number} has nothing under way, but {result} came of it");
                 self.tag(number).set(stage);
             }
+        }
+    }
+
+    /// All transfers of a request have ended.
+    fn transferred(&self, number: u16, account: Account) {
+        if account.missing == 0 {
+            self.payloads.end(number, account.way, account.len.into());
+            // At most the longest request.
+            return self.commit(number, account.len as i32);
+        }
+        match self.request_of(&self.descriptors.get(number)) {
+            Ok(request) => self.hand_over(number, request),
+            Err(refusal) => self.commit(number, refusal),
         }
     }
 
@@ -182,21 +194,25 @@ impl Context {
 
     /// Starts the transfers that answer a request, or leaves it to the tag's task.
     fn begin(&self, number: u16, request: Request, op_flags: u32) {
-        self.payloads.begin(number, &request);
+        let (way, Range { at, len }) = match request {
+            Request::Read(range) => (Way::FromFile, range),
+            Request::Write { range, fua: false } => (Way::ToFile, range),
+            _ => return self.hand_over(number, request),
+        };
+        self.payloads.begin(number, way, len);
         if !self.payloads.is_movable(op_flags) {
             return self.hand_over(number, request);
         }
-        let (direct, way) = match request {
-            Request::Read(Range { at, len }) => (self.lane.direct_read(at, len), Way::FromFile),
-            Request::Write { range: Range { at, len }, fua: false } => {
-                (self.lane.direct_write(at, len), Way::ToFile)
-            }
-            _ => return self.hand_over(number, request),
+        let direct = match way {
+            Way::FromFile => self.lane.direct_read(at, len),
+            Way::ToFile => self.lane.direct_write(at, len),
         };
         let Some(direct) = direct else { return self.hand_over(number, request) };
         self.payloads.transfer(number, way, direct.runs());
-        let account = Account { under_way: direct.runs().len(), moved: 0 };
-        self.tag(number).set(Stage::Direct { request, direct, account });
+        // At most the longest request.
+        let (under_way, len) = (direct.runs().len() as u32, len as u32);
+        let account = Account { way, under_way, missing: len, len };
+        self.tag(number).set(Stage::Direct { flight: direct.into(), account });
     }
 
     fn hand_over(&self, number: u16, request: Request) {

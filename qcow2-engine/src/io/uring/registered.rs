@@ -3,7 +3,7 @@
 
 use super::{Known, Target, Uring, entry_for, submit::Prepared};
 use crate::io::{Buf, FileId};
-use io_uring::opcode;
+use io_uring::{opcode, squeue};
 use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd},
@@ -90,14 +90,15 @@ impl Uring {
     }
 
     /// A read into a buffer of the kernel's. The kernel checks that it is there, and its length.
-    pub(super) fn read_into_entry(&self, file: FileId, at: u64, buf: KernelBuf) -> io::Result<Prepared> {
+    #[inline]
+    pub(super) fn read_into_entry(&self, file: FileId, at: u64, buf: KernelBuf) -> io::Result<squeue::Entry> {
         let KernelBuf { index, offset, len } = buf;
-        Ok(Prepared::Other(entry_for!(self.target(file)?, |fd| {
+        Ok(entry_for!(self.target(file)?, |fd| {
             // What stands for an address in such a buffer is an offset.
             opcode::ReadFixed::new(fd, std::ptr::without_provenance_mut(offset as usize), len, index)
                 .offset(at)
                 .build()
-        })))
+        }))
     }
 
     /// A write out of a buffer of the kernel's; see [`Self::read_into_entry`].

@@ -5,13 +5,13 @@
 //! that in the report, and the ring keeps the memory from the first such operation on it as long as it exists
 //! ([`Uring::keep`]). So the token is all that has to be known of an operation.
 
-use super::{KernelBuf, REPORT, Uring, submit::Prepared};
+use super::{KernelBuf, REPORT, Uring};
 use crate::io::{Buf, FileId};
 use io_uring::squeue;
 use std::{
-    cell::RefCell,
+    cell::{RefCell, RefMut},
     future::poll_fn,
-    mem,
+    io, mem,
     task::{Poll, Waker},
 };
 
@@ -31,10 +31,17 @@ pub(super) struct Reports {
 }
 
 impl Reports {
-    pub(super) fn add(&self, report: Report) {
-        self.list.borrow_mut().push(report);
-        // The task is woken by the first report that it has not seen; the others it finds.
-        if let Some(waker) = self.waker.borrow_mut().take() {
+    /// What has been reported and not been taken yet; [`Self::announce`] what is added.
+    pub(super) fn list(&self) -> RefMut<'_, Vec<Report>> {
+        self.list.borrow_mut()
+    }
+
+    /// Wakes the task that waits for reports, if there are any.
+    pub(super) fn announce(&self) {
+        if self.list.borrow().is_empty() {
+            return;
+        }
+        if let Some(waker) = self.waker.take() {
             waker.wake();
         }
     }
@@ -48,42 +55,43 @@ impl Uring {
     /// of `entry` is replaced. `entry` completes exactly once.
     #[inline]
     pub unsafe fn submit_reporting(&self, entry: squeue::Entry, token: u32) {
-        self.start_reporting(Prepared::Other(entry), token);
+        // SAFETY: the caller's word.
+        self.start_reporting(token, |user_data| unsafe { self.push(&entry.user_data(user_data)) });
     }
 
     /// Starts a read into `buf`, as [`crate::io::Io::read`] but without repetition where the kernel
     /// asks for it (EAGAIN, EINTR).
     pub fn read_reporting(&self, file: FileId, at: u64, buf: &Buf, token: u32) {
         self.keep_once(buf);
-        match self.read_entry(file, at, buf) {
-            Ok(entry) => self.start_reporting(entry, token),
-            Err(error) => self.report_failure(&error, token),
-        }
+        // SAFETY: the ring keeps `buf`.
+        self.start_reporting(token, |user_data| unsafe {
+            self.push(&self.read_entry(file, at, buf)?.user_data(user_data))
+        });
     }
 
     /// Starts a write of `buf`; see [`Uring::read_reporting`].
     pub fn write_reporting(&self, file: FileId, at: u64, buf: &Buf, token: u32) {
         self.keep_once(buf);
-        match self.write_entry(file, at, buf) {
-            Ok(entry) => self.start_reporting(entry, token),
-            Err(error) => self.report_failure(&error, token),
-        }
+        // SAFETY: the ring keeps `buf`.
+        self.start_reporting(token, |user_data| unsafe {
+            self.hand_over(self.write_entry(file, at, buf)?, user_data)
+        });
     }
 
     /// Starts a read into memory of the kernel's; otherwise as [`Uring::read_reporting`].
     pub fn read_into_reporting(&self, file: FileId, at: u64, buf: KernelBuf, token: u32) {
-        match self.read_into_entry(file, at, buf) {
-            Ok(entry) => self.start_reporting(entry, token),
-            Err(error) => self.report_failure(&error, token),
-        }
+        // SAFETY: the entry names no memory of ours.
+        self.start_reporting(token, |user_data| unsafe {
+            self.push(&self.read_into_entry(file, at, buf)?.user_data(user_data))
+        });
     }
 
     /// Starts a write from memory of the kernel's; otherwise as [`Uring::read_reporting`].
     pub fn write_from_reporting(&self, file: FileId, at: u64, buf: KernelBuf, token: u32) {
-        match self.write_from_entry(file, at, buf) {
-            Ok(entry) => self.start_reporting(entry, token),
-            Err(error) => self.report_failure(&error, token),
-        }
+        // SAFETY: the entry names no memory of ours.
+        self.start_reporting(token, |user_data| unsafe {
+            self.hand_over(self.write_from_entry(file, at, buf)?, user_data)
+        });
     }
 
     /// Waits for reports and exchanges them for `done`, whose content is lost. For one task at a time.
@@ -108,20 +116,19 @@ impl Uring {
         }
     }
 
-    /// Memory of ours that the entry names is kept by the ring.
+    /// Has an operation handed to the kernel under the `user_data` that reports it.
     #[inline]
-    fn start_reporting(&self, prepared: Prepared, token: u32) {
-        self.0.reporting.set(self.0.reporting.get() + 1);
-        // SAFETY: so those who prepare say; see above.
-        if let Err(error) = unsafe { self.hand_over(prepared, REPORT | u64::from(token)) } {
-            self.0.reporting.set(self.0.reporting.get() - 1);
-            self.report_failure(&error, token);
+    fn start_reporting(&self, token: u32, hand_over: impl FnOnce(u64) -> io::Result<()>) {
+        match hand_over(REPORT | u64::from(token)) {
+            Ok(()) => self.0.reporting.set(self.0.reporting.get() + 1),
+            Err(error) => self.report_failure(&error, token),
         }
     }
 
     #[cold]
-    fn report_failure(&self, error: &std::io::Error, token: u32) {
+    fn report_failure(&self, error: &io::Error, token: u32) {
         let result = -error.raw_os_error().unwrap_or(libc::EIO);
-        self.0.reports.add(Report { token, result });
+        self.0.reports.list().push(Report { token, result });
+        self.0.reports.announce();
     }
 }

@@ -6,7 +6,9 @@ use std::io;
 /// How completions are delivered, best first.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Delivery {
-    /// Linux 6.1: worked off only when this thread asks for them, without interrupts.
+    /// Linux 6.6: as the next, and entries are taken from the queue in their order, without a table that tells it.
+    InOrder,
+    /// 6.1: worked off only when this thread asks for them, without interrupts.
     Deferred,
     /// 5.19: worked off at this thread's next system call, without interrupts.
     Cooperative,
@@ -16,8 +18,8 @@ pub(super) enum Delivery {
 
 /// Makes the ring, with the best delivery that the kernel takes.
 pub(super) fn set_up(entries: u32) -> io::Result<IoUring> {
-    let mut result = build(Delivery::Deferred, entries);
-    for delivery in [Delivery::Cooperative, Delivery::Plain] {
+    let mut result = build(Delivery::InOrder, entries);
+    for delivery in [Delivery::Deferred, Delivery::Cooperative, Delivery::Plain] {
         match &result {
             Err(error) if error.raw_os_error() == Some(libc::EINVAL) => result = build(delivery, entries),
             _ => break,
@@ -29,8 +31,11 @@ pub(super) fn set_up(entries: u32) -> io::Result<IoUring> {
 pub(super) fn build(delivery: Delivery, entries: u32) -> io::Result<IoUring> {
     let mut builder = IoUring::builder();
     builder.setup_clamp().setup_cqsize(entries.saturating_mul(4));
+    if let Delivery::InOrder = delivery {
+        builder.setup_no_sqarray();
+    }
     match delivery {
-        Delivery::Deferred => {
+        Delivery::InOrder | Delivery::Deferred => {
             builder.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_submit_all()
         }
         Delivery::Cooperative => builder.setup_coop_taskrun().setup_taskrun_flag().setup_submit_all(),

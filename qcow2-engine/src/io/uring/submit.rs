@@ -127,8 +127,14 @@ impl Uring {
             if unsafe { self.0.ring.borrow_mut().submission().push(entry) }.is_ok() {
                 return Ok(());
             }
-            self.enter(Wait::No)?;
+            self.make_room()?;
         }
+    }
+
+    /// Has the kernel take entries from the queue, which is full.
+    #[cold]
+    fn make_room(&self) -> io::Result<()> {
+        self.enter(Wait::No)
     }
 
     /// Submits the held writes by twos, and what was on the queue before them.
