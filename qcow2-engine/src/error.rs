@@ -5,7 +5,7 @@
 //! errno).
 
 use crate::territory::Conflict;
-use qcow2_format::{Corruption, FormatError, Unsupported, error::EntryKind};
+use qcow2_format::{Corruption, FormatError, Unsupported};
 use std::{io, path::PathBuf, sync::Arc};
 
 /// The result of an engine operation.
@@ -239,10 +239,6 @@ impl Error {
     /// Whether it says that the tables of the image `top` are damaged, so that no change to it is safe.
     pub(crate) fn condemns(&self, top: &Arc<str>) -> bool {
         match self {
-            // `qemu-img check` finds nothing wrong with it: the request fails, and it alone.
-            Self::Corrupt {
-                source: Corruption::CopiedWithoutOffset { entry: EntryKind::L2, .. }, ..
-            } => false,
             Self::Corrupt { file, .. } | Self::Refcount { file, .. } | Self::Conflict { file, .. } => {
                 file == top
             }

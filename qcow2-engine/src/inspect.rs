@@ -15,7 +15,7 @@ use crate::{
 use qcow2_format::{
     Defects, FormatError, Geometry, Header, HostCluster, Snapshot,
     bitmap::{self, Bitmap},
-    snapshot::{self, MAX_SALVAGE_BYTES, MIN_ENTRY_BYTES, Salvage, TableExtent},
+    snapshot::{self, Salvage, TableExtent},
     word,
 };
 use std::{io, path::Path, sync::Arc};
@@ -80,10 +80,10 @@ impl<'a, I: Io> ImageFile<'a, I> {
         self.file_len
     }
 
-    /// Reads the snapshot table.
+    /// Reads the snapshot table; what it should have beyond the end of the file reads as zeros, as by QEMU.
     ///
     /// # Errors
-    /// A failed read; a table that is damaged or goes beyond the end of the file.
+    /// A failed read; a table that is damaged.
     pub async fn snapshots(&self) -> Result<Vec<Snapshot>> {
         Ok(self.snapshot_table().await?.0)
     }
@@ -98,53 +98,49 @@ impl<'a, I: Io> ImageFile<'a, I> {
             TableExtent::Complete(len) => Ok(Ok((snapshot::decode_table(bytes, count)?, len))),
             TableExtent::NeedsAtLeast(needed) => Ok(Err(needed)),
         };
-        self.read_snapshots(self.bytes_behind_table(), decoded).await
+        self.read_snapshots(decoded).await
     }
 
-    /// What can be kept of the snapshot table. The last entry may say too much of itself, and lead beyond the
-    /// end of the file, where zeros are read, as by QEMU. Of another one that does nobody knows where the
-    /// next begins.
+    /// What can be kept of the snapshot table: nothing where the header is. The last entry may lead beyond
+    /// the end of the file, where zeros are read, as by QEMU. Of another one that does nobody knows where
+    /// the next begins.
     pub(crate) async fn salvage_snapshots(&self) -> Result<Salvage> {
-        let (count, geometry) = (self.header.snapshot_count, self.geometry());
-        let salvaged = |bytes: &[u8]| Ok(snapshot::salvage(bytes, count, &geometry));
-        let cut_off = match self.read_snapshots(self.bytes_behind_table(), salvaged).await {
-            Err(error @ Error::Format { .. }) => error,
-            outcome => return outcome,
-        };
-        let salvage = self.read_snapshots(MAX_SALVAGE_BYTES + MIN_ENTRY_BYTES, salvaged).await?;
-        match salvage.defects.last() {
-            Some(FormatError::SnapshotExtraData { index, len, max, .. })
-                if index + 1 == count && len > max =>
-            {
-                Ok(salvage)
+        match &self.defects.snapshot_table {
+            Some(defect @ FormatError::TableInHeader { .. }) => {
+                return Ok(Salvage { defects: vec![defect.clone()], ..Salvage::default() });
             }
-            _ => Err(cut_off),
+            Some(defect @ FormatError::TablesOverlap { .. }) => return Err(self.damaged(defect.clone())),
+            _ => {}
         }
+        let (count, geometry) = (self.header.snapshot_count, self.geometry());
+        let available = self.bytes_behind_table();
+        let salvaged = |bytes: &[u8]| Ok(snapshot::salvage(bytes, count, &geometry, available));
+        let salvage = self.read_snapshots(salvaged).await?;
+        if salvage.len > available && salvage.snapshots.len() < count as usize {
+            let (what, needed) = ("the snapshot table", salvage.len);
+            return Err(self.damaged(FormatError::Truncated { what, needed, available }));
+        }
+        Ok(salvage)
     }
 
     /// From where the snapshot table begins to the end of the file.
-    fn bytes_behind_table(&self) -> u64 {
+    pub(crate) fn bytes_behind_table(&self) -> u64 {
         self.file_len.saturating_sub(self.header.snapshot_table.0)
     }
 
-    /// Decodes the snapshot table, which does not say how long it is: from ever more of the `available`
-    /// bytes, as many as `decoded` says that it needs.
+    /// Decodes the snapshot table, which does not say how long it is: from ever more bytes, as many as
+    /// `decoded` says that it needs.
     async fn read_snapshots<T>(
         &self,
-        available: u64,
         decoded: impl Fn(&[u8]) -> std::result::Result<std::result::Result<T, u64>, FormatError>,
     ) -> Result<T> {
         let at = self.header.snapshot_table.0;
         // Without snapshots the table may be anywhere.
         let mut wanted = if self.header.snapshot_count == 0 { 0 } else { SNAPSHOT_READ_BYTES };
         loop {
-            let bytes = self.read(at, wanted.min(available)).await?;
+            let bytes = self.read(at, wanted).await?;
             match decoded(&bytes).map_err(|source| self.damaged(source))? {
                 Ok(table) => return Ok(table),
-                Err(needed) if needed > available => {
-                    let what = "the snapshot table";
-                    return Err(self.damaged(FormatError::Truncated { what, needed, available }));
-                }
                 Err(needed) => wanted = needed.max(2 * wanted),
             }
         }

@@ -347,6 +347,14 @@ async fn snapshot_places(
     }
     let file = ImageFile::around(io, storage, top.file, Arc::clone(&top.name), header.clone(), top.len);
     let (snapshots, len) = file.snapshot_table().await?;
+    let available = file.bytes_behind_table();
+    if len > available {
+        return Err(top.damaged(FormatError::Truncated {
+            what: "the snapshot table",
+            needed: len,
+            available,
+        }));
+    }
     let table = header.snapshot_table;
     for (index, snapshot) in (0..).zip(&snapshots) {
         match snapshot.check(index, table, &header.geometry(), top.len) {
@@ -365,15 +373,16 @@ async fn snapshot_places(
 /// The checked header, and the first page of the file for later changes to it.
 async fn read_header(io: &impl Io, opened: &Opened, access: Access) -> Result<(Header, Vec<u8>)> {
     let (header, defects, mut bytes) = opened.header(io).await?;
+    let of_tables = defects.refcount_table.or(defects.snapshot_table);
     if access == Access::ReadOnly
-        && let Some(defect) = &defects.refcount_table
+        && let Some(defect) = &of_tables
     {
         tracing::warn!(
-            "{}: {defect}: the image can be read until check --repair all has rebuilt it",
+            "{}: {defect}: the image can be read only, until check --repair all has made a new table",
             opened.name
         );
     }
-    let unusable = defects.refcount_table.filter(|_| access == Access::ReadWrite).or(defects.snapshot_count);
+    let unusable = of_tables.filter(|_| access == Access::ReadWrite).or(defects.snapshot_count);
     if let Some(source) = unusable {
         return Err(opened.damaged(source));
     }

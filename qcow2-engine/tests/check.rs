@@ -319,15 +319,13 @@ fn images() -> &'static [(String, Vec<u8>)] {
 }
 
 /// Damage that QEMU does not look for: then our verdict may be the worse one, never the better. It
-/// reads bit 63 without an offset as nothing, takes the zero flag in version 2 and beside
-/// subclusters, and sees an overlap only where the refcount does not agree.
+/// takes the zero flag in version 2 and beside subclusters, and sees an overlap only where the refcount
+/// does not agree.
 fn is_stricter(report: &CheckReport) -> bool {
     use qcow2_engine::check::Problem;
-    use qcow2_format::Corruption::{CopiedWithoutOffset, ReservedBits, ZeroFlagInVersion2};
+    use qcow2_format::Corruption::{ReservedBits, ZeroFlagInVersion2};
     report.found.list.iter().any(|finding| match finding.problem {
-        Problem::Entry(CopiedWithoutOffset { .. } | ZeroFlagInVersion2 { .. }) | Problem::Overlap { .. } => {
-            true
-        }
+        Problem::Entry(ZeroFlagInVersion2 { .. }) | Problem::Overlap { .. } => true,
         // Bit 0 alone, in an image with subclusters.
         Problem::Entry(ReservedBits { raw, .. }) => raw & 1 != 0 && raw & 0x3f00_0000_0000_01fe == 0,
         _ => false,

@@ -15,7 +15,7 @@ use qcow2_engine::{
     ErrorKind, Repair,
     check::{Problem, Remedy},
     inspect::ImageFile,
-    io::{Access, mem::MemFiles},
+    io::{Access, Buf, mem::MemFiles},
 };
 use qcow2_format::{HostOffset, Snapshot, Version, header, snapshot};
 use repaired::{SHAPES, assert_repaired, is_same, open, put, qemu_img, repaired};
@@ -233,4 +233,80 @@ fn only_a_check_takes_too_many_snapshots() {
     let file = run(ImageFile::open(&files, &files, Path::new(IMAGE), Access::ReadOnly)).expect("opens");
     let error = run(file.snapshots()).expect_err("refused");
     assert!(error.to_string().contains("nb_snapshots"), "{error}");
+}
+
+/// A snapshot table that is nowhere, beyond the end of the file or over the header, kept even the active disk
+/// from being read, and `info` and `check` from saying anything. QEMU reads the disk, and its repair gives
+/// the snapshots up.
+#[test]
+fn a_snapshot_table_that_is_nowhere_hides_no_disk() {
+    for shape in SHAPES {
+        let sound = Parts::with_snapshot(shape);
+        let end = (sound.bytes.len() as u64).next_multiple_of(sound.cluster());
+        for (name, count, at) in [
+            ("behind the end", 1, end),
+            ("far beyond it", 3, 1 << 56),
+            ("more of them than fit", 65536, end),
+            ("in the header", 1, 0),
+        ] {
+            let what = format!("{shape}: {name}");
+            let mut damaged = sound.clone();
+            put(&mut damaged, header::SNAPSHOT_COUNT_OFFSET, count, 4);
+            put(&mut damaged, header::SNAPSHOT_TABLE_OFFSET, at, 8);
+            assert_only_readable(&what, &damaged.bytes, "snapshots_offset");
+            let (_, after) = repaired(&damaged.bytes, Repair::Leaks);
+            assert!(after == damaged.bytes, "{what}: freeing leaks changed it");
+            let (report, after) = repaired(&damaged.bytes, Repair::All);
+            assert!(report.remaining.is_clean(), "{what}: {:?} {:?}", report.refused, report.remaining.list);
+            assert_eq!(Parts::of(after.clone()).header.snapshot_count, 0, "{what}");
+            let (code, text, _) = qemu_img(&after, &["check", "-f", "qcow2"]);
+            assert_eq!(code, 0, "{what}: {text}");
+            assert!(is_same(&after, &sound.bytes, false), "{what}: the disk has changed");
+            run(open(&after, false).expect("opens").0.close()).expect("closes");
+        }
+    }
+}
+
+/// Readers get the disk, `info` does not fail, and writers are told what is wrong.
+fn assert_only_readable(what: &str, damaged: &[u8], words: &str) {
+    let (lane, _) = open(damaged, true).expect(what);
+    let buf = Buf::zeroed(512);
+    run(lane.read(0, buf.clone())).expect(what);
+    assert!(buf.to_vec().iter().all(|byte| *byte == 0x22), "{what}");
+    let error = open(damaged, false).err().expect(what);
+    assert!(error.to_string().contains(words), "{what}: {error}");
+    let files = MemFiles::default();
+    files.put(IMAGE, damaged.to_vec());
+    let file = run(ImageFile::open(&files, &files, Path::new(IMAGE), Access::ReadOnly)).expect(what);
+    // In the header anything may stand for a snapshot.
+    let listed = run(file.snapshots());
+    assert!(listed.is_ok() || file.header().snapshot_table == HostOffset(0), "{what}: {listed:?}");
+}
+
+/// A file that ends within its last snapshot's name could not be read. The disk is, the snapshot stays when
+/// the table is written anew, and of a table over the L1 table nothing is believed.
+#[test]
+fn a_snapshot_table_that_is_cut_off_or_over_another_is_read_past() {
+    let sound = Parts::with_snapshot("compat=1.1,cluster_size=64k");
+    let one = snapshots(&sound).remove(0);
+    let table = snapshot::encode_table(&[Snapshot { name: vec![b'n'; 600], ..one.clone() }]).expect("short");
+    let mut cut_off = with_table(&sound, &table, 1);
+    cut_off.bytes.truncate(cut_off.header.snapshot_table.0.max(sound.bytes.len() as u64) as usize + 200);
+    assert_only_readable("cut off", &cut_off.bytes, "the snapshot table");
+    let (report, after) = repaired(&cut_off.bytes, Repair::All);
+    assert!(report.remaining.is_clean(), "{:?} {:?}", report.refused, report.remaining.list);
+    let (code, text, _) = qemu_img(&after, &["check", "-f", "qcow2"]);
+    assert_eq!(code, 0, "{text}");
+    assert!(is_same(&after, &sound.bytes, false), "the disk has changed");
+    let kept = snapshots(&Parts::of(after));
+    assert_eq!((kept.len(), kept[0].l1_table), (1, one.l1_table));
+
+    let mut over = sound.clone();
+    put(&mut over, header::SNAPSHOT_TABLE_OFFSET, sound.header.l1_table.0, 8);
+    let (lane, _) = open(&over.bytes, true).expect("opens");
+    run(lane.read(0, Buf::zeroed(512))).expect("reads");
+    let error = open(&over.bytes, false).err().expect("refused");
+    assert!(error.to_string().contains("snapshots_offset"), "{error}");
+    let (report, _) = repaired(&over.bytes, Repair::All);
+    assert!(report.remaining.corruptions > 0);
 }

@@ -172,6 +172,9 @@ pub struct Defects {
     pub refcount_table: Option<FormatError>,
     /// That there are more snapshots than the limit; the header says how many.
     pub snapshot_count: Option<FormatError>,
+    /// Why the snapshot table cannot be used: it goes on beyond the end of the file, or is where another
+    /// table or the header is. What the header says of it is kept.
+    pub snapshot_table: Option<FormatError>,
 }
 
 impl Header {
@@ -194,8 +197,9 @@ impl Header {
     /// See [`FormatError`]; every field is checked, whether it will be used or not. Features that
     /// are not served are no error here: see [`Header::check_supported`].
     pub fn decode(bytes: &[u8], file_len: u64) -> Result<Self, FormatError> {
-        let (header, Defects { refcount_table, snapshot_count }) = Self::decode_repairable(bytes, file_len)?;
-        refcount_table.or(snapshot_count).map_or(Ok(header), Err)
+        let (header, defects) = Self::decode_repairable(bytes, file_len)?;
+        let Defects { refcount_table, snapshot_count, snapshot_table } = defects;
+        refcount_table.or(snapshot_count).or(snapshot_table).map_or(Ok(header), Err)
     }
 
     /// [`Header::decode`] for those who can do without what [`Defects`] are about, or repair it.

@@ -127,7 +127,10 @@ pub struct Salvage {
 }
 
 /// What can be kept of a table that says of itself that it has `count` snapshots. `bytes` may go on after
-/// its end.
+/// its end, and with zeros after the end of the file, which has `available` bytes from the table's start.
+///
+/// What the file does not have is missing: entries that would begin there are gone, the last one ends with
+/// zeros.
 ///
 /// Gone are snapshots above the largest number, those that end beyond the longest table (counted without what
 /// is cut off), and unknown extra data of an entry that has too much of it. The disk's size, where an entry
@@ -135,7 +138,8 @@ pub struct Salvage {
 ///
 /// # Errors
 /// How many bytes from the table's start are needed at least.
-pub fn salvage(bytes: &[u8], count: u32, geometry: &Geometry) -> Result<Salvage, u64> {
+pub fn salvage(bytes: &[u8], count: u32, geometry: &Geometry, available: u64) -> Result<Salvage, u64> {
+    let missing = |needed| FormatError::Truncated { what: "the snapshot table", needed, available };
     let mut table = Salvage::default();
     if count > MAX_SNAPSHOTS {
         table.defects.push(FormatError::SnapshotCount { count, max: MAX_SNAPSHOTS });
@@ -143,6 +147,10 @@ pub fn salvage(bytes: &[u8], count: u32, geometry: &Geometry) -> Result<Salvage,
     let mut cut_off = 0;
     for index in 0..count.min(MAX_SNAPSHOTS) {
         let start = table.len.next_multiple_of(ENTRY_ALIGN);
+        if start >= available {
+            table.defects.push(missing(start + MIN_ENTRY_BYTES));
+            return Ok(table);
+        }
         let entry = bytes.get(start as usize..).unwrap_or_default();
         let fixed: RawSnapshot = raw::read(entry).ok_or(start + MIN_ENTRY_BYTES)?;
         let len = start + entry_bytes(&fixed);
@@ -155,6 +163,9 @@ pub fn salvage(bytes: &[u8], count: u32, geometry: &Geometry) -> Result<Salvage,
         table.defects.extend(snapshot.complete(&fixed, index, geometry).err());
         table.snapshots.push(snapshot);
         table.len = len;
+    }
+    if table.len > available {
+        table.defects.push(missing(table.len));
     }
     Ok(table)
 }

@@ -250,7 +250,8 @@ fn backing_name(
 }
 
 /// Sizes and places of the tables. What is wrong with the refcount table is a defect: it can be made anew
-/// from all that the others say. So is a number of snapshots beyond the limit.
+/// from all that the others say. So is a number of snapshots beyond the limit, and a snapshot table that is
+/// nowhere: the active disk does not need it.
 ///
 /// Specification: tables start at cluster boundaries; the L1 table covers the virtual size. The
 /// upper limits are QEMU's. That tables lie inside the file, outside the first cluster and apart
@@ -275,10 +276,26 @@ fn check_tables(header: &Header, file_len: u64) -> Result<Defects, FormatError> 
     let len = u64::from(count.min(max)) * MIN_ENTRY_BYTES;
     let snapshots = Place { field: SNAPSHOT_TABLE, start: header.snapshot_table, len };
     check_table(l1.field, l1.start, l1.len, cluster_size, file_len)?;
-    check_table(snapshots.field, snapshots.start, snapshots.len, cluster_size, file_len)?;
-    snapshots.is_apart_from(&l1)?;
-    let refcount_table = check_refcount_table(header, file_len, &[l1, snapshots]).err();
-    Ok(Defects { refcount_table, snapshot_count })
+    let snapshot_table = check_snapshot_table(&snapshots, &l1, cluster_size, file_len)?;
+    let others = if snapshot_table.is_none() { vec![l1, snapshots] } else { vec![l1] };
+    let refcount_table = check_refcount_table(header, file_len, &others).err();
+    Ok(Defects { refcount_table, snapshot_count, snapshot_table })
+}
+
+/// What is wrong with a snapshot table that readers can do without. QEMU opens no image whose snapshot table
+/// is at no cluster boundary or ends beyond the largest offset.
+fn check_snapshot_table(
+    table: &Place,
+    l1: &Place,
+    cluster_size: u64,
+    file_len: u64,
+) -> Result<Option<FormatError>, FormatError> {
+    let is_addressable = table.start.0.saturating_add(table.len) <= i64::MAX as u64;
+    match check_table(table.field, table.start, table.len, cluster_size, file_len) {
+        Ok(()) => Ok(table.is_apart_from(l1).err()),
+        Err(defect) if is_addressable && table.start.is_aligned(cluster_size) => Ok(Some(defect)),
+        Err(error) => Err(error),
+    }
 }
 
 fn check_refcount_table(header: &Header, file_len: u64, others: &[Place]) -> Result<(), FormatError> {
@@ -296,7 +313,7 @@ fn check_refcount_table(header: &Header, file_len: u64, others: &[Place]) -> Res
     others.iter().try_for_each(|other| table.is_apart_from(other))
 }
 
-/// Where the header says that a table is. It was seen to end within the file.
+/// Where the header says that a table is.
 struct Place {
     field: Field,
     start: HostOffset,

@@ -486,6 +486,39 @@ fn io_fails_where_qemu_io_fails() {
     assert!(text(&refused).contains("read-only"), "{}", text(&refused));
 }
 
+/// Zeros at odd offsets allocated a cluster where nothing was allocated.
+#[test]
+fn zeros_over_nothing_allocate_nothing() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    succeeds(ours(path, &["create", "-q", "image.qcow2", "1M"]));
+    let commands = [
+        "write -z 3 1",
+        "write -z 1000 100",
+        "write -z -u 65535 65538",
+        "write -P 7 200k 1k",
+        "write -z 205000 3",
+    ];
+    let args: Vec<_> = commands.iter().flat_map(|command| ["-c", *command]).collect();
+    succeeds(ours(path, &[&["io"][..], &args, &["image.qcow2"]].concat()));
+    let read = [
+        "-f",
+        "qcow2",
+        "-c",
+        "read -P 0 205000 3",
+        "-c",
+        "read -P 7 204800 200",
+        "-c",
+        "read -P 7 205003 821",
+    ];
+    succeeds(run("qemu-io", path, &[&read[..], &["image.qcow2"]].concat()));
+    let map = json(&run("qemu-img", path, &["map", "--output=json", "image.qcow2"]));
+    let data: Vec<_> =
+        map.as_array().expect("a list").iter().filter(|extent| extent["data"] == true).collect();
+    assert_eq!(data.len(), 1, "{map}");
+    assert_eq!((&data[0]["start"], &data[0]["length"]), (&Value::from(196608), &Value::from(65536)), "{map}");
+}
+
 /// `io IMAGE < commands | head -1`: what was written until nobody listened is in the image, and nothing after
 /// it.
 #[test]

@@ -188,9 +188,7 @@ impl Rules {
     fn repaired(&self, words: L2Words, damage: Corruption) -> Option<L2Words> {
         let with = |entry| Some(L2Words { entry, ..words });
         let candidate = match damage {
-            Corruption::CopiedWithoutOffset { .. } | Corruption::CompressedCopied { .. } => {
-                with(words.entry & !COPIED)
-            }
+            Corruption::CompressedCopied { .. } => with(words.entry & !COPIED),
             // It reads as zeros, wherever its cluster is.
             Corruption::Misaligned { entry: EntryKind::L2, .. } if words.entry & ZERO != 0 => with(ZERO),
             _ => None,
@@ -255,8 +253,6 @@ mod tests {
     fn damage_that_can_be_read_past_is_repaired_without_changing_the_content() {
         let rules = rules();
         for (entry, repaired) in [
-            (COPIED, Some(0)),
-            (COPIED | ZERO, Some(ZERO)),
             (1 << 57 | COPIED | 0x5_0000, None),
             (0x5_0200 | ZERO, Some(ZERO)),
             (0x5_0200, None),

@@ -111,9 +111,15 @@ fn room_inside(file: &ImageFile<'_, impl Io>, survey: &Survey) -> HostCluster {
 
 /// Before the file grows: takes what is behind its end away from the old structure. Without a block all
 /// counts are 0, which is what they are already. A table that cannot be used is struck out of the header:
-/// what is written behind the end could pass for it, and an image with such counts for a sound one.
+/// what is written behind the end could pass for it, and an image with such counts, or with such snapshots,
+/// for a sound one.
 async fn drop_lost_parts(file: &ImageFile<'_, impl Io>, survey: &Survey) -> Result<()> {
     let header = file.header();
+    let kept = survey.replacement.snapshots.as_deref();
+    if file.defects.snapshot_table.is_some() && kept.is_some_and(<[_]>::is_empty) {
+        let fields: [(u64, &[u8]); 2] = [(SNAPSHOT_COUNT_OFFSET, &[0; 4]), (SNAPSHOT_TABLE_OFFSET, &[0; 8])];
+        change_header(file, &fields).await?;
+    }
     if file.defects.refcount_table.is_some() {
         let fields: [(u64, &[u8]); 2] =
             [(REFCOUNT_TABLE_OFFSET, &[0; 8]), (REFCOUNT_TABLE_CLUSTERS_OFFSET, &[0; 4])];

@@ -28,8 +28,8 @@ const MAX_BITMAP_BYTES: u64 = 512 << 20;
 const MAX_ENCRYPTION_HEADER_BYTES: u64 = 256 << 20;
 
 impl Survey {
-    /// What the header itself points to, but for the refcount table; all of it lies inside the file, or it
-    /// would not decode.
+    /// What the header itself points to, but for the refcount table and the snapshots; all of it lies inside
+    /// the file, or it would not decode.
     pub(super) fn header_tables(&mut self, file: &ImageFile<'_, impl Io>) {
         let header = file.header();
         let cluster_size = self.geometry().cluster_size();
@@ -64,8 +64,8 @@ impl Survey {
             Ok(salvage) => salvage,
             Err(error) => return self.unusable(owner, table.0, error),
         };
-        let reference =
-            Reference { holder: Owner::Header, at: header::SNAPSHOT_TABLE_OFFSET, owner, host: table.0, len };
+        let (at, len) = (header::SNAPSHOT_TABLE_OFFSET, len.min(file.bytes_behind_table()));
+        let reference = Reference { holder: Owner::Header, at, owner, host: table.0, len };
         let is_alone = len > 0 && self.count(reference, 1);
         if !defects.is_empty() {
             self.replace_snapshots(file, &snapshots, &defects);

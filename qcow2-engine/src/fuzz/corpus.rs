@@ -36,11 +36,13 @@ enum Extra {
     Bitmap,
     RawBase,
     Qcow2Base,
+    /// Layers of different cluster sizes, and smaller disks, below the image.
+    Chain,
     DataFile,
     Preallocated,
 }
 
-use Extra::{Bitmap, Compressed, DataFile, Preallocated, Qcow2Base, RawBase, Snapshots};
+use Extra::{Bitmap, Chain, Compressed, DataFile, Preallocated, Qcow2Base, RawBase, Snapshots};
 
 const K: u64 = 1024;
 
@@ -65,6 +67,8 @@ const RECIPES: &[Recipe] = &[
     Recipe { options: "compat=1.1,cluster_size=4k", cluster: 4 * K, extras: &[RawBase] },
     Recipe { options: "compat=0.10,cluster_size=4k", cluster: 4 * K, extras: &[Qcow2Base] },
     Recipe { options: "compat=1.1,cluster_size=512", cluster: 512, extras: &[Qcow2Base, Snapshots] },
+    Recipe { options: "compat=1.1,cluster_size=4k", cluster: 4 * K, extras: &[Chain, Compressed] },
+    Recipe { options: "compat=0.10,cluster_size=64k", cluster: 64 * K, extras: &[Chain] },
     Recipe { options: "compat=1.1,cluster_size=4k", cluster: 4 * K, extras: &[Compressed, Snapshots] },
     Recipe {
         options: "compat=1.1,cluster_size=4k,compression_type=zstd",
@@ -129,12 +133,16 @@ fn recipe_made(directory: &Path, recipe: &Recipe) -> io::Result<Sample> {
     })
 }
 
-const NAMES: [(Extra, &str); 7] = [
+/// The layers of a chain, the lowest first, and the sizes of their clusters.
+const LAYERS: [(&str, &str); 4] = [("base", "512"), ("second", "64k"), ("third", "4k"), ("fourth", "1k")];
+
+const NAMES: [(Extra, &str); 8] = [
     (Compressed, "compressed"),
     (Snapshots, "snapshots"),
     (Bitmap, "bitmap"),
     (RawBase, "raw base"),
     (Qcow2Base, "qcow2 base"),
+    (Chain, "chain"),
     (DataFile, "data file"),
     (Preallocated, "preallocated"),
 ];
@@ -176,6 +184,10 @@ impl Bench<'_> {
             args.extend(["-b", "base", "-F", format]);
             others.push("base");
         }
+        if self.has(Chain) {
+            others.extend(self.chain()?);
+            args.extend(["-b", others[others.len() - 1], "-F", "qcow2"]);
+        }
         if self.has(DataFile) {
             options += ",data_file=data.raw";
             others.push("data.raw");
@@ -184,6 +196,23 @@ impl Bench<'_> {
         args.extend(["-o", &options, IMAGE, &size]);
         self.qemu_img(&args)?;
         Ok(others)
+    }
+
+    /// Makes the layers below the image, each with data of its own; their names.
+    fn chain(&self) -> io::Result<impl Iterator<Item = &'static str>> {
+        for (index, (name, cluster_size)) in (1..).zip(LAYERS) {
+            let (options, size) = (format!("cluster_size={cluster_size}"), self.size / 8 * (index + 3) + 512);
+            let size = size.to_string();
+            let below = (index as usize).checked_sub(2).map(|below| ["-b", LAYERS[below].0, "-F", "qcow2"]);
+            let below = below.as_ref().map_or(&[][..], |args| args);
+            let args = ["create", "-q", "-f", "qcow2", "-o", &options];
+            self.qemu_img(&[&args[..], below, &[name, &size]].concat())?;
+            let at = self.size / 16 * index / 512 * 512;
+            let write = format!("write -P {} {at} {}", 0xb0 + index, self.size / 8 / 512 * 512);
+            let zero = format!("write -z {} {}", at + self.size / 16 / 512 * 512, self.size / 64 / 512 * 512);
+            tool(self.directory, "qemu-io", &["-f", "qcow2", "-c", &write, "-c", &zero, name])?;
+        }
+        Ok(LAYERS.into_iter().map(|(name, _)| name))
     }
 
     /// Writes to the image, and lets go of some of it.

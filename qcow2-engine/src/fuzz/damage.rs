@@ -1,9 +1,10 @@
-//! Damage: fields of an image set to values that mean something else there.
+//! Damage: fields of an image set to values that mean something else there, clusters where others should be,
+//! extensions that nobody wrote, files that end elsewhere.
 
 use super::{child::REACH, corpus::Sample};
 use crate::sim::rng::Rng;
-use qcow2_format::{Header, snapshot, word};
-use std::fmt;
+use qcow2_format::{Header, Version, snapshot, word};
+use std::{fmt, ops::Range};
 
 /// One change of an image file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,7 +18,34 @@ pub enum Damage {
         /// What is there now.
         bytes: Vec<u8>,
     },
-    /// The file ends here.
+    /// One stretch of the file is also where another one is.
+    Copy {
+        /// Where it is.
+        from: u64,
+        /// Where it is put.
+        to: u64,
+        /// Bytes of it.
+        len: u64,
+    },
+    /// Two stretches of the file have changed places.
+    Swap {
+        /// Where one is.
+        one: u64,
+        /// Where the other is.
+        other: u64,
+        /// Bytes of each.
+        len: u64,
+    },
+    /// A header extension is put before the others; what it pushes out of the first cluster is lost.
+    Extension {
+        /// Where the header's fields end.
+        at: u64,
+        /// Where the first cluster does.
+        end: u64,
+        /// The extension.
+        bytes: Vec<u8>,
+    },
+    /// The file ends here; what is new of it is zeros.
     Length(u64),
 }
 
@@ -25,7 +53,12 @@ impl fmt::Display for Damage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Bytes { field, at, bytes } => write!(f, "{field} at {at:#x} = {bytes:02x?}"),
-            Self::Length(len) => write!(f, "file cut off at {len:#x}"),
+            Self::Copy { from, to, len } => write!(f, "{len:#x} bytes at {from:#x} are at {to:#x}, too"),
+            Self::Swap { one, other, len } => {
+                write!(f, "{len:#x} bytes at {one:#x} and {other:#x} have changed places")
+            }
+            Self::Extension { bytes, .. } => write!(f, "header extension {bytes:02x?}"),
+            Self::Length(len) => write!(f, "file of {len:#x} bytes"),
         }
     }
 }
@@ -39,10 +72,48 @@ impl Damage {
                 let start = (*at as usize).min(end);
                 image[start..end].copy_from_slice(&bytes[..end - start]);
             }
-            Self::Length(len) => image.truncate(*len as usize),
+            Self::Copy { from, to, len } => {
+                let (from, to) = (stretch(image, *from, *len), stretch(image, *to, *len));
+                let len = from.len().min(to.len());
+                image.copy_within(from.start..from.start + len, to.start);
+            }
+            Self::Swap { one, other, len } => {
+                let (one, other) = (stretch(image, *one, *len), stretch(image, *other, *len));
+                (0..one.len().min(other.len())).for_each(|at| image.swap(one.start + at, other.start + at));
+            }
+            Self::Extension { at, end, bytes } => insert(image, *at, *end, bytes),
+            Self::Length(len) => image.resize(*len as usize, 0),
         }
     }
 }
+
+/// As much of a stretch as the file has.
+fn stretch(image: &[u8], at: u64, len: u64) -> Range<usize> {
+    let end = (at.saturating_add(len)).min(image.len() as u64) as usize;
+    (at as usize).min(end)..end
+}
+
+/// Puts bytes into the header's cluster, which ends at `end`, and has the backing file's name found again.
+fn insert(image: &mut [u8], at: u64, end: u64, bytes: &[u8]) {
+    let area = stretch(image, at, end - at);
+    let Some(moved) = area.len().checked_sub(bytes.len()) else { return };
+    image.copy_within(area.start..area.start + moved, area.start + bytes.len());
+    image[area.start..][..bytes.len()].copy_from_slice(bytes);
+    let name = word::get(image, BACKING_FILE_OFFSET).filter(|name| *name >= at);
+    if let Some(name) = name {
+        word::set(image, BACKING_FILE_OFFSET, name.wrapping_add(bytes.len() as u64));
+    }
+}
+
+/// File offset of the header's word on where the backing file's name is.
+const BACKING_FILE_OFFSET: usize = 8;
+/// Header extensions: those that are known, and one that is not.
+const EXTENSIONS: [u32; 7] =
+    [0, 0xe279_2aca, 0x6803_f857, 0x2385_2875, 0x0537_be77, 0x4441_5441, 0x1234_5678];
+/// The longest extension that is inserted, in bytes.
+const MAX_EXTENSION_BYTES: u64 = 64;
+/// Clusters that a file is longer by, at the most.
+const MAX_MORE_CLUSTERS: u64 = 4;
 
 /// A field of a sound image.
 #[derive(Clone, Debug)]
@@ -84,6 +155,8 @@ pub struct Anatomy {
     /// L2 entries of clusters that most requests are for.
     busy: Vec<Spot>,
     places: Vec<u64>,
+    /// Where header extensions begin, if the version has any.
+    extensions: Option<u64>,
     cluster: u64,
     len: u64,
 }
@@ -174,13 +247,14 @@ impl Anatomy {
         places.extend(body.targets(&l2).iter().take(4));
         let fields = HEADER_FIELDS.iter().map(|&(field, at, width)| Spot { field, at, width }).collect();
         let area = u64::from(header.header_length);
+        let extensions_at = (header.version == Version::V3).then_some(area);
         let extensions = body.words("header extensions", area, ((cluster.min(1024) - area) / 8).min(48));
         // Entries are chosen twice as often as other fields.
         let (l1_used, l2_again) = (body.used(l1.clone()), l2.clone());
         let kinds =
             [fields, extensions, l1, l1_used, l2_again, l2, refcount_table, counts, snapshots, bitmaps];
         let kinds = kinds.into_iter().filter(|kind: &Vec<Spot>| !kind.is_empty()).collect();
-        Ok(Self { kinds, busy, places, cluster, len })
+        Ok(Self { kinds, busy, places, extensions: extensions_at, cluster, len })
     }
 
     /// One to four changes.
@@ -195,17 +269,21 @@ impl Anatomy {
     /// An entry that is soon replaced names a table, which must not be freed for that.
     fn name_a_table(&self, rng: &mut Rng) -> Damage {
         let spot = &self.busy[rng.below(self.busy.len() as u64) as usize];
-        let place = self.places[rng.below(self.places.len() as u64) as usize];
+        let place = self.place(rng);
         // With the flag it would be written to in place.
         let flag = if rng.below(4) == 0 { 1 << 63 } else { 0 };
         Damage::Bytes { field: spot.field.into(), at: spot.at, bytes: (place | flag).to_be_bytes().to_vec() }
     }
 
     fn choose_one(&self, rng: &mut Rng, image: &[u8]) -> Damage {
-        match rng.below(20) {
+        match rng.below(24) {
             0 => Damage::Length(rng.below(self.len)),
-            1 => Damage::Length(self.places[rng.below(self.places.len() as u64) as usize]),
-            2..=3 => {
+            1 => Damage::Length(self.place(rng)),
+            2 => Damage::Length(self.len + 1 + rng.below(MAX_MORE_CLUSTERS * self.cluster)),
+            3 => Damage::Copy { from: self.place(rng), to: self.table(rng), len: self.cluster },
+            4 => Damage::Swap { one: self.table(rng), other: self.table(rng), len: self.cluster },
+            5 => self.insert_extension(rng),
+            6..=7 => {
                 let at = rng.below(self.len);
                 let bytes = (0..1 + rng.below(16)).map(|_| rng.draw() as u8).collect();
                 Damage::Bytes { field: "bytes".into(), at, bytes }
@@ -216,6 +294,27 @@ impl Anatomy {
                 self.at_spot(rng, image, spot)
             }
         }
+    }
+
+    fn place(&self, rng: &mut Rng) -> u64 {
+        self.places[rng.below(self.places.len() as u64) as usize]
+    }
+
+    /// A place that is not the header's: without that there is little to see.
+    fn table(&self, rng: &mut Rng) -> u64 {
+        self.place(rng).max(self.cluster)
+    }
+
+    fn insert_extension(&self, rng: &mut Rng) -> Damage {
+        let Some(at) = self.extensions else { return Damage::Length(self.len + self.cluster) };
+        let kind = EXTENSIONS[rng.below(EXTENSIONS.len() as u64) as usize];
+        let len = rng.below(MAX_EXTENSION_BYTES);
+        let noise = rng.below(2) == 0;
+        let content = (0..len).map(|_| if noise { rng.draw() as u8 } else { b'a' });
+        let mut bytes = [kind.to_be_bytes(), (len as u32).to_be_bytes()].concat();
+        bytes.extend(content);
+        bytes.resize(bytes.len().next_multiple_of(8), 0);
+        Damage::Extension { at, end: self.cluster, bytes }
     }
 
     fn at_spot(&self, rng: &mut Rng, image: &[u8], spot: &Spot) -> Damage {
@@ -235,7 +334,7 @@ impl Anatomy {
             8 => rng.draw() >> rng.below(64),
             9 => (spot.at & !(self.cluster - 1)) | flags,
             10 => (value & OFFSET) | flags,
-            _ => self.places[rng.below(self.places.len() as u64) as usize] | flags,
+            _ => self.place(rng) | flags,
         };
         let bytes = new.to_be_bytes()[8 - spot.width..].to_vec();
         Damage::Bytes { field: spot.field.into(), at: spot.at, bytes }

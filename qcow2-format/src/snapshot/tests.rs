@@ -77,8 +77,8 @@ proptest! {
     fn noise_does_not_panic(bytes in prop::collection::vec(any::<u8>(), 0..300), count: u32, small in 0u32..4) {
         let _ = decode_table(&bytes, count);
         let _ = decode_table(&bytes, small);
-        let _ = salvage(&bytes, count, &geometry(16));
-        let _ = salvage(&bytes, small, &geometry(16));
+        let _ = salvage(&bytes, count, &geometry(16), u64::MAX);
+        let _ = salvage(&bytes, small, &geometry(16), 100);
     }
 }
 
@@ -144,7 +144,7 @@ fn the_l1_table_is_checked_against_the_image() {
 fn salvaged(bytes: &[u8], count: u32) -> Result<Salvage, u64> {
     let mut have = 0;
     loop {
-        match salvage(&bytes[..have], count, &geometry(16)) {
+        match salvage(&bytes[..have], count, &geometry(16), u64::MAX) {
             Ok(table) => return Ok(table),
             Err(needed) if needed > bytes.len() as u64 => return Err(needed),
             Err(needed) => {
@@ -192,7 +192,28 @@ fn what_is_beyond_the_limits_is_not_salvaged() {
     assert_eq!((table.snapshots, table.len.next_multiple_of(8)), (vec![sample()], second as u64));
 
     let many = encode_table(&vec![sample(); 65_537]).unwrap();
-    let table = salvage(&many, 65_537, &geometry(16)).unwrap();
+    let table = salvage(&many, 65_537, &geometry(16), u64::MAX).unwrap();
     assert_eq!(table.defects, [FormatError::SnapshotCount { count: 65_537, max: MAX_SNAPSHOTS }]);
     assert_eq!(table.snapshots.len(), 65_536);
+}
+
+/// A file that ends before its snapshot table does: what would begin behind the end is not there.
+#[test]
+fn what_the_file_does_not_have_is_not_salvaged() {
+    let mut bytes = encode_table(&[sample(), sample()]).unwrap();
+    let second = bytes.len() as u64 / 2;
+    bytes.resize(1000, 0);
+    let missing =
+        |needed, available| FormatError::Truncated { what: "the snapshot table", needed, available };
+    for (available, kept, needed) in
+        [(0, 0, MIN_ENTRY_BYTES), (second, 1, second + MIN_ENTRY_BYTES), (second + 41, 2, 2 * second)]
+    {
+        let table = salvage(&bytes, 2, &geometry(16), available).unwrap();
+        assert_eq!((table.snapshots.len(), table.defects.len()), (kept, 1), "{available}");
+        let FormatError::Truncated { needed: said, .. } = table.defects[0] else {
+            panic!("{:?}", table.defects)
+        };
+        assert_eq!(said.next_multiple_of(8), needed, "{available}");
+        assert_eq!(table.defects[0], missing(said, available));
+    }
 }

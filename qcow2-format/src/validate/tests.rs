@@ -229,6 +229,15 @@ fn what_can_be_repaired_does_not_hide_the_rest() {
     let (header, defects) = repairable(&[(60, &65537u32.to_be_bytes()), (64, &(1u64 << 20).to_be_bytes())]);
     assert_eq!(header.snapshot_count, 65537);
     assert_eq!(defects.snapshot_count, Some(FormatError::SnapshotCount { count: 65537, max: 65536 }));
+    let snapshots = |at: u64| {
+        let (header, defects) = repairable(&[(60, &2u32.to_be_bytes()), (64, &at.to_be_bytes())]);
+        assert_eq!((header.snapshot_count, header.snapshot_table), (2, HostOffset(at)));
+        defects.snapshot_table.unwrap()
+    };
+    assert!(matches!(snapshots(0), FormatError::TableInHeader { .. }));
+    assert!(matches!(snapshots(FILE_LEN), FormatError::TableBeyondFile { .. }));
+    assert!(matches!(snapshots(1 << 56), FormatError::TableBeyondFile { .. }));
+    assert!(matches!(snapshots(v3().l1_table.0), FormatError::TablesOverlap { .. }));
 }
 
 #[test]

@@ -226,19 +226,28 @@ impl Session {
             let zeroed = self.0.lane.write_zeroes(inner_start, inner_end - inner_start, mode).await;
             zeroed.map_err(|error| error.to_string())?;
         }
-        let zeros = Source::Pattern(0);
         if inner_start > inner_end {
             // All within one sector.
-            self.write_from(at, len, &zeros, Done::Written).await?;
+            self.zero_part(at, len).await?;
         } else {
             if start < inner_start {
-                self.write_from(at, inner_start - at, &zeros, Done::Written).await?;
+                self.zero_part(at, inner_start - at).await?;
             }
             if inner_end < end {
-                self.write_from(inner_end, at + len - inner_end, &zeros, Done::Written).await?;
+                self.zero_part(inner_end, at + len - inner_end).await?;
             }
         }
         self.make(done).await
+    }
+
+    /// Writes zeros over a part of a sector, unless nothing is allocated for it.
+    async fn zero_part(&self, at: u64, len: u64) -> Result<(), String> {
+        let (start, end) = self.sectors_around(at, len)?;
+        let extents = self.0.lane.map(start, end - start).await.map_err(|error| error.to_string())?;
+        if extents.iter().all(|extent| matches!(extent, Extent::Zero { .. })) {
+            return Ok(());
+        }
+        self.write_from(at, len, &Source::Pattern(0), Done::Written).await
     }
 
     /// A discard is a hint: where an image cannot follow it, it is done, as for qemu-io.
