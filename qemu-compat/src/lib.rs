@@ -8,6 +8,7 @@
 //! fio, fs, kill, refusals, shape          what else a device has to stand
 //! recovery, leaks, server                 what becomes of a device whose server dies, and of its image
 //! stopping                                a device that is stopped by somebody else, or whose server is killed meanwhile
+//! unsynced                                what the kernel still has to write to a device that is detached
 //! unheard                                 commands and servers of which nobody hears
 //! origins                                 images on block devices, grown ones, ones with bitmaps
 //! condemned                               what becomes of an image in which damage was met
@@ -49,3 +50,4 @@ pub mod share;
 pub mod stopping;
 pub mod suite;
 pub mod unheard;
+pub mod unsynced;

@@ -7,7 +7,7 @@
 use crate::{
     command::{TOOL_LIMIT, run},
     device::{Binary, Device, DeviceDisk},
-    disk::{Disk, Op, Server},
+    disk::{Disk, Op, SECTOR, Server},
     fs::Kind,
     power::host::{Plain, make_disk},
     qemu_img,
@@ -88,7 +88,7 @@ pub fn partitions(binary: &Binary, dir: &Path) -> Result<()> {
     let image = dir.join("image.qcow2");
     qemu_img::create(&image, "cluster_size=64k", None, DISK)?;
     let mut disk = binary.attach(&image, 1)?;
-    disk.run(&[Op::Write { at: 0, bytes: partition_table().into() }])?;
+    disk.run(&[Op::Write { at: 0, bytes: partition_table(1 << 20, 1 << 20).into() }])?;
     disk.detach()?;
     let has_partition = |device: &Device| device.sysfs(&format!("ublkb{}p1/size", device.id())).is_ok();
 
@@ -166,13 +166,14 @@ pub fn file_system_let_go(binary: &Binary, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The first sector of a disk with one partition, from sector 2048 to the 4096th.
-fn partition_table() -> Vec<u8> {
+/// The first sector of a disk with one partition, which begins at that byte and has so many.
+pub(crate) fn partition_table(start: u64, len: u64) -> Vec<u8> {
+    let sectors = |bytes: u64| ((bytes / SECTOR) as u32).to_le_bytes();
     let mut sector = vec![0; 512];
     let entry = &mut sector[446..462];
     entry[4] = 0x83;
-    entry[8..12].copy_from_slice(&2048_u32.to_le_bytes());
-    entry[12..16].copy_from_slice(&2048_u32.to_le_bytes());
+    entry[8..12].copy_from_slice(&sectors(start));
+    entry[12..16].copy_from_slice(&sectors(len));
     sector[510..].copy_from_slice(&[0x55, 0xaa]);
     sector
 }

@@ -19,7 +19,7 @@ use crate::{
     report::Case,
     server, shape,
     share::Share,
-    stopping, unheard,
+    stopping, unheard, unsynced,
 };
 use anyhow::{Context, Result, ensure};
 use std::{
@@ -187,6 +187,12 @@ impl Cases {
         self.add("lifecycle/killed-while-stopping", 400, |it, dir| stopping::killed(&it.binary, dir));
         self.add("lifecycle/killed-while-writing-back", 300, |it, dir| {
             stopping::killed_while_it_writes_back(&it.binary, dir)
+        });
+        self.add("lifecycle/ended-while-mounted", 240, |it, dir| {
+            unsynced::ended_while_mounted(&it.binary, dir, it.seed)
+        });
+        self.add("lifecycle/written-to-a-partition", 60, |it, dir| {
+            unsynced::written_to_a_partition(&it.binary, dir, it.seed)
         });
         self.add("lifecycle/recovered-in-silence", 300, |it, dir| {
             unheard::recovered_in_silence(&it.binary, dir)

@@ -54,8 +54,12 @@ const MAX_TEXT: usize = 1024;
 pub(crate) enum Job {
     /// See [`partitions::scan`].
     Scan,
+    /// See [`device::check_unclaimed`].
+    CheckUnclaimed,
     /// See [`device::write_back`].
     WriteBack,
+    /// See [`device::sync_everything`].
+    SyncEverything,
     /// See [`Control::stop`].
     Stop,
 }
@@ -87,7 +91,9 @@ impl Deputy {
             safety::keep_control();
             serve(socket, |job, id| match (job, &mut control) {
                 (Job::Scan, _) => partitions::scan(device::block_path(id)).map_err(|error| error.to_string()),
+                (Job::CheckUnclaimed, _) => device::check_unclaimed(id).map_err(|error| error.to_string()),
                 (Job::WriteBack, _) => device::write_back(id).map_err(|error| error.to_string()),
+                (Job::SyncEverything, _) => device::sync_everything(id).map_err(|error| error.to_string()),
                 (Job::Stop, Ok(control)) => {
                     device::unless_gone(control.stop(id)).map_err(|error| error.to_string())
                 }
@@ -175,7 +181,9 @@ fn encode(job: Job, id: u32) -> [u8; 5] {
     let [a, b, c, d] = id.to_ne_bytes();
     let job = match job {
         Job::Scan => b'p',
+        Job::CheckUnclaimed => b'c',
         Job::WriteBack => b'w',
+        Job::SyncEverything => b'a',
         Job::Stop => b's',
     };
     [job, a, b, c, d]
@@ -184,7 +192,9 @@ fn encode(job: Job, id: u32) -> [u8; 5] {
 fn decode([job, a, b, c, d]: [u8; 5]) -> Option<(Job, u32)> {
     let job = match job {
         b'p' => Job::Scan,
+        b'c' => Job::CheckUnclaimed,
         b'w' => Job::WriteBack,
+        b'a' => Job::SyncEverything,
         b's' => Job::Stop,
         _ => return None,
     };
@@ -226,7 +236,7 @@ mod tests {
         Deputy::fork_for(|socket| {
             serve(socket, |job, id| match job {
                 Job::WriteBack => Err(format!("not {id}")),
-                Job::Scan | Job::Stop => Ok(()),
+                _ => Ok(()),
             });
         })
         .unwrap()

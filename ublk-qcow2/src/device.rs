@@ -8,12 +8,14 @@
 //! requests. [`Device::recover`] is then another way of getting a `Device`, beside [`Device::add`]; the
 //! steps after it are the same. Should they fail, the device goes on waiting.
 
+mod dirty;
 mod nodes;
 mod removal;
 mod request;
 mod shape;
 
-pub(crate) use nodes::{block_path, write_back};
+pub(crate) use dirty::{check_unclaimed, sync_everything, write_back};
+pub(crate) use nodes::block_path;
 pub(crate) use removal::{delete_left, delete_orphan, unless_gone};
 pub(crate) use request::{DataPath, MAX_DEPTH, Request};
 pub(crate) use shape::Shape;
@@ -50,6 +52,10 @@ pub(crate) enum DeviceError {
     Params(String),
     #[error("cannot open {}: {source}{hint}", .path.display())]
     Node { path: PathBuf, source: io::Error, hint: &'static str },
+    #[error("{} is mounted or claimed otherwise", .0.display())]
+    Claimed(PathBuf),
+    #[error("cannot write back what the kernel has in memory for {}, which may be lost: {source}", .path.display())]
+    WriteBack { path: PathBuf, source: io::Error },
 }
 
 impl DeviceError {
@@ -232,13 +238,28 @@ impl Device {
         }
     }
 
-    /// Has the kernel write back what it has in memory for the block device. A device for recovery fails
-    /// whatever comes after the beginning of [`Self::stop`], dirty pages included.
+    /// Has the kernel write what it has in memory for the device, and its users for theirs. A device for
+    /// recovery fails whatever comes after the beginning of [`Self::stop`].
     pub(crate) fn write_back(&self, deputy: &mut Deputy) -> Result<(), DeviceError> {
-        match deputy.have(Job::WriteBack, self.id()) {
+        let unclaimed = self.have(deputy, Job::CheckUnclaimed, check_unclaimed);
+        let written = self.have(deputy, Job::WriteBack, write_back);
+        let Err(error) = unclaimed else { return written };
+        tracing::warn!("{error}, and is taken from under its users: what they write from now on is lost");
+        let synced = self.have(deputy, Job::SyncEverything, sync_everything);
+        written.and(synced)
+    }
+
+    /// Has a job done by the deputy, or, where that is gone, by this process.
+    fn have(
+        &self,
+        deputy: &mut Deputy,
+        job: Job,
+        work: fn(u32) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        match deputy.have(job, self.id()) {
             Err(error @ DeputyError::Gone(_)) => {
                 tracing::warn!(id = self.id(), "{error}");
-                write_back(self.id())
+                work(self.id())
             }
             done => Ok(done?),
         }

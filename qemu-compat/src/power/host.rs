@@ -124,7 +124,7 @@ pub(super) struct Logged {
 }
 
 /// A device of the device mapper.
-struct Mapped {
+pub(crate) struct Mapped {
     name: String,
 }
 
@@ -136,7 +136,7 @@ impl Logged {
     pub(super) fn mount(kind: Kind, file: &Path, log: &Path, at: &Path) -> Result<Self> {
         File::create(log)?.set_len(LOG)?;
         let (disk, log) = (Loop::attach(file)?, Loop::attach(log)?);
-        let mapped = Mapped::new(disk.path(), log.path())?;
+        let mapped = Mapped::logging(disk.path(), log.path())?;
         let mounted = Mounted::new(kind, &mapped.path(), at, OPTIONS)?;
         Ok(Self { mounted, mapped, _disk: disk, _log: log })
     }
@@ -160,20 +160,38 @@ impl Logged {
 }
 
 impl Mapped {
-    fn new(disk: &Path, log: &Path) -> Result<Self> {
-        static NEXT: AtomicU64 = AtomicU64::new(0);
+    fn logging(disk: &Path, log: &Path) -> Result<Self> {
         let _ = run(Command::new("modprobe").args(["-q", "dm-log-writes"]), TOOL_LIMIT);
-        let name = format!("compat-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
         let table = format!("0 {} log-writes {} {}", DISK / 512, disk.display(), log.display());
-        dmsetup(&["create", &name, "--table", &table]).context("does this kernel have dm-log-writes?")?;
+        Self::with(&table).context("does this kernel have dm-log-writes?")
+    }
+
+    /// So many bytes of a device, as they are.
+    ///
+    /// # Errors
+    /// `dmsetup` fails.
+    pub(crate) fn linear(device: &Path, bytes: u64) -> Result<Self> {
+        let _ = run(Command::new("modprobe").args(["-q", "dm-mod"]), TOOL_LIMIT);
+        Self::with(&format!("0 {} linear {} 0", bytes / 512, device.display()))
+    }
+
+    fn with(table: &str) -> Result<Self> {
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let name = format!("compat-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        dmsetup(&["create", &name, "--table", table])?;
         Ok(Self { name })
     }
 
-    fn path(&self) -> PathBuf {
+    /// Its node.
+    pub(crate) fn path(&self) -> PathBuf {
         Path::new("/dev/mapper").join(&self.name)
     }
 
-    fn remove(mut self) -> Result<()> {
+    /// Removes it.
+    ///
+    /// # Errors
+    /// Somebody uses it.
+    pub(crate) fn remove(mut self) -> Result<()> {
         remove(&std::mem::take(&mut self.name))
     }
 }

@@ -25,8 +25,6 @@ use nix::{
 };
 use std::{
     collections::BTreeSet,
-    fs::OpenOptions,
-    os::unix::fs::OpenOptionsExt,
     thread,
     time::{Duration, Instant},
 };
@@ -157,19 +155,11 @@ fn ask_to_stop(id: u32, pid: i32) -> Result<bool, CommandError> {
 
 /// Makes sure that nobody has mounted the device or claimed it otherwise.
 fn check_unclaimed(id: u32, users: Users, first: &'static str) -> Result<(), CommandError> {
-    let is_taken = || users == Users::Spared && is_claimed(id);
+    let is_taken = || users == Users::Spared && device::check_unclaimed(id).is_err();
     match wait::patiently(CLAIM_WAIT, LOOK, |is_taken| *is_taken, is_taken) {
         true => Err(CommandError::Claimed { id, first }),
         false => Ok(()),
     }
-}
-
-fn is_claimed(id: u32) -> bool {
-    // For a block device O_EXCL means: fail if it is claimed. A device without a server may keep whoever opens
-    // it waiting, but only if it is not claimed.
-    let claim = move || OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(device::block_path(id));
-    let claimed = wait::in_time(CLAIM_WAIT, move || claim().map(drop));
-    claimed.is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
 }
 
 /// How far [`clean_up`] has come.

@@ -14,8 +14,6 @@ use std::{
 pub(super) const ORPHAN_WAIT: Duration = Duration::from_secs(90);
 /// Between two questions whether it has.
 pub(super) const ORPHAN_PAUSE: Duration = Duration::from_millis(10);
-/// How long the kernel may take to write the block device's dirty pages.
-const WRITE_BACK: Duration = Duration::from_secs(300);
 /// How long a device node may take to appear after the driver has made the device.
 const NODE_WAIT: Duration = Duration::from_secs(10);
 /// Between two attempts to open it.
@@ -45,17 +43,6 @@ pub(super) fn open_char(id: u32) -> Result<File, DeviceError> {
 /// Waits until the node of the block device is there.
 pub(super) fn wait_for_block(id: u32) -> Result<(), DeviceError> {
     wait_for_node(block_path(id), |path| fs::metadata(path).map(drop))
-}
-
-/// Has the kernel write back what it has in memory for a block device; waits for requests to it.
-pub(crate) fn write_back(id: u32) -> Result<(), DeviceError> {
-    let path = block_path(id);
-    let synced = path.clone();
-    wait::in_time(WRITE_BACK, move || File::open(synced)?.sync_all()).map_err(|source| DeviceError::Node {
-        path,
-        source,
-        hint: "; dirty pages may be lost",
-    })
 }
 
 /// Tries until the node is there, and readable for us.
