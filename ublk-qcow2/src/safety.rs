@@ -3,8 +3,9 @@
 //! A process that serves a block device can be in its own way: memory that it asks for may only be had by
 //! writing dirty pages of that very device, a page of its own may have been swapped out to it, and the OOM
 //! killer may look for memory in the one process that is needed to free some. A limit on the size of files,
-//! meant for somebody's shell, would have the kernel kill it for a request. [`prepare`] sees to these, for
-//! the supervisor too. And it reads what strangers wrote: [`keep_control`] and [`keep_nothing`] give up the
+//! meant for somebody's shell, would have the kernel kill it for a request. And while a core of it is dumped it
+//! has not ended, so nobody replaces it: dumped to a file system on its own device, which waits for its
+//! successor, the core would take for ever. [`prepare`] sees to these, for the supervisor too. And it reads what strangers wrote: [`keep_control`] and [`keep_nothing`] give up the
 //! privileges that serving does not need.
 //!
 //! Each of these is a precaution: where the system refuses it the log says what may follow, and the
@@ -14,7 +15,7 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use rustix::{
     io::Errno,
     mm::{MlockAllFlags, mlockall},
-    process::configure_io_flusher_behavior,
+    process::{DumpableBehavior, configure_io_flusher_behavior, set_dumpable_behavior},
     thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_no_new_privs},
 };
 use std::{fs, io};
@@ -37,6 +38,10 @@ pub(crate) fn prepare() {
     }
     if let Err(error) = leave_out_of_oom() {
         tracing::warn!("{OOM_SCORE}: {error}; the OOM killer may take the server");
+    }
+    // Last: who is not dumped may not write to all of its files in /proc.
+    if let Err(error) = set_dumpable_behavior(DumpableBehavior::NotDumpable) {
+        tracing::warn!("PR_SET_DUMPABLE: {error}; a core dumped onto the device would never end");
     }
 }
 
@@ -90,6 +95,23 @@ fn try_reduce_to(wanted: CapabilitySet) -> Result<(), Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::alone;
+    use rustix::process::dumpable_behavior;
+
+    /// A server that panicked dumped a core, to a file system on the very device that waited for its successor,
+    /// which was to come when the core was whole.
+    #[test]
+    fn a_server_s_end_waits_for_no_core() {
+        alone::run("safety::tests::a_server_s_end_waits_for_no_core", || {
+            prepare();
+            assert_eq!(dumpable_behavior().unwrap(), DumpableBehavior::NotDumpable);
+            let kept = std::thread::spawn(|| {
+                keep_nothing();
+                dumpable_behavior().unwrap()
+            });
+            assert_eq!(kept.join().unwrap(), DumpableBehavior::NotDumpable, "without privileges");
+        });
+    }
 
     #[test]
     fn a_thread_that_gives_up_its_privileges_has_none() {
