@@ -11,7 +11,10 @@
 //! to another file by then, which a living server does not notice ([`RedoFile::check_same`]), and before the
 //! log is replayed ([`RedoFile::check_unchanged`]): then the image must not have been modified since. When it
 //! was last modified would not do: who then modifies it for the first time in a while, with a request or by a
-//! replay, may be killed before it can note that.
+//! replay, may be killed before it can note that. What a killed server had begun goes on in the kernel, on
+//! threads that belong to it, and modifies the image when the image's disk lets it: so its supervisor, which
+//! learns of the end when these threads have ended too, notes that the image was ours until then
+//! ([`was_ours_until_now`]).
 
 #![allow(unsafe_code, reason = "a mapping seen as atomic words")]
 
@@ -142,6 +145,15 @@ impl RedoFile {
     }
 }
 
+/// Notes for device `id` that nobody else can have modified its image until now: for who sees that its killed
+/// server has ended, with all that it had begun, for which it had the image locked.
+pub(crate) fn was_ours_until_now(id: u32) {
+    // What is wrong with the file its successor will say.
+    if let Ok(Some(file)) = RedoFile::open(id) {
+        file.map.extend(witness::now());
+    }
+}
+
 /// Whether there is something in the log of device `id` that is in no image yet, or may be: a log that cannot
 /// be read is not known to be of no use.
 pub(crate) fn owes(id: u32) -> bool {
@@ -213,6 +225,11 @@ impl Mapped {
         for (word, value) in [(OURS_UNTIL, ours_until), (INODE, inode), (BORN, born)] {
             self.words()[word].store(value, Ordering::Relaxed);
         }
+    }
+
+    /// Time does not go back with the clock.
+    fn extend(&self, ours_until: u64) {
+        self.words()[OURS_UNTIL].fetch_max(ours_until, Ordering::Relaxed);
     }
 
     fn words(&self) -> &[AtomicU64] {

@@ -19,6 +19,7 @@ use crate::{
     keep::Kept,
     namespace::{self, Namespace},
     processes::Process,
+    redofile,
     runfile::{self, Phase, Record, RunFile},
     safety, wait,
 };
@@ -105,6 +106,7 @@ fn watch(id: u32, mut server: Pid, namespace: Namespace) {
     loop {
         let begun = Instant::now();
         let Some(signal) = wait_for_death(server) else { return };
+        redofile::was_ours_until_now(id);
         early_deaths = if begun.elapsed() < SERVED { early_deaths + 1 } else { 0 };
         if early_deaths > MAX_EARLY_DEATHS {
             tracing::error!(
@@ -196,7 +198,7 @@ fn ends_within(server: Pid, limit: Duration) -> bool {
     has_ended
 }
 
-/// Waits for a server's end; the signal if it was killed.
+/// Waits for the end of a server and of what it has begun; the signal if it was killed.
 fn wait_for_death(server: Pid) -> Option<Signal> {
     loop {
         match waitpid(server, None) {
@@ -238,8 +240,9 @@ fn remove(record: &Record) -> Result<(), ServeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::alone;
+    use crate::{alone, redofile::RedoFile};
     use nix::sys::signal::{SigHandler, raise, signal};
+    use std::{env, fs, path::Path};
 
     /// `add` was started by a program that ignores SIGCHLD, as some do: the server was killed, and its
     /// supervisor took that for an end of its own and went away. Signals belong to a whole process, so one of
@@ -255,5 +258,30 @@ mod tests {
                 Side::Child(_) => raise(Signal::SIGKILL).unwrap(),
             }
         });
+    }
+
+    const RUN_DIRECTORY: &str = "UBLK_QCOW2_RUN_DIR";
+
+    /// The image's disk stalled, and its server was killed: what that had begun modified the image when the
+    /// disk came back, half a minute after the server had last noted that the image was ours. The image was
+    /// taken for changed by somebody else, and what had been acknowledged was given up.
+    #[test]
+    fn what_a_dead_server_had_begun_is_no_change_by_somebody_else() {
+        let test = "supervisor::tests::what_a_dead_server_had_begun_is_no_change_by_somebody_else";
+        if let Some(mut child) = alone::again(test) {
+            let dir = tempfile::tempdir().unwrap();
+            return alone::check(&child.env(RUN_DIRECTORY, dir.path()).output().unwrap());
+        }
+        // Nothing is noted of it.
+        let log = RedoFile::create(0).unwrap();
+        let image = Path::new(&env::var_os(RUN_DIRECTORY).unwrap()).join("image");
+        fs::write(&image, "").unwrap();
+        assert!(log.check_unchanged(&image).is_err());
+        match detach::into_background().unwrap() {
+            // Without a record the next server ends by itself.
+            Side::Parent { child, .. } => watch(0, child, Namespace::Shared),
+            Side::Child(_) => raise(Signal::SIGKILL).unwrap(),
+        }
+        assert!(log.check_unchanged(&image).is_ok());
     }
 }

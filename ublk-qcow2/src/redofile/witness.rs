@@ -111,11 +111,15 @@ impl Sight {
     pub(super) fn note(&self) {
         // An image that cannot be looked at just now was noted a second ago.
         if let Ok(Seen { identity, modified }) = Seen::of(&self.image) {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs());
             // Another machine, whose clock is ahead, may say when a file was modified.
-            self.map.note(Noted { identity, ours_until: now.max(modified) });
+            self.map.note(Noted { identity, ours_until: now().max(modified) });
         }
     }
+}
+
+/// In seconds, as the times of files.
+pub(super) fn now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
 }
 
 pub(super) fn open_to_look(image: &Path) -> Result<File, RedoFileError> {
