@@ -8,8 +8,8 @@
 //! It does next to nothing, so that it outlives what may kill a server: no ring, no image, no device and one
 //! thread, which is what makes the forks sound. It ends with the server that ends by itself. What a new
 //! server has made and not told of, be it killed or one of its queues failed, it removes; a device that was
-//! to be recovered goes on waiting. A server that dies again and again as soon as it serves is given up: its
-//! device waits for `ublk-qcow2 recover` or `del`.
+//! to be recovered goes on waiting. A server that dies again and again as soon as it serves is given up, and so
+//! is one that cannot be started for a while: its device waits for `ublk-qcow2 recover` or `del`.
 
 use crate::{
     control::Control,
@@ -40,9 +40,9 @@ use std::{
 /// A server that has served for this long died of something else than the requests that were waiting
 /// for it: its death says nothing of the next one's.
 const SERVED: Duration = Duration::from_millis(200);
-/// Servers in a row that die younger before the device is left to its users.
-const MAX_EARLY_DEATHS: u32 = 8;
-/// The pause after the first of them; each later one is twice as long: 12.7 s in all.
+/// Servers in a row that die younger, or cannot be started, before the device is left to its users.
+const MAX_SETBACKS: u32 = 8;
+/// The pause after the first of them; each later one is twice as long: 25.5 s in all.
 const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// How long a server may take to write back and close that is to end as soon as it serves.
 const STOP_WAIT: Duration = Duration::from_secs(600);
@@ -101,26 +101,23 @@ fn begin_new(
 
 /// Watches a server, and its successors, to the end.
 fn watch(id: u32, mut server: Pid, namespace: Namespace) {
-    let mut early_deaths = 0;
+    let mut setbacks = Setbacks::default();
     let mut kept = Kept::of(id);
     loop {
         let begun = Instant::now();
         let Some(signal) = wait_for_death(server) else { return };
         redofile::was_ours_until_now(id);
-        early_deaths = if begun.elapsed() < SERVED { early_deaths + 1 } else { 0 };
-        if early_deaths > MAX_EARLY_DEATHS {
-            tracing::error!(
-                id,
-                "the server (process {server}) died by {signal}, as the {MAX_EARLY_DEATHS} before it: \
-                 left to `ublk-qcow2 recover -n {id}` or `del -n {id}`"
-            );
+        tracing::error!(id, "the server (process {server}) died by {signal}");
+        if begun.elapsed() >= SERVED {
+            setbacks = Setbacks::default();
+        } else if setbacks.pause().is_err() {
+            tracing::error!(id, "as the {MAX_SETBACKS} before it: {}", way_out(id));
             return;
         }
-        tracing::error!(id, "the server (process {server}) died by {signal}; recovering the device");
-        if early_deaths > 0 {
-            sleep(FIRST_PAUSE * (1 << (early_deaths - 1)));
-        }
-        server = match start_server(&Start::Recover { id }, namespace, &mut None) {
+        tracing::info!(id, "recovering the device");
+        server = match start_patiently(&mut setbacks, || {
+            start_server(&Start::Recover { id }, namespace, &mut None)
+        }) {
             Ok((server, Ok(_))) => {
                 kept.renew();
                 server
@@ -132,10 +129,46 @@ fn watch(id: u32, mut server: Pid, namespace: Namespace) {
                 server
             }
             Err(error) => {
-                tracing::error!(id, "cannot start another server: {error}; try `ublk-qcow2 recover -n {id}`");
+                tracing::error!(id, "cannot start another server: {error}: {}", way_out(id));
                 return;
             }
         };
+    }
+}
+
+fn way_out(id: u32) -> String {
+    format!("the device is left to `ublk-qcow2 recover -n {id}` or `del -n {id}`")
+}
+
+/// Attempts in a row to have the device served that came to nothing.
+#[derive(Default)]
+struct Setbacks(u32);
+
+/// There were too many.
+struct GivenUp;
+
+impl Setbacks {
+    /// Counts one more, and waits before the next attempt.
+    fn pause(&mut self) -> Result<(), GivenUp> {
+        if self.0 == MAX_SETBACKS {
+            return Err(GivenUp);
+        }
+        sleep(FIRST_PAUSE * (1 << self.0));
+        self.0 += 1;
+        Ok(())
+    }
+}
+
+/// Starts a server, though there may be no process or no memory for it at the moment.
+fn start_patiently<T>(setbacks: &mut Setbacks, mut start: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match start() {
+            Err(error) => {
+                tracing::warn!("cannot start a server: {error}");
+                setbacks.pause().map_err(|GivenUp| error)?;
+            }
+            started => return started,
+        }
     }
 }
 
@@ -258,6 +291,24 @@ mod tests {
                 Side::Child(_) => raise(Signal::SIGKILL).unwrap(),
             }
         });
+    }
+
+    /// There was no process left for a moment, or no memory for one: the supervisor gave up, and the device's
+    /// users waited until somebody came.
+    #[test]
+    fn a_server_that_cannot_be_started_is_tried_again() {
+        let failing = |times: u32| {
+            let mut made = 0;
+            move || {
+                made += 1;
+                if made <= times { Err(io::Error::from(Errno::EAGAIN)) } else { Ok(made) }
+            }
+        };
+        let mut setbacks = Setbacks::default();
+        assert_eq!(start_patiently(&mut setbacks, failing(2)).unwrap(), 3);
+        assert_eq!(setbacks.0, 2, "one that dies early then is the third");
+        let mut setbacks = Setbacks(MAX_SETBACKS);
+        assert!(start_patiently(&mut setbacks, failing(1)).is_err(), "but not for ever");
     }
 
     const RUN_DIRECTORY: &str = "UBLK_QCOW2_RUN_DIR";
