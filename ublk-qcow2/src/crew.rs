@@ -6,6 +6,7 @@
 use crate::{
     daemon::ServeError,
     deputy::Deputy,
+    detach,
     device::{self, Device},
     queue::{self, Notice, Queue, QueueError},
     request::{Bounds, device_sectors},
@@ -302,8 +303,11 @@ impl Drop for Ending {
     }
 }
 
+/// A blocked signal is waited for even if it is ignored: what this process was told to ignore is left out.
+/// SIGTERM is not, the way to end a server that has no terminal.
 fn ending_signals() -> SigSet {
-    [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP].into_iter().collect()
+    let others = [Signal::SIGINT, Signal::SIGHUP].into_iter().filter(|&it| !detach::was_told_to_ignore(it));
+    others.chain([Signal::SIGTERM]).collect()
 }
 
 /// Takes a step that may be long and leaves nothing to be undone: before the crew listens the signals that
@@ -318,13 +322,10 @@ pub(crate) fn interruptible<T>(step: impl FnOnce() -> T) -> io::Result<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        alone,
-        detach::{self, Side},
-    };
+    use crate::{alone, detach::Side};
     use nix::{
         sys::{
-            signal::kill,
+            signal::{SigHandler, kill, signal},
             wait::{WaitStatus, waitpid},
         },
         unistd::Pid,
@@ -351,6 +352,41 @@ mod tests {
             };
             assert!(matches!(waitpid(child, None), Ok(WaitStatus::Signaled(_, Signal::SIGTERM, _))));
         });
+    }
+
+    /// `nohup ublk-qcow2 add --foreground &` ended when its user logged out, and its device went.
+    #[test]
+    fn what_a_server_was_told_to_ignore_does_not_end_it() {
+        alone::run("crew::tests::what_a_server_was_told_to_ignore_does_not_end_it", || {
+            for ignored in [Signal::SIGHUP, Signal::SIGTERM] {
+                #[allow(unsafe_code, reason = "in a process of its own")]
+                // SAFETY: it installs no handler.
+                unsafe { signal(ignored, SigHandler::SigIgn) }.unwrap();
+            }
+            // Its first thread is the one that has a crew, as in a server.
+            let child = match detach::into_background().unwrap() {
+                Side::Parent { child, .. } => child,
+                Side::Child(_) => {
+                    let heard = all_that_a_crew_hears();
+                    process::exit(i32::from(heard != [Signal::SIGINT, Signal::SIGTERM]));
+                }
+            };
+            assert!(matches!(waitpid(child, None), Ok(WaitStatus::Exited(_, 0))));
+        });
+    }
+
+    fn all_that_a_crew_hears() -> Vec<Signal> {
+        let crew = Crew::new().unwrap();
+        crew.listen().unwrap();
+        let sent = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGTERM].into_iter();
+        sent.filter_map(|sent| {
+            kill(Pid::this(), sent).unwrap();
+            match crew.events.recv_timeout(Duration::from_millis(500)) {
+                Ok(Event::Signal(signal)) => Some(signal),
+                _ => None,
+            }
+        })
+        .collect()
     }
 
     /// Another program stopped the device: its queues ended well, but the record said "a queue failed",

@@ -3,7 +3,7 @@
 //! [`into_background`] forks before any thread or ring exists. The parent waits until the child
 //! either serves its device or has failed, and reports that as its own result.
 
-#![allow(unsafe_code, reason = "fork, and closing what was inherited")]
+#![allow(unsafe_code, reason = "fork, and what was inherited")]
 
 use crate::runfile;
 use nix::{
@@ -13,8 +13,10 @@ use nix::{
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Write},
+    mem,
     os::fd::{AsRawFd, BorrowedFd, OwnedFd},
     path::Path,
+    ptr,
 };
 
 /// First byte of the child's message: what follows is the device's number.
@@ -75,6 +77,16 @@ fn notice_children() -> io::Result<()> {
     // SAFETY: no handler of ours is installed, and whoever had one before has not started this program.
     unsafe { signal(Signal::SIGCHLD, SigHandler::SigDfl) }?;
     Ok(())
+}
+
+/// Whether this process was started with a signal ignored, as nohup does it, and a shell for what it starts in
+/// the background.
+pub(crate) fn was_told_to_ignore(it: Signal) -> bool {
+    // SAFETY: an action is plain numbers and an optional address.
+    let mut action: libc::sigaction = unsafe { mem::zeroed() };
+    // SAFETY: it installs nothing; the kernel writes to the action, which outlives the call.
+    let asked = unsafe { libc::sigaction(it as libc::c_int, ptr::null(), &raw mut action) };
+    asked == 0 && action.sa_sigaction == libc::SIG_IGN
 }
 
 /// Closes whatever this process was started with beside the standard descriptors: a server that had them
