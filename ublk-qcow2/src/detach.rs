@@ -161,7 +161,7 @@ impl Reporter {
 
 fn give_up_terminal(log: &Path) -> io::Result<()> {
     let null = OpenOptions::new().read(true).write(true).open("/dev/null")?;
-    let log = OpenOptions::new().append(true).create(true).open(log)?;
+    let log = runfile::open_log(log)?;
     std::env::set_current_dir("/")?;
     dup2_stdin(&null)?;
     dup2_stdout(&null)?;

@@ -27,7 +27,7 @@ use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, fallocate};
 use qcow2_engine::{REDO_BYTES, RedoLog, RedoMemory};
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{File, OpenOptions},
     io,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
@@ -166,7 +166,7 @@ pub(crate) fn owes(id: u32) -> bool {
 
 fn make(path: &Path) -> io::Result<File> {
     if let Some(directory) = path.parent() {
-        fs::create_dir_all(directory)?;
+        runfile::make_directory(directory)?;
     }
     let mut options = OpenOptions::new();
     let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
@@ -244,7 +244,7 @@ impl Mapped {
 mod tests {
     use super::{witness::PAUSE, *};
     use std::{
-        thread,
+        fs, thread,
         time::{Duration, SystemTime},
     };
 

@@ -16,7 +16,8 @@ mod record;
 pub(crate) use record::example;
 pub(crate) use {
     directory::{
-        check_directory, directory, load, load_all, load_each, load_made, log_path, path_of, redo_path,
+        check_directory, directory, load, load_all, load_each, load_made, log_path, make_directory, open_log,
+        path_of, redo_path,
     },
     record::{Entry, Phase, Record},
 };
@@ -128,7 +129,7 @@ impl RunFile {
             let path = path.clone();
             move |source| RunFileError { what, path, source }
         };
-        fs::create_dir_all(directory()).map_err(fail("cannot make the directory for"))?;
+        make_directory(&directory()).map_err(fail("cannot make the directory for"))?;
         let before = lock_dead(&path, patience).map_err(fail("cannot take over"))?;
         match &before {
             Dead::Missing => {}

@@ -11,7 +11,11 @@ pub(crate) mod io;
 pub(crate) mod list;
 pub(crate) mod resize;
 
-use crate::{control::ControlError, daemon::ServeError, runfile::RunFileError};
+use crate::{
+    control::ControlError,
+    daemon::ServeError,
+    runfile::{self, RunFileError},
+};
 use std::{
     fmt::Display,
     io::{Write, stderr},
@@ -44,7 +48,7 @@ pub(crate) enum CommandError {
     LeftBehind { id: u32, source: ServeError },
     #[error(
         "device {0} is not served yet: a server died when it had taken it over. There will be another one: `ublk-qcow2 list` says how \
-         it goes, and the log /run/ublk-qcow2/{0}.log why it does not"
+         it goes, and the log {log} why it does not", log = runfile::log_path(*.0).display()
     )]
     NotYet(u32),
     #[error(

@@ -6,7 +6,10 @@ use super::{
 };
 use nix::fcntl::FlockArg;
 use std::{
-    env, fs, io,
+    env,
+    fs::{self, DirBuilder, File, OpenOptions},
+    io,
+    os::unix::fs::{DirBuilderExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
@@ -38,6 +41,17 @@ pub(crate) fn check_directory() -> Result<(), NotAbsolute> {
 #[derive(Debug, thiserror::Error)]
 #[error("{DIRECTORY_VARIABLE} is {}; it must be an absolute path, or not be set", .0.display())]
 pub(crate) struct NotAbsolute(PathBuf);
+
+/// Makes the run directory, and those above it. Whatever mask of modes was inherited, nobody else may write
+/// there: who can puts another record in the place of one.
+pub(crate) fn make_directory(path: &Path) -> io::Result<()> {
+    DirBuilder::new().recursive(true).mode(0o755).create(path)
+}
+
+/// Opens the log of a server, to which nobody else may write either.
+pub(crate) fn open_log(path: &Path) -> io::Result<File> {
+    OpenOptions::new().append(true).create(true).mode(0o644).open(path)
+}
 
 /// The run file of device `id`.
 pub(crate) fn path_of(id: u32) -> PathBuf {

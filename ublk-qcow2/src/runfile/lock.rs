@@ -30,7 +30,7 @@ pub(super) fn write_locked(path: &Path, record: &Record) -> io::Result<Flock<Fil
 }
 
 fn write_as(temporary: &Path, path: &Path, record: &Record) -> io::Result<Flock<File>> {
-    let mut file = File::create(temporary)?;
+    let mut file = File::options().write(true).create(true).truncate(true).mode(0o644).open(temporary)?;
     file.write_all(serde_json::to_string(record)?.as_bytes())?;
     let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno)?;
     fs::rename(temporary, path)?;

@@ -3,8 +3,12 @@ use super::{
     lock::{Named, has_name, lock_named},
     *,
 };
-use nix::fcntl::FlockArg;
-use std::thread::sleep;
+use crate::alone;
+use nix::{
+    fcntl::FlockArg,
+    sys::stat::{Mode, umask},
+};
+use std::{os::unix::fs::PermissionsExt, thread::sleep};
 
 /// `del` had removed a device and could not write to its image; the next `add` got the number, and emptied
 /// the log.
@@ -68,6 +72,24 @@ fn a_record_that_cannot_be_read_hides_no_other() {
     let found = load_each_in(dir.path()).unwrap();
     let ids: Vec<_> = found.iter().map(|entry| entry.as_ref().ok().map(|it| it.record.id)).collect();
     assert_eq!(ids, [Some(2), None, Some(11)]);
+}
+
+/// The caller's mask of modes was 0: any user could replace a record, and so say which image is whose.
+#[test]
+fn nobody_else_may_write_to_what_servers_leave() {
+    alone::run("runfile::tests::nobody_else_may_write_to_what_servers_leave", || {
+        umask(Mode::empty());
+        let dir = tempfile::tempdir().unwrap();
+        let (above, directory) = (dir.path().join("run"), dir.path().join("run/ublk-qcow2"));
+        make_directory(&directory).unwrap();
+        let (record, log) = (directory.join("7.json"), directory.join("7.log"));
+        write_locked(&record, &example()).unwrap();
+        open_log(&log).unwrap();
+        for (path, mode) in [(above, 0o755), (directory, 0o755), (record, 0o644), (log, 0o644)] {
+            let found = fs::metadata(&path).unwrap().permissions().mode() & 0o7777;
+            assert_eq!(found, mode, "{}: {found:o}", path.display());
+        }
+    });
 }
 
 #[test]
