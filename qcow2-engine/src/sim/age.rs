@@ -5,8 +5,9 @@ use super::{
     file::SECTOR,
     model::Value,
     play::{Player, play},
+    request::Request,
     run::{Life, Totals},
-    workload::{Fixture, Past, Request},
+    workload::{Fixture, Past},
 };
 use crate::{Lane, io::Buf};
 use std::rc::Rc;
@@ -96,7 +97,7 @@ impl Life<'_> {
         let player = Player {
             lane: lane.clone(),
             model: Rc::clone(&self.model),
-            cluster_sectors: self.fixture.variant.cluster_sectors,
+            shape: self.fixture.shape(),
             must_find_all: true,
             has_been_told: Rc::default(),
         };

@@ -7,6 +7,7 @@ use super::{
     age::{age, fill_table, leave_tail},
     damage::Damage,
     faults::{Failing, Fault, FileSystem, HeldBack, Victim},
+    request::Request,
     rng::Rng,
     run::{Case, Work},
     sequences::{
@@ -14,7 +15,7 @@ use super::{
         long_write, meeting, random, short, tables_after_data, touch, with_flushes, writers,
     },
     tools::Tool,
-    workload::{Fixture, Initial, Maker, Past, Request, Variant},
+    workload::{Fixture, Initial, Maker, Past, Variant},
 };
 use crate::{Paging, Preallocation, Repair};
 use std::{io, path::Path};
@@ -132,13 +133,16 @@ pub fn fixtures(directory: &Path) -> io::Result<Vec<Fixture>> {
             fixtures.push(maker.make(variant, initial)?);
         }
     }
-    let aged: Result<Vec<_>, _> = fixtures.iter().map(age).collect();
+    let wide = [Initial::Unallocated, Initial::Shared].map(|initial| maker.make_wide(initial));
+    let wide: Vec<_> = wide.into_iter().collect::<Result<_, _>>()?;
+    let aged: Result<Vec<_>, _> = fixtures.iter().chain(&wide).map(age).collect();
     let fillable = fixtures.iter().filter(|fixture| {
         fixture.variant == Variant::SMALL_BLOCKS && fixture.initial.makes_writes_allocate()
     });
     let full: Result<Vec<_>, _> = fillable.map(fill_table).collect();
     let tailed: Vec<_> = fixtures.iter().map(leave_tail).collect();
     fixtures.extend(tailed);
+    fixtures.extend(wide);
     fixtures.extend(aged.map_err(io::Error::other)?);
     fixtures.extend(full.map_err(io::Error::other)?);
     fixtures.push(maker.make_full_table()?);
@@ -385,7 +389,10 @@ fn tool(rng: &mut Rng, fixture: &Fixture) -> Tool {
         0 => Tool::Repair(Repair::Leaks, Damage::None),
         // Version 2 has no dirty bit, and no room for a snapshot's size.
         1..=2 if !is_v2 => Tool::OpenDirty(Damage::OF_COUNTS[rng.below(5) as usize]),
-        3..=4 if !(is_v2 && fixture.initial.is_shared()) => Tool::Grow(1 + rng.below(1000) as usize),
+        // Nor can it hide what a longer backing file has there.
+        3..=4 if !(is_v2 && (fixture.initial.is_shared() || fixture.initial == Initial::OverFile)) => {
+            Tool::Grow(1 + rng.below(1000) as usize)
+        }
         5 => {
             let kinds = [Preallocation::Off, Preallocation::Metadata, Preallocation::Falloc];
             Tool::Create(kinds[rng.below(3) as usize])

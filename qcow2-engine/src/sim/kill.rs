@@ -14,9 +14,9 @@ use super::{
     model::{Model, Value},
     oracle,
     play::{Player, play},
+    request::Request,
     rng::Rng,
     run::Life,
-    workload::Request,
 };
 use crate::{Image, Lane, io::Buf};
 use std::{cell::RefCell, rc::Rc, sync::Arc};
@@ -216,7 +216,7 @@ impl Life<'_> {
         let player = Player {
             lane: lane.clone(),
             model: Rc::clone(&self.model),
-            cluster_sectors: self.fixture.variant.cluster_sectors,
+            shape: self.fixture.shape(),
             must_find_all: true,
             has_been_told: Rc::default(),
         };

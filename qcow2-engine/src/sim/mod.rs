@@ -5,7 +5,7 @@
 //! [`file`] with a volatile cache, or fail as [`faults`] says; [`contents`] are its bytes. [`states`]
 //! enumerates what a crash at one moment may leave on such a disk. [`oracle`] reads a crashed image with
 //! nothing but the format crate and says what is wrong with it. [`model`] knows which contents each sector
-//! may have. [`workload`] makes images and sequences of requests, and `play` carries them out; `kill` ends
+//! may have. [`workload`] makes images, `play` carries [`request`]s out; `kill` ends
 //! the process and not the machine; [`tools`] has crashes while a tool is at work, on an image with
 //! [`damage`], and `counts` says whether that got worse; [`cases`] draws images and requests from a seed
 //! (`sequences`); [`run`] lives one case through; [`campaign`] runs many, counts, and shrinks what fails, in
@@ -15,6 +15,7 @@ mod age;
 pub mod apart;
 pub mod campaign;
 pub mod cases;
+mod chain;
 pub mod contents;
 mod counts;
 pub mod damage;
@@ -27,9 +28,11 @@ mod mixed;
 pub mod model;
 pub mod oracle;
 mod play;
+pub mod request;
 pub mod rng;
 pub mod run;
 mod sequences;
 pub mod states;
 pub mod tools;
+mod wide;
 pub mod workload;

@@ -4,8 +4,8 @@ use super::{
     disk::Disk,
     file::{SECTOR, sector_bytes},
     model::{Model, Value},
+    request::{Request, Shape},
     run::Task,
-    workload::Request,
 };
 use crate::{
     Direct, Error, Lane, Pace, Run, Verdict, ZeroMode,
@@ -25,7 +25,7 @@ use std::{
 pub(super) struct Player {
     pub(super) lane: Lane<Disk>,
     pub(super) model: Rc<RefCell<Model>>,
-    pub(super) cluster_sectors: usize,
+    pub(super) shape: Shape,
     /// Whether the search for leaks has to find all.
     pub(super) must_find_all: bool,
     /// Whether a flush, of any lane, has failed because a barrier has: no change may succeed any more.
@@ -65,6 +65,7 @@ impl From<Error> for Trouble {
 pub(super) fn play(player: Player, requests: Vec<Request>, first: u32, has_faults: bool) -> Task {
     Box::pin(async move {
         for (number, request) in (first..).zip(requests) {
+            let request = request.on(player.shape);
             match player.carry_out(number, request).await {
                 Err(Trouble::Failed(error)) if !has_faults => {
                     return Err(format!("{request:?} failed: {error}"));
@@ -79,7 +80,7 @@ pub(super) fn play(player: Player, requests: Vec<Request>, first: u32, has_fault
 
 impl Player {
     async fn carry_out(&self, number: u32, request: Request) -> Result<(), Trouble> {
-        let sectors = request.sectors(self.cluster_sectors);
+        let sectors = request.sectors(self.shape);
         let is_write = matches!(request, Request::Write(..));
         let value = |sector: usize| {
             if is_write { Value::Stamp { request: number, sector: sector as u32 } } else { Value::Zero }

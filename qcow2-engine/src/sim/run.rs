@@ -7,10 +7,11 @@ use super::{
     model::{Model, Value},
     oracle,
     play::{Player, play},
+    request::Request,
     rng::Rng,
     states,
     tools::{self, Tool},
-    workload::{Fixture, Request},
+    workload::{Fixture, IMAGE},
 };
 use crate::{Image, Lane, OpenOptions, Paging, RuleName, io::Buf};
 use std::{
@@ -207,7 +208,7 @@ fn serve(
         let player = Player {
             lane: lane.clone(),
             model: Rc::clone(&life.model),
-            cluster_sectors: fixture.variant.cluster_sectors,
+            shape: fixture.shape(),
             must_find_all: !case.search_may_give_up() && !fixture.has_autoclear_bits(),
             has_been_told: Rc::clone(&has_been_told),
         };
@@ -222,11 +223,9 @@ fn serve(
 
 impl<'a> Life<'a> {
     pub(super) fn new(fixture: &'a Fixture, seed: u64, totals: &'a mut Totals) -> Self {
-        let contents: Vec<&[u8]> =
-            [fixture.image.as_slice()].into_iter().chain(fixture.backing.as_deref()).collect();
         Self {
             fixture,
-            disk: Disk::new(&contents),
+            disk: fixture.disk(&fixture.image),
             model: Rc::new(RefCell::new(Model::new(&fixture.content))),
             rng: Rng::new(seed),
             totals,
@@ -247,7 +246,7 @@ impl<'a> Life<'a> {
 
     /// Opens the image; each lane reserves so many clusters at a time.
     pub(super) fn open_with(&mut self, extent_clusters: u64) -> Result<Arc<Image>, String> {
-        let names = self.disk.names(&["image", "base"]);
+        let names = self.disk.names(&self.fixture.names());
         let opened = Rc::new(RefCell::new(None));
         let (result, disk) = (Rc::clone(&opened), self.disk.clone());
         let cluster_bits = u32::from(self.fixture.image[23]);
@@ -258,7 +257,7 @@ impl<'a> Life<'a> {
             ..OpenOptions::default()
         };
         let mut open = Box::pin(async move {
-            let image = Image::open(&disk, &names, Path::new("image"), &options).await;
+            let image = Image::open(&disk, &names, Path::new(IMAGE), &options).await;
             *result.borrow_mut() = Some(image);
         });
         let mut context = Context::from_waker(Waker::noop());

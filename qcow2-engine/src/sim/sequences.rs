@@ -1,9 +1,6 @@
 //! Sequences of requests that lead somewhere, drawn from a seed.
 
-use super::{
-    rng::Rng,
-    workload::{Request, SECTORS},
-};
+use super::{request::Request, rng::Rng, workload::SECTORS};
 
 /// Two to four lanes whose requests are all within a few sectors.
 pub(super) fn meeting(rng: &mut Rng) -> Vec<Vec<Request>> {
