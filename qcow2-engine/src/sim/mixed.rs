@@ -42,7 +42,7 @@ enum Step {
     Snapshot(&'static str),
 }
 
-fn stamps(request: u32, sectors: Range<usize>) -> impl Iterator<Item = Value> {
+pub(super) fn stamps(request: u32, sectors: Range<usize>) -> impl Iterator<Item = Value> {
     sectors.map(move |sector| Value::Stamp { request, sector: sector as u32 })
 }
 

@@ -159,3 +159,9 @@ pub(super) fn growing(rng: &mut Rng) -> Vec<Request> {
     lane.extend(random(rng, 6));
     lane
 }
+
+/// A change of the mapping that takes no cluster.
+pub(super) fn zeros(rng: &mut Rng) -> Request {
+    let count = 1 + rng.below(6) as usize;
+    Request::Zero(rng.below(150) as usize, count, rng.below(2) == 0)
+}

@@ -292,6 +292,9 @@ impl<'a> Work<'a> {
             file_system: FileSystem::ABLE,
             paging: crate::Paging::default(),
             is_one_lane: false,
+            logged: 0,
+            abandons_after: None,
+            wound: None,
             disabled: None,
         };
         let ended = next.drive(&disk, &mut Rng::new(hash), &case, &mut Totals::default())?;
@@ -315,7 +318,7 @@ impl<'a> Work<'a> {
         let (old, new) = (sector_bytes(self.fixture.content.len()), sector_bytes(model.len()));
         let case = oracle::Case {
             model,
-            sizes: &[old, new],
+            sizes: [old, new],
             backing: self.fixture.backing.as_deref().filter(|_| !matches!(self.tool, Tool::Create(_))),
             snapshots: if matches!(self.tool, Tool::Create(_)) { &[] } else { &self.fixture.snapshots },
             initial: &self.fixture.content,

@@ -3,6 +3,7 @@
 
 use super::{
     file::SECTOR,
+    mixed::stamps,
     model::{INITIAL, Value},
     workload::{Fixture, IMAGE, Initial, Maker, Past, SECTORS, Variant},
 };
@@ -22,8 +23,7 @@ impl Maker {
         self.qemu_img(&["create", "-f", "qcow2", "-o", &variant.options(), IMAGE, &size])?;
         if initial.is_shared() {
             for sectors in [0..200, PAGE_SECTORS - 20..content.len()] {
-                let stamp = |sector: usize| Value::Stamp { request: INITIAL, sector: sector as u32 };
-                let data: Vec<_> = sectors.clone().map(stamp).collect();
+                let data: Vec<_> = stamps(INITIAL, sectors.clone()).collect();
                 self.put("part", &data)?;
                 self.change(IMAGE, "write -s part", &sectors)?;
                 content[sectors].copy_from_slice(&data);

@@ -37,9 +37,9 @@ pub enum Initial {
     Unallocated,
     /// No mapping, a raw backing file that is shorter than the disk.
     Backing,
-    /// No mapping, a QCOW2 file below that is longer than the disk ([`super::chain`]).
+    /// No mapping, a QCOW2 file below that is longer than the disk, or shorter ([`super::chain`]).
     OverFile,
-    /// No mapping, a QCOW2 file below that is shorter than the disk, and a shorter one below that.
+    /// No mapping, two QCOW2 files below and a raw one, each shorter than what is over it.
     OverChain,
     /// Written.
     Data,
@@ -226,6 +226,12 @@ impl Fixture {
     #[must_use]
     pub fn has_autoclear_bits(&self) -> bool {
         self.image[AUTOCLEAR_AT] & UNKNOWN_BIT != 0
+    }
+
+    /// Whether its refcount blocks and its refcount table can be filled with little: they are small.
+    #[must_use]
+    pub fn is_fillable(&self) -> bool {
+        self.variant == Variant::SMALL_BLOCKS && self.initial.makes_writes_allocate() && self.gap == 0
     }
 
     /// The names of the image and of the files below it.
