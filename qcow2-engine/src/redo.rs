@@ -39,7 +39,7 @@ const HEADER_WORDS: usize = 8;
 const INDEX_BITS: u32 = 56;
 /// Records that a log has room for at least: one slice of mappings needs 512, a moved refcount table
 /// with its blocks as many.
-const MIN_RECORDS: u64 = 1024;
+pub(crate) const MIN_RECORDS: u64 = 1024;
 
 /// Bytes of the smallest log.
 pub const MIN_REDO_BYTES: usize = (HEADER_WORDS + 2 * MIN_RECORDS as usize) * 8;

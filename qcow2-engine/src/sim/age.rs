@@ -1,12 +1,14 @@
 //! Images that an earlier life has left, which ended with a crash: with leaks.
 
 use super::{
+    damage::Wreck,
     disk::Disk,
     file::SECTOR,
     model::Value,
     play::{Player, play},
+    request::Request,
     run::{Life, Totals},
-    workload::{Fixture, Past, Request},
+    workload::{Fixture, Past},
 };
 use crate::{Lane, io::Buf};
 use std::rc::Rc;
@@ -91,14 +93,33 @@ pub(super) fn leave_tail(fixture: &Fixture) -> Fixture {
     Fixture { name: format!("{} with a tail", fixture.name), image, past: Past::Tailed, ..fixture.clone() }
 }
 
+/// Has all clusters counted that the image's refcount blocks count: the next one needs another block, and where
+/// there was room for few, a longer table.
+///
+/// # Errors
+/// What went wrong, in words.
+pub(super) fn count_all(fixture: &Fixture) -> Result<Fixture, String> {
+    let mut image = fixture.image.clone();
+    let cluster_bytes = fixture.variant.cluster_sectors * SECTOR;
+    let per_block = cluster_bytes * 8 / fixture.variant.refcount_bits as usize;
+    let clusters = image.len().div_ceil(cluster_bytes).next_multiple_of(per_block);
+    image.resize(clusters * cluster_bytes, 0);
+    let mut wreck = Wreck::of(&mut image)?;
+    for cluster in 0..clusters {
+        wreck.set_count(cluster as u64, |count| count.max(1))?;
+    }
+    let past = if fixture.past == Past::Made { Past::Crashed } else { fixture.past };
+    Ok(Fixture { name: format!("{}, all counted", fixture.name), image, past, ..fixture.clone() })
+}
+
 impl Life<'_> {
     fn live_on(&mut self, lane: &Lane<Disk>, requests: Vec<Request>, first: u32) -> Result<(), String> {
         let player = Player {
             lane: lane.clone(),
             model: Rc::clone(&self.model),
-            cluster_sectors: self.fixture.variant.cluster_sectors,
+            shape: self.fixture.shape(),
             must_find_all: true,
-            has_been_told: Rc::default(),
+            told: Rc::default(),
         };
         self.drive(vec![play(player, requests, first, false)], false)
     }

@@ -4,19 +4,21 @@
 //! crash states, which is as good as never: `--mutate` tells.
 
 use super::{
-    age::{age, fill_table, leave_tail},
+    age::{age, count_all, fill_table, leave_tail},
     damage::Damage,
     faults::{Failing, Fault, FileSystem, HeldBack, Victim},
+    request::Request,
     rng::Rng,
     run::{Case, Work},
     sequences::{
         allocating, changing_all, churn, crossing, discard, flushed, freeing, freeing_much, growing,
-        long_write, meeting, random, short, tables_after_data, touch, with_flushes, writers,
+        long_write, meeting, random, short, tables_after_data, touch, with_flushes, writers, zeros,
     },
     tools::Tool,
-    workload::{Fixture, Initial, Maker, Past, Request, Variant},
+    workload::{Fixture, Initial, Maker, Past, Variant},
+    wound::Wound,
 };
-use crate::{Paging, Preallocation, Repair};
+use crate::{Paging, Preallocation, Repair, redo::MIN_RECORDS};
 use std::{io, path::Path};
 
 /// What a case is aimed at.
@@ -76,14 +78,21 @@ enum Plan {
     SearchWhileAllocating,
     /// The refcount table grows and moves (R2).
     FullTable,
+    /// The redo log has just room for what makes the table, or a refcount block, and less when the file
+    /// reaches over it.
+    FillingLog,
     /// It does so under the search for leaks. The image is large, so this is slow.
     SearchFullTable,
+    /// A queue ends, with what it has in flight.
+    QueueEnds,
+    /// The image has damage, which requests meet or do not.
+    Wounded,
     /// A tool works on the image.
     Tool,
 }
 
 /// Of so many cases, how many follow which plan.
-const MIX: [(u64, Plan); 26] = [
+const MIX: [(u64, Plan); 29] = [
     (20, Plan::Short),
     (8, Plan::ShortAtOnce),
     (14, Plan::Lanes),
@@ -108,6 +117,9 @@ const MIX: [(u64, Plan); 26] = [
     (28, Plan::Search),
     (12, Plan::SearchWhileAllocating),
     (8, Plan::FullTable),
+    (14, Plan::FillingLog),
+    (16, Plan::QueueEnds),
+    (24, Plan::Wounded),
     (1, Plan::SearchFullTable),
     (20, Plan::Tool),
 ];
@@ -132,15 +144,21 @@ pub fn fixtures(directory: &Path) -> io::Result<Vec<Fixture>> {
             fixtures.push(maker.make(variant, initial)?);
         }
     }
-    let aged: Result<Vec<_>, _> = fixtures.iter().map(age).collect();
-    let fillable = fixtures.iter().filter(|fixture| {
-        fixture.variant == Variant::SMALL_BLOCKS && fixture.initial.makes_writes_allocate()
-    });
-    let full: Result<Vec<_>, _> = fillable.map(fill_table).collect();
+    let wide = [Initial::Unallocated, Initial::Shared].map(|initial| maker.make_wide(initial));
+    let wide: Vec<_> = wide.into_iter().collect::<Result<_, _>>()?;
+    let aged: Result<Vec<_>, _> = fixtures.iter().chain(&wide).map(age).collect();
+    let full: Result<Vec<_>, _> =
+        fixtures.iter().filter(|fixture| fixture.is_fillable()).map(fill_table).collect();
     let tailed: Vec<_> = fixtures.iter().map(leave_tail).collect();
     fixtures.extend(tailed);
+    fixtures.extend(wide);
     fixtures.extend(aged.map_err(io::Error::other)?);
     fixtures.extend(full.map_err(io::Error::other)?);
+    let counted = fixtures
+        .iter()
+        .filter(|fixture| fixture.is_fillable() && matches!(fixture.past, Past::Made | Past::CrashedFull));
+    let counted: Result<Vec<_>, _> = counted.map(count_all).collect();
+    fixtures.extend(counted.map_err(io::Error::other)?);
     fixtures.push(maker.make_full_table()?);
     Ok(fixtures)
 }
@@ -163,6 +181,9 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
         held_back: plan.held_back(&mut rng),
         paging: plan.paging(&mut rng),
         is_one_lane: rng.below(ONE_LANE_SHARE) == 0,
+        logged: plan.logged(&mut rng),
+        abandons_after: (plan == Plan::QueueEnds).then(|| rng.below(80)),
+        wound: (plan == Plan::Wounded).then(|| Wound::ALL[rng.below(Wound::ALL.len() as u64) as usize]),
         seed: rng.draw(),
         disabled: None,
     };
@@ -199,6 +220,7 @@ impl Plan {
         // Of many refcount pages few are kept; new blocks are made.
         let needs_blocks = match self {
             Self::FreeingUnread | Self::FreeingBesideCut | Self::NoRoomUnread | Self::FullLog => true,
+            Self::FillingLog => true,
             Self::Freeing | Self::FullHost => rng.below(2) == 0,
             _ => false,
         };
@@ -216,6 +238,8 @@ impl Plan {
         match self {
             Self::SearchFullTable => Past::MadeFull,
             Self::FullTable => Past::CrashedFull,
+            Self::FillingLog => [Past::Crashed, Past::CrashedFull][rng.below(2) as usize],
+            Self::Wounded => Past::Made,
             Self::Search => Past::Crashed,
             Self::SearchWhileAllocating | Self::Tool if rng.below(2) == 0 => Past::Crashed,
             Self::Tool => Past::Made,
@@ -236,9 +260,15 @@ impl Plan {
             Self::Growing => {
                 fixture.variant == Variant::SMALL_BLOCKS && fixture.initial.makes_writes_allocate()
             }
-            Self::NoRoom | Self::NoRoomUnread | Self::FullHost | Self::FailedCut | Self::TornWrite => {
-                fixture.initial.makes_writes_allocate()
-            }
+            Self::Wounded => !matches!(fixture.initial, Initial::Unallocated | Initial::Backing),
+            Self::FillingLog
+            | Self::NoRoom
+            | Self::NoRoomUnread
+            | Self::FullHost
+            | Self::FailedCut
+            | Self::TornWrite => fixture.initial.makes_writes_allocate(),
+            // They take too long on a large disk.
+            Self::Tool => fixture.gap == 0,
             // What is zero already is not changed.
             Self::FullLog => fixture.initial == Initial::Data,
             _ if self.frees() => {
@@ -263,6 +293,7 @@ impl Plan {
         match self {
             Self::Growing | Self::SearchWhileAllocating => HeldBack::Growth,
             Self::Reuse => [HeldBack::Oldest, HeldBack::Direct][rng.below(2) as usize],
+            Self::FillingLog => HeldBack::Nothing,
             Self::Freeing | Self::FreeingAfterFailedCut => HeldBack::Punch,
             Self::FreeingBesideCut => HeldBack::Metadata,
             Self::Search if rng.below(4) == 0 => HeldBack::Punch,
@@ -304,9 +335,18 @@ impl Plan {
                 let (after, times) = (2 + rng.below(14), 2 + rng.below(10));
                 Some(Failing { victim: Victim::Metadata, after, times, fault: Fault::Eio })
             }
-            Self::FreeingUnread => some(rng, Victim::Read, Fault::Eio, 24),
+            Self::FreeingUnread => {
+                let (after, times) = (4 + rng.below(60), 2 + rng.below(8));
+                Some(Failing { victim: Victim::Read, after, times, fault: Fault::Eio })
+            }
             _ => None,
         }
+    }
+
+    /// How many records the redo log has already: half of what it holds must be left for what makes the table
+    /// or a block.
+    fn logged(self, rng: &mut Rng) -> u64 {
+        if self == Self::FillingLog { MIN_RECORDS / 2 - rng.below(12) } else { 0 }
     }
 
     fn lanes(self, rng: &mut Rng) -> Vec<Vec<Request>> {
@@ -372,6 +412,22 @@ impl Plan {
                 lanes
             }
             Self::FullTable => (0..1 + rng.below(2)).map(|_| growing(rng)).collect(),
+            Self::FillingLog => {
+                let mut lanes = writers(rng);
+                lanes.push((0..8 + rng.below(8)).map(|_| zeros(rng)).collect());
+                lanes
+            }
+            Self::QueueEnds => {
+                let mut lanes = if rng.below(2) == 0 { meeting(rng) } else { writers(rng) };
+                lanes.push(if rng.below(2) == 0 { freeing(rng) } else { random(rng, 12) });
+                lanes
+            }
+            Self::Wounded => match rng.below(4) {
+                0 => meeting(rng),
+                1 => vec![freeing(rng), allocating(rng)],
+                2 => vec![allocating(rng), random(rng, 10)],
+                _ => vec![random(rng, 16)],
+            },
             Self::Tool => Vec::new(),
             Self::SearchFullTable => vec![growing(rng), vec![Request::Reclaim(1 << 20)]],
         }

@@ -9,7 +9,7 @@ use qcow2_format::{Clusters, L1Entry, Mapping, RefcountTableEntry, refcount};
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How an image's counts stand to its references.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Standing {
     /// Cluster → references that are not counted.
     shortfalls: BTreeMap<u64, u64>,

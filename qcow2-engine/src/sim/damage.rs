@@ -50,8 +50,7 @@ impl Damage {
 
 /// Damages an image.
 pub(super) fn inflict(image: &mut [u8], damage: Damage, rng: &mut Rng) -> Result<(), String> {
-    let header = Header::decode(image, image.len() as u64).map_err(|error| error.to_string())?;
-    let mut wreck = Wreck { geometry: header.geometry(), header, image };
+    let mut wreck = Wreck::of(image)?;
     match damage {
         Damage::None => {}
         Damage::Counts => wreck.spoil_counts(rng)?,
@@ -77,23 +76,37 @@ pub(super) fn mark_dirty(image: &mut [u8]) {
 /// Damaged things of one kind, at the most.
 const MAX: u64 = 12;
 
-struct Wreck<'a> {
-    header: Header,
-    geometry: Geometry,
+pub(super) struct Wreck<'a> {
+    pub(super) header: Header,
+    pub(super) geometry: Geometry,
     image: &'a mut [u8],
 }
 
-impl Wreck<'_> {
-    fn entry(&self, at: u64) -> u64 {
+/// An entry of the active mapping that names a cluster.
+pub(super) struct Named {
+    /// Where it is.
+    pub(super) at: u64,
+    /// The guest cluster.
+    pub(super) guest: u64,
+}
+
+impl<'a> Wreck<'a> {
+    /// An image that is sound so far.
+    pub(super) fn of(image: &'a mut [u8]) -> Result<Self, String> {
+        let header = Header::decode(image, image.len() as u64).map_err(|error| error.to_string())?;
+        Ok(Self { geometry: header.geometry(), header, image })
+    }
+
+    pub(super) fn entry(&self, at: u64) -> u64 {
         word::get(self.image, at as usize).unwrap_or(0)
     }
 
-    fn set_entry(&mut self, at: u64, entry: u64) {
+    pub(super) fn set_entry(&mut self, at: u64, entry: u64) {
         word::set(self.image, at as usize, entry);
     }
 
     /// The entries of the refcount table that name a block, with their places.
-    fn blocks(&self) -> Vec<(u64, u64)> {
+    pub(super) fn blocks(&self) -> Vec<(u64, u64)> {
         let len = u64::from(self.header.refcount_table_clusters) << self.geometry.cluster_bits;
         let places = (0..len / 8).map(|index| self.header.refcount_table.0 + index * 8);
         let decoded = places.map(|at| (at, RefcountTableEntry::decode(self.entry(at), &self.geometry)));
@@ -110,7 +123,7 @@ impl Wreck<'_> {
     }
 
     /// Changes the count of a cluster, if a block holds it.
-    fn set_count(&mut self, cluster: u64, change: impl Fn(u64) -> u64) -> Result<(), String> {
+    pub(super) fn set_count(&mut self, cluster: u64, change: impl Fn(u64) -> u64) -> Result<(), String> {
         let (order, size) = (self.geometry.refcount_order, self.geometry.cluster_size() as usize);
         let per_block = self.geometry.refcounts_per_block();
         let at = self.header.refcount_table.0 + cluster / per_block * 8;
@@ -146,22 +159,37 @@ impl Wreck<'_> {
         self.set_count(cluster, |_| 1)
     }
 
+    /// The L2 tables of the active mapping, by their place in the L1 table.
+    pub(super) fn tables(&self) -> Vec<(u64, u64)> {
+        let entry = |index: u64| (index, self.entry(self.header.l1_table.0 + index * 8));
+        let entries = (0..u64::from(self.header.l1_entries)).map(entry);
+        let tables = entries.filter_map(|(index, raw)| match L1Entry::decode(raw, &self.geometry) {
+            Ok(L1Entry::Table { offset, .. }) => Some((index, offset.0)),
+            _ => None,
+        });
+        tables.collect()
+    }
+
+    /// The entries of the active mapping that name a cluster.
+    pub(super) fn named(&self) -> Vec<Named> {
+        let per_table = self.geometry.l2_entries();
+        let all = self.tables().into_iter().flat_map(|(index, table)| {
+            (0..per_table).map(move |entry| Named { at: table + entry * 8, guest: index * per_table + entry })
+        });
+        let names = |named: &Named| {
+            matches!(
+                Mapping::decode(self.entry(named.at), &self.geometry),
+                Ok(Mapping::Data { .. } | Mapping::Zero { host: Some(_), .. })
+            )
+        };
+        all.filter(names).collect()
+    }
+
     /// Changes some of the active mapping's entries that name a cluster.
     fn spoil_entries(&mut self, rng: &mut Rng, change: impl Fn(u64) -> u64) {
-        let mut places = Vec::new();
-        for index in 0..u64::from(self.header.l1_entries) {
-            let raw = self.entry(self.header.l1_table.0 + index * 8);
-            let Ok(L1Entry::Table { offset, .. }) = L1Entry::decode(raw, &self.geometry) else { continue };
-            let all = (0..self.geometry.l2_entries()).map(|entry| offset.0 + entry * 8);
-            places.extend(all.filter(|&at| {
-                matches!(
-                    Mapping::decode(self.entry(at), &self.geometry),
-                    Ok(Mapping::Data { .. } | Mapping::Zero { host: Some(_), .. })
-                )
-            }));
-        }
+        let places = self.named();
         for _ in 0..1 + rng.below(MAX) {
-            if let Some(&at) = places.get(rng.below(places.len().max(1) as u64) as usize) {
+            if let Some(&Named { at, .. }) = places.get(rng.below(places.len().max(1) as u64) as usize) {
                 self.set_entry(at, change(self.entry(at)));
             }
         }

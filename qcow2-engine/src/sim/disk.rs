@@ -252,6 +252,7 @@ impl Disk {
         state.next_id += 1;
         let id = state.next_id;
         let kind = state.file_system.admit(kind(state.completed));
+        assert!(file.0 == 0 || !matches!(kind, Kind::Change(_)), "what is below the image never changes");
         state.version += u64::from(matches!(kind, Kind::Change(_)));
         state.waiting.push(Operation { id, file: file.0 as usize, kind, is_direct });
         Pending { disk: self.clone(), id }

@@ -14,9 +14,9 @@ use super::{
     model::{Model, Value},
     oracle,
     play::{Player, play},
+    request::Request,
     rng::Rng,
     run::Life,
-    workload::Request,
 };
 use crate::{Image, Lane, io::Buf};
 use std::{cell::RefCell, rc::Rc, sync::Arc};
@@ -27,12 +27,13 @@ const KILL_CHANCE: u64 = 28;
 const CUT_SHORT_CHANCE: u64 = 6;
 /// Between two operations, one process in this many may die while it is at its log,
 const TRAP_CHANCE: u64 = 20;
-/// which it has touched fewer times than this since the first of them.
+/// which it has touched fewer times than this since the first of them. All others may where they have just
+/// noted that the refcount table has moved: that is as rare as it is delicate.
 const MAX_TOUCHES: u64 = 48;
 /// Operations fail under one replay in this many.
 const FAILING_CHANCE: u64 = 8;
 /// Processes that die one after the other, and the last one, which lives.
-const MAX_PROCESSES: u32 = 3;
+pub(super) const MAX_PROCESSES: u32 = 3;
 
 /// One successor of the first process in this many goes on to serve, until one has: it is judged at every
 /// moment, which takes as long as all that was before.
@@ -57,9 +58,10 @@ impl Life<'_> {
     /// Sees to it that the process may die before the next operation of the disk completes.
     pub(super) fn set_trap(&mut self) {
         memory::take_trap();
-        if self.processes < MAX_PROCESSES && self.rng.below(TRAP_CHANCE) == 0 {
+        if self.processes < MAX_PROCESSES {
             let rng = Rng::new(self.rng.draw());
-            memory::set_trap(self.rng.below(MAX_TOUCHES), &self.disk, &self.model, rng);
+            let passes = (self.rng.below(TRAP_CHANCE) == 0).then(|| self.rng.below(MAX_TOUCHES));
+            memory::set_trap(passes, &self.redo, &self.disk, &self.model, rng);
         }
     }
 
@@ -103,6 +105,9 @@ impl Life<'_> {
             paging: self.paging,
             processes: self.processes + 1,
             has_heir: true,
+            abandons_after: None,
+            standing: None,
+            told: Rc::default(),
         }
     }
 
@@ -216,9 +221,9 @@ impl Life<'_> {
         let player = Player {
             lane: lane.clone(),
             model: Rc::clone(&self.model),
-            cluster_sectors: self.fixture.variant.cluster_sectors,
+            shape: self.fixture.shape(),
             must_find_all: true,
-            has_been_told: Rc::default(),
+            told: Rc::default(),
         };
         self.drive(vec![play(player, requests, SUCCESSOR, false)], true)?;
         self.end(lane, false, !searches).map_err(|error| format!("the next one went on: {error}"))

@@ -2,7 +2,7 @@
 //! the middle of what it does between two operations of the disk: a trap springs when it touches its log.
 
 use super::{disk::Disk, file::Change, file::SECTOR, model::Model, rng::Rng};
-use crate::{MIN_REDO_BYTES, RedoError, RedoLog};
+use crate::{Image, MIN_REDO_BYTES, RedoError, RedoLog, redo::Record};
 use std::{
     cell::RefCell,
     rc::Rc,
@@ -11,6 +11,13 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
 };
+
+/// Where the log's memory has the number of the record after the last one, and where the records begin: two
+/// words each, and the first byte is their kind (`redo.rs`).
+const TAIL: usize = 2;
+const RECORDS: usize = 8;
+const KIND_SHIFT: u32 = 56;
+const TABLE_MOVED: u64 = 4;
 
 /// The memory of a redo log.
 pub(super) struct Memory(Arc<Words>);
@@ -36,8 +43,11 @@ pub(super) struct Moment {
 
 /// Keeps the moment of a touch.
 struct Trap {
-    /// So many touches pass before it springs.
-    left: u64,
+    /// So many touches pass before it springs; none is enough, and it springs where the refcount table has
+    /// just moved.
+    left: Option<u64>,
+    /// The end of the log's records when it was touched last.
+    tail: u64,
     disk: Disk,
     model: Rc<RefCell<Model>>,
     rng: Rng,
@@ -57,12 +67,38 @@ impl Memory {
         RedoLog::create(Arc::clone(&self.0) as _)
     }
 
+    /// A new log that has so many records already, each of which says what is so.
+    pub(super) fn create_with(&self, records: u64, image: &Image) -> Result<RedoLog, RedoError> {
+        let mut log = self.create()?;
+        let block = image.meta.lock().refcounts.block_at(0).ok().flatten();
+        if let Some(at) = block {
+            let known = Record::Block { block: 0, cluster: image.geometry().host_cluster(at) };
+            log.append((0..records).map(|_| known));
+        }
+        Ok(log)
+    }
+
     pub(super) fn open(&self) -> Result<RedoLog, RedoError> {
         RedoLog::open(Arc::clone(&self.0) as _)
     }
 }
 
 impl Words {
+    fn word(&self, index: usize) -> u64 {
+        self.0[index].load(Ordering::Relaxed)
+    }
+
+    /// The number of the record after the last one.
+    fn tail(&self) -> u64 {
+        self.word(TAIL)
+    }
+
+    /// Whether a record says that the refcount table has another place.
+    fn moves_table(&self, at: u64) -> bool {
+        let capacity = (self.0.len() - RECORDS) / 2;
+        self.word(RECORDS + 2 * (at as usize % capacity)) >> KIND_SHIFT == TABLE_MOVED
+    }
+
     /// As they are now, for a process that goes another way from here.
     fn copy(&self) -> Self {
         Self(self.0.iter().map(|word| AtomicU64::new(word.load(Ordering::Relaxed))).collect())
@@ -106,16 +142,31 @@ fn landed(keeps: u64, change: &Change, rng: &mut Rng) -> Option<Change> {
 
 impl Trap {
     fn touch(&mut self, words: &Words) {
-        if self.left == 0 && self.caught.is_none() {
+        let tail = std::mem::replace(&mut self.tail, words.tail());
+        let springs = match &mut self.left {
+            Some(0) => true,
+            Some(left) => {
+                *left -= 1;
+                false
+            }
+            None => (tail..self.tail).any(|at| words.moves_table(at)),
+        };
+        if springs && self.caught.is_none() {
             self.caught = Some(Moment::of(&self.disk, &self.model.borrow(), words, &mut self.rng));
         }
-        self.left = self.left.saturating_sub(1);
     }
 }
 
 /// Sets a trap, in place of any that was set.
-pub(super) fn set_trap(passes: u64, disk: &Disk, model: &Rc<RefCell<Model>>, rng: Rng) {
-    TRAP.set(Some(Trap { left: passes, disk: disk.clone(), model: Rc::clone(model), rng, caught: None }));
+pub(super) fn set_trap(
+    passes: Option<u64>,
+    redo: &Memory,
+    disk: &Disk,
+    model: &Rc<RefCell<Model>>,
+    rng: Rng,
+) {
+    let (disk, model, tail) = (disk.clone(), Rc::clone(model), redo.0.tail());
+    TRAP.set(Some(Trap { left: passes, tail, disk, model, rng, caught: None }));
 }
 
 /// Takes the trap away, with what it has caught.
@@ -126,7 +177,7 @@ pub(super) fn take_trap() -> Option<Moment> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{redo::Record, sim::model::Value};
+    use crate::sim::model::Value;
     use qcow2_format::HostCluster;
 
     /// A server was killed between the records of a moved refcount table, and no successor could replay the
@@ -141,7 +192,7 @@ mod tests {
         for touches in 0.. {
             let memory = Memory::new();
             let mut log = memory.create().unwrap();
-            set_trap(touches, &Disk::default(), &model, Rng::new(1));
+            set_trap(Some(touches), &memory, &Disk::default(), &model, Rng::new(1));
             log.append(records);
             let Some(moment) = take_trap() else { break };
             seen.push(moment.redo.open().unwrap().records().unwrap().len());
@@ -150,7 +201,7 @@ mod tests {
         let memory = Memory::new();
         let mut log = memory.create().unwrap();
         log.append(records[..1].iter().copied());
-        set_trap(0, &Disk::default(), &model, Rng::new(1));
+        set_trap(Some(0), &memory, &Disk::default(), &model, Rng::new(1));
         log.append(records[1..].iter().copied());
         let moment = take_trap().unwrap();
         assert_eq!(

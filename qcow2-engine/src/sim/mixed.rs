@@ -42,7 +42,7 @@ enum Step {
     Snapshot(&'static str),
 }
 
-fn stamps(request: u32, sectors: Range<usize>) -> impl Iterator<Item = Value> {
+pub(super) fn stamps(request: u32, sectors: Range<usize>) -> impl Iterator<Item = Value> {
     sectors.map(move |sector| Value::Stamp { request, sector: sector as u32 })
 }
 
@@ -72,15 +72,15 @@ impl Maker {
                 Step::Data(sectors) => {
                     let data: Vec<Value> = stamps(request, sectors.clone()).collect();
                     self.put("part", &data)?;
-                    self.change("write -s part", &sectors)?;
+                    self.change("image", "write -s part", &sectors)?;
                     content[sectors].copy_from_slice(&data);
                 }
                 Step::Zero(sectors) => {
-                    self.change("write -z", &sectors)?;
+                    self.change("image", "write -z", &sectors)?;
                     content[sectors].fill(Value::Zero);
                 }
                 Step::Unmap(sectors) => {
-                    self.change("write -z -u", &sectors)?;
+                    self.change("image", "write -z -u", &sectors)?;
                     content[sectors].fill(Value::Zero);
                 }
                 Step::Snapshot(name) => {
@@ -96,19 +96,21 @@ impl Maker {
             image: self.made(variant)?,
             can_discard: true,
             backing: None,
+            below: Vec::new(),
             snapshots,
             content,
             past: Past::Made,
+            gap: 0,
         })
     }
 
-    fn put(&self, name: &str, content: &[Value]) -> io::Result<()> {
+    pub(super) fn put(&self, name: &str, content: &[Value]) -> io::Result<()> {
         let bytes: Vec<u8> = content.iter().flat_map(|value| value.bytes()).collect();
         std::fs::write(self.directory.join(name), bytes)
     }
 
-    fn change(&self, command: &str, sectors: &Range<usize>) -> io::Result<()> {
+    pub(super) fn change(&self, file: &str, command: &str, sectors: &Range<usize>) -> io::Result<()> {
         let command = format!("{command} {} {}", sectors.start * 512, sectors.len() * 512);
-        self.run("qemu-io", &["-f", "qcow2", "-d", "unmap", "-c", &command, "image"])
+        self.run("qemu-io", &["-f", "qcow2", "-d", "unmap", "-c", &command, file])
     }
 }

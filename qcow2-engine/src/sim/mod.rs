@@ -5,16 +5,18 @@
 //! [`file`] with a volatile cache, or fail as [`faults`] says; [`contents`] are its bytes. [`states`]
 //! enumerates what a crash at one moment may leave on such a disk. [`oracle`] reads a crashed image with
 //! nothing but the format crate and says what is wrong with it. [`model`] knows which contents each sector
-//! may have. [`workload`] makes images and sequences of requests, and `play` carries them out; `kill` ends
-//! the process and not the machine; [`tools`] has crashes while a tool is at work, on an image with
-//! [`damage`], and `counts` says whether that got worse; [`cases`] draws images and requests from a seed
-//! (`sequences`); [`run`] lives one case through; [`campaign`] runs many, counts, and shrinks what fails, in
-//! processes that may die of it ([`apart`]).
+//! may have. [`workload`] makes images (`mixed`, `chain` and `wide` those of some kinds, `age` those that have
+//! been through something), `play` carries [`request`]s out; `kill` ends the process and not the machine;
+//! [`tools`] has crashes while a tool is at work, on an image with [`damage`], and `counts` says whether that
+//! got worse; a [`wound`] is met by requests; `verdict` is what a state is held against; [`cases`] draws images
+//! and requests from a seed (`sequences`); [`run`] lives one case through; [`campaign`] runs many, counts, and
+//! shrinks what fails, in processes that may die of it ([`apart`]).
 
 mod age;
 pub mod apart;
 pub mod campaign;
 pub mod cases;
+mod chain;
 pub mod contents;
 mod counts;
 pub mod damage;
@@ -27,9 +29,13 @@ mod mixed;
 pub mod model;
 pub mod oracle;
 mod play;
+pub mod request;
 pub mod rng;
 pub mod run;
 mod sequences;
 pub mod states;
 pub mod tools;
+mod verdict;
+mod wide;
 pub mod workload;
+pub mod wound;

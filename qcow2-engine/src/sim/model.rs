@@ -5,7 +5,10 @@
 //! overwritten by a write acknowledged before F. What is left is what a crash may show.
 
 use super::file::SECTOR;
-use std::{collections::BTreeMap, ops::Range};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ops::Range,
+};
 
 /// What a sector holds: zeros, or a stamp that says which request wrote which sector.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -84,6 +87,8 @@ pub struct Model {
     sectors: Vec<Vec<Version>>,
     /// Reads under way, by the number of the request.
     readings: BTreeMap<u32, Reading>,
+    /// What is damaged: these may hold anything.
+    lost: BTreeSet<usize>,
     now: u64,
 }
 
@@ -97,7 +102,19 @@ impl Model {
         let version = |&value: &Value| {
             vec![Version { value, issued: 0, acknowledged: Some(0), is_certain: true, request: INITIAL }]
         };
-        Self { sectors: initial.iter().map(version).collect(), readings: BTreeMap::new(), now: 0 }
+        let sectors = initial.iter().map(version).collect();
+        Self { sectors, readings: BTreeMap::new(), lost: BTreeSet::new(), now: 0 }
+    }
+
+    /// These sectors may hold anything, or be unreadable.
+    pub fn lose(&mut self, sectors: impl IntoIterator<Item = usize>) {
+        self.lost.extend(sectors);
+    }
+
+    /// Whether a sector may hold anything.
+    #[must_use]
+    pub fn is_lost(&self, sector: usize) -> bool {
+        self.lost.contains(&sector)
     }
 
     /// Number of sectors.
@@ -186,7 +203,7 @@ impl Model {
     /// The values that were allowed.
     pub fn check(&self, sector: usize, found: Value) -> Result<(), Vec<Value>> {
         let versions = &self.sectors[sector];
-        if versions.iter().any(|version| version.value == found) {
+        if self.is_lost(sector) || versions.iter().any(|version| version.value == found) {
             return Ok(());
         }
         Err(versions.iter().map(|version| version.value).collect())
@@ -199,7 +216,7 @@ impl Model {
     /// The values that were allowed.
     pub fn check_live(&self, sector: usize, found: Value) -> Result<(), Vec<Value>> {
         let allowed = self.live(sector);
-        if allowed.contains(&found) { Ok(()) } else { Err(allowed) }
+        if self.is_lost(sector) || allowed.contains(&found) { Ok(()) } else { Err(allowed) }
     }
 
     /// What the sector holds on the running system: several values, while writes are under way.

@@ -23,7 +23,7 @@ pub struct Case<'a> {
     /// What each sector may hold.
     pub model: &'a Model,
     /// The sizes that the virtual disk may have, in bytes.
-    pub sizes: &'a [u64],
+    pub sizes: [u64; 2],
     /// The raw backing file.
     pub backing: Option<&'a [u8]>,
     /// What every sector holds in each internal snapshot; there are no others.
@@ -316,13 +316,32 @@ impl<'a> Reader<'a> {
                 findings.leaks += u64::from(count > references);
             }
         }
+        findings.leaks += self.counted_behind()?;
         Ok(findings)
+    }
+
+    /// How many clusters behind the end of the file are counted.
+    fn counted_behind(&self) -> Result<u64, String> {
+        let (per_block, order) = (self.geometry.refcounts_per_block() as usize, self.geometry.refcount_order);
+        let (first, mut counted) = (self.references.len(), 0);
+        for block in first / per_block..self.refcount_table_entries() as usize {
+            let Some(counts) = self.refcount_block(block as u64)? else { continue };
+            let unused = first.saturating_sub(block * per_block)..per_block;
+            let is_counted = |&index: &usize| refcount::get(counts, order, index) > 0;
+            if counts[(unused.start << order) / 8..].iter().any(|&byte| byte != 0) {
+                counted += unused.filter(is_counted).count() as u64;
+            }
+        }
+        Ok(counted)
+    }
+
+    fn refcount_table_entries(&self) -> u64 {
+        (u64::from(self.header.refcount_table_clusters) << self.geometry.cluster_bits) / 8
     }
 
     /// The counts of a block's clusters; `None` where there is no block, and all are 0.
     pub(super) fn refcount_block(&self, block: u64) -> Result<Option<&'a [u8]>, String> {
-        let table_len = (u64::from(self.header.refcount_table_clusters) << self.geometry.cluster_bits) / 8;
-        if block >= table_len {
+        if block >= self.refcount_table_entries() {
             return Ok(None);
         }
         let raw = self.entry(self.header.refcount_table.0 + block * 8)?;

@@ -4,8 +4,8 @@ use super::{
     disk::Disk,
     file::{SECTOR, sector_bytes},
     model::{Model, Value},
+    request::{Request, Shape},
     run::Task,
-    workload::Request,
 };
 use crate::{
     Direct, Error, Lane, Pace, Run, Verdict, ZeroMode,
@@ -25,11 +25,34 @@ use std::{
 pub(super) struct Player {
     pub(super) lane: Lane<Disk>,
     pub(super) model: Rc<RefCell<Model>>,
-    pub(super) cluster_sectors: usize,
+    pub(super) shape: Shape,
     /// Whether the search for leaks has to find all.
     pub(super) must_find_all: bool,
-    /// Whether a flush, of any lane, has failed because a barrier has: no change may succeed any more.
-    pub(super) has_been_told: Rc<Cell<bool>>,
+    pub(super) told: Rc<Told>,
+}
+
+/// What lanes have been told of the image.
+#[derive(Default)]
+pub(super) struct Told {
+    /// It has damage: a change that fails has met it.
+    is_wounded: bool,
+    /// A flush has failed because a barrier has, or a change because of damage: no change may succeed any
+    /// more.
+    is_closed: Cell<bool>,
+    /// The damage has been met, and a flush has succeeded since: the image says that it is corrupt.
+    is_marked: Cell<bool>,
+}
+
+impl Told {
+    /// For a damaged image.
+    pub(super) fn of_damage() -> Self {
+        Self { is_wounded: true, ..Self::default() }
+    }
+
+    /// Whether the image has to say that it is corrupt.
+    pub(super) fn is_marked(&self) -> bool {
+        self.is_marked.get()
+    }
 }
 
 /// Moves the runs of a request, all at once, and counts the bytes of those that did not fail.
@@ -65,6 +88,7 @@ impl From<Error> for Trouble {
 pub(super) fn play(player: Player, requests: Vec<Request>, first: u32, has_faults: bool) -> Task {
     Box::pin(async move {
         for (number, request) in (first..).zip(requests) {
+            let request = request.on(player.shape);
             match player.carry_out(number, request).await {
                 Err(Trouble::Failed(error)) if !has_faults => {
                     return Err(format!("{request:?} failed: {error}"));
@@ -79,13 +103,13 @@ pub(super) fn play(player: Player, requests: Vec<Request>, first: u32, has_fault
 
 impl Player {
     async fn carry_out(&self, number: u32, request: Request) -> Result<(), Trouble> {
-        let sectors = request.sectors(self.cluster_sectors);
+        let sectors = request.sectors(self.shape);
         let is_write = matches!(request, Request::Write(..));
         let value = |sector: usize| {
             if is_write { Value::Stamp { request: number, sector: sector as u32 } } else { Value::Zero }
         };
         self.model.borrow_mut().issue(number, sectors.clone(), value);
-        let had_been_told = self.has_been_told.get();
+        let had_been_told = self.told.is_closed.get();
         let outcome = match request {
             Request::Write(..) => self.write(sectors.clone(), value).await,
             Request::Read(at, count) => self.read(number, at..at + count).await,
@@ -95,7 +119,10 @@ impl Player {
         let is_change = !sectors.is_empty();
         self.model.borrow_mut().end(number, sectors, outcome.is_ok());
         if had_been_told && is_change && outcome.is_ok() {
-            return Err(Trouble::Wrong("it succeeds, and a flush has failed for good".into()));
+            return Err(Trouble::Wrong("it succeeds, and changes had been refused for good".into()));
+        }
+        if self.told.is_wounded && is_change && outcome.is_err() {
+            self.told.is_closed.set(true);
         }
         outcome
     }
@@ -103,9 +130,12 @@ impl Player {
     /// None succeeds after a barrier has failed: what was lost is what it covers.
     async fn flush(&self) -> Result<(), Trouble> {
         let had_lost = self.lane.io().has_lost();
+        let had_met = self.told.is_wounded && self.told.is_closed.get();
         let issued = self.model.borrow_mut().flush_issued();
         let flushed = self.lane.flush().await;
-        self.has_been_told.set(self.has_been_told.get() || flushed.is_err() && self.lane.io().has_lost());
+        if flushed.is_err() && self.lane.io().has_lost() {
+            self.told.is_closed.set(true);
+        }
         if let Err(error) = &flushed
             && self.lane.io().is_scarce()
         {
@@ -116,6 +146,7 @@ impl Player {
             return Err(Trouble::Wrong("it succeeds, and an earlier fdatasync has failed".into()));
         }
         self.model.borrow_mut().flushed(issued);
+        self.told.is_marked.set(self.told.is_marked.get() || had_met);
         Ok(())
     }
 
@@ -159,7 +190,7 @@ impl Player {
         outcome?;
         for ((sector, allowed), found) in sectors.zip(allowed).zip(buf.to_vec().chunks_exact(SECTOR)) {
             let found = Value::read(found);
-            if !allowed.contains(&found) {
+            if !allowed.contains(&found) && !self.model.borrow().is_lost(sector) {
                 return Err(Trouble::Wrong(format!(
                     "sector {sector} reads as {found:?}, allowed are {allowed:?}"
                 )));

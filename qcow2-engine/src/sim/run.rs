@@ -1,16 +1,21 @@
 //! One simulated life of an image: requests on several lanes, a crash at every moment, a verdict.
 
 use super::{
+    counts::Standing,
     disk::Disk,
     faults::{Failing, FileSystem, HeldBack},
+    kill::MAX_PROCESSES,
     memory::Memory,
     model::{Model, Value},
     oracle,
-    play::{Player, play},
+    play::{Player, Told, play},
+    request::Request,
     rng::Rng,
     states,
     tools::{self, Tool},
-    workload::{Fixture, Request},
+    verdict::Judge,
+    workload::{Fixture, IMAGE},
+    wound::{Wound, Wounded},
 };
 use crate::{Image, Lane, OpenOptions, Paging, RuleName, io::Buf};
 use std::{
@@ -55,6 +60,12 @@ pub struct Case {
     pub paging: Paging,
     /// All requests are of one lane, as those of a queue are.
     pub is_one_lane: bool,
+    /// So many records are in the redo log from the beginning.
+    pub logged: u64,
+    /// A queue ends after so many operations, with what it has in flight: the other lanes go on.
+    pub abandons_after: Option<u64>,
+    /// The damage that the image has.
+    pub wound: Option<Wound>,
     /// The rule that is switched off.
     pub disabled: Option<RuleName>,
 }
@@ -62,7 +73,12 @@ pub struct Case {
 impl Case {
     /// Whether an operation may fail.
     fn has_faults(&self) -> bool {
-        self.fault.is_some() || self.fills_after.is_some()
+        self.is_faulty() || self.fills_after.is_some()
+    }
+
+    /// Whether anything may fail, also what needs no room.
+    fn is_faulty(&self) -> bool {
+        self.fault.is_some() || self.wound.is_some() || self.abandons_after.is_some()
     }
 
     fn searches_for_leaks(&self) -> bool {
@@ -108,8 +124,8 @@ impl Totals {
 
 pub(super) type Task = Pin<Box<dyn Future<Output = Result<(), String>>>>;
 
-/// Requests that a lane carries out at a time: no case has more.
-const SLOTS: usize = 4;
+/// Requests that a lane carries out at a time: fewer than some cases have.
+const SLOTS: usize = 2;
 /// Clusters that a lane reserves: few, so that the file stays small and extents run out.
 const EXTENT_CLUSTERS: u64 = 8;
 /// One operation in so many may be the one that is to be left behind: a task that only
@@ -153,6 +169,11 @@ pub(super) struct Life<'a> {
     pub(super) processes: u32,
     /// A successor has gone on to serve.
     pub(super) has_heir: bool,
+    /// As in [`Case`].
+    pub(super) abandons_after: Option<u64>,
+    /// How the counts of the image stood, if it has damage.
+    pub(super) standing: Option<Standing>,
+    pub(super) told: Rc<Told>,
 }
 
 /// Simulates a case.
@@ -161,22 +182,24 @@ pub(super) struct Life<'a> {
 /// What is wrong, in words.
 pub fn simulate(fixture: &Fixture, case: &Case, totals: &mut Totals) -> Result<(), String> {
     match &case.work {
-        Work::Lanes(lanes) => serve(fixture, lanes, case, totals),
+        Work::Lanes(lanes) => match case.wound {
+            None => serve(Life::new(fixture, case.seed, totals), lanes, case),
+            Some(wound) => {
+                let wounded = Wounded::of(fixture, wound, &mut Rng::new(!case.seed))?;
+                serve(Life::of_wounded(&wounded, case.seed, totals), lanes, case)
+            }
+        },
         &Work::Tool(tool) => {
             tools::simulate(fixture, tool, case, totals).map_err(|error| format!("{tool:?}: {error}"))
         }
     }
 }
 
-fn serve(
-    fixture: &Fixture,
-    requests: &[Vec<Request>],
-    case: &Case,
-    totals: &mut Totals,
-) -> Result<(), String> {
-    let mut life = Life::new(fixture, case.seed, totals);
+fn serve(mut life: Life<'_>, requests: &[Vec<Request>], case: &Case) -> Result<(), String> {
+    let fixture = life.fixture;
     life.held_back = case.held_back;
     life.paging = case.paging;
+    life.abandons_after = case.abandons_after;
     life.disk.set_file_system(case.file_system);
     if let Some(failing) = case.fault {
         life.disk.fail(failing);
@@ -191,13 +214,13 @@ fn serve(
         Err(_) if case.has_faults() => return Ok(()),
         Err(error) => return Err(format!("it does not open: {error}")),
     };
-    image.keep_redo_log(life.redo.create().map_err(|error| error.to_string())?);
+    let log = life.redo.create_with(case.logged, &image).map_err(|error| error.to_string())?;
+    image.keep_redo_log(log);
     if let Some(rule) = case.disabled {
         image.disable_rule(rule);
     }
     let count = if case.is_one_lane { 1 } else { requests.len() };
     let lanes: Vec<_> = (0..count).map(|_| Lane::new(&image, life.disk.clone(), SLOTS)).collect();
-    let has_been_told = Rc::default();
     let mut next = 0;
     let tasks = requests.iter().zip(lanes.iter().cycle()).map(|(requests, lane)| {
         let first = next;
@@ -207,26 +230,26 @@ fn serve(
         let player = Player {
             lane: lane.clone(),
             model: Rc::clone(&life.model),
-            cluster_sectors: fixture.variant.cluster_sectors,
+            shape: fixture.shape(),
             must_find_all: !case.search_may_give_up() && !fixture.has_autoclear_bits(),
-            has_been_told: Rc::clone(&has_been_told),
+            told: Rc::clone(&life.told),
         };
         play(player, requests.collect(), first, has_faults)
     });
     let tasks = tasks.collect();
     life.drive(tasks, true)?;
-    let may_leak = fixture.past.leaks() && (!case.searches_for_leaks() || case.search_may_give_up());
+    let has_old_leaks = fixture.past.leaks() && (!case.searches_for_leaks() || case.search_may_give_up());
+    // What a request in flight may still touch is not given back.
+    let may_leak = has_old_leaks || case.abandons_after.is_some();
     // Whoever flushes or closes needs no room: a host that is full is no excuse.
-    life.end(&lanes[0], case.fault.is_some(), may_leak)
+    life.end(&lanes[0], case.is_faulty(), may_leak)
 }
 
 impl<'a> Life<'a> {
     pub(super) fn new(fixture: &'a Fixture, seed: u64, totals: &'a mut Totals) -> Self {
-        let contents: Vec<&[u8]> =
-            [fixture.image.as_slice()].into_iter().chain(fixture.backing.as_deref()).collect();
         Self {
             fixture,
-            disk: Disk::new(&contents),
+            disk: fixture.disk(&fixture.image),
             model: Rc::new(RefCell::new(Model::new(&fixture.content))),
             rng: Rng::new(seed),
             totals,
@@ -238,7 +261,18 @@ impl<'a> Life<'a> {
             paging: Paging::default(),
             processes: 1,
             has_heir: false,
+            abandons_after: None,
+            standing: None,
+            told: Rc::default(),
         }
+    }
+
+    /// That of a damaged image. It is no process's successor that has to find all that was acknowledged.
+    fn of_wounded(wounded: &'a Wounded, seed: u64, totals: &'a mut Totals) -> Self {
+        let life = Self::new(&wounded.fixture, seed, totals);
+        life.model.borrow_mut().lose(wounded.lost.iter().cloned().flatten());
+        let told = Rc::new(Told::of_damage());
+        Self { standing: Some(wounded.standing.clone()), told, processes: MAX_PROCESSES, ..life }
     }
 
     pub(super) fn open(&mut self) -> Result<Arc<Image>, String> {
@@ -247,7 +281,7 @@ impl<'a> Life<'a> {
 
     /// Opens the image; each lane reserves so many clusters at a time.
     pub(super) fn open_with(&mut self, extent_clusters: u64) -> Result<Arc<Image>, String> {
-        let names = self.disk.names(&["image", "base"]);
+        let names = self.disk.names(&self.fixture.names());
         let opened = Rc::new(RefCell::new(None));
         let (result, disk) = (Rc::clone(&opened), self.disk.clone());
         let cluster_bits = u32::from(self.fixture.image[23]);
@@ -258,7 +292,7 @@ impl<'a> Life<'a> {
             ..OpenOptions::default()
         };
         let mut open = Box::pin(async move {
-            let image = Image::open(&disk, &names, Path::new("image"), &options).await;
+            let image = Image::open(&disk, &names, Path::new(IMAGE), &options).await;
             *result.borrow_mut() = Some(image);
         });
         let mut context = Context::from_waker(Waker::noop());
@@ -276,6 +310,10 @@ impl<'a> Life<'a> {
         for step in 0..MAX_STEPS {
             if judge {
                 self.set_trap();
+            }
+            if self.abandons_after.is_some_and(|after| self.disk.completed() >= after) {
+                self.abandons_after = None;
+                self.abandon(&mut tasks);
             }
             self.poll(&mut tasks)?;
             if judge {
@@ -296,6 +334,13 @@ impl<'a> Life<'a> {
             self.totals.operations += 1;
         }
         Err("requests go round in circles".into())
+    }
+
+    /// A queue ends. What it has on the disk lands all the same.
+    fn abandon(&mut self, tasks: &mut Vec<Task>) {
+        if tasks.len() > 1 {
+            drop(tasks.swap_remove(self.rng.below(tasks.len() as u64) as usize));
+        }
     }
 
     /// Polls until nothing moves any more.
@@ -335,21 +380,15 @@ impl<'a> Life<'a> {
         if self.tried > THOROUGH && self.rng.below(SAMPLED) != 0 {
             return Ok(());
         }
-        let case = oracle::Case {
-            model: &model,
-            sizes: &[model.len() as u64 * 512],
-            backing: self.fixture.backing.as_deref(),
-            snapshots: &self.fixture.snapshots,
-            initial: &self.fixture.content,
-            memo: &self.memo,
-        };
+        let told = &self.told;
+        let judge = Judge::of(self.fixture, &model, &self.memo, self.standing.as_ref(), told.is_marked());
         let (totals, tried, rng) = (&mut *self.totals, &mut self.tried, &mut self.rng);
         self.disk.look(0, |file, in_flight| {
             states::for_each(file, in_flight, rng, |crashed| {
                 totals.states += 1;
                 *tried += 1;
                 totals.images.insert(crashed.hash);
-                let findings = oracle::judge(crashed.bytes, &case)?;
+                let findings = judge.judge(crashed.bytes)?;
                 totals.worst_leaks = totals.worst_leaks.max(findings.leaks);
                 Ok(())
             })
@@ -429,17 +468,11 @@ impl<'a> Life<'a> {
     /// Judges the file as it is; also whether all of it is durable.
     pub(super) fn judge_file(&self) -> Result<(oracle::Findings, bool), String> {
         let model = self.model.borrow();
-        let case = oracle::Case {
-            model: &model,
-            sizes: &[model.len() as u64 * 512],
-            backing: self.fixture.backing.as_deref(),
-            snapshots: &self.fixture.snapshots,
-            initial: &self.fixture.content,
-            memo: &self.memo,
-        };
+        let told = &self.told;
+        let judge = Judge::of(self.fixture, &model, &self.memo, self.standing.as_ref(), told.is_marked());
         self.disk.look(0, |file, in_flight| {
             let is_durable = file.pending.is_empty() && in_flight.is_empty();
-            Ok::<_, String>((oracle::judge(&file.current, &case)?, is_durable))
+            Ok::<_, String>((judge.judge(&file.current)?, is_durable))
         })
     }
 

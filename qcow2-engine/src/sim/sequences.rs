@@ -1,9 +1,6 @@
 //! Sequences of requests that lead somewhere, drawn from a seed.
 
-use super::{
-    rng::Rng,
-    workload::{Request, SECTORS},
-};
+use super::{request::Request, rng::Rng, workload::SECTORS};
 
 /// Two to four lanes whose requests are all within a few sectors.
 pub(super) fn meeting(rng: &mut Rng) -> Vec<Vec<Request>> {
@@ -161,4 +158,10 @@ pub(super) fn growing(rng: &mut Rng) -> Vec<Request> {
     let mut lane = vec![long_write(rng), long_write(rng)];
     lane.extend(random(rng, 6));
     lane
+}
+
+/// A change of the mapping that takes no cluster.
+pub(super) fn zeros(rng: &mut Rng) -> Request {
+    let count = 1 + rng.below(6) as usize;
+    Request::Zero(rng.below(150) as usize, count, rng.below(2) == 0)
 }

@@ -23,7 +23,7 @@ use super::{
     rng::Rng,
     run::{self, Case, Totals},
     states,
-    workload::Fixture,
+    workload::{Fixture, IMAGE},
 };
 use crate::{
     CheckOptions, Error, Image, OpenOptions, Preallocation, Repair, check, create, exec::run_at_once, grow,
@@ -51,8 +51,6 @@ pub enum Tool {
     Create(Preallocation),
 }
 
-const IMAGE: &str = "image";
-const BASE: &str = "base";
 /// No tool needs more operations than this on images as small as these.
 const MAX_OPERATIONS: u64 = 100_000;
 
@@ -95,7 +93,7 @@ pub(super) fn simulate(
     totals.workloads += 1;
     let mut rng = Rng::new(case.seed);
     let work = Work::new(fixture, tool, &mut rng)?;
-    let disk = Disk::new(&[&work.image, fixture.backing.as_deref().unwrap_or_default()]);
+    let disk = fixture.disk(&work.image);
     disk.set_file_system(case.file_system);
     if let Some(rule) = case.disabled {
         disk.disable_rule(rule);
@@ -191,7 +189,7 @@ impl<'a> Work<'a> {
     }
 
     fn start<'f>(&self, disk: &Disk, case: &Case) -> Pin<Box<dyn Future<Output = crate::Result<()>> + 'f>> {
-        let names = disk.names(&[IMAGE, BASE]);
+        let names = disk.names(&self.fixture.names());
         let (disk, tool, disabled) = (disk.clone(), self.tool, case.disabled);
         let options = self.create_options();
         let new_size = sector_bytes(self.model.len());
@@ -284,7 +282,7 @@ impl<'a> Work<'a> {
             memo: Memo::default(),
             attempt: Attempt::Second,
         };
-        let disk = Disk::new(&[bytes, self.fixture.backing.as_deref().unwrap_or_default()]);
+        let disk = self.fixture.disk(bytes);
         let case = Case {
             work: run::Work::Tool(self.tool),
             seed: hash,
@@ -294,6 +292,9 @@ impl<'a> Work<'a> {
             file_system: FileSystem::ABLE,
             paging: crate::Paging::default(),
             is_one_lane: false,
+            logged: 0,
+            abandons_after: None,
+            wound: None,
             disabled: None,
         };
         let ended = next.drive(&disk, &mut Rng::new(hash), &case, &mut Totals::default())?;
@@ -317,7 +318,7 @@ impl<'a> Work<'a> {
         let (old, new) = (sector_bytes(self.fixture.content.len()), sector_bytes(model.len()));
         let case = oracle::Case {
             model,
-            sizes: &[old, new],
+            sizes: [old, new],
             backing: self.fixture.backing.as_deref().filter(|_| !matches!(self.tool, Tool::Create(_))),
             snapshots: if matches!(self.tool, Tool::Create(_)) { &[] } else { &self.fixture.snapshots },
             initial: &self.fixture.content,
@@ -345,7 +346,7 @@ impl<'a> Work<'a> {
     fn opened(&self, bytes: &[u8]) -> Result<Vec<u8>, String> {
         let files = MemFiles::default();
         files.put(IMAGE, bytes.to_vec());
-        files.put(BASE, self.fixture.backing.clone().unwrap_or_default());
+        self.fixture.below.iter().for_each(|file| files.put(file.name, file.bytes.clone()));
         run_at_once(Image::open(&files, &files, Path::new(IMAGE), &open_options()))
             .map_err(|error: Error| format!("it does not open: {error}"))?;
         files.get(IMAGE).ok_or_else(|| "no file".to_owned())

@@ -1,9 +1,14 @@
-//! What is simulated: images in every initial state, and sequences of requests on them.
+//! The images that are simulated, in every initial state.
 //!
 //! The images are made by the real qemu-img and qemu-io, with clusters of 1 KiB, mostly, so that tables
 //! are small, a cluster still has two sectors, and a few requests cross every kind of boundary.
 
-use super::{file::SECTOR, model::Value, rng::Rng};
+use super::{
+    disk::Disk,
+    file::SECTOR,
+    model::Value,
+    request::{Request, Shape},
+};
 use std::{
     io,
     path::{Path, PathBuf},
@@ -14,6 +19,11 @@ use std::{
 pub const SECTORS: usize = 2 * 256 + 7;
 /// Sectors of a backing file, which is shorter.
 const BACKING_SECTORS: usize = SECTORS - 100;
+
+/// The name of the image.
+pub(super) const IMAGE: &str = "image";
+/// The name of the file below it, or of the last of them.
+pub(super) const BASE: &str = "base";
 
 /// Where the autoclear bits are in the header, the highest first.
 const AUTOCLEAR_AT: usize = 88;
@@ -27,6 +37,10 @@ pub enum Initial {
     Unallocated,
     /// No mapping, a raw backing file that is shorter than the disk.
     Backing,
+    /// No mapping, a QCOW2 file below that is longer than the disk, or shorter ([`super::chain`]).
+    OverFile,
+    /// No mapping, two QCOW2 files below and a raw one, each shorter than what is over it.
+    OverChain,
     /// Written.
     Data,
     /// A zero flag without a cluster.
@@ -45,9 +59,11 @@ pub enum Initial {
 
 impl Initial {
     /// Every state.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Unallocated,
         Self::Backing,
+        Self::OverFile,
+        Self::OverChain,
         Self::Data,
         Self::ZeroPlain,
         Self::ZeroAllocated,
@@ -132,6 +148,7 @@ impl Variant {
             Initial::Compressed | Initial::Shared => self.refcount_bits > 1,
             Initial::SharedZero => self.compat == "1.1" && self.refcount_bits > 1,
             Initial::Mixed => self.compat == "1.1" && self.refcount_bits > 1 && !self.lazy_refcounts,
+            Initial::OverFile | Initial::OverChain => self.refcount_bits != 1 && !self.lazy_refcounts,
             Initial::Unallocated | Initial::Backing | Initial::Data => true,
         }
     }
@@ -167,6 +184,15 @@ impl Past {
     }
 }
 
+/// A file of the chain below an image.
+#[derive(Clone, Debug)]
+pub struct Below {
+    /// The name by which the file above it knows it.
+    pub name: &'static str,
+    /// The file.
+    pub bytes: Vec<u8>,
+}
+
 /// An image and what its sectors hold.
 #[derive(Clone, Debug)]
 pub struct Fixture {
@@ -178,8 +204,10 @@ pub struct Fixture {
     pub variant: Variant,
     /// The image file.
     pub image: Vec<u8>,
-    /// The raw backing file.
+    /// What the files below it show together.
     pub backing: Option<Vec<u8>>,
+    /// Those files.
+    pub below: Vec<Below>,
     /// The content of the virtual disk.
     pub content: Vec<Value>,
     /// What every sector holds in each internal snapshot.
@@ -188,6 +216,8 @@ pub struct Fixture {
     pub past: Past,
     /// Whether it can discard: not with version 2 and a backing file.
     pub can_discard: bool,
+    /// Sectors of the disk that no request is meant for ([`super::wide`]).
+    pub gap: usize,
 }
 
 impl Fixture {
@@ -198,75 +228,36 @@ impl Fixture {
         self.image[AUTOCLEAR_AT] & UNKNOWN_BIT != 0
     }
 
+    /// Whether its refcount blocks and its refcount table can be filled with little: they are small.
+    #[must_use]
+    pub fn is_fillable(&self) -> bool {
+        self.variant == Variant::SMALL_BLOCKS && self.initial.makes_writes_allocate() && self.gap == 0
+    }
+
+    /// The names of the image and of the files below it.
+    #[must_use]
+    pub fn names(&self) -> Vec<&str> {
+        [IMAGE].into_iter().chain(self.below.iter().map(|file| file.name)).collect()
+    }
+
+    /// A disk with this image, durable, and the files below it.
+    #[must_use]
+    pub fn disk(&self, image: &[u8]) -> Disk {
+        let below = self.below.iter().map(|file| &*file.bytes);
+        Disk::new(&[image].into_iter().chain(below).collect::<Vec<_>>())
+    }
+
+    /// Its disk.
+    #[must_use]
+    pub fn shape(&self) -> Shape {
+        let cluster_sectors = self.variant.cluster_sectors;
+        Shape { sectors: self.content.len(), cluster_sectors, gap: self.gap }
+    }
+
     /// Whether a request can be carried out on it.
     #[must_use]
     pub fn takes(&self, request: &Request) -> bool {
         self.can_discard || !matches!(request, Request::Discard(..))
-    }
-}
-
-/// A request of a workload. Sectors are of the virtual disk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Request {
-    /// Write sectors.
-    Write(usize, usize),
-    /// Read sectors.
-    Read(usize, usize),
-    /// Write zeroes; whether the space is kept.
-    Zero(usize, usize, bool),
-    /// Discard.
-    Discard(usize, usize),
-    /// Flush.
-    Flush,
-    /// The periodic work: write back, give freed clusters back.
-    Maintain,
-    /// The search for leaks, with windows of so many clusters.
-    Reclaim(u64),
-}
-
-impl Request {
-    /// The requests of the exhaustive sequences: around one cluster, and across two L2 tables.
-    pub const ALPHABET: [Self; 10] = [
-        Self::Read(5, 5),
-        Self::Write(7, 1),
-        Self::Write(6, 2),
-        Self::Write(253, 6),
-        Self::Zero(6, 2, false),
-        Self::Zero(6, 3, true),
-        Self::Discard(4, 6),
-        Self::Discard(252, 8),
-        Self::Flush,
-        Self::Maintain,
-    ];
-
-    /// Any request.
-    #[must_use]
-    pub fn random(rng: &mut Rng) -> Self {
-        let at = rng.below(SECTORS as u64) as usize;
-        let count = 1 + rng.below((SECTORS - at).min(24) as u64) as usize;
-        match rng.below(16) {
-            0..=6 => Self::Write(at, count),
-            7 => Self::Read(at, count),
-            8..=9 => Self::Zero(at, count, rng.below(2) == 0),
-            10..=11 => Self::Discard(at, count),
-            12..=13 => Self::Flush,
-            _ => Self::Maintain,
-        }
-    }
-
-    /// The sectors whose content it changes, on an image with clusters of this size.
-    #[must_use]
-    pub fn sectors(&self, cluster_sectors: usize) -> std::ops::Range<usize> {
-        match *self {
-            Self::Write(at, count) | Self::Zero(at, count, _) => at..at + count,
-            Self::Discard(at, count) => {
-                let first = at.next_multiple_of(cluster_sectors);
-                let is_last = at + count == SECTORS;
-                let end = if is_last { SECTORS } else { (at + count) / cluster_sectors * cluster_sectors };
-                first..end.max(first)
-            }
-            Self::Read(..) | Self::Flush | Self::Maintain | Self::Reclaim(_) => 0..0,
-        }
     }
 }
 
@@ -287,8 +278,10 @@ impl Maker {
     /// # Errors
     /// qemu-img or qemu-io is missing, or fails.
     pub fn make(&self, variant: Variant, initial: Initial) -> io::Result<Fixture> {
-        if initial == Initial::Mixed {
-            return self.make_mixed(variant);
+        match initial {
+            Initial::Mixed => return self.make_mixed(variant),
+            Initial::OverFile | Initial::OverChain => return self.make_over_chain(variant, initial),
+            _ => {}
         }
         let stamps: Vec<Value> = (0..SECTORS)
             .map(|sector| Value::Stamp { request: super::model::INITIAL, sector: sector as u32 })
@@ -316,10 +309,12 @@ impl Maker {
             variant,
             image: self.made(variant)?,
             can_discard: variant.compat == "1.1" || backing.is_none(),
+            below: backing.iter().map(|bytes| Below { name: BASE, bytes: bytes.clone() }).collect(),
             backing,
             snapshots: if initial.is_shared() { vec![content.clone()] } else { Vec::new() },
             content,
             past: Past::Made,
+            gap: 0,
         })
     }
 
@@ -337,7 +332,12 @@ impl Maker {
                 self.qemu_img(&[&["convert", "-f", "raw"], &to_qcow2[..]].concat())
             }
             Initial::Compressed => self.qemu_img(&[&["convert", "-c", "-f", "raw"], &to_qcow2[..]].concat()),
-            Initial::ZeroPlain | Initial::ZeroAllocated | Initial::SharedZero | Initial::Mixed => {
+            Initial::ZeroPlain
+            | Initial::ZeroAllocated
+            | Initial::SharedZero
+            | Initial::Mixed
+            | Initial::OverFile
+            | Initial::OverChain => {
                 self.qemu_img(&["create", "-f", "qcow2", "-o", &options, "image", &size])?;
                 let write = if initial == Initial::ZeroPlain { "write -z -u 0 " } else { "write -z 0 " };
                 if initial != Initial::ZeroPlain {
@@ -385,12 +385,14 @@ impl Maker {
             name: "FullTable".into(),
             image,
             backing: None,
+            below: Vec::new(),
             snapshots: vec![content.clone()],
             content,
             past: Past::MadeFull,
             initial: Initial::Shared,
             variant: Variant::SMALL_BLOCKS,
             can_discard: true,
+            gap: 0,
         })
     }
 
