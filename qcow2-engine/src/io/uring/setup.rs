@@ -4,7 +4,7 @@ use io_uring::IoUring;
 use std::io;
 
 /// How completions are delivered, best first.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Delivery {
     /// Linux 6.6: as the next, and entries are taken from the queue in their order, without a table that tells it.
     InOrder,

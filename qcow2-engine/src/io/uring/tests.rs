@@ -200,7 +200,14 @@ fn a_registered_descriptor_is_released_with_its_guard() {
 fn every_kind_of_delivery_works() {
     for delivery in [Delivery::InOrder, Delivery::Deferred, Delivery::Cooperative, Delivery::Plain] {
         let it = Fixture::new(Caching::Auto, 4096);
-        it.ring.0.ring.replace(build(delivery, 8).unwrap());
+        let ring = match build(delivery, 8) {
+            Err(error) if delivery == Delivery::InOrder && error.raw_os_error() == Some(libc::EINVAL) => {
+                eprintln!("{delivery:?} is not tried: this kernel does not know it");
+                continue;
+            }
+            ring => ring.unwrap(),
+        };
+        it.ring.0.ring.replace(ring);
         // SAFETY: a no-op names no memory.
         let op = unsafe { it.ring.submit(opcode::Nop::new().build(), None) };
         assert_eq!(it.run(op).unwrap(), 0, "{delivery:?}");
