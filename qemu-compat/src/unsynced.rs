@@ -50,19 +50,26 @@ enum Place {
 /// # Errors
 /// What does not hold.
 pub fn ended_while_mounted(binary: &Binary, dir: &Path, seed: u64) -> Result<()> {
-    for place in [Place::Disk, Place::Partition, Place::Mapped] {
-        let dir = dir.join(format!("{place:?}"));
+    for (place, options) in [
+        (Place::Disk, &[][..]),
+        (Place::Partition, &[]),
+        (Place::Mapped, &[]),
+        // Stopping such a device has the kernel sync what is mounted, but not through the device mapper.
+        (Place::Mapped, &["--no-recovery"]),
+    ] {
+        let name = format!("{place:?}{}", options.concat());
+        let dir = dir.join(&name);
         fs::create_dir(&dir)?;
-        ended_on(binary, &dir, place, seed).with_context(|| format!("{place:?}"))?;
+        ended_on(binary, options, &dir, place, seed).context(name)?;
     }
     Ok(())
 }
 
-fn ended_on(binary: &Binary, dir: &Path, place: Place, seed: u64) -> Result<()> {
+fn ended_on(binary: &Binary, options: &[&str], dir: &Path, place: Place, seed: u64) -> Result<()> {
     let (image, point) = (dir.join("image.qcow2"), dir.join("mnt"));
     fs::create_dir(&point)?;
     let bytes = noise(seed);
-    let device = partitioned(binary, &image)?;
+    let device = partitioned(binary, options, &image)?;
     let used = Used::of(&device, place)?;
     make_file_system(Kind::Ext4, &used.node)?;
     let mounted = Mounted::new(Kind::Ext4, &used.node, &point, "noatime")?;
@@ -112,7 +119,7 @@ fn wait_until(is_so: impl Fn() -> bool) -> Result<()> {
 pub fn written_to_a_partition(binary: &Binary, dir: &Path, seed: u64) -> Result<()> {
     let image = dir.join("image.qcow2");
     let bytes = noise(seed);
-    let device = partitioned(binary, &image)?;
+    let device = partitioned(binary, &[], &image)?;
     // Closed, it would be written back at once.
     let user = File::options().write(true).open(Used::of(&device, Place::Partition)?.node)?;
     user.write_all_at(&bytes, 0)?;
@@ -128,13 +135,13 @@ pub fn written_to_a_partition(binary: &Binary, dir: &Path, seed: u64) -> Result<
 }
 
 /// An image with a partition table, attached.
-fn partitioned(binary: &Binary, image: &Path) -> Result<Device> {
+fn partitioned(binary: &Binary, options: &[&str], image: &Path) -> Result<Device> {
     qemu_img::create(image, "cluster_size=64k", None, DISK)?;
     let mut disk = binary.attach(image, 1)?;
     let table = partition_table(BEFORE, DISK - BEFORE);
     disk.run(&[Op::Write { at: 0, bytes: table.into() }])?;
     disk.detach()?;
-    binary.add(&[], image)
+    binary.add(options, image)
 }
 
 /// What somebody uses of a device.

@@ -314,7 +314,7 @@ fn wind_up(
             );
             Ok(())
         }
-        Ok(End::Asked) if device.is_recoverable() => device.write_back(&mut deputy).map_err(ServeError::from),
+        Ok(End::Asked) => device.write_back(&mut deputy).map_err(ServeError::from),
         _ => Ok(()),
     };
     let stopped = device.stop(&mut deputy).map_err(ServeError::from);

@@ -238,10 +238,14 @@ impl Device {
         }
     }
 
-    /// Has the kernel write what it has in memory for the device, and its users for theirs. A device for
-    /// recovery fails whatever comes after the beginning of [`Self::stop`].
+    /// Has the kernel write what it has in memory for the device and what is built on it. A device for recovery
+    /// fails whatever comes after the beginning of [`Self::stop`]; for another one the stop does the same, but
+    /// not for what has claimed it, beside a file system.
     pub(crate) fn write_back(&self, deputy: &mut Deputy) -> Result<(), DeviceError> {
         let unclaimed = self.have(deputy, Job::CheckUnclaimed, check_unclaimed);
+        if unclaimed.is_ok() && !self.is_recoverable() {
+            return Ok(());
+        }
         let written = self.have(deputy, Job::WriteBack, write_back);
         let Err(error) = unclaimed else { return written };
         tracing::warn!("{error}, and is taken from under its users: what they write from now on is lost");
