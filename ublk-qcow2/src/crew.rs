@@ -358,10 +358,12 @@ mod tests {
     #[test]
     fn what_a_server_was_told_to_ignore_does_not_end_it() {
         alone::run("crew::tests::what_a_server_was_told_to_ignore_does_not_end_it", || {
-            for ignored in [Signal::SIGHUP, Signal::SIGTERM] {
+            let (ignored, heeded) = (SigHandler::SigIgn, SigHandler::SigDfl);
+            let told = [(Signal::SIGHUP, ignored), (Signal::SIGTERM, ignored), (Signal::SIGINT, heeded)];
+            for (kind, disposition) in told {
                 #[allow(unsafe_code, reason = "in a process of its own")]
                 // SAFETY: it installs no handler.
-                unsafe { signal(ignored, SigHandler::SigIgn) }.unwrap();
+                unsafe { signal(kind, disposition) }.unwrap();
             }
             // Its first thread is the one that has a crew, as in a server.
             let child = match detach::into_background().unwrap() {
