@@ -346,7 +346,7 @@ impl Plan {
     /// How many records the redo log has already: half of what it holds must be left for what makes the table
     /// or a block.
     fn logged(self, rng: &mut Rng) -> u64 {
-        if self == Self::FillingLog { MIN_RECORDS / 2 - rng.below(12) } else { 0 }
+        if self == Self::FillingLog { MIN_RECORDS / 2 - rng.below(3) } else { 0 }
     }
 
     fn lanes(self, rng: &mut Rng) -> Vec<Vec<Request>> {

@@ -56,6 +56,8 @@ struct State {
     fills_after: Option<u64>,
     /// A barrier has failed.
     has_lost: bool,
+    /// So many reads have.
+    failed_reads: u64,
     file_system: FileSystem,
     /// The rule whose barriers are left out.
     disabled: Option<RuleName>,
@@ -152,6 +154,11 @@ impl Disk {
         }
     }
 
+    /// How many reads have failed so far.
+    pub(super) fn failed_reads(&self) -> u64 {
+        self.0.borrow().failed_reads
+    }
+
     /// Whether a barrier has failed, so that what is read need not be what is on disk one day.
     #[must_use]
     pub fn has_lost(&self) -> bool {
@@ -182,7 +189,9 @@ impl Disk {
         if state.fills_after.is_some_and(|full| now > full) && file.lacks_space(&operation.kind) {
             fault = Some(Fault::Enospc);
         }
-        state.has_lost |= matches!(operation.kind, Kind::Sync(_)) && fault.is_some_and(Fault::is_error);
+        let has_failed = fault.is_some_and(Fault::is_error);
+        state.has_lost |= matches!(operation.kind, Kind::Sync(_)) && has_failed;
+        state.failed_reads += u64::from(matches!(operation.kind, Kind::Read { .. }) && has_failed);
         state.version += u64::from(!matches!(operation.kind, Kind::Read { .. }));
         let result = file.carry_out(operation.kind, now, fault);
         state.lengths[operation.file].store(file.current.len() as u64, Ordering::Relaxed);

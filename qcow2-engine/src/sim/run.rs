@@ -396,7 +396,7 @@ impl<'a> Life<'a> {
     }
 
     /// Nothing crashed: what is read must be what was written, and a close that succeeds leaves no leak,
-    /// whatever has failed before it.
+    /// whatever has failed before it. Only a count that it cannot read itself keeps its cluster.
     pub(super) fn end(&mut self, lane: &Lane<Disk>, is_faulty: bool, may_leak: bool) -> Result<(), String> {
         let buf = Buf::zeroed(self.fixture.content.len() * 512);
         let read = {
@@ -410,7 +410,9 @@ impl<'a> Life<'a> {
             let lane = lane.clone();
             async move { lane.close().await }
         };
+        let failed_reads = self.disk.failed_reads();
         let is_closed = self.carry_out("close", close, is_faulty)?;
+        let may_leak = may_leak || self.disk.failed_reads() > failed_reads;
         if is_closed && self.disk.has_lost() {
             return Err("close succeeds, and an earlier fdatasync has failed".to_owned());
         }
