@@ -13,6 +13,7 @@ use crate::{
     disk::{Disk, Op, SECTOR, Server},
     fio,
     mirror::Mirror,
+    patience,
     qemu_img::{self, Verdict},
     sequence::{Discards, Player},
 };
@@ -23,7 +24,7 @@ use std::{
     path::Path,
     sync::atomic::{AtomicU64, Ordering},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// Bytes of the settled region, at the disk's beginning.
@@ -129,12 +130,7 @@ fn wait_until_busy(device: &Device) -> Result<()> {
     let writes =
         || -> Result<u64> { Ok(device.sysfs("stat")?.split_whitespace().nth(4).context("stat")?.parse()?) };
     let before = writes()?;
-    let deadline = Instant::now() + WARM_UP;
-    while writes()? < before + 50 {
-        ensure!(Instant::now() < deadline, "fio has not begun to write");
-        thread::sleep(Duration::from_millis(20));
-    }
-    Ok(())
+    patience::until(WARM_UP, || "fio has not begun to write".to_owned(), || Ok(writes()? >= before + 50))
 }
 
 fn hold(disk: &mut DeviceDisk, player: &mut Player, settled: &mut Mirror, ledger: &mut Ledger) -> Result<()> {

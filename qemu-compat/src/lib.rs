@@ -13,7 +13,8 @@
 //! origins                                 images on block devices, grown ones, ones with bitmaps
 //! condemned                               what becomes of an image in which damage was met
 //! power                                   what a host whose power fails finds
-//! suite → report                          all cases, one line each
+//! patience                                waiting for what has to come
+//! suite → report, share                   all cases, one line each; what is for one machine of several
 //! ```
 //!
 //! The binary of this package runs everything on real devices; `cargo test` runs the matrix
@@ -37,6 +38,7 @@ pub mod lifecycle;
 pub mod matrix;
 pub mod mirror;
 pub mod origins;
+mod patience;
 pub mod power;
 pub mod qemu_img;
 pub mod qemu_io;

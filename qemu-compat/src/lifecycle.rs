@@ -12,6 +12,7 @@ use crate::{
     fio::start_load,
     fixture::sum,
     fs::{Kind, Mounted},
+    patience,
     power::host::make_file_system,
     qemu_img,
     recovery::{only_leaks, wait_until_replaced},
@@ -425,11 +426,11 @@ pub(crate) fn parent_of(pid: i32) -> Result<i32> {
 
 /// Nothing in the run directory, and no supervisor.
 fn nothing_left(id: u32, supervisor: i32) -> Result<()> {
-    let deadline = Instant::now() + LEFTOVER_LIMIT;
-    while Path::new(&format!("/proc/{supervisor}")).exists() {
-        ensure!(Instant::now() < deadline, "the supervisor (process {supervisor}) is still there");
-        thread::sleep(Duration::from_millis(10));
-    }
+    patience::until(
+        LEFTOVER_LIMIT,
+        || format!("the supervisor (process {supervisor}) is still there"),
+        || Ok(!Path::new(&format!("/proc/{supervisor}")).exists()),
+    )?;
     let left: Vec<_> = fs::read_dir("/run/ublk-qcow2")?
         .filter_map(|file| file.ok()?.file_name().into_string().ok())
         .filter(|name| name.starts_with(&format!("{id}.")))

@@ -8,19 +8,13 @@ use crate::{
     device::{Binary, DeviceDisk},
     disk::{Disk, Op, Server},
     leaks::{self, leaks_in},
+    patience,
     power::host::Loop,
     qemu_img,
     recovery::{only_leaks, wait_until_replaced},
 };
 use anyhow::{Context, Result, ensure};
-use std::{
-    fs::File,
-    os::unix::fs::FileExt,
-    path::Path,
-    process::Command,
-    thread,
-    time::{Duration, Instant},
-};
+use std::{fs::File, os::unix::fs::FileExt, path::Path, process::Command};
 
 /// Bytes of a disk.
 const DISK: u64 = 16 << 20;
@@ -115,11 +109,11 @@ pub fn with_bitmaps(binary: &Binary, dir: &Path) -> Result<()> {
     leaks_in(&image).context("the bitmap's clusters")?;
 
     let mut disk = binary.attach(&image, 1)?;
-    let deadline = Instant::now() + leaks::SEARCH_LIMIT;
-    while !disk.device().log()?.contains(leaks::GIVEN_BACK) {
-        ensure!(Instant::now() < deadline, "the bitmap's clusters are not given back");
-        thread::sleep(Duration::from_millis(20));
-    }
+    patience::until(
+        leaks::SEARCH_LIMIT,
+        || "the bitmap's clusters are not given back".to_owned(),
+        || Ok(disk.device().log()?.contains(leaks::GIVEN_BACK)),
+    )?;
     holds(&mut disk, 0, 5)?;
     holds(&mut disk, CLUSTER, 6)?;
     disk.detach()?;

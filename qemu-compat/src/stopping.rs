@@ -10,6 +10,7 @@ use crate::{
     device::{Aligned, Binary, Device, DeviceDisk, has_process},
     disk::{Disk, Op},
     fs::Kind,
+    patience,
     power::host::{Plain, make_disk},
     qemu_img,
     recovery::only_leaks,
@@ -99,11 +100,11 @@ pub fn by_a_stranger(binary: &Binary, dir: &Path) -> Result<()> {
 fn removed_by(stranger: &Binary, device: Device) -> Result<()> {
     let (server, id, path) = (device.listed()?.pid, device.id().to_string(), device.path());
     stranger.run(["del", "-n", &id])?.success()?;
-    let deadline = Instant::now() + TOOL_LIMIT;
-    while has_process(server) || path.exists() {
-        ensure!(Instant::now() < deadline, "the server (process {server}) or the device is still there");
-        thread::sleep(Duration::from_millis(10));
-    }
+    patience::until(
+        TOOL_LIMIT,
+        || format!("the server (process {server}) or the device is still there"),
+        || Ok(!has_process(server) && !path.exists()),
+    )?;
     ensure!(device.listed().is_err(), "the record is still there");
     device.forget();
     Ok(())
@@ -188,12 +189,8 @@ fn wait_until_replaced_or_stopped(device: &Device, server: i32) -> Result<()> {
 }
 
 fn wait_until_gone(server: i32) -> Result<()> {
-    let deadline = Instant::now() + SETTLED;
-    while has_process(server) {
-        ensure!(Instant::now() < deadline, "the server (process {server}) was killed and stays");
-        thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
+    let otherwise = || format!("the server (process {server}) was killed and stays");
+    patience::until(SETTLED, otherwise, || Ok(!has_process(server)))
 }
 
 fn write(device: &Path) -> io::Result<()> {
@@ -202,12 +199,8 @@ fn write(device: &Path) -> io::Result<()> {
 }
 
 fn wait_until_in_flight(device: &Device) -> Result<()> {
-    let deadline = Instant::now() + TOOL_LIMIT;
-    while device.sysfs("inflight")?.split_whitespace().all(|count| count == "0") {
-        ensure!(Instant::now() < deadline, "no request has come to the device");
-        thread::sleep(Duration::from_millis(5));
-    }
-    Ok(())
+    let is_there = || Ok(device.sysfs("inflight")?.split_whitespace().any(|count| count != "0"));
+    patience::until(TOOL_LIMIT, || "no request has come to the device".to_owned(), is_there)
 }
 
 /// A file system to which nothing is written; thawed when dropped.

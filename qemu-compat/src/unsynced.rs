@@ -8,6 +8,7 @@ use crate::{
     device::{Binary, Device, DeviceDisk, has_process},
     disk::{Disk, Op, Server},
     fs::{Kind, Mounted},
+    patience,
     power::host::{Mapped, make_file_system},
     qemu_img,
     server::partition_table,
@@ -22,8 +23,7 @@ use std::{
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
     process::Command,
-    thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// Bytes of the disk, of which the first 1 MiB are before the partition.
@@ -96,19 +96,14 @@ fn ended_on(binary: &Binary, options: &[&str], dir: &Path, place: Place, seed: u
 fn end(device: Device, let_go: impl FnOnce() -> Result<()>) -> Result<()> {
     let (server, path) = (device.listed()?.pid, device.path());
     kill(Pid::from_raw(server), Signal::SIGTERM)?;
-    wait_until(|| !path.exists()).context("the device was not stopped")?;
+    patience::until(ENDED, || "the device was not stopped".to_owned(), || Ok(!path.exists()))?;
     let_go()?;
-    wait_until(|| !has_process(server) && device.listed().is_err()).context("the server has not ended")?;
+    patience::until(
+        ENDED,
+        || format!("the server (process {server}) has not ended"),
+        || Ok(!has_process(server) && device.listed().is_err()),
+    )?;
     device.has_gone()
-}
-
-fn wait_until(is_so: impl Fn() -> bool) -> Result<()> {
-    let deadline = Instant::now() + ENDED;
-    while !is_so() {
-        ensure!(Instant::now() < deadline, "it takes too long");
-        thread::sleep(Duration::from_millis(10));
-    }
-    Ok(())
 }
 
 /// Detaches a device of which somebody has a partition open, who has not synced what he has written: `del`
