@@ -184,8 +184,10 @@ impl Image {
 
 /// The runs of all parts, if each is one.
 fn few<P>(parts: &[P], run_of: impl Fn(&P) -> Option<Run>) -> Option<Runs> {
-    let is_worth_it = parts.len() <= MAX_RUNS;
-    is_worth_it.then(|| parts.iter().map(run_of).collect()).flatten().map(Runs::Few)
+    if parts.len() > MAX_RUNS {
+        return None;
+    }
+    parts.iter().map(run_of).collect::<Option<_>>().map(Runs::Few)
 }
 
 #[cfg(test)]

@@ -141,11 +141,12 @@ impl<I: Io> Lane<I> {
         let image = self.image();
         self.begin_mutation().await?;
         let old = image.old_content(present);
-        for part in [old.clone()].into_iter().chain(image.old_tables(old.end)).filter(|part| !part.is_empty())
-        {
+        for part in &old {
             self.write_zeroes_in_parts(part.start, part.end - part.start, ZeroMode::Unmap).await?;
         }
-        self.write_back().await?;
+        if !old.is_empty() {
+            self.write_back().await?;
+        }
         {
             let mut meta = image.meta.lock();
             meta.header.set_u64(header::SIZE_OFFSET as usize, image.virtual_size());
@@ -222,22 +223,19 @@ impl Image {
     }
 
     /// What may show behind the end at which the disk was: the rest of its last cluster, which may have what
-    /// was there when the disk was larger, and what a backing file has there.
-    fn old_content(&self, end: u64) -> Range<u64> {
+    /// was there when the disk was larger, what a backing file has there, and what L2 tables cover that are
+    /// there already. Whoever made the disk smaller may have left them, and a snapshot that QEMU has gone back
+    /// to has the machine's memory there.
+    fn old_content(&self, end: u64) -> Vec<Range<u64>> {
         let cluster = self.geometry().cluster_size();
         let whole = |end: u64| end.checked_next_multiple_of(cluster).unwrap_or(u64::MAX);
-        whole_sectors(end)..whole(end).max(whole(self.backing_size())).min(self.virtual_size())
-    }
-
-    /// What L2 tables that are there already cover from `end` on. Whoever made the disk smaller may have left
-    /// them, and a snapshot that QEMU has gone back to has the machine's memory behind the disk's end.
-    fn old_tables(&self, end: u64) -> Vec<Range<u64>> {
-        let covered = self.geometry().l2_coverage_bytes();
-        let parts =
+        let next = whole_sectors(end)..whole(end).max(whole(self.backing_size())).min(self.virtual_size());
+        let (covered, from) = (self.geometry().l2_coverage_bytes(), next.end);
+        let tables =
             self.top().l1.used().map(|(index, _)| {
-                (index * covered).max(end)..((index + 1) * covered).min(self.virtual_size())
+                (index * covered).max(from)..((index + 1) * covered).min(self.virtual_size())
             });
-        parts.filter(|part| part.start < part.end).collect()
+        [next].into_iter().chain(tables).filter(|part| !part.is_empty()).collect()
     }
 
     /// How far the backing file reaches.

@@ -116,11 +116,19 @@ impl<'a, I: Io> ImageFile<'a, I> {
         let available = self.bytes_behind_table();
         let salvaged = |bytes: &[u8]| Ok(snapshot::salvage(bytes, count, &geometry, available));
         let salvage = self.read_snapshots(salvaged).await?;
-        if salvage.len > available && salvage.snapshots.len() < count as usize {
-            let (what, needed) = ("the snapshot table", salvage.len);
-            return Err(self.damaged(FormatError::Truncated { what, needed, available }));
+        if salvage.snapshots.len() < count as usize {
+            self.check_has_table(salvage.len)?;
         }
         Ok(salvage)
+    }
+
+    /// Makes sure that the file has so many bytes of the snapshot table.
+    pub(crate) fn check_has_table(&self, needed: u64) -> Result<()> {
+        let (what, available) = ("the snapshot table", self.bytes_behind_table());
+        if needed > available {
+            return Err(self.damaged(FormatError::Truncated { what, needed, available }));
+        }
+        Ok(())
     }
 
     /// From where the snapshot table begins to the end of the file.

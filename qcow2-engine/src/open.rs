@@ -347,14 +347,7 @@ async fn snapshot_places(
     }
     let file = ImageFile::around(io, storage, top.file, Arc::clone(&top.name), header.clone(), top.len);
     let (snapshots, len) = file.snapshot_table().await?;
-    let available = file.bytes_behind_table();
-    if len > available {
-        return Err(top.damaged(FormatError::Truncated {
-            what: "the snapshot table",
-            needed: len,
-            available,
-        }));
-    }
+    file.check_has_table(len)?;
     let table = header.snapshot_table;
     for (index, snapshot) in (0..).zip(&snapshots) {
         match snapshot.check(index, table, &header.geometry(), top.len) {

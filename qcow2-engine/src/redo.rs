@@ -32,9 +32,10 @@ use std::{
 /// "QCOW2RD" and the version of the layout.
 const MAGIC: u64 = u64::from_be_bytes(*b"QCOW2RD\x01");
 const HEAD: usize = 1;
-const TAIL: usize = 2;
+/// The number of the record after the last one.
+pub(crate) const TAIL: usize = 2;
 /// Words before the records.
-const HEADER_WORDS: usize = 8;
+pub(crate) const HEADER_WORDS: usize = 8;
 /// Bits of a record's first word below its kind.
 const INDEX_BITS: u32 = 56;
 /// Records that a log has room for at least: one slice of mappings needs 512, a moved refcount table
@@ -152,9 +153,7 @@ impl RedoLog {
             .map(|at| {
                 let [first, second] = self.slot(at);
                 let (first, value) = (first.load(Ordering::Acquire), second.load(Ordering::Acquire));
-                let kind = first >> INDEX_BITS;
-                Record::decode(kind, first & ((1 << INDEX_BITS) - 1), value)
-                    .ok_or(RedoError::Kind { at, kind })
+                Record::of_words(first, value).ok_or(RedoError::Kind { at, kind: first >> INDEX_BITS })
             })
             .collect()
     }
@@ -237,8 +236,10 @@ impl Record {
         }
     }
 
-    fn decode(kind: u64, index: u64, value: u64) -> Option<Self> {
-        Some(match kind {
+    /// The record that these two words are.
+    pub(crate) fn of_words(first: u64, value: u64) -> Option<Self> {
+        let index = first & ((1 << INDEX_BITS) - 1);
+        Some(match first >> INDEX_BITS {
             1 => Self::Mapping { cluster: GuestCluster(index), entry: value },
             2 => Self::Table { index, cluster: HostCluster(value) },
             3 => Self::Block { block: index, cluster: HostCluster(value) },

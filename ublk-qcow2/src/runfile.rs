@@ -13,7 +13,7 @@ mod lock;
 mod record;
 
 #[cfg(test)]
-pub(crate) use record::example;
+pub(crate) use {directory::DIRECTORY_VARIABLE, record::example};
 pub(crate) use {
     directory::{
         check_directory, directory, load, load_all, load_each, load_made, log_path, make_directory, open_log,

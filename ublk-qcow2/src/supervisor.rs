@@ -273,7 +273,7 @@ fn remove(record: &Record) -> Result<(), ServeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{alone, redofile::RedoFile};
+    use crate::{alone, redofile::RedoFile, runfile::DIRECTORY_VARIABLE};
     use nix::sys::signal::{SigHandler, raise, signal};
     use std::{env, fs, path::Path};
 
@@ -311,8 +311,6 @@ mod tests {
         assert!(start_patiently(&mut setbacks, failing(1)).is_err(), "but not for ever");
     }
 
-    const RUN_DIRECTORY: &str = "UBLK_QCOW2_RUN_DIR";
-
     /// The image's disk stalled, and its server was killed: what that had begun modified the image when the
     /// disk came back, half a minute after the server had last noted that the image was ours. The image was
     /// taken for changed by somebody else, and what had been acknowledged was given up.
@@ -321,11 +319,11 @@ mod tests {
         let test = "supervisor::tests::what_a_dead_server_had_begun_is_no_change_by_somebody_else";
         if let Some(mut child) = alone::again(test) {
             let dir = tempfile::tempdir().unwrap();
-            return alone::check(&child.env(RUN_DIRECTORY, dir.path()).output().unwrap());
+            return alone::check(&child.env(DIRECTORY_VARIABLE, dir.path()).output().unwrap());
         }
         // Nothing is noted of it.
         let log = RedoFile::create(0).unwrap();
-        let image = Path::new(&env::var_os(RUN_DIRECTORY).unwrap()).join("image");
+        let image = Path::new(&env::var_os(DIRECTORY_VARIABLE).unwrap()).join("image");
         fs::write(&image, "").unwrap();
         assert!(log.check_unchanged(&image).is_err());
         match detach::into_background().unwrap() {

@@ -219,8 +219,11 @@ impl Plan {
         let past = self.past(rng);
         // Of many refcount pages few are kept; new blocks are made.
         let needs_blocks = match self {
-            Self::FreeingUnread | Self::FreeingBesideCut | Self::NoRoomUnread | Self::FullLog => true,
-            Self::FillingLog => true,
+            Self::FreeingUnread
+            | Self::FreeingBesideCut
+            | Self::NoRoomUnread
+            | Self::FullLog
+            | Self::FillingLog => true,
             Self::Freeing | Self::FullHost => rng.below(2) == 0,
             _ => false,
         };

@@ -83,11 +83,11 @@ pub(super) struct Wreck<'a> {
 }
 
 /// An entry of the active mapping that names a cluster.
-pub(super) struct Named {
+struct Named {
     /// Where it is.
-    pub(super) at: u64,
+    at: u64,
     /// The guest cluster.
-    pub(super) guest: u64,
+    guest: u64,
 }
 
 impl<'a> Wreck<'a> {
@@ -97,11 +97,11 @@ impl<'a> Wreck<'a> {
         Ok(Self { geometry: header.geometry(), header, image })
     }
 
-    pub(super) fn entry(&self, at: u64) -> u64 {
+    fn entry(&self, at: u64) -> u64 {
         word::get(self.image, at as usize).unwrap_or(0)
     }
 
-    pub(super) fn set_entry(&mut self, at: u64, entry: u64) {
+    fn set_entry(&mut self, at: u64, entry: u64) {
         word::set(self.image, at as usize, entry);
     }
 
@@ -170,8 +170,13 @@ impl<'a> Wreck<'a> {
         tables.collect()
     }
 
+    /// How many entries of the active mapping name a cluster.
+    pub(super) fn named_count(&self) -> u64 {
+        self.named().len() as u64
+    }
+
     /// The entries of the active mapping that name a cluster.
-    pub(super) fn named(&self) -> Vec<Named> {
+    fn named(&self) -> Vec<Named> {
         let per_table = self.geometry.l2_entries();
         let all = self.tables().into_iter().flat_map(|(index, table)| {
             (0..per_table).map(move |entry| Named { at: table + entry * 8, guest: index * per_table + entry })
@@ -187,11 +192,26 @@ impl<'a> Wreck<'a> {
 
     /// Changes some of the active mapping's entries that name a cluster.
     fn spoil_entries(&mut self, rng: &mut Rng, change: impl Fn(u64) -> u64) {
-        let places = self.named();
-        for _ in 0..1 + rng.below(MAX) {
-            if let Some(&Named { at, .. }) = places.get(rng.below(places.len().max(1) as u64) as usize) {
-                self.set_entry(at, change(self.entry(at)));
+        self.spoil(rng, MAX, |_, entry| change(entry));
+    }
+
+    /// Changes so many of the active mapping's entries that name a cluster, at the most. Returns the guest
+    /// clusters.
+    pub(super) fn spoil(
+        &mut self,
+        rng: &mut Rng,
+        most: u64,
+        change: impl Fn(&mut Rng, u64) -> u64,
+    ) -> Vec<u64> {
+        let named = self.named();
+        let mut spoilt = Vec::new();
+        for _ in 0..1 + rng.below(most) {
+            if let Some(&Named { at, guest }) = named.get(rng.below(named.len().max(1) as u64) as usize) {
+                let entry = change(rng, self.entry(at));
+                self.set_entry(at, entry);
+                spoilt.push(guest);
             }
         }
+        spoilt
     }
 }

@@ -2,7 +2,10 @@
 //! the middle of what it does between two operations of the disk: a trap springs when it touches its log.
 
 use super::{disk::Disk, file::Change, file::SECTOR, model::Model, rng::Rng};
-use crate::{Image, MIN_REDO_BYTES, RedoError, RedoLog, redo::Record};
+use crate::{
+    Image, MIN_REDO_BYTES, RedoError, RedoLog,
+    redo::{HEADER_WORDS, Record, TAIL},
+};
 use std::{
     cell::RefCell,
     rc::Rc,
@@ -11,13 +14,6 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
 };
-
-/// Where the log's memory has the number of the record after the last one, and where the records begin: two
-/// words each, and the first byte is their kind (`redo.rs`).
-const TAIL: usize = 2;
-const RECORDS: usize = 8;
-const KIND_SHIFT: u32 = 56;
-const TABLE_MOVED: u64 = 4;
 
 /// The memory of a redo log.
 pub(super) struct Memory(Arc<Words>);
@@ -95,8 +91,10 @@ impl Words {
 
     /// Whether a record says that the refcount table has another place.
     fn moves_table(&self, at: u64) -> bool {
-        let capacity = (self.0.len() - RECORDS) / 2;
-        self.word(RECORDS + 2 * (at as usize % capacity)) >> KIND_SHIFT == TABLE_MOVED
+        let capacity = (self.0.len() - HEADER_WORDS) / 2;
+        let first = HEADER_WORDS + 2 * (at as usize % capacity);
+        let record = Record::of_words(self.word(first), self.word(first + 1));
+        matches!(record, Some(Record::RefcountTable { .. }))
     }
 
     /// As they are now, for a process that goes another way from here.

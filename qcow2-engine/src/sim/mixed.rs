@@ -3,7 +3,7 @@
 
 use super::{
     model::{INITIAL, Value},
-    workload::{Fixture, Initial, Maker, Past, SECTORS, Variant},
+    workload::{Fixture, IMAGE, Initial, Maker, Past, SECTORS, Variant},
 };
 use std::{io, ops::Range};
 
@@ -66,25 +66,25 @@ impl Maker {
                         "-o",
                         &variant.options(),
                         "raw",
-                        "image",
+                        IMAGE,
                     ])?;
                 }
                 Step::Data(sectors) => {
                     let data: Vec<Value> = stamps(request, sectors.clone()).collect();
                     self.put("part", &data)?;
-                    self.change("image", "write -s part", &sectors)?;
+                    self.change(IMAGE, "write -s part", &sectors)?;
                     content[sectors].copy_from_slice(&data);
                 }
                 Step::Zero(sectors) => {
-                    self.change("image", "write -z", &sectors)?;
+                    self.change(IMAGE, "write -z", &sectors)?;
                     content[sectors].fill(Value::Zero);
                 }
                 Step::Unmap(sectors) => {
-                    self.change("image", "write -z -u", &sectors)?;
+                    self.change(IMAGE, "write -z -u", &sectors)?;
                     content[sectors].fill(Value::Zero);
                 }
                 Step::Snapshot(name) => {
-                    self.qemu_img(&["snapshot", "-c", name, "image"])?;
+                    self.qemu_img(&["snapshot", "-c", name, IMAGE])?;
                     snapshots.push(content.clone());
                 }
             }

@@ -6,7 +6,8 @@
 use super::{
     disk::Disk,
     file::SECTOR,
-    model::Value,
+    mixed::stamps,
+    model::{INITIAL, Value},
     request::{Request, Shape},
 };
 use std::{
@@ -283,9 +284,7 @@ impl Maker {
             Initial::OverFile | Initial::OverChain => return self.make_over_chain(variant, initial),
             _ => {}
         }
-        let stamps: Vec<Value> = (0..SECTORS)
-            .map(|sector| Value::Stamp { request: super::model::INITIAL, sector: sector as u32 })
-            .collect();
+        let stamps: Vec<Value> = stamps(INITIAL, 0..SECTORS).collect();
         let raw: Vec<u8> = stamps.iter().flat_map(|value| value.bytes()).collect();
         let base = raw[..BACKING_SECTORS * SECTOR].to_vec();
         let content: Vec<Value> = match initial {
@@ -297,11 +296,11 @@ impl Maker {
             _ => vec![Value::Zero; SECTORS],
         };
         std::fs::write(self.directory.join("raw"), &raw)?;
-        std::fs::write(self.directory.join("base"), &base)?;
+        std::fs::write(self.directory.join(BASE), &base)?;
         self.make_file(variant, initial)?;
         let backing = (initial == Initial::Backing).then_some(base);
         if initial.is_shared() {
-            self.qemu_img(&["snapshot", "-c", "first", "image"])?;
+            self.qemu_img(&["snapshot", "-c", "first", IMAGE])?;
         }
         Ok(Fixture {
             name: format!("{initial:?} {}", variant.name()),
@@ -321,11 +320,11 @@ impl Maker {
     /// The file itself, from `raw` or over `base`.
     fn make_file(&self, variant: Variant, initial: Initial) -> io::Result<()> {
         let (options, size) = (variant.options(), (SECTORS * SECTOR).to_string());
-        let to_qcow2 = ["-O", "qcow2", "-o", &options, "raw", "image"];
+        let to_qcow2 = ["-O", "qcow2", "-o", &options, "raw", IMAGE];
         match initial {
-            Initial::Unallocated => self.qemu_img(&["create", "-f", "qcow2", "-o", &options, "image", &size]),
+            Initial::Unallocated => self.qemu_img(&["create", "-f", "qcow2", "-o", &options, IMAGE, &size]),
             Initial::Backing => {
-                let over_base = ["-b", "base", "-F", "raw", "image", &size];
+                let over_base = ["-b", BASE, "-F", "raw", IMAGE, &size];
                 self.qemu_img(&[&["create", "-f", "qcow2", "-o", &options], &over_base[..]].concat())
             }
             Initial::Data | Initial::Shared => {
@@ -338,19 +337,19 @@ impl Maker {
             | Initial::Mixed
             | Initial::OverFile
             | Initial::OverChain => {
-                self.qemu_img(&["create", "-f", "qcow2", "-o", &options, "image", &size])?;
+                self.qemu_img(&["create", "-f", "qcow2", "-o", &options, IMAGE, &size])?;
                 let write = if initial == Initial::ZeroPlain { "write -z -u 0 " } else { "write -z 0 " };
                 if initial != Initial::ZeroPlain {
-                    self.run("qemu-io", &["-f", "qcow2", "-c", &format!("write 0 {size}"), "image"])?;
+                    self.run("qemu-io", &["-f", "qcow2", "-c", &format!("write 0 {size}"), IMAGE])?;
                 }
-                self.run("qemu-io", &["-f", "qcow2", "-c", &format!("{write}{size}"), "image"])
+                self.run("qemu-io", &["-f", "qcow2", "-c", &format!("{write}{size}"), IMAGE])
             }
         }
     }
 
     /// The image that is in the directory.
     pub(super) fn made(&self, variant: Variant) -> io::Result<Vec<u8>> {
-        let mut image = std::fs::read(self.directory.join("image"))?;
+        let mut image = std::fs::read(self.directory.join(IMAGE))?;
         if variant == Variant::LARGE {
             // A bit that nobody knows: it says that no content has changed since it was set.
             image[AUTOCLEAR_AT] |= UNKNOWN_BIT;
@@ -367,14 +366,14 @@ impl Maker {
         // 512-byte clusters and 64-bit counts: a table of one cluster reaches 4096 clusters.
         const FULL_SECTORS: usize = 3920;
         let content: Vec<Value> = (0..FULL_SECTORS)
-            .map(|sector| Value::Stamp { request: super::model::INITIAL, sector: sector as u32 })
+            .map(|sector| Value::Stamp { request: INITIAL, sector: sector as u32 })
             .collect();
         let raw: Vec<u8> = content.iter().flat_map(|value| value.bytes()).collect();
         std::fs::write(self.directory.join("raw"), &raw)?;
         let options = "cluster_size=512,refcount_bits=64";
-        self.qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-o", options, "raw", "image"])?;
-        self.qemu_img(&["snapshot", "-c", "first", "image"])?;
-        let image = std::fs::read(self.directory.join("image"))?;
+        self.qemu_img(&["convert", "-f", "raw", "-O", "qcow2", "-o", options, "raw", IMAGE])?;
+        self.qemu_img(&["snapshot", "-c", "first", IMAGE])?;
+        let image = std::fs::read(self.directory.join(IMAGE))?;
         if !(4040..4096).contains(&(image.len() / SECTOR)) {
             return Err(io::Error::other(format!(
                 "the image has {} clusters, not a few below 4096",

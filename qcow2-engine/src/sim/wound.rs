@@ -63,14 +63,15 @@ impl Wounded {
     pub(super) fn of(fixture: &Fixture, wound: Wound, rng: &mut Rng) -> Result<Self, String> {
         let mut fixture = fixture.clone();
         let mut wreck = Wreck::of(&mut fixture.image)?;
+        let most = 1 + wreck.named_count() / ENTRIES_SHARE;
         let lost = match wound {
             Wound::NamesMetadata => {
                 let metadata = metadata(&wreck);
                 let any = |rng: &mut Rng| metadata[rng.below(metadata.len() as u64) as usize];
-                spoil(&mut wreck, rng, |rng, _| any(rng) | l2::COPIED)
+                wreck.spoil(rng, most, |rng, _| any(rng) | l2::COPIED)
             }
-            Wound::Meaningless => spoil(&mut wreck, rng, |_, entry| entry | 1 << 57),
-            Wound::NamesBeyond => spoil(&mut wreck, rng, |_, entry| entry | 1 << 50),
+            Wound::Meaningless => wreck.spoil(rng, most, |_, entry| entry | 1 << 57),
+            Wound::NamesBeyond => wreck.spoil(rng, most, |_, entry| entry | 1 << 50),
             Wound::TableCountedTwice => {
                 let tables = wreck.tables().into_iter().map(|(_, at)| at).collect();
                 miscount(&mut wreck, rng, tables, 2)?
@@ -92,20 +93,6 @@ fn metadata(wreck: &Wreck<'_>) -> Vec<u64> {
     let mut places = vec![wreck.header.l1_table.0, wreck.header.refcount_table.0];
     places.extend(wreck.tables().into_iter().chain(wreck.blocks()).map(|(_, at)| at));
     places
-}
-
-/// Changes entries. Returns the guest clusters.
-fn spoil(wreck: &mut Wreck<'_>, rng: &mut Rng, change: impl Fn(&mut Rng, u64) -> u64) -> Vec<u64> {
-    let named = wreck.named();
-    let mut lost = Vec::new();
-    for _ in 0..1 + rng.below(1 + named.len() as u64 / ENTRIES_SHARE) {
-        if let Some(entry) = named.get(rng.below(named.len().max(1) as u64) as usize) {
-            let spoilt = change(rng, wreck.entry(entry.at));
-            wreck.set_entry(entry.at, spoilt);
-            lost.push(entry.guest);
-        }
-    }
-    lost
 }
 
 /// Gives some of these clusters another count. No content is lost by it.

@@ -16,7 +16,7 @@ use std::{
 /// Where the files are, unless the environment variable [`DIRECTORY_VARIABLE`] names another place.
 const DIRECTORY: &str = "/run/ublk-qcow2";
 /// Names another run directory: for tests, and for several instances that must not meet.
-const DIRECTORY_VARIABLE: &str = "UBLK_QCOW2_RUN_DIR";
+pub(crate) const DIRECTORY_VARIABLE: &str = "UBLK_QCOW2_RUN_DIR";
 
 /// The run directory.
 pub(crate) fn directory() -> PathBuf {
