@@ -384,7 +384,7 @@ pub fn recovered_although_the_successor_dies(binary: &Binary, dir: &Path) -> Res
 
 /// Has an image locked, for as long as the file is open, like a program that reads it and lets nobody write
 /// meanwhile.
-fn without_writers(image: &Path) -> Result<File> {
+pub(crate) fn without_writers(image: &Path) -> Result<File> {
     let file = File::open(image)?;
     let lock = libc::flock {
         l_type: libc::F_RDLCK as i16,

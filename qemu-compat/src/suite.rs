@@ -3,7 +3,7 @@
 //! Cheap and telling ones come first: when the device does not work at all, that shows in seconds.
 
 use crate::{
-    condemned, data_path,
+    between, condemned, data_path,
     device::{Binary, DeviceDisk},
     disk::{Disk, Op, Server},
     durability,
@@ -170,6 +170,9 @@ impl Cases {
             lifecycle::removed_after_a_failed_recovery(&it.binary, dir)
         });
         self.add("lifecycle/any-phase", 300, |it, dir| lifecycle::recovered_from_any_phase(&it.binary, dir));
+        self.add("lifecycle/added-while-recovered", 120, |it, dir| {
+            between::added_while_recovered(&it.binary, dir)
+        });
         self.add("lifecycle/successor-dies", 300, |it, dir| {
             lifecycle::recovered_although_the_successor_dies(&it.binary, dir)
         });

@@ -21,7 +21,7 @@ use crate::{
     queue::QueueError,
     redofile::{self, RedoFileError, Witness},
     request::device_sectors,
-    runfile::{self, Choice, CreateError, Phase, Record, RunFile, RunFileError, TakeOverError},
+    runfile::{self, Choice, CreateError, InUse, Phase, Record, RunFile, RunFileError, TakeOverError},
     safety,
 };
 use image::{close_image, keep_new_log, open_image, take_image_over};
@@ -80,6 +80,8 @@ pub(crate) enum ServeError {
     Control(#[from] ControlError),
     #[error(transparent)]
     Device(#[from] DeviceError),
+    #[error(transparent)]
+    InUse(#[from] InUse),
     #[error(transparent)]
     RunFile(#[from] RunFileError),
     #[error(transparent)]
@@ -162,7 +164,8 @@ fn make(
     let &Config { queues, depth, recovery, part_scan, zero_copy, .. } = config;
     let boot = runfile::boot().map_err(ServeError::SetUp)?;
     let request = device::Request { id, queues, depth, recovery, part_scan, zero_copy, cookie };
-    let (mut device, run_file) = add_device(&request, |device| Record {
+    // In this order, so that a device goes before its record does, should anything fail from here on.
+    let (run_file, mut device) = add_device(&request, |device| Record {
         id: device.id(),
         pid: process::id().cast_signed(),
         size: shape.sectors * 512,
@@ -176,6 +179,9 @@ fn make(
         boot: boot.clone(),
         error: None,
     })?;
+    if !config.force_share {
+        runfile::refuse_changed_by_others(&files.paths(), cookie)?;
+    }
     device.describe(&shape)?;
     let witness = keep_new_log(&device, &image, config)?;
     let service = service(image, files, device.open_char()?, config);
@@ -189,13 +195,13 @@ fn make(
 fn add_device(
     request: &device::Request,
     record: impl Fn(&Device) -> Record,
-) -> Result<(Device, RunFile), ServeError> {
+) -> Result<(RunFile, Device), ServeError> {
     let choice = if request.id.is_some() { Choice::AskedFor } else { Choice::Any };
     let mut passed_over = Vec::new();
     loop {
         let device = Device::add(Control::open()?, request)?;
         match RunFile::create(record(&device), choice, redofile::owes) {
-            Ok(run_file) => return Ok((device, run_file)),
+            Ok(run_file) => return Ok((run_file, device)),
             Err(error @ (CreateError::Owing { .. } | CreateError::Busy(_))) if choice == Choice::Any => {
                 tracing::warn!("another number is taken: {error}");
                 passed_over.push(device);

@@ -11,6 +11,7 @@
 mod directory;
 mod lock;
 mod record;
+mod users;
 
 #[cfg(test)]
 pub(crate) use {directory::DIRECTORY_VARIABLE, record::example};
@@ -20,6 +21,7 @@ pub(crate) use {
         path_of, redo_path,
     },
     record::{Entry, Phase, Record},
+    users::{InUse, refuse_awaited, refuse_changed_by_others, refuse_served},
 };
 
 use crate::{config::Config, processes::Process};

@@ -1,6 +1,6 @@
 //! `add` and `recover`: serve an image, or go on serving it after its server has died.
 
-use super::{CommandError, del, image};
+use super::{CommandError, del};
 use crate::{
     cli::{AddArgs, DelArgs, RecoverArgs},
     config::Config,
@@ -32,7 +32,7 @@ enum Care {
 pub(crate) fn run(args: &AddArgs) -> Result<(), CommandError> {
     let config = Config::from_args(args)
         .map_err(|source| CommandError::Path { path: args.image.display().to_string(), source })?;
-    image::refuse_awaited(&config.image)?;
+    runfile::refuse_awaited(&config.image)?;
     let care = care(args.foreground, args.no_supervisor || args.no_recovery);
     let cookie = runfile::new_cookie().map_err(CommandError::Background)?;
     begin(&Start::New { id: args.id, config, cookie }, care)

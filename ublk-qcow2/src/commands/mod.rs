@@ -14,7 +14,7 @@ pub(crate) mod resize;
 use crate::{
     control::ControlError,
     daemon::ServeError,
-    runfile::{self, RunFileError},
+    runfile::{self, InUse, RunFileError},
 };
 use std::{
     fmt::Display,
@@ -35,6 +35,8 @@ pub(crate) enum CommandError {
     Serve(#[from] ServeError),
     #[error(transparent)]
     RunFile(#[from] RunFileError),
+    #[error(transparent)]
+    InUse(#[from] InUse),
     /// What the server in the background said when it failed.
     #[error("{0}")]
     Server(String),
