@@ -11,12 +11,16 @@ use crate::{
     recovery::wait_until_replaced,
     refusals::refuse,
 };
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use std::{fs, path::Path, process::Stdio};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
 
 /// A successor has taken a device over and has not opened its image yet: `add` must not have the image. It
 /// had it, because nobody had locked it; what the dead server had acknowledged was lost, and the device could
@@ -46,6 +50,47 @@ pub fn added_while_recovered(binary: &Binary, dir: &Path) -> Result<()> {
     still_written(device)?;
     ensure!(recovering.wait()?.success(), "the successor has not ended well");
     Ok(())
+}
+
+/// The image of a dead server is gone: where nothing is owed to it the device is removed and all is well; where
+/// something is, `del` says how to give that up. It failed for ever. Until then the number is nobody else's, even
+/// if its record cannot be read: every `add` failed.
+///
+/// # Errors
+/// What does not hold.
+pub fn removed_though_the_image_is_gone(binary: &Binary, dir: &Path) -> Result<()> {
+    let image = dir.join("image.qcow2");
+    qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
+    let device = binary.add(&["--no-supervisor"], &image)?;
+    device.kill_server()?;
+    fs::remove_file(&image)?;
+    device.detach().context("nothing was owed")?;
+
+    qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
+    let device = written_unsupervised(binary, &image)?;
+    device.kill_server()?;
+    fs::remove_file(&image)?;
+    let id = device.id().to_string();
+    let del = ["del", "-n", &id];
+    let log = PathBuf::from(format!("/run/ublk-qcow2/{id}.redo"));
+    let failed = binary.run(del)?;
+    ensure!(!failed.status.success(), "what was acknowledged is lost, and `del` says nothing");
+    ensure!(failed.stderr.contains(&*log.to_string_lossy()), "no way out: {}", failed.text());
+
+    let record = log.with_extension("json");
+    let text = fs::read(&record)?;
+    fs::write(&record, "{")?;
+    let other = dir.join("other.qcow2");
+    qemu_img::create(&other, "cluster_size=64k", None, 16 << 20)?;
+    let added = binary.add(&[], &other).context("another image");
+    fs::write(&record, text)?;
+    let beside = added?;
+    ensure!(beside.id() != device.id(), "another image has the number");
+    beside.detach()?;
+
+    fs::remove_file(&log)?;
+    binary.run(del)?.success()?;
+    device.has_gone()
 }
 
 /// A successor waits for the image.

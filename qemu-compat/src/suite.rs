@@ -173,6 +173,9 @@ impl Cases {
         self.add("lifecycle/added-while-recovered", 120, |it, dir| {
             between::added_while_recovered(&it.binary, dir)
         });
+        self.add("lifecycle/image-gone", 120, |it, dir| {
+            between::removed_though_the_image_is_gone(&it.binary, dir)
+        });
         self.add("lifecycle/successor-dies", 300, |it, dir| {
             lifecycle::recovered_although_the_successor_dies(&it.binary, dir)
         });

@@ -190,8 +190,8 @@ fn make(
 }
 
 /// Adds a device and writes its record. The driver gives out every number that is free; one whose last server
-/// has left something to be written to its image, or is writing it, is kept until there is another, unless it
-/// was asked for.
+/// has left something to be written to its image, or may have, or is writing it, is kept until there is another,
+/// unless it was asked for.
 fn add_device(
     request: &device::Request,
     record: impl Fn(&Device) -> Record,
@@ -202,7 +202,7 @@ fn add_device(
         let device = Device::add(Control::open()?, request)?;
         match RunFile::create(record(&device), choice, redofile::owes) {
             Ok(run_file) => return Ok((run_file, device)),
-            Err(error @ (CreateError::Owing { .. } | CreateError::Busy(_))) if choice == Choice::Any => {
+            Err(error) if choice == Choice::Any && error.is_of_number() => {
                 tracing::warn!("another number is taken: {error}");
                 passed_over.push(device);
             }

@@ -36,7 +36,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
 };
-use witness::{Identity, Noted, Sight, cannot_look_at, look_at, open_to_look};
+use witness::{Identity, Noted, Seen, Sight, cannot_look_at, look_at, open_to_look};
 
 /// Bytes of the file: the log, and a page with the witness.
 const FILE_BYTES: usize = REDO_BYTES + 4096;
@@ -59,6 +59,11 @@ pub(crate) enum RedoFileError {
         .image.display(), .log.display()
     )]
     Changed { image: PathBuf, log: PathBuf },
+    #[error(
+        "cannot look at {}: {source}; put it back, or remove {} to give up what was acknowledged and is not in it yet",
+        .image.display(), .log.display()
+    )]
+    Gone { image: PathBuf, log: PathBuf, source: io::Error },
     #[error(
         "{} is not the file that the dead server had open: put that one back, or remove {} to give it up",
         .image.display(), .log.display()
@@ -107,7 +112,8 @@ impl RedoFile {
         }
     }
 
-    fn owes(&self) -> bool {
+    /// Whether there is something in it that is in no image yet, or may be.
+    pub(crate) fn owes(&self) -> bool {
         !RedoLog::open(self.memory()).is_ok_and(|log| log.is_empty())
     }
 
@@ -127,12 +133,22 @@ impl RedoFile {
 
     /// Makes sure that the image is still the file that the dead server had open.
     pub(crate) fn check_same(&self, image: &Path) -> Result<(), RedoFileError> {
-        let (noted, now) = (self.map.witness(), look_at(image)?.identity);
+        let (noted, now) = (self.map.witness(), self.look_at_left(image)?.identity);
         // One that was killed before it could look has noted nothing.
         if noted.identity.inode == 0 || now == noted.identity {
             return Ok(());
         }
         Err(RedoFileError::Replaced { image: image.to_owned(), log: self.path.clone() })
+    }
+
+    /// The image as its dead server has left it.
+    fn look_at_left(&self, image: &Path) -> Result<Seen, RedoFileError> {
+        look_at(image).map_err(|error| match error {
+            RedoFileError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                RedoFileError::Gone { image: image.to_owned(), log: self.path.clone(), source }
+            }
+            error => error,
+        })
     }
 
     /// Makes sure that nobody but the dead server has changed the image.

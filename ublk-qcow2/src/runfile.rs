@@ -71,10 +71,20 @@ pub(crate) enum CreateError {
          `ublk-qcow2 del -n {id}` writes it there", .image.display()
     )]
     Owing { id: u32, image: PathBuf },
+    /// So it is with a record that tells nothing: what is in the log may be in no image yet.
+    #[error(transparent)]
+    Unreadable(RunFileError),
     #[error(
         "number {0} is that of a device whose server still writes to its image: try again when that has ended"
     )]
     Busy(u32),
+}
+
+impl CreateError {
+    /// Whether the number is still somebody else's, and another one may be free.
+    pub(crate) fn is_of_number(&self) -> bool {
+        matches!(self, Self::Owing { .. } | Self::Unreadable(_) | Self::Busy(_))
+    }
 }
 
 /// Whether a number was asked for, or another will do.
@@ -137,7 +147,8 @@ impl RunFile {
             Dead::Missing => {}
             Dead::Alive => return Err(CreateError::Busy(record.id)),
             Dead::Locked(file) => {
-                if let Some(image) = owing(file, &record, owes).map_err(fail("cannot take over"))? {
+                let image = owing(file, &record, owes).map_err(fail("cannot take over"));
+                if let Some(image) = image.map_err(CreateError::Unreadable)? {
                     return Err(CreateError::Owing { id: record.id, image });
                 }
             }
