@@ -4,23 +4,28 @@
 //! server that did not live to write its record.
 
 use crate::{
-    command::TOOL_LIMIT,
-    device::{Binary, Device},
+    command::{TOOL_LIMIT, wait},
+    device::{Binary, Device, existing},
     lifecycle::{still_written, without_writers, written_unsupervised},
     patience, qemu_img,
     recovery::wait_until_replaced,
     refusals::refuse,
+    server::only_child_of,
 };
 use anyhow::{Context, Result, ensure};
 use nix::{
+    fcntl::{Flock, FlockArg},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use std::{
-    fs,
+    fs::{self, File},
     path::{Path, PathBuf},
-    process::Stdio,
+    process::{Child, Stdio},
 };
+
+/// A number that no other device has.
+const NUMBER: u32 = 42;
 
 /// A successor has taken a device over and has not opened its image yet: `add` must not have the image. It
 /// had it, because nobody had locked it; what the dead server had acknowledged was lost, and the device could
@@ -91,6 +96,63 @@ pub fn removed_though_the_image_is_gone(binary: &Binary, dir: &Path) -> Result<(
     fs::remove_file(&log)?;
     binary.run(del)?.success()?;
     device.has_gone()
+}
+
+/// Kills servers that have made their device and have not written their record: they wait for whoever has the
+/// record of the one before. Nothing is left if somebody waited for the server; else what is left is gone after
+/// the next `add`, or `del --all`. It was left for good, and in no list.
+///
+/// # Errors
+/// It is left.
+pub fn killed_before_it_is_recorded(binary: &Binary, dir: &Path) -> Result<()> {
+    let (image, run_dir) = (dir.join("image.qcow2"), dir.join("run"));
+    qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
+    fs::create_dir(&run_dir)?;
+    let binary = binary.in_run_dir(&run_dir);
+    let before = existing();
+
+    let held = hold_record(&run_dir)?;
+    let mut adding = begin_to_add(&binary, &[], &image)?;
+    let server = only_child_of(only_child_of(adding.id().cast_signed())?)?;
+    kill(Pid::from_raw(server), Signal::SIGKILL)?;
+    let status = wait(&mut adding, TOOL_LIMIT)?.context("`add` does not end")?;
+    ensure!(!status.success(), "a server that was killed is said to serve");
+    ensure!(existing() == before, "a device is left");
+    drop(held);
+
+    for remedy in ["add", "del"] {
+        let held = hold_record(&run_dir)?;
+        let mut adding = begin_to_add(&binary, &["--foreground"], &image)?;
+        adding.kill()?;
+        adding.wait()?;
+        ensure!(existing() != before, "there is no device to be removed");
+        fs::remove_file(run_dir.join(format!("{NUMBER}.json")))?;
+        drop(held);
+        if remedy == "add" {
+            binary.add(&[], &image)?.detach()?;
+        } else {
+            binary.run(["del", "--all"])?.success()?;
+        }
+        ensure!(existing() == before, "a device is left after `{remedy}`");
+    }
+    qemu_img::check_clean(&image)
+}
+
+/// Has the record of number [`NUMBER`], which says nothing, locked as a server of before would that still closes
+/// its image.
+fn hold_record(run_dir: &Path) -> Result<Flock<File>> {
+    let file = File::create(run_dir.join(format!("{NUMBER}.json")))?;
+    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno.into())
+}
+
+/// Returns when the device is there.
+fn begin_to_add(binary: &Binary, options: &[&str], image: &Path) -> Result<Child> {
+    let mut command = binary.command();
+    let command = command.args(["add", "-n", &NUMBER.to_string()]).args(options).arg(image);
+    let adding = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
+    let node = format!("ublkc{NUMBER}");
+    patience::until(TOOL_LIMIT, || "no device".to_owned(), || Ok(existing().contains(&node)))?;
+    Ok(adding)
 }
 
 /// A successor waits for the image.

@@ -206,6 +206,9 @@ impl Cases {
         self.add("lifecycle/killed-unheard", 300, |it, dir| {
             unheard::killed_before_it_is_heard(&it.binary, dir)
         });
+        self.add("lifecycle/killed-unrecorded", 120, |it, dir| {
+            between::killed_before_it_is_recorded(&it.binary, dir)
+        });
         self.add("lifecycle/added-unheard", 300, |it, dir| unheard::added_unheard(&it.binary, dir));
     }
 

@@ -17,11 +17,14 @@ use crate::{
     deputy::Deputy,
     device::{self, Device, DeviceError, Shape},
     namespace::Namespace,
+    orphans,
     processes::Process,
     queue::QueueError,
     redofile::{self, RedoFileError, Witness},
     request::device_sectors,
-    runfile::{self, Choice, CreateError, InUse, Phase, Record, RunFile, RunFileError, TakeOverError},
+    runfile::{
+        self, Choice, CreateError, InUse, Making, Phase, Record, RunFile, RunFileError, TakeOverError,
+    },
     safety,
 };
 use image::{close_image, keep_new_log, open_image, take_image_over};
@@ -197,6 +200,10 @@ fn add_device(
     record: impl Fn(&Device) -> Record,
 ) -> Result<(RunFile, Device), ServeError> {
     let choice = if request.id.is_some() { Choice::AskedFor } else { Choice::Any };
+    if let Err(error) = orphans::remove_all() {
+        tracing::warn!("a device without a record stays: {error}");
+    }
+    let _making = Making::begin()?;
     let mut passed_over = Vec::new();
     loop {
         let device = Device::add(Control::open()?, request)?;

@@ -15,7 +15,7 @@ mod request;
 mod shape;
 
 pub(crate) use dirty::{check_unclaimed, sync_everything, write_back};
-pub(crate) use nodes::block_path;
+pub(crate) use nodes::{block_path, numbers};
 pub(crate) use removal::{delete_left, delete_orphan, unless_gone};
 pub(crate) use request::{DataPath, MAX_DEPTH, Request};
 pub(crate) use shape::Shape;

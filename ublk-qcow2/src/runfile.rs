@@ -10,6 +10,7 @@
 
 mod directory;
 mod lock;
+mod making;
 mod record;
 mod users;
 
@@ -20,6 +21,7 @@ pub(crate) use {
         check_directory, directory, load, load_all, load_each, load_made, log_path, make_directory, open_log,
         path_of, redo_path,
     },
+    making::{Making, lacks_record, new_cookie},
     record::{Entry, Phase, Record},
     users::{InUse, refuse_awaited, refuse_changed_by_others, refuse_served},
 };
@@ -30,7 +32,7 @@ use lock::{Dead, lock_dead, write_locked};
 use nix::fcntl::Flock;
 use std::{
     fs::{self, File},
-    io::{self, Read},
+    io,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -244,13 +246,6 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed,
     }
-}
-
-/// A number by which a device is known that is to be made.
-pub(crate) fn new_cookie() -> io::Result<u64> {
-    let mut bytes = [0; 8];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(u64::from_ne_bytes(bytes))
 }
 
 /// Which boot of the machine this is.

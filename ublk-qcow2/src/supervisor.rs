@@ -18,6 +18,7 @@ use crate::{
     device,
     keep::Kept,
     namespace::{self, Namespace},
+    orphans,
     processes::Process,
     redofile,
     runfile::{self, Phase, Record, RunFile},
@@ -249,7 +250,13 @@ pub(crate) fn remove_unheard_of(server: Pid, cookie: u64) {
     if !ends_within(server, GONE_WAIT) {
         return;
     }
-    let Some(Record { id, .. }) = runfile::load_made(cookie) else { return };
+    let Some(Record { id, .. }) = runfile::load_made(cookie) else {
+        // It may have been killed before it could write one.
+        if let Err(error) = orphans::remove_made(cookie) {
+            tracing::error!("a device is left behind: {error}");
+        }
+        return;
+    };
     // A server that lives hears that nobody listens, and stops.
     let Ok(run_file) = RunFile::take_over(id) else { return };
     let record = run_file.record();

@@ -13,7 +13,7 @@ use crate::{
     cli::DelArgs,
     control::Control,
     daemon::{self, ServeError},
-    device,
+    device, orphans,
     processes::Process,
     runfile::{self, Entry, Phase, Record, RunFile, TakeOverError},
     wait,
@@ -67,6 +67,9 @@ fn detach_all(users: Users) -> Result<(), CommandError> {
         if let Err(error) = entry.map_err(CommandError::from).and_then(|entry| detach(entry, users)) {
             failures.push(error);
         }
+    }
+    if let Err(error) = orphans::remove_all() {
+        failures.push(error.into());
     }
     if failures.len() <= 1 {
         return failures.pop().map_or(Ok(()), Err);

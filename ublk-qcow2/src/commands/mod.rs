@@ -14,6 +14,7 @@ pub(crate) mod resize;
 use crate::{
     control::ControlError,
     daemon::ServeError,
+    orphans::OrphanError,
     runfile::{self, InUse, RunFileError},
 };
 use std::{
@@ -35,6 +36,8 @@ pub(crate) enum CommandError {
     Serve(#[from] ServeError),
     #[error(transparent)]
     RunFile(#[from] RunFileError),
+    #[error(transparent)]
+    Orphan(#[from] OrphanError),
     #[error(transparent)]
     InUse(#[from] InUse),
     /// What the server in the background said when it failed.
