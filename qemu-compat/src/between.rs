@@ -5,10 +5,11 @@
 
 use crate::{
     command::{TOOL_LIMIT, wait},
-    device::{Binary, Device, existing},
-    lifecycle::{still_written, without_writers, written_unsupervised},
+    device::{Binary, Device, DeviceDisk, existing},
+    disk::{Disk, Op},
+    lifecycle::{MARK, is_supervised, still_written, without_writers, written_unsupervised},
     patience, qemu_img,
-    recovery::wait_until_replaced,
+    recovery::{only_leaks, wait_until_replaced},
     refusals::refuse,
     server::only_child_of,
 };
@@ -22,10 +23,14 @@ use std::{
     fs::{self, File},
     path::{Path, PathBuf},
     process::{Child, Stdio},
+    thread,
+    time::Duration,
 };
 
 /// A number that no other device has.
 const NUMBER: u32 = 42;
+/// In that time a supervisor has several successors try.
+const SEVERAL_ATTEMPTS: Duration = Duration::from_secs(4);
 
 /// A successor has taken a device over and has not opened its image yet: `add` must not have the image. It
 /// had it, because nobody had locked it; what the dead server had acknowledged was lost, and the device could
@@ -96,6 +101,33 @@ pub fn removed_though_the_image_is_gone(binary: &Binary, dir: &Path) -> Result<(
     fs::remove_file(&log)?;
     binary.run(del)?.success()?;
     device.has_gone()
+}
+
+/// The image is not there when its server is killed: no successor can take the device over, until the image is
+/// back; then one does, without being asked. The first that failed ended the supervisor. Why they fail is said
+/// once.
+///
+/// # Errors
+/// What does not hold.
+pub fn recovered_when_the_image_is_back(binary: &Binary, dir: &Path) -> Result<()> {
+    let (image, aside) = (dir.join("image.qcow2"), dir.join("aside.qcow2"));
+    qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
+    let mut disk = DeviceDisk::open(binary.add(&[], &image)?)?;
+    disk.run(&[Op::Write { at: 0, bytes: MARK.to_vec().into() }])?;
+    let device = disk.into_device();
+    let dead = device.listed()?.pid;
+    fs::rename(&image, &aside)?;
+    device.kill_server()?;
+    let said = || device.log().unwrap_or_default().matches("recovery failed").count();
+    patience::until(TOOL_LIMIT, || "no successor has failed".to_owned(), || Ok(said() > 0))?;
+    thread::sleep(SEVERAL_ATTEMPTS);
+    ensure!(said() == 1, "the log says it {} times: {}", said(), device.last_words());
+    ensure!(device.listed()?.state != "serving", "another file is served");
+    fs::rename(&aside, &image)?;
+    wait_until_replaced(&device, dead)?;
+    ensure!(is_supervised(device.listed()?.pid)?, "it has no supervisor");
+    still_written(device)?;
+    only_leaks(&image)
 }
 
 /// Kills servers that have made their device and have not written their record: they wait for whoever has the

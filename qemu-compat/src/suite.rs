@@ -173,6 +173,9 @@ impl Cases {
         self.add("lifecycle/added-while-recovered", 120, |it, dir| {
             between::added_while_recovered(&it.binary, dir)
         });
+        self.add("lifecycle/image-back", 200, |it, dir| {
+            between::recovered_when_the_image_is_back(&it.binary, dir)
+        });
         self.add("lifecycle/image-gone", 120, |it, dir| {
             between::removed_though_the_image_is_gone(&it.binary, dir)
         });

@@ -109,6 +109,17 @@ pub(crate) enum ServeError {
     Unannounced(io::Error),
 }
 
+impl ServeError {
+    /// Whether a device that was to be recovered is not there to be recovered any more, by whomever.
+    pub(crate) fn leaves_nothing(&self) -> bool {
+        match self {
+            Self::TakeOver(TakeOverError::Missing(_) | TakeOverError::OtherBoot(_)) => true,
+            Self::Device(error) => error.is_of_none_of_ours(),
+            _ => false,
+        }
+    }
+}
+
 /// Serves an image until a signal ends it. `announce` is called once the device serves I/O; its
 /// failure stops a new device again.
 pub(crate) fn run(

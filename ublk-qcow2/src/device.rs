@@ -59,6 +59,11 @@ pub(crate) enum DeviceError {
 }
 
 impl DeviceError {
+    /// Whether there is no such device, or not one of ours that could be recovered.
+    pub(crate) fn is_of_none_of_ours(&self) -> bool {
+        matches!(self, Self::NotOurs { .. }) || self.refusal() == Some(libc::ENODEV)
+    }
+
     /// The errno with which the driver refused a command, if it did.
     fn refusal(&self) -> Option<i32> {
         match self {

@@ -32,7 +32,7 @@ use lock::{Dead, lock_dead, write_locked};
 use nix::fcntl::Flock;
 use std::{
     fs::{self, File},
-    io,
+    io, mem,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -195,8 +195,13 @@ impl RunFile {
         Ok(())
     }
 
-    /// Says, with the next [`Self::enter`], who belongs to the service.
-    pub(crate) fn name(&mut self, processes: Vec<Process>) {
+    /// Says, with the next [`Self::enter`], who belongs to the service. So does whoever did before and lives: a
+    /// supervisor may not have seen yet that somebody else has its device.
+    pub(crate) fn name(&mut self, mut processes: Vec<Process>) {
+        let before = mem::take(&mut self.record.processes);
+        processes.extend(before.into_iter().filter(|process| process.lives()));
+        processes.sort();
+        processes.dedup();
         self.record.processes = processes;
     }
 

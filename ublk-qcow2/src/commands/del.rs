@@ -34,7 +34,7 @@ const STOP_WAIT: Duration = Duration::from_secs(600);
 /// How long a server and its supervisor may take to end when their device is gone. One that had died early
 /// may be in the supervisor's pause before the next.
 const END_WAIT: Duration = Duration::from_secs(60);
-/// How long a server may take to come into service, with its supervisor's longest pause before.
+/// How long a server may take to come into service, with its supervisor's longest pause (15 s) before.
 const START_WAIT: Duration = Duration::from_secs(30);
 /// How often to look whether it has.
 const LOOK: Duration = Duration::from_millis(10);
@@ -140,8 +140,7 @@ fn take_away(first: Entry, users: Users, served_by: &mut BTreeSet<Process>) -> R
 /// It can have the kernel write what that has in memory for the device; without a server that would be lost.
 fn is_about_to_serve(entry: &Entry) -> bool {
     let Record { phase, config, processes, error, .. } = &entry.record;
-    let is_alive = |process: &Process| !process.ends_by(Instant::now()).unwrap_or(true);
-    let somebody_will = entry.is_alive || error.is_none() && processes.iter().any(is_alive);
+    let somebody_will = entry.is_alive || error.is_none() && processes.iter().any(|process| process.lives());
     config.recovery && *phase != Phase::Removing && !entry.serves() && somebody_will
 }
 
