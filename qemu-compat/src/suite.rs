@@ -203,6 +203,9 @@ impl Cases {
         self.add("lifecycle/written-to-a-partition", 60, |it, dir| {
             unsynced::written_to_a_partition(&it.binary, dir, it.seed)
         });
+        self.add("lifecycle/detached-by-a-stranger", 60, |it, dir| {
+            unsynced::written_and_detached_by_a_stranger(&it.binary, dir, it.seed)
+        });
         self.add("lifecycle/recovered-in-silence", 300, |it, dir| {
             unheard::recovered_in_silence(&it.binary, dir)
         });

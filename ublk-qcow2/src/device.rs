@@ -336,6 +336,11 @@ fn is_stopped(info: &sys::ublksrv_ctrl_dev_info) -> bool {
     u32::from(info.state) == sys::UBLK_S_DEV_DEAD
 }
 
+/// Whether it has a server, as far as the driver has noticed.
+pub(crate) fn is_live(info: &sys::ublksrv_ctrl_dev_info) -> bool {
+    u32::from(info.state) == sys::UBLK_S_DEV_LIVE
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,7 +5,7 @@
 //! image's file system. Where the server has died, the one that its supervisor puts in its place is asked;
 //! where there is none, the device is stopped and deleted from here, and what that server had acknowledged is
 //! written to the image. Who has the lock of the run file does it: another `del` may be at work. Nothing
-//! else's devices are touched, unless named by `-n`. A device that is mounted, or claimed in another way, is
+//! else's devices are touched, unless named by `-n`: then the kernel writes back before. A device that is mounted, or claimed in another way, is
 //! not taken from under its user without `--force`.
 
 use super::{CommandError, complain};
@@ -212,13 +212,26 @@ fn remove(record: &Record) -> Result<(), CommandError> {
     Ok(())
 }
 
+/// Detaches a device of which nothing is known. Somebody may serve it, and the kernel have something in memory
+/// for it: what comes after the beginning of the stop may fail.
 fn delete_foreign(id: u32, users: Users) -> Result<(), CommandError> {
     let mut control = Control::open()?;
-    match control.info(id) {
+    let info = match control.info(id) {
         Err(error) if error.errno() == Some(libc::ENODEV) => return Err(CommandError::NoDevice(id)),
-        info => info.map(drop)?,
-    }
+        info => info?,
+    };
     check_unclaimed(id, users, "unmount it first")?;
+    if device::is_live(&info) {
+        match (device::write_back(id), users) {
+            (Ok(()), Users::Spared) => {}
+            (Err(error), Users::Spared) => {
+                return Err(CommandError::NotWritten { id, reason: error.to_string() });
+            }
+            (written, Users::Ignored) => {
+                written.and(device::sync_everything(id)).unwrap_or_else(|error| tracing::warn!("{error}"));
+            }
+        }
+    }
     Ok(device::delete_orphan(&mut control, id)?)
 }
 

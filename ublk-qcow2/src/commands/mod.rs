@@ -66,6 +66,10 @@ pub(crate) enum CommandError {
         "/dev/ublkb{id} is mounted or claimed otherwise; {first} (or `ublk-qcow2 del --force -n {id}` to detach it all the same)"
     )]
     Claimed { id: u32, first: &'static str },
+    #[error(
+        "device {id} stays as it is: {reason}; try again, or give that up: `ublk-qcow2 del --force -n {id}`"
+    )]
+    NotWritten { id: u32, reason: String },
     #[error("cannot signal the server of device {id} (process {pid}): {source}")]
     Signal { id: u32, pid: i32, source: std::io::Error },
     #[error(
