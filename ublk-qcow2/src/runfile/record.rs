@@ -48,6 +48,17 @@ pub(crate) struct Record {
     /// Why the server could not end cleanly.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) error: Option<String>,
+    /// Why the server goes on though it was asked to end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) refusal: Option<Refusal>,
+}
+
+/// That a server goes on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Refusal {
+    /// How often it has done so by now: whoever asks again tells the new answer from the one before.
+    pub(crate) number: u32,
+    pub(crate) reason: String,
 }
 
 /// A run file as others see it.
@@ -81,5 +92,6 @@ pub(crate) fn example() -> Record {
         processes: vec![Process::this().unwrap()],
         boot: super::boot().unwrap(),
         error: None,
+        refusal: None,
     }
 }
