@@ -10,7 +10,7 @@ use rustix::{
     process::{Pid, PidfdFlags, pidfd_open},
 };
 use serde::{Deserialize, Serialize};
-use std::{fs, io, os::fd::AsFd, process, time::Instant};
+use std::{fs, io, os::fd::AsFd, path::Path, process, time::Instant};
 
 /// Where the moment of birth is in `/proc/PID/stat`, counted from the field after the name.
 const START: usize = 19;
@@ -32,7 +32,7 @@ impl Process {
     fn with(pid: i32) -> io::Result<Self> {
         let path = format!("/proc/{pid}/stat");
         let invalid = || io::Error::new(io::ErrorKind::InvalidData, format!("{path} tells no start"));
-        let start = start_in(&fs::read_to_string(&path)?).ok_or_else(invalid)?;
+        let start = start_in(&read_proc(Path::new(&path))?).ok_or_else(invalid)?;
         Ok(Self { pid, start })
     }
 
@@ -63,6 +63,16 @@ impl Process {
             }
         }
     }
+}
+
+/// Reads what is there wherever /proc is mounted, and says so where it is not.
+pub(crate) fn read_proc(path: &Path) -> io::Result<String> {
+    fs::read_to_string(path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound if !Path::new("/proc/self").exists() => {
+            io::Error::new(error.kind(), format!("{}: {error}; is /proc mounted?", path.display()))
+        }
+        _ => error,
+    })
 }
 
 /// The name may have blanks and brackets in it.
