@@ -106,9 +106,10 @@ fn watch(id: u32, mut server: Pid, namespace: Namespace) {
     loop {
         let begun = Instant::now();
         let Some(signal) = wait_for_death(server) else { return };
-        redofile::was_ours_until_now(id);
+        let lived = begun.elapsed();
+        redofile::note_end(id);
         tracing::error!(id, "the server (process {server}) died by {signal}");
-        if begun.elapsed() >= SERVED {
+        if lived >= SERVED {
             setbacks = Setbacks::default();
         } else if setbacks.pause().is_err() {
             tracing::error!(id, "as the {MAX_SETBACKS} before it: {}", way_out(id));
@@ -273,9 +274,13 @@ fn remove(record: &Record) -> Result<(), ServeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{alone, redofile::RedoFile, runfile::DIRECTORY_VARIABLE};
+    use crate::{
+        alone,
+        redofile::{RedoFile, RedoFileError},
+        runfile::DIRECTORY_VARIABLE,
+    };
     use nix::sys::signal::{SigHandler, raise, signal};
-    use std::{env, fs, path::Path};
+    use std::{fs, path::Path};
 
     /// `add` was started by a program that ignores SIGCHLD, as some do: the server was killed, and its
     /// supervisor took that for an end of its own and went away. Signals belong to a whole process, so one of
@@ -311,26 +316,63 @@ mod tests {
         assert!(start_patiently(&mut setbacks, failing(1)).is_err(), "but not for ever");
     }
 
+    /// Runs a test in a process of its own that has a run directory of its own.
+    fn alone_in_a_directory(test: &str, body: impl FnOnce(&Path)) {
+        match alone::again(test) {
+            Some(mut child) => {
+                let dir = tempfile::tempdir().unwrap();
+                alone::check(&child.env(DIRECTORY_VARIABLE, dir.path()).output().unwrap());
+            }
+            None => body(&runfile::directory()),
+        }
+    }
+
+    /// A server of this device is killed. The next one finds no such device, and ends by itself.
+    fn server_dies(id: u32) {
+        match detach::into_background().unwrap() {
+            Side::Parent { child, .. } => watch(id, child, Namespace::Shared),
+            Side::Child(_) => raise(Signal::SIGKILL).unwrap(),
+        }
+    }
+
     /// The image's disk stalled, and its server was killed: what that had begun modified the image when the
     /// disk came back, half a minute after the server had last noted that the image was ours. The image was
     /// taken for changed by somebody else, and what had been acknowledged was given up.
     #[test]
     fn what_a_dead_server_had_begun_is_no_change_by_somebody_else() {
         let test = "supervisor::tests::what_a_dead_server_had_begun_is_no_change_by_somebody_else";
-        if let Some(mut child) = alone::again(test) {
-            let dir = tempfile::tempdir().unwrap();
-            return alone::check(&child.env(DIRECTORY_VARIABLE, dir.path()).output().unwrap());
-        }
-        // Nothing is noted of it.
-        let log = RedoFile::create(0).unwrap();
-        let image = Path::new(&env::var_os(DIRECTORY_VARIABLE).unwrap()).join("image");
-        fs::write(&image, "").unwrap();
-        assert!(log.check_unchanged(&image).is_err());
-        match detach::into_background().unwrap() {
-            // Without a record the next server ends by itself.
-            Side::Parent { child, .. } => watch(0, child, Namespace::Shared),
-            Side::Child(_) => raise(Signal::SIGKILL).unwrap(),
-        }
-        assert!(log.check_unchanged(&image).is_ok());
+        alone_in_a_directory(test, |directory| {
+            // Nothing is noted of it.
+            let log = RedoFile::create(0).unwrap();
+            let image = directory.join("image");
+            fs::write(&image, "").unwrap();
+            assert!(log.check_unchanged(&image).is_err());
+            server_dies(0);
+            assert!(log.check_unchanged(&image).is_ok());
+        });
+    }
+
+    /// QEMU's tools changed an image a moment after its server had died: what that had acknowledged was replayed
+    /// over it, because ten seconds were granted to what the server itself had begun.
+    #[test]
+    fn what_others_change_when_a_server_has_died_is_noticed_at_once() {
+        let test = "supervisor::tests::what_others_change_when_a_server_has_died_is_noticed_at_once";
+        alone_in_a_directory(test, |directory| {
+            let mut record = runfile::example();
+            let image = directory.join("image");
+            record.config.image.clone_from(&image);
+            fs::write(&image, "one").unwrap();
+            fs::write(runfile::path_of(record.id), serde_json::to_string(&record).unwrap()).unwrap();
+            let log = RedoFile::create(record.id).unwrap();
+            drop(log.witness(&image).unwrap());
+            let is_changed = || matches!(log.check_unchanged(&image), Err(RedoFileError::Changed { .. }));
+            server_dies(record.id);
+            assert!(!is_changed());
+            sleep(Duration::from_millis(50)); // a tick of the clock by which files are modified
+            fs::write(&image, "two").unwrap();
+            assert!(is_changed());
+            server_dies(record.id);
+            assert!(is_changed(), "the second one had not come to open the image");
+        });
     }
 }
