@@ -48,6 +48,13 @@ pub(crate) struct RunFileError {
     source: io::Error,
 }
 
+impl RunFileError {
+    /// Whether somebody asks who is not to know.
+    fn is_refusal(&self) -> bool {
+        self.source.kind() == io::ErrorKind::PermissionDenied
+    }
+}
+
 /// The way out where there is a file that cannot be understood.
 fn hint(source: &io::Error) -> &'static str {
     match source.get_ref() {
@@ -55,6 +62,7 @@ fn hint(source: &io::Error) -> &'static str {
             "; it is damaged or another version's: detach the device with that version, or remove the file, \
              which gives up what is in its redo log only, and then the device, with `ublk-qcow2 del -n`"
         }
+        _ if source.kind() == io::ErrorKind::PermissionDenied => "; only root may look at servers' records",
         _ => "",
     }
 }
@@ -163,7 +171,9 @@ impl RunFile {
             remove_files(id);
             return Err(TakeOverError::OtherBoot(id));
         }
-        record.pid = std::process::id().cast_signed();
+        let this = Process::this().map_err(fail)?;
+        record.pid = this.pid;
+        record.processes.push(this);
         record.error = None;
         record.is_inherited = true;
         let lock = write_locked(&path, &record).map_err(fail)?;

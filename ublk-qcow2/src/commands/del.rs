@@ -18,11 +18,7 @@ use crate::{
     runfile::{self, Entry, Phase, Record, RunFile, TakeOverError},
     wait,
 };
-use nix::{
-    errno::Errno,
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use rustix::process::Signal;
 use std::{
     collections::BTreeSet,
     thread,
@@ -115,7 +111,7 @@ fn take_away(first: Entry, users: Users, served_by: &mut BTreeSet<Process>) -> R
             (true, _) if asked == Some(pid) => {}
             (true, _) => {
                 check_unclaimed(id, users, "unmount it first")?;
-                if ask_to_stop(id, pid)? {
+                if ask_to_stop(&entry.record)? {
                     asked = Some(pid);
                 }
             }
@@ -143,14 +139,11 @@ fn is_about_to_serve(entry: &Entry) -> bool {
 }
 
 /// Whether there was somebody to ask.
-fn ask_to_stop(id: u32, pid: i32) -> Result<bool, CommandError> {
-    // The lock says that the server lives, so the process id is still its own.
-    match kill(Pid::from_raw(pid), Signal::SIGTERM) {
-        // But for a moment it may be that of its successor, which has not put itself into the file.
-        Err(Errno::ESRCH) => Ok(false),
-        Err(errno) => Err(CommandError::Signal { id, pid, source: errno.into() }),
-        Ok(()) => Ok(true),
-    }
+fn ask_to_stop(record: &Record) -> Result<bool, CommandError> {
+    // The lock says that somebody lives. For a moment the record may still be that of who has died.
+    let Some(server) = record.server() else { return Ok(false) };
+    let Record { id, pid, .. } = *record;
+    server.send(Signal::TERM).map_err(|source| CommandError::Signal { id, pid, source })
 }
 
 /// Makes sure that nobody has mounted the device or claimed it otherwise.
@@ -223,6 +216,7 @@ fn delete_foreign(id: u32, users: Users) -> Result<(), CommandError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::{os::unix::process::ExitStatusExt, process::Command};
 
     /// A server was killed while it stopped. `del` removed the device at once, or asked the next server before
     /// it served: what the kernel had in memory for the device was lost.
@@ -242,5 +236,21 @@ mod tests {
         assert!(!with(false, |record| record.error = Some("failed".into())), "nobody tries again");
         assert!(!with(false, |record| record.phase = Phase::Removing));
         assert!(!with(false, |record| record.config.recovery = false), "nobody can");
+    }
+
+    /// A dead server's record could be locked by anybody, and its number was a stranger's by then: `del` ended
+    /// that one.
+    #[test]
+    fn who_has_only_a_server_s_number_is_not_asked() {
+        let mut stranger = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = stranger.id().cast_signed();
+        let process = format!(r#"{{"pid":{pid},"start":1}}"#);
+        let mut record =
+            Record { pid, processes: vec![serde_json::from_str(&process).unwrap()], ..runfile::example() };
+        assert!(!ask_to_stop(&record).unwrap());
+        record.processes.clear();
+        assert!(!ask_to_stop(&record).unwrap());
+        stranger.kill().unwrap();
+        assert_eq!(stranger.wait().unwrap().signal(), Some(Signal::KILL.as_raw()), "it was ended before");
     }
 }

@@ -84,8 +84,11 @@ fn refuse_awaited_by(users: &[Entry], path: &Path) -> Result<(), CommandError> {
 fn users_of(path: &Path) -> Vec<Entry> {
     let identity = |path: &Path| fs::metadata(path).map(|it| (it.dev(), it.ino())).ok();
     let Some(wanted) = identity(path) else { return Vec::new() };
-    // Where the records cannot be read there is no server that this user could have started.
-    let all = runfile::load_all().unwrap_or_default();
+    let all = runfile::load_all().unwrap_or_else(|error| {
+        // Who is not root has started none of them, but may have handed the image to who has.
+        tracing::warn!("whether {} is served, or waits to be, is not known: {error}", path.display());
+        Vec::new()
+    });
     all.into_iter().filter(|entry| identity(&entry.record.config.image) == Some(wanted)).collect()
 }
 

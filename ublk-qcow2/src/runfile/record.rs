@@ -40,7 +40,8 @@ pub(crate) struct Record {
     pub(crate) config: Config,
     /// What the driver knows the device by, so that it is not taken for another with its number.
     pub(crate) cookie: u64,
-    /// Who has the image's file system mounted, or keeps it busy: the server, and its supervisor.
+    /// Who has the image's file system mounted, or keeps it busy: the server, and its supervisor. Whoever has
+    /// taken the file over is among them.
     #[serde(default)]
     pub(crate) processes: Vec<Process>,
     /// The boot in which the device was made: it has not outlived it.
@@ -48,6 +49,13 @@ pub(crate) struct Record {
     /// Why the server could not end cleanly.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) error: Option<String>,
+}
+
+impl Record {
+    /// The server's process, if that is known well enough to be told from others with its number.
+    pub(crate) fn server(&self) -> Option<Process> {
+        self.processes.iter().copied().find(|process| process.pid == self.pid)
+    }
 }
 
 /// A run file as others see it.
