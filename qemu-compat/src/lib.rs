@@ -9,6 +9,7 @@
 //! recovery, leaks, server                 what becomes of a device whose server dies, and of its image
 //! stopping                                a device that is stopped by somebody else, or whose server is killed meanwhile
 //! unsynced                                what the kernel still has to write to a device that is detached
+//! between                                 devices without a server or a record, and who comes to them meanwhile
 //! unheard                                 commands and servers of which nobody hears
 //! origins                                 images on block devices, grown ones, ones with bitmaps
 //! condemned                               what becomes of an image in which damage was met
@@ -20,6 +21,7 @@
 //! The binary of this package runs everything on real devices; `cargo test` runs the matrix
 //! through the engine in one process, which needs no device.
 
+pub mod between;
 pub mod command;
 pub mod condemned;
 pub mod content;

@@ -33,7 +33,7 @@ use std::{
 /// Bytes of a disk for a file system, ext4 everywhere: mkfs.xfs makes nothing as small.
 const DISK: u64 = 64 << 20;
 /// What is written to a device to be found there later: a cluster.
-static MARK: [u8; 65536] = [7; 65536];
+pub(crate) static MARK: [u8; 65536] = [7; 65536];
 /// The byte that QEMU locks who shares an image with nobody who writes.
 const QEMU_UNSHARED_WRITE: i64 = 201;
 /// How long a supervisor may take to see that its device is gone.
@@ -384,7 +384,7 @@ pub fn recovered_although_the_successor_dies(binary: &Binary, dir: &Path) -> Res
 
 /// Has an image locked, for as long as the file is open, like a program that reads it and lets nobody write
 /// meanwhile.
-fn without_writers(image: &Path) -> Result<File> {
+pub(crate) fn without_writers(image: &Path) -> Result<File> {
     let file = File::open(image)?;
     let lock = libc::flock {
         l_type: libc::F_RDLCK as i16,

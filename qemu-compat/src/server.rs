@@ -37,6 +37,14 @@ const LATE_SCAN: Duration = Duration::from_secs(1);
 /// The driver's feature that a start without a partition scan takes.
 const NO_PART_SCAN: &str = "no-part-scan";
 
+/// The one process that another one has started.
+///
+/// # Errors
+/// It has started none, or several.
+pub(crate) fn only_child_of(pid: i32) -> Result<i32> {
+    Ok(Process(pid).only_child()?.0)
+}
+
 /// Demands of a server, of the supervisor behind it and of the process that waits for the driver in its
 /// stead, that no thread waits for the device when it allocates memory, that memory stays, that the OOM
 /// killer passes by, that mounts are its own; and of the server that it keeps no privileges but those that

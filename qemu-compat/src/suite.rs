@@ -3,7 +3,7 @@
 //! Cheap and telling ones come first: when the device does not work at all, that shows in seconds.
 
 use crate::{
-    condemned, data_path,
+    between, condemned, data_path,
     device::{Binary, DeviceDisk},
     disk::{Disk, Op, Server},
     durability,
@@ -170,6 +170,15 @@ impl Cases {
             lifecycle::removed_after_a_failed_recovery(&it.binary, dir)
         });
         self.add("lifecycle/any-phase", 300, |it, dir| lifecycle::recovered_from_any_phase(&it.binary, dir));
+        self.add("lifecycle/added-while-recovered", 120, |it, dir| {
+            between::added_while_recovered(&it.binary, dir)
+        });
+        self.add("lifecycle/image-back", 200, |it, dir| {
+            between::recovered_when_the_image_is_back(&it.binary, dir)
+        });
+        self.add("lifecycle/image-gone", 120, |it, dir| {
+            between::removed_though_the_image_is_gone(&it.binary, dir)
+        });
         self.add("lifecycle/successor-dies", 300, |it, dir| {
             lifecycle::recovered_although_the_successor_dies(&it.binary, dir)
         });
@@ -194,11 +203,17 @@ impl Cases {
         self.add("lifecycle/written-to-a-partition", 60, |it, dir| {
             unsynced::written_to_a_partition(&it.binary, dir, it.seed)
         });
+        self.add("lifecycle/detached-by-a-stranger", 60, |it, dir| {
+            unsynced::written_and_detached_by_a_stranger(&it.binary, dir, it.seed)
+        });
         self.add("lifecycle/recovered-in-silence", 300, |it, dir| {
             unheard::recovered_in_silence(&it.binary, dir)
         });
         self.add("lifecycle/killed-unheard", 300, |it, dir| {
             unheard::killed_before_it_is_heard(&it.binary, dir)
+        });
+        self.add("lifecycle/killed-unrecorded", 120, |it, dir| {
+            between::killed_before_it_is_recorded(&it.binary, dir)
         });
         self.add("lifecycle/added-unheard", 300, |it, dir| unheard::added_unheard(&it.binary, dir));
     }

@@ -98,6 +98,10 @@ fn end(device: Device, let_go: impl FnOnce() -> Result<()>) -> Result<()> {
     kill(Pid::from_raw(server), Signal::SIGTERM)?;
     patience::until(ENDED, || "the device was not stopped".to_owned(), || Ok(!path.exists()))?;
     let_go()?;
+    has_ended(device, server)
+}
+
+fn has_ended(device: Device, server: i32) -> Result<()> {
     patience::until(
         ENDED,
         || format!("the server (process {server}) has not ended"),
@@ -112,15 +116,29 @@ fn end(device: Device, let_go: impl FnOnce() -> Result<()>) -> Result<()> {
 /// # Errors
 /// It is lost, or `del` fails.
 pub fn written_to_a_partition(binary: &Binary, dir: &Path, seed: u64) -> Result<()> {
+    written_and_detached_by(binary, binary, dir, seed)
+}
+
+/// The same with `del` from an instance that has other records, to which it is somebody else's device: it was
+/// stopped at once, and what lay in memory for it was lost.
+///
+/// # Errors
+/// It is lost, or `del` fails.
+pub fn written_and_detached_by_a_stranger(binary: &Binary, dir: &Path, seed: u64) -> Result<()> {
+    written_and_detached_by(&binary.in_run_dir(&dir.join("run")), binary, dir, seed)
+}
+
+fn written_and_detached_by(remover: &Binary, binary: &Binary, dir: &Path, seed: u64) -> Result<()> {
     let image = dir.join("image.qcow2");
     let bytes = noise(seed);
     let device = partitioned(binary, &[], &image)?;
+    let server = device.listed()?.pid;
     // Closed, it would be written back at once.
     let user = File::options().write(true).open(Used::of(&device, Place::Partition)?.node)?;
     user.write_all_at(&bytes, 0)?;
-    binary.run(["del", "-n", &device.id().to_string()])?.success()?;
+    remover.run(["del", "-n", &device.id().to_string()])?.success()?;
     drop(user);
-    device.has_gone()?;
+    has_ended(device, server)?;
     qemu_img::check_clean(&image)?;
 
     let mut disk = DeviceDisk::open(binary.add(&[], &image)?)?;

@@ -17,11 +17,14 @@ use crate::{
     deputy::Deputy,
     device::{self, Device, DeviceError, Shape},
     namespace::Namespace,
+    orphans,
     processes::Process,
     queue::QueueError,
     redofile::{self, RedoFileError, Witness},
     request::device_sectors,
-    runfile::{self, Choice, CreateError, Phase, Record, RunFile, RunFileError, TakeOverError},
+    runfile::{
+        self, Choice, CreateError, InUse, Making, Phase, Record, RunFile, RunFileError, TakeOverError,
+    },
     safety,
 };
 use image::{close_image, keep_new_log, open_image, take_image_over};
@@ -81,6 +84,8 @@ pub(crate) enum ServeError {
     #[error(transparent)]
     Device(#[from] DeviceError),
     #[error(transparent)]
+    InUse(#[from] InUse),
+    #[error(transparent)]
     RunFile(#[from] RunFileError),
     #[error(transparent)]
     Create(#[from] CreateError),
@@ -102,6 +107,17 @@ pub(crate) enum ServeError {
     Interrupted(Signal),
     #[error("nobody was told of the device: {0}")]
     Unannounced(io::Error),
+}
+
+impl ServeError {
+    /// Whether a device that was to be recovered is not there to be recovered any more, by whomever.
+    pub(crate) fn leaves_nothing(&self) -> bool {
+        match self {
+            Self::TakeOver(TakeOverError::Missing(_) | TakeOverError::OtherBoot(_)) => true,
+            Self::Device(error) => error.is_of_none_of_ours(),
+            _ => false,
+        }
+    }
 }
 
 /// Serves an image until a signal ends it. `announce` is called once the device serves I/O; its
@@ -162,7 +178,8 @@ fn make(
     let &Config { queues, depth, recovery, part_scan, zero_copy, .. } = config;
     let boot = runfile::boot().map_err(ServeError::SetUp)?;
     let request = device::Request { id, queues, depth, recovery, part_scan, zero_copy, cookie };
-    let (mut device, run_file) = add_device(&request, |device| Record {
+    // In this order, so that a device goes before its record does, should anything fail from here on.
+    let (run_file, mut device) = add_device(&request, |device| Record {
         id: device.id(),
         pid: process::id().cast_signed(),
         size: shape.sectors * 512,
@@ -176,6 +193,9 @@ fn make(
         boot: boot.clone(),
         error: None,
     })?;
+    if !config.force_share {
+        runfile::refuse_changed_by_others(&files.paths(), cookie)?;
+    }
     device.describe(&shape)?;
     let witness = keep_new_log(&device, &image, config)?;
     let service = service(image, files, device.open_char()?, config);
@@ -184,19 +204,23 @@ fn make(
 }
 
 /// Adds a device and writes its record. The driver gives out every number that is free; one whose last server
-/// has left something to be written to its image, or is writing it, is kept until there is another, unless it
-/// was asked for.
+/// has left something to be written to its image, or may have, or is writing it, is kept until there is another,
+/// unless it was asked for.
 fn add_device(
     request: &device::Request,
     record: impl Fn(&Device) -> Record,
-) -> Result<(Device, RunFile), ServeError> {
+) -> Result<(RunFile, Device), ServeError> {
     let choice = if request.id.is_some() { Choice::AskedFor } else { Choice::Any };
+    if let Err(error) = orphans::remove_all() {
+        tracing::warn!("a device without a record stays: {error}");
+    }
+    let _making = Making::begin()?;
     let mut passed_over = Vec::new();
     loop {
         let device = Device::add(Control::open()?, request)?;
         match RunFile::create(record(&device), choice, redofile::owes) {
-            Ok(run_file) => return Ok((device, run_file)),
-            Err(error @ (CreateError::Owing { .. } | CreateError::Busy(_))) if choice == Choice::Any => {
+            Ok(run_file) => return Ok((run_file, device)),
+            Err(error) if choice == Choice::Any && error.is_of_number() => {
                 tracing::warn!("another number is taken: {error}");
                 passed_over.push(device);
             }

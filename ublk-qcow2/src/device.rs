@@ -15,7 +15,7 @@ mod request;
 mod shape;
 
 pub(crate) use dirty::{check_unclaimed, sync_everything, write_back};
-pub(crate) use nodes::block_path;
+pub(crate) use nodes::{block_path, numbers};
 pub(crate) use removal::{delete_left, delete_orphan, unless_gone};
 pub(crate) use request::{DataPath, MAX_DEPTH, Request};
 pub(crate) use shape::Shape;
@@ -59,6 +59,11 @@ pub(crate) enum DeviceError {
 }
 
 impl DeviceError {
+    /// Whether there is no such device, or not one of ours that could be recovered.
+    pub(crate) fn is_of_none_of_ours(&self) -> bool {
+        matches!(self, Self::NotOurs { .. }) || self.refusal() == Some(libc::ENODEV)
+    }
+
     /// The errno with which the driver refused a command, if it did.
     fn refusal(&self) -> Option<i32> {
         match self {
@@ -329,6 +334,11 @@ impl State {
 /// Whether no block device is there, and none comes back.
 fn is_stopped(info: &sys::ublksrv_ctrl_dev_info) -> bool {
     u32::from(info.state) == sys::UBLK_S_DEV_DEAD
+}
+
+/// Whether it has a server, as far as the driver has noticed.
+pub(crate) fn is_live(info: &sys::ublksrv_ctrl_dev_info) -> bool {
+    u32::from(info.state) == sys::UBLK_S_DEV_LIVE
 }
 
 #[cfg(test)]

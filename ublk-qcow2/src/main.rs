@@ -20,6 +20,7 @@ mod errno;
 mod handover;
 mod keep;
 mod namespace;
+mod orphans;
 mod partitions;
 mod processes;
 mod queue;

@@ -41,6 +41,11 @@ impl Process {
         Ok(Self { pid, start })
     }
 
+    /// Whether it has not ended, as far as is known.
+    pub(crate) fn lives(self) -> bool {
+        !self.ends_by(Instant::now()).unwrap_or(true)
+    }
+
     /// Waits for its end, when it has let go of its files and mounts with all its threads; not longer than
     /// that. Whether it has ended.
     pub(crate) fn ends_by(self, deadline: Instant) -> io::Result<bool> {

@@ -67,6 +67,11 @@ pub(crate) enum RedoFileError {
     )]
     Changed { image: PathBuf, log: PathBuf },
     #[error(
+        "cannot look at {}: {source}; put it back, or remove {} to give up what was acknowledged and is not in it yet",
+        .image.display(), .log.display()
+    )]
+    Gone { image: PathBuf, log: PathBuf, source: io::Error },
+    #[error(
         "{} is not the file that the dead server had open: put that one back, or remove {} to give it up",
         .image.display(), .log.display()
     )]
@@ -114,7 +119,8 @@ impl RedoFile {
         }
     }
 
-    fn owes(&self) -> bool {
+    /// Whether there is something in it that is in no image yet, or may be.
+    pub(crate) fn owes(&self) -> bool {
         !RedoLog::open(self.memory()).is_ok_and(|log| log.is_empty())
     }
 
@@ -134,12 +140,22 @@ impl RedoFile {
 
     /// Makes sure that the image is still the file that the dead server had open.
     pub(crate) fn check_same(&self, image: &Path) -> Result<(), RedoFileError> {
-        let (noted, now) = (self.map.witness(), look_at(image)?.identity);
+        let (noted, now) = (self.map.witness(), self.look_at_left(image)?.identity);
         // One that was killed before it could look has noted nothing.
         if noted.identity.inode == 0 || now == noted.identity {
             return Ok(());
         }
         Err(RedoFileError::Replaced { image: image.to_owned(), log: self.path.clone() })
+    }
+
+    /// The image as its dead server has left it.
+    fn look_at_left(&self, image: &Path) -> Result<Seen, RedoFileError> {
+        look_at(image).map_err(|error| match error {
+            RedoFileError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+                RedoFileError::Gone { image: image.to_owned(), log: self.path.clone(), source }
+            }
+            error => error,
+        })
     }
 
     /// Makes sure that nobody but the dead server has changed the image.

@@ -10,7 +10,9 @@
 
 mod directory;
 mod lock;
+mod making;
 mod record;
+mod users;
 
 #[cfg(test)]
 pub(crate) use {directory::DIRECTORY_VARIABLE, record::example};
@@ -19,7 +21,9 @@ pub(crate) use {
         check_directory, directory, load, load_all, load_each, load_made, log_path, make_directory, open_log,
         path_of, redo_path,
     },
+    making::{Making, lacks_record, new_cookie},
     record::{Entry, Phase, Record},
+    users::{InUse, refuse_awaited, refuse_changed_by_others, refuse_served},
 };
 
 use crate::{config::Config, processes::Process};
@@ -28,7 +32,7 @@ use lock::{Dead, lock_dead, write_locked};
 use nix::fcntl::Flock;
 use std::{
     fs::{self, File},
-    io::{self, Read},
+    io, mem,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -77,10 +81,20 @@ pub(crate) enum CreateError {
          `ublk-qcow2 del -n {id}` writes it there", .image.display()
     )]
     Owing { id: u32, image: PathBuf },
+    /// So it is with a record that tells nothing: what is in the log may be in no image yet.
+    #[error(transparent)]
+    Unreadable(RunFileError),
     #[error(
         "number {0} is that of a device whose server still writes to its image: try again when that has ended"
     )]
     Busy(u32),
+}
+
+impl CreateError {
+    /// Whether the number is still somebody else's, and another one may be free.
+    pub(crate) fn is_of_number(&self) -> bool {
+        matches!(self, Self::Owing { .. } | Self::Unreadable(_) | Self::Busy(_))
+    }
 }
 
 /// Whether a number was asked for, or another will do.
@@ -143,7 +157,8 @@ impl RunFile {
             Dead::Missing => {}
             Dead::Alive => return Err(CreateError::Busy(record.id)),
             Dead::Locked(file) => {
-                if let Some(image) = owing(file, &record, owes).map_err(fail("cannot take over"))? {
+                let image = owing(file, &record, owes).map_err(fail("cannot take over"));
+                if let Some(image) = image.map_err(CreateError::Unreadable)? {
                     return Err(CreateError::Owing { id: record.id, image });
                 }
             }
@@ -190,8 +205,13 @@ impl RunFile {
         Ok(())
     }
 
-    /// Says, with the next [`Self::enter`], who belongs to the service.
-    pub(crate) fn name(&mut self, processes: Vec<Process>) {
+    /// Says, with the next [`Self::enter`], who belongs to the service. So does whoever did before and lives: a
+    /// supervisor may not have seen yet that somebody else has its device.
+    pub(crate) fn name(&mut self, mut processes: Vec<Process>) {
+        let before = mem::take(&mut self.record.processes);
+        processes.extend(before.into_iter().filter(|process| process.lives()));
+        processes.sort();
+        processes.dedup();
         self.record.processes = processes;
     }
 
@@ -241,13 +261,6 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         removed => removed,
     }
-}
-
-/// A number by which a device is known that is to be made.
-pub(crate) fn new_cookie() -> io::Result<u64> {
-    let mut bytes = [0; 8];
-    File::open("/dev/urandom")?.read_exact(&mut bytes)?;
-    Ok(u64::from_ne_bytes(bytes))
 }
 
 /// Which boot of the machine this is.

@@ -8,8 +8,11 @@
 //! It does next to nothing, so that it outlives what may kill a server: no ring, no image, no device and one
 //! thread, which is what makes the forks sound. It ends with the server that ends by itself. What a new
 //! server has made and not told of, be it killed or one of its queues failed, it removes; a device that was
-//! to be recovered goes on waiting. A server that dies again and again as soon as it serves is given up, and so
-//! is one that cannot be started for a while: its device waits for `ublk-qcow2 recover` or `del`.
+//! to be recovered goes on waiting. If there is no successor to be had, because each dies as soon as it serves,
+//! fails to take the device over or cannot even be started, it goes on trying ([`Setbacks`]), until somebody
+//! else has the device or takes it away.
+
+mod setbacks;
 
 use crate::{
     control::Control,
@@ -18,6 +21,7 @@ use crate::{
     device,
     keep::Kept,
     namespace::{self, Namespace},
+    orphans,
     processes::Process,
     redofile,
     runfile::{self, Phase, Record, RunFile},
@@ -31,25 +35,23 @@ use nix::{
     },
     unistd::Pid,
 };
+use setbacks::Setbacks;
 use std::{
     io, process,
-    thread::sleep,
     time::{Duration, Instant},
 };
 
 /// A server that has served for this long died of something else than the requests that were waiting
 /// for it: its death says nothing of the next one's.
 const SERVED: Duration = Duration::from_millis(200);
-/// Servers in a row that die younger, or cannot be started, before the device is left to its users.
-const MAX_SETBACKS: u32 = 8;
-/// The pause after the first of them; each later one is twice as long: 25.5 s in all.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
 /// How long a server may take to write back and close that is to end as soon as it serves.
 const STOP_WAIT: Duration = Duration::from_secs(600);
 /// How long one may take to be gone that has failed before anybody was told of its device, or was killed.
 const GONE_WAIT: Duration = Duration::from_secs(60);
 /// How often to look whether it has ended.
 const LOOK: Duration = Duration::from_millis(10);
+/// With this exit code a server says that its device is not there to be recovered, by nobody.
+const NOTHING_LEFT: i32 = 2;
 
 /// Serves in a child process, and in another one whenever that is killed. `reporter` learns how the
 /// first one began.
@@ -58,131 +60,133 @@ pub(crate) fn run(start: &Start, reporter: Reporter) -> io::Result<()> {
     let (namespace, _hold) = namespace::leave(start.image().as_deref());
     safety::prepare();
     let mut reporter = Some(reporter);
-    let (server, outcome) = start_server(start, namespace, &mut reporter)?;
+    let server = start_server(start, namespace, &mut reporter)?;
     let Some(reporter) = reporter else { return Ok(()) };
     match *start {
-        Start::New { cookie, .. } => begin_new(server, outcome, cookie, namespace, reporter),
-        Start::Recover { id } => {
-            match outcome {
-                Ok(_) => drop(reporter.serving(id, &runfile::log_path(id))),
-                Err(error) => reporter.failed_for_now(id, &error),
-            }
-            // It has users, whoever hears of it, and what they were told is written may be in its redo log
-            // only. A server that was silent has been killed, or serves all the same; one that has failed has
-            // ended.
-            watch(id, server, namespace);
-        }
+        Start::New { cookie, .. } => begin_new(server, cookie, namespace, reporter),
+        Start::Recover { id } => begin_again(id, server, namespace, reporter),
     }
     Ok(())
 }
 
 /// Goes on with a server that was to make a device, or with what it has left of one.
-fn begin_new(
-    server: Pid,
-    outcome: Result<u32, Unserved>,
-    cookie: u64,
-    namespace: Namespace,
-    reporter: Reporter,
-) {
-    match outcome {
-        Ok(id) => match reporter.serving(id, &runfile::log_path(id)) {
+fn begin_new(server: Attempt, cookie: u64, namespace: Namespace, reporter: Reporter) {
+    match &server.outcome {
+        &Ok(id) => match reporter.serving(id, &runfile::log_path(id)) {
             Ok(()) => watch(id, server, namespace),
             Err(error) => {
                 tracing::error!(id, "nobody was told of the device, so it is detached again: {error}");
-                stop(server);
+                stop(server.pid);
             }
         },
         Err(error) => {
-            remove_unheard_of(server, cookie);
+            remove_unheard_of(server.pid, cookie);
             reporter.failed(&error.to_string());
         }
     }
 }
 
-/// Watches a server, and its successors, to the end.
-fn watch(id: u32, mut server: Pid, namespace: Namespace) {
+/// Goes on with a server that was to take a device over. That has users, whoever hears of it, and what they were
+/// told is written may be in its redo log only. A server that was silent has been killed, or serves all the same.
+fn begin_again(id: u32, server: Attempt, namespace: Namespace, reporter: Reporter) {
+    match &server.outcome {
+        Ok(_) => drop(reporter.serving(id, &runfile::log_path(id))),
+        Err(error) => reporter.failed_for_now(id, error),
+    }
+    // Trying again is for who has just read why it does not work.
+    if !matches!(server.outcome, Err(Unserved::Failed(_))) {
+        watch(id, server, namespace);
+    }
+}
+
+/// Watches a server, and its successors, until there is nothing more to be served, or by somebody else.
+fn watch(id: u32, mut server: Attempt, namespace: Namespace) {
+    let cookie = runfile::load(id).ok().flatten().map(|entry| entry.record.cookie);
+    let is_over = || is_over(id, cookie);
     let mut setbacks = Setbacks::default();
     let mut kept = Kept::of(id);
     loop {
-        let begun = Instant::now();
-        let Some(signal) = wait_for_death(server) else { return };
-        let lived = begun.elapsed();
-        redofile::note_end(id);
-        tracing::error!(id, "the server (process {server}) died by {signal}");
-        if lived >= SERVED {
-            setbacks = Setbacks::default();
-        } else if setbacks.pause().is_err() {
-            tracing::error!(id, "as the {MAX_SETBACKS} before it: {}", way_out(id));
-            return;
+        match server.end(id) {
+            End::Regular => return,
+            End::Killed(signal) => {
+                tracing::error!(id, "the server (process {}) died by {signal}", server.pid);
+                setbacks = Setbacks::default();
+            }
+            End::Setback(reason) => setbacks.note(id, reason),
         }
-        tracing::info!(id, "recovering the device");
-        server = match start_patiently(&mut setbacks, || {
-            start_server(&Start::Recover { id }, namespace, &mut None)
-        }) {
-            Ok((server, Ok(_))) => {
-                kept.renew();
-                server
-            }
-            // The next wait finds how it ended: by itself, and then trying again is for somebody who has
-            // read why, or by a signal once more.
-            Ok((server, Err(error))) => {
-                tracing::error!(id, "recovery failed: {error}");
-                server
-            }
-            Err(error) => {
-                tracing::error!(id, "cannot start another server: {error}: {}", way_out(id));
-                return;
-            }
-        };
+        let start = || start_server(&Start::Recover { id }, namespace, &mut None);
+        let Some(next) = setbacks::start_patiently(id, &mut setbacks, is_over, start) else { return };
+        server = next;
+        if server.outcome.is_ok() {
+            tracing::info!(id, "the device has been recovered");
+            kept.renew();
+        }
     }
 }
 
-fn way_out(id: u32) -> String {
-    format!("the device is left to `ublk-qcow2 recover -n {id}` or `del -n {id}`")
-}
-
-/// Attempts in a row to have the device served that came to nothing.
-#[derive(Default)]
-struct Setbacks(u32);
-
-/// There were too many.
-struct GivenUp;
-
-impl Setbacks {
-    /// Counts one more, and waits before the next attempt.
-    fn pause(&mut self) -> Result<(), GivenUp> {
-        if self.0 == MAX_SETBACKS {
-            return Err(GivenUp);
+/// Whether nobody waits for another server of ours: the device is gone, or another's, or somebody else takes it
+/// away or serves it.
+fn is_over(id: u32, cookie: Option<u64>) -> bool {
+    match runfile::load(id) {
+        Ok(None) => true,
+        Ok(Some(entry)) => {
+            Some(entry.record.cookie) != cookie || entry.record.phase == Phase::Removing || entry.serves()
         }
-        sleep(FIRST_PAUSE * (1 << self.0));
-        self.0 += 1;
-        Ok(())
+        // Whoever takes it over will say so.
+        Err(_) => false,
     }
 }
 
-/// Starts a server, though there may be no process or no memory for it at the moment.
-fn start_patiently<T>(setbacks: &mut Setbacks, mut start: impl FnMut() -> io::Result<T>) -> io::Result<T> {
-    loop {
-        match start() {
-            Err(error) => {
-                tracing::warn!("cannot start a server: {error}");
-                setbacks.pause().map_err(|GivenUp| error)?;
+/// A server that was started, and what it has come to at first.
+struct Attempt {
+    pid: Pid,
+    outcome: Result<u32, Unserved>,
+    since: Instant,
+}
+
+/// How a server has ended.
+#[derive(Debug, PartialEq, Eq)]
+enum End {
+    /// By itself, as it should, or so that another one can do nothing more.
+    Regular,
+    /// It had served for a while: that says nothing of the next one.
+    Killed(Signal),
+    /// The device waits, and why.
+    Setback(String),
+}
+
+impl Attempt {
+    /// Waits for its end, and for that of what it has begun.
+    fn end(&self, id: u32) -> End {
+        let status = wait_for_end(self.pid);
+        let lived = self.since.elapsed();
+        if let Some(WaitStatus::Signaled(..)) = status {
+            redofile::note_end(id);
+        }
+        match (status, &self.outcome) {
+            (Some(WaitStatus::Signaled(_, signal, _)), outcome) => match outcome {
+                Err(Unserved::Failed(error)) => End::Setback(format!("recovery failed: {error}")),
+                _ if lived >= SERVED => End::Killed(signal),
+                _ => End::Setback(format!("a server died by {signal} as soon as it was started")),
+            },
+            (Some(WaitStatus::Exited(_, code)), Err(Unserved::Failed(error))) if code != NOTHING_LEFT => {
+                End::Setback(format!("recovery failed: {error}"))
             }
-            started => return started,
+            (_, Err(Unserved::Failed(error))) => {
+                tracing::error!(id, "there is nothing to be recovered: {error}");
+                End::Regular
+            }
+            _ => End::Regular,
         }
     }
 }
 
 /// Starts a server. Returns when it serves, has failed, or has died. The server does not keep `ours`:
 /// whoever listens there waits until nobody can speak any more.
-fn start_server(
-    start: &Start,
-    namespace: Namespace,
-    ours: &mut Option<Reporter>,
-) -> io::Result<(Pid, Result<u32, Unserved>)> {
+fn start_server(start: &Start, namespace: Namespace, ours: &mut Option<Reporter>) -> io::Result<Attempt> {
     let supervisor = Process::this()?;
     match detach::into_background()? {
-        Side::Parent { child, outcome } => Ok((child, outcome)),
+        Side::Parent { child, outcome } => Ok(Attempt { pid: child, outcome, since: Instant::now() }),
         Side::Child(reporter) => {
             *ours = None;
             process::exit(serve(start, namespace, Some(supervisor), reporter))
@@ -206,7 +210,7 @@ pub(crate) fn serve(
         (Ok(()), _) => 0,
         (Err(error), Some(reporter)) => {
             reporter.failed(&error.to_string());
-            1
+            if error.leaves_nothing() { NOTHING_LEFT } else { 1 }
         }
         (Err(error), None) => {
             tracing::error!("{error}");
@@ -232,12 +236,11 @@ fn ends_within(server: Pid, limit: Duration) -> bool {
     has_ended
 }
 
-/// Waits for the end of a server and of what it has begun; the signal if it was killed.
-fn wait_for_death(server: Pid) -> Option<Signal> {
+/// Waits for the end of a server and of what it has begun.
+fn wait_for_end(server: Pid) -> Option<WaitStatus> {
     loop {
         match waitpid(server, None) {
-            Ok(WaitStatus::Signaled(_, signal, _)) => return Some(signal),
-            Ok(WaitStatus::Exited(..)) => return None,
+            Ok(status @ (WaitStatus::Signaled(..) | WaitStatus::Exited(..))) => return Some(status),
             Err(errno) if errno != Errno::EINTR => return None,
             _ => {}
         }
@@ -250,7 +253,13 @@ pub(crate) fn remove_unheard_of(server: Pid, cookie: u64) {
     if !ends_within(server, GONE_WAIT) {
         return;
     }
-    let Some(Record { id, .. }) = runfile::load_made(cookie) else { return };
+    let Some(Record { id, .. }) = runfile::load_made(cookie) else {
+        // It may have been killed before it could write one.
+        if let Err(error) = orphans::remove_made(cookie) {
+            tracing::error!("a device is left behind: {error}");
+        }
+        return;
+    };
     // A server that lives hears that nobody listens, and stops.
     let Ok(run_file) = RunFile::take_over(id) else { return };
     let record = run_file.record();
@@ -279,41 +288,30 @@ mod tests {
         redofile::{RedoFile, RedoFileError},
         runfile::DIRECTORY_VARIABLE,
     };
-    use nix::sys::signal::{SigHandler, raise, signal};
-    use std::{fs, path::Path};
+    use nix::{
+        fcntl::{Flock, FlockArg},
+        sys::signal::{SigHandler, raise, signal},
+    };
+    use std::{
+        collections::BTreeSet,
+        fs::{self, File},
+        path::Path,
+        thread::{self, sleep},
+    };
 
-    /// `add` was started by a program that ignores SIGCHLD, as some do: the server was killed, and its
-    /// supervisor took that for an end of its own and went away. Signals belong to a whole process, so one of
-    /// its own takes the test.
-    #[test]
-    fn a_server_s_death_is_noticed_whatever_was_inherited() {
-        alone::run("supervisor::tests::a_server_s_death_is_noticed_whatever_was_inherited", || {
-            #[allow(unsafe_code, reason = "in a process of its own")]
-            // SAFETY: it installs no handler.
-            unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }.unwrap();
-            match detach::into_background().unwrap() {
-                Side::Parent { child, .. } => assert_eq!(wait_for_death(child), Some(Signal::SIGKILL)),
-                Side::Child(_) => raise(Signal::SIGKILL).unwrap(),
-            }
-        });
+    fn begun(pid: Pid, outcome: Result<u32, Unserved>) -> Attempt {
+        Attempt { pid, outcome, since: Instant::now() }
     }
 
-    /// There was no process left for a moment, or no memory for one: the supervisor gave up, and the device's
-    /// users waited until somebody came.
-    #[test]
-    fn a_server_that_cannot_be_started_is_tried_again() {
-        let failing = |times: u32| {
-            let mut made = 0;
-            move || {
-                made += 1;
-                if made <= times { Err(io::Error::from(Errno::EAGAIN)) } else { Ok(made) }
+    /// A server that is killed.
+    fn dying() -> Attempt {
+        match detach::into_background().unwrap() {
+            Side::Parent { child, outcome } => begun(child, outcome),
+            Side::Child(_) => {
+                raise(Signal::SIGKILL).unwrap();
+                unreachable!("nobody survives that")
             }
-        };
-        let mut setbacks = Setbacks::default();
-        assert_eq!(start_patiently(&mut setbacks, failing(2)).unwrap(), 3);
-        assert_eq!(setbacks.0, 2, "one that dies early then is the third");
-        let mut setbacks = Setbacks(MAX_SETBACKS);
-        assert!(start_patiently(&mut setbacks, failing(1)).is_err(), "but not for ever");
+        }
     }
 
     /// Runs a test in a process of its own that has a run directory of its own.
@@ -327,12 +325,23 @@ mod tests {
         }
     }
 
-    /// A server of this device is killed. The next one finds no such device, and ends by itself.
-    fn server_dies(id: u32) {
-        match detach::into_background().unwrap() {
-            Side::Parent { child, .. } => watch(id, child, Namespace::Shared),
-            Side::Child(_) => raise(Signal::SIGKILL).unwrap(),
-        }
+    /// `add` was started by a program that ignores SIGCHLD, as some do: the server was killed, and its
+    /// supervisor took that for an end of its own and went away. Signals belong to a whole process, so one of
+    /// its own takes the test.
+    #[test]
+    fn a_server_s_death_is_noticed_whatever_was_inherited() {
+        alone::run("supervisor::tests::a_server_s_death_is_noticed_whatever_was_inherited", || {
+            #[allow(unsafe_code, reason = "in a process of its own")]
+            // SAFETY: it installs no handler.
+            unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }.unwrap();
+            match detach::into_background().unwrap() {
+                Side::Parent { child, .. } => {
+                    let end = wait_for_end(child);
+                    assert!(matches!(end, Some(WaitStatus::Signaled(_, Signal::SIGKILL, _))), "{end:?}");
+                }
+                Side::Child(_) => raise(Signal::SIGKILL).unwrap(),
+            }
+        });
     }
 
     /// The image's disk stalled, and its server was killed: what that had begun modified the image when the
@@ -347,7 +356,8 @@ mod tests {
             let image = directory.join("image");
             fs::write(&image, "").unwrap();
             assert!(log.check_unchanged(&image).is_err());
-            server_dies(0);
+            // Without a record the next server ends by itself.
+            watch(0, dying(), Namespace::Shared);
             assert!(log.check_unchanged(&image).is_ok());
         });
     }
@@ -359,20 +369,77 @@ mod tests {
         let test = "supervisor::tests::what_others_change_when_a_server_has_died_is_noticed_at_once";
         alone_in_a_directory(test, |directory| {
             let mut record = runfile::example();
-            let image = directory.join("image");
+            let (id, image) = (record.id, directory.join("image"));
             record.config.image.clone_from(&image);
             fs::write(&image, "one").unwrap();
-            fs::write(runfile::path_of(record.id), serde_json::to_string(&record).unwrap()).unwrap();
-            let log = RedoFile::create(record.id).unwrap();
+            fs::write(runfile::path_of(id), serde_json::to_string(&record).unwrap()).unwrap();
+            let log = RedoFile::create(id).unwrap();
             drop(log.witness(&image).unwrap());
             let is_changed = || matches!(log.check_unchanged(&image), Err(RedoFileError::Changed { .. }));
-            server_dies(record.id);
+            dying().end(id);
             assert!(!is_changed());
             sleep(Duration::from_millis(50)); // a tick of the clock by which files are modified
             fs::write(&image, "two").unwrap();
             assert!(is_changed());
-            server_dies(record.id);
+            dying().end(id);
             assert!(is_changed(), "the second one had not come to open the image");
         });
+    }
+
+    /// A successor could not take the device over, because the image's file system was gone for a moment, say:
+    /// that ended the supervisor, and the device's users waited until somebody came.
+    #[test]
+    fn a_failed_recovery_is_not_the_last_as_long_as_the_device_waits() {
+        let test = "supervisor::tests::a_failed_recovery_is_not_the_last_as_long_as_the_device_waits";
+        if let Some(mut child) = alone::again(test) {
+            let dir = tempfile::tempdir().unwrap();
+            return alone::check(&child.env(DIRECTORY_VARIABLE, dir.path()).output().unwrap());
+        }
+        let record = runfile::example();
+        let (id, path) = (record.id, runfile::path_of(record.id));
+        fs::write(&path, serde_json::to_string(&record).unwrap()).unwrap();
+        // Each of the servers puts itself into the record, and none has a driver.
+        let watcher = thread::spawn(move || {
+            let mut servers = BTreeSet::new();
+            let deadline = Instant::now() + Duration::from_secs(20);
+            while servers.len() < 4 && Instant::now() < deadline {
+                servers.extend(runfile::load(id).unwrap().map(|entry| entry.record.pid));
+                sleep(Duration::from_millis(1));
+            }
+            let before = Instant::now();
+            fs::remove_file(path).unwrap();
+            (servers.len(), before)
+        });
+        match detach::into_background().unwrap() {
+            Side::Parent { child, outcome } => watch(id, begun(child, outcome), Namespace::Shared),
+            Side::Child(_) => raise(Signal::SIGKILL).unwrap(),
+        }
+        let (servers, removed) = watcher.join().unwrap();
+        assert_eq!(servers, 4, "the one before, and three attempts");
+        assert!(removed.elapsed() < Duration::from_secs(5), "it goes on though the device is gone");
+    }
+
+    #[test]
+    fn who_has_the_device_by_now_decides_whether_another_server_is_needed() {
+        let test = "supervisor::tests::who_has_the_device_by_now_decides_whether_another_server_is_needed";
+        if let Some(mut child) = alone::again(test) {
+            let dir = tempfile::tempdir().unwrap();
+            return alone::check(&child.env(DIRECTORY_VARIABLE, dir.path()).output().unwrap());
+        }
+        let record = runfile::example();
+        let (id, cookie) = (record.id, Some(record.cookie));
+        let write = |record: &Record| {
+            fs::write(runfile::path_of(id), serde_json::to_string(record).unwrap()).unwrap();
+        };
+        assert!(is_over(id, cookie), "it is gone");
+        write(&record);
+        assert!(!is_over(id, cookie), "it waits");
+        assert!(is_over(id, Some(record.cookie - 1)), "it is another's");
+        write(&Record { phase: Phase::Removing, ..record.clone() });
+        assert!(is_over(id, cookie), "somebody takes it away");
+        write(&record);
+        let file = File::open(runfile::path_of(id)).unwrap();
+        let _served = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap();
+        assert!(is_over(id, cookie), "somebody else serves it");
     }
 }

@@ -1,6 +1,6 @@
 //! `add` and `recover`: serve an image, or go on serving it after its server has died.
 
-use super::{CommandError, del, image};
+use super::{CommandError, del};
 use crate::{
     cli::{AddArgs, DelArgs, RecoverArgs},
     config::Config,
@@ -32,14 +32,17 @@ enum Care {
 pub(crate) fn run(args: &AddArgs) -> Result<(), CommandError> {
     let config = Config::from_args(args)
         .map_err(|source| CommandError::Path { path: args.image.display().to_string(), source })?;
-    image::refuse_awaited(&config.image)?;
+    runfile::refuse_awaited(&config.image)?;
     let care = care(args.foreground, args.no_supervisor || args.no_recovery);
-    let cookie = runfile::new_cookie().map_err(CommandError::Background)?;
+    // Who is not root need not read of all that he cannot do.
+    Control::probe()?;
+    let cookie = runfile::new_cookie()?;
     begin(&Start::New { id: args.id, config, cookie }, care)
 }
 
 /// Serves a device whose server has died. Returns as [`run`] does.
 pub(crate) fn recover(args: &RecoverArgs) -> Result<(), CommandError> {
+    Control::probe()?;
     begin(&Start::Recover { id: args.id }, care(args.foreground, args.no_supervisor))
 }
 
@@ -52,8 +55,6 @@ fn care(foreground: bool, alone: bool) -> Care {
 }
 
 fn begin(start: &Start, care: Care) -> Result<(), CommandError> {
-    // Who is not root need not read of all that a server cannot do then.
-    Control::probe()?;
     if care == Care::Foreground {
         let (namespace, _hold) = namespace::leave(start.image().as_deref());
         return daemon::run(start, namespace, None, |_, id| print_device(id))

@@ -1,10 +1,7 @@
 //! `check`: consistency of an image, and repair. Exit codes are `qemu-img check`'s.
 
-use super::{
-    CommandError, complain,
-    image::{Tool, refuse_served},
-};
-use crate::{cli::OutputArgs, config};
+use super::{CommandError, complain, image::Tool};
+use crate::{cli::OutputArgs, config, runfile};
 use clap::{Args, ValueEnum};
 use qcow2_engine::{CheckOptions, CheckReport, Error, Repair, check, io::files::Caching};
 use qcow2_format::FormatError;
@@ -90,7 +87,7 @@ fn is_zero(value: &u64) -> bool {
 /// Checks, prints, and says with which code to exit.
 pub(crate) fn run(args: &CheckArgs) -> Result<ExitCode, CommandError> {
     if args.repair.is_some() {
-        refuse_served(&args.image)?;
+        runfile::refuse_served(&args.image)?;
     }
     let tool = Tool::new(Caching::Buffered, config::locking(args.force_share))?;
     let repair = match args.repair {

@@ -1,10 +1,7 @@
 //! `create`: a new, empty image, with the options of `qemu-img create -f qcow2`.
 
-use super::{
-    CommandError,
-    image::{Tool, refuse_served},
-};
-use crate::cli::parse_size;
+use super::{CommandError, image::Tool};
+use crate::{cli::parse_size, runfile};
 use clap::Args;
 use qcow2_engine::{
     Preallocation, create,
@@ -83,7 +80,7 @@ pub(crate) fn run(args: &CreateArgs) -> Result<(), CommandError> {
     // The rest of the options is judged before a file is made or emptied.
     let blueprint = Blueprint::new(&options).map_err(|error| CommandError::Usage(error.to_string()))?;
     refuse_own_backing_file(args, &options)?;
-    refuse_served(&args.file)?;
+    runfile::refuse_served(&args.file)?;
     if !args.quiet {
         writeln!(io::stdout(), "{}", summary(&args.file, &options, blueprint.header().virtual_size))?;
     }

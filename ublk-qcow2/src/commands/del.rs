@@ -5,7 +5,7 @@
 //! image's file system. Where the server has died, the one that its supervisor puts in its place is asked;
 //! where there is none, the device is stopped and deleted from here, and what that server had acknowledged is
 //! written to the image. Who has the lock of the run file does it: another `del` may be at work. Nothing
-//! else's devices are touched, unless named by `-n`. A device that is mounted, or claimed in another way, is
+//! else's devices are touched, unless named by `-n`: then the kernel writes back before. A device that is mounted, or claimed in another way, is
 //! not taken from under its user without `--force`.
 
 use super::{CommandError, complain};
@@ -13,7 +13,7 @@ use crate::{
     cli::DelArgs,
     control::Control,
     daemon::{self, ServeError},
-    device,
+    device, orphans,
     processes::Process,
     runfile::{self, Entry, Phase, Record, RunFile, TakeOverError},
     wait,
@@ -30,7 +30,7 @@ const STOP_WAIT: Duration = Duration::from_secs(600);
 /// How long a server and its supervisor may take to end when their device is gone. One that had died early
 /// may be in the supervisor's pause before the next.
 const END_WAIT: Duration = Duration::from_secs(60);
-/// How long a server may take to come into service, with its supervisor's longest pause before.
+/// How long a server may take to come into service, with its supervisor's longest pause (15 s) before.
 const START_WAIT: Duration = Duration::from_secs(30);
 /// How often to look whether it has.
 const LOOK: Duration = Duration::from_millis(10);
@@ -63,6 +63,9 @@ fn detach_all(users: Users) -> Result<(), CommandError> {
         if let Err(error) = entry.map_err(CommandError::from).and_then(|entry| detach(entry, users)) {
             failures.push(error);
         }
+    }
+    if let Err(error) = orphans::remove_all() {
+        failures.push(error.into());
     }
     if failures.len() <= 1 {
         return failures.pop().map_or(Ok(()), Err);
@@ -133,8 +136,7 @@ fn take_away(first: Entry, users: Users, served_by: &mut BTreeSet<Process>) -> R
 /// It can have the kernel write what that has in memory for the device; without a server that would be lost.
 fn is_about_to_serve(entry: &Entry) -> bool {
     let Record { phase, config, processes, error, .. } = &entry.record;
-    let is_alive = |process: &Process| !process.ends_by(Instant::now()).unwrap_or(true);
-    let somebody_will = entry.is_alive || error.is_none() && processes.iter().any(is_alive);
+    let somebody_will = entry.is_alive || error.is_none() && processes.iter().any(|process| process.lives());
     config.recovery && *phase != Phase::Removing && !entry.serves() && somebody_will
 }
 
@@ -203,13 +205,26 @@ fn remove(record: &Record) -> Result<(), CommandError> {
     Ok(())
 }
 
+/// Detaches a device of which nothing is known. Somebody may serve it, and the kernel have something in memory
+/// for it: what comes after the beginning of the stop may fail.
 fn delete_foreign(id: u32, users: Users) -> Result<(), CommandError> {
     let mut control = Control::open()?;
-    match control.info(id) {
+    let info = match control.info(id) {
         Err(error) if error.errno() == Some(libc::ENODEV) => return Err(CommandError::NoDevice(id)),
-        info => info.map(drop)?,
-    }
+        info => info?,
+    };
     check_unclaimed(id, users, "unmount it first")?;
+    if device::is_live(&info) {
+        match (device::write_back(id), users) {
+            (Ok(()), Users::Spared) => {}
+            (Err(error), Users::Spared) => {
+                return Err(CommandError::NotWritten { id, reason: error.to_string() });
+            }
+            (written, Users::Ignored) => {
+                written.and(device::sync_everything(id)).unwrap_or_else(|error| tracing::warn!("{error}"));
+            }
+        }
+    }
     Ok(device::delete_orphan(&mut control, id)?)
 }
 

@@ -1,10 +1,6 @@
 //! What the commands that work on an image without a device share: a ring, and how sizes are shown.
 
 use super::CommandError;
-use crate::{
-    device,
-    runfile::{self, Entry, Record},
-};
 use qcow2_engine::{
     exec::block_on,
     io::{
@@ -13,7 +9,7 @@ use qcow2_engine::{
         uring::Uring,
     },
 };
-use std::{fs, future::Future, os::unix::fs::MetadataExt, path::Path, sync::Arc};
+use std::{future::Future, sync::Arc};
 
 /// Submission slots of a tool's ring.
 const RING: u32 = 64;
@@ -38,58 +34,6 @@ impl Tool {
     ) -> Result<T, CommandError> {
         Ok(block_on(&self.ring, future).map_err(CommandError::Ring)??)
     }
-}
-
-/// Refuses to work on an image that a server of this program has open: two writers destroy it, and a
-/// reader would see it half-written.
-///
-/// The image's locks would refuse as well, and see other programs too; this knows the way out.
-pub(super) fn refuse_served(path: &Path) -> Result<(), CommandError> {
-    let users = users_of(path);
-    if let Some(Entry { record: Record { id, .. }, .. }) = users.iter().find(|entry| entry.is_alive) {
-        let (path, device) = (path.display(), device::block_path(*id));
-        return Err(CommandError::Usage(format!(
-            "{path} is served as {}; detach it first: ublk-qcow2 del -n {id}",
-            device.display()
-        )));
-    }
-    refuse_awaited_by(&users, path)
-}
-
-/// Refuses to work on an image whose server has died and is to be replaced: what that had acknowledged is not
-/// in it, and its successor would write it over whatever is there by then. A dead server has no locks.
-pub(super) fn refuse_awaited(path: &Path) -> Result<(), CommandError> {
-    refuse_awaited_by(&users_of(path), path)
-}
-
-fn refuse_awaited_by(users: &[Entry], path: &Path) -> Result<(), CommandError> {
-    let boot = runfile::boot().unwrap_or_default();
-    let awaits = |entry: &&Entry| {
-        !entry.is_alive
-            && entry.record.config.recovery
-            && !entry.record.config.read_only
-            && entry.record.boot == boot
-    };
-    match users.iter().find(awaits) {
-        None => Ok(()),
-        Some(Entry { record: Record { id, .. }, .. }) => Err(CommandError::Usage(format!(
-            "{} was served as {}, whose server has died; first `ublk-qcow2 recover -n {id}`, or `ublk-qcow2 del -n {id}`",
-            path.display(),
-            device::block_path(*id).display()
-        ))),
-    }
-}
-
-/// The servers of this program that have, or had, this image.
-fn users_of(path: &Path) -> Vec<Entry> {
-    let identity = |path: &Path| fs::metadata(path).map(|it| (it.dev(), it.ino())).ok();
-    let Some(wanted) = identity(path) else { return Vec::new() };
-    let all = runfile::load_all().unwrap_or_else(|error| {
-        // Who is not root has started none of them, but may have handed the image to who has.
-        tracing::warn!("whether {} is served, or waits to be, is not known: {error}", path.display());
-        Vec::new()
-    });
-    all.into_iter().filter(|entry| identity(&entry.record.config.image) == Some(wanted)).collect()
 }
 
 /// A size as QEMU shows it: three significant digits and a binary unit.

@@ -14,7 +14,8 @@ pub(crate) mod resize;
 use crate::{
     control::ControlError,
     daemon::ServeError,
-    runfile::{self, RunFileError},
+    orphans::OrphanError,
+    runfile::{self, InUse, RunFileError},
 };
 use std::{
     fmt::Display,
@@ -35,6 +36,10 @@ pub(crate) enum CommandError {
     Serve(#[from] ServeError),
     #[error(transparent)]
     RunFile(#[from] RunFileError),
+    #[error(transparent)]
+    Orphan(#[from] OrphanError),
+    #[error(transparent)]
+    InUse(#[from] InUse),
     /// What the server in the background said when it failed.
     #[error("{0}")]
     Server(String),
@@ -61,6 +66,10 @@ pub(crate) enum CommandError {
         "/dev/ublkb{id} is mounted or claimed otherwise; {first} (or `ublk-qcow2 del --force -n {id}` to detach it all the same)"
     )]
     Claimed { id: u32, first: &'static str },
+    #[error(
+        "device {id} stays as it is: {reason}; try again, or give that up: `ublk-qcow2 del --force -n {id}`"
+    )]
+    NotWritten { id: u32, reason: String },
     #[error("cannot signal the server of device {id} (process {pid}): {source}")]
     Signal { id: u32, pid: i32, source: std::io::Error },
     #[error(

@@ -1,10 +1,10 @@
 //! `resize`: a larger virtual disk.
 
-use super::{
-    CommandError,
-    image::{Tool, refuse_served},
+use super::{CommandError, image::Tool};
+use crate::{
+    cli::{BackingArgs, parse_size},
+    runfile,
 };
-use crate::cli::{BackingArgs, parse_size};
 use clap::Args;
 use qcow2_engine::{
     grow, grow_by,
@@ -45,7 +45,7 @@ fn parse_new_size(text: &str) -> Result<NewSize, String> {
 }
 
 pub(crate) fn run(args: &ResizeArgs) -> Result<(), CommandError> {
-    refuse_served(&args.image)?;
+    runfile::refuse_served(&args.image)?;
     let tool = Tool::new(Caching::Auto, Locking::AsQemu)?;
     let (ring, files, image) = (tool.ring.clone(), &*tool.files, &args.image);
     let options = args.backing.open_options();

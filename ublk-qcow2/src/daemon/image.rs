@@ -76,8 +76,19 @@ pub(super) fn close_image(image: &Arc<Image>, files: &Arc<Files>) -> Result<(), 
 
 /// Writes to the image what a dead server had acknowledged, when nobody is to serve it any more.
 pub(crate) fn settle(record: &Record) -> Result<(), ServeError> {
-    // Without one there is nothing to write, and the image may be gone.
     let Some(file) = RedoFile::open(record.id)? else { return Ok(()) };
+    let owes = file.owes();
+    match settle_with(record, file) {
+        // The image may be gone, and is none of ours any more.
+        Err(error) if !owes => {
+            tracing::info!(id = record.id, "nothing is owed to the image, which is left as it is: {error}");
+            Ok(())
+        }
+        settled => settled,
+    }
+}
+
+fn settle_with(record: &Record, file: RedoFile) -> Result<(), ServeError> {
     let files = Arc::new(record.config.files());
     let (image, _log) = open_as_left(record, &files, file)?;
     close_image(&image, &files)
@@ -147,4 +158,36 @@ fn replay(image: &Arc<Image>, files: &Arc<Files>, log: &RedoLog) -> Result<usize
     let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
     let lane = Lane::new(image, ring.clone(), 1);
     block_on(&ring, lane.replay(log)).map_err(ServeError::SetUp)?.map_err(ServeError::Open)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{alone, runfile};
+    use std::{env, path::PathBuf, sync::atomic::Ordering};
+
+    /// An image was removed, and its server killed: the device could not be detached, for ever, though nothing
+    /// was to be written to the image; and if there was, `del` did not say how to give that up.
+    #[test]
+    fn an_image_that_is_gone_keeps_nobody_to_whom_it_owes_nothing() {
+        let test = "daemon::image::tests::an_image_that_is_gone_keeps_nobody_to_whom_it_owes_nothing";
+        if let Some(mut child) = alone::again(test) {
+            let dir = tempfile::tempdir().unwrap();
+            return alone::check(&child.env(runfile::DIRECTORY_VARIABLE, dir.path()).output().unwrap());
+        }
+        let directory = PathBuf::from(env::var_os(runfile::DIRECTORY_VARIABLE).unwrap());
+        let mut record = runfile::example();
+        record.config.image = directory.join("gone");
+        settle(&record).unwrap();
+        let file = RedoFile::create(record.id).unwrap();
+        RedoLog::create(file.memory()).unwrap();
+        settle(&record).unwrap();
+        // The log's tail.
+        (*file.memory()).as_ref()[2].store(1, Ordering::Relaxed);
+        let told = settle(&record).unwrap_err().to_string();
+        let log = runfile::redo_path(record.id);
+        for part in ["gone", "No such file", "remove", &log.to_string_lossy()] {
+            assert!(told.contains(part), "{part}: {told}");
+        }
+    }
 }

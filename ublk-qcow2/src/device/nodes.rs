@@ -19,6 +19,9 @@ const NODE_WAIT: Duration = Duration::from_secs(10);
 /// Between two attempts to open it.
 const NODE_PAUSE: Duration = Duration::from_millis(5);
 
+/// Where the kernel tells of the devices that the driver has.
+const CHAR_DEVICES: &str = "/sys/class/ublk-char";
+
 /// The node through which the device is used.
 pub(crate) fn block_path(id: u32) -> PathBuf {
     PathBuf::from(format!("/dev/ublkb{id}"))
@@ -27,6 +30,16 @@ pub(crate) fn block_path(id: u32) -> PathBuf {
 /// The node through which the device is served.
 fn char_path(id: u32) -> PathBuf {
     PathBuf::from(format!("/dev/ublkc{id}"))
+}
+
+/// The numbers of all devices of the driver, whoever serves them.
+pub(crate) fn numbers() -> Vec<u32> {
+    numbers_in(Path::new(CHAR_DEVICES))
+}
+
+fn numbers_in(directory: &Path) -> Vec<u32> {
+    let names = fs::read_dir(directory).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    names.filter_map(|name| name.to_str()?.strip_prefix("ublkc")?.parse().ok()).collect()
 }
 
 /// Opens the character device; see [`super::Device::open_char`].
@@ -69,4 +82,21 @@ pub(super) fn until_let_go<T, E>(
     let is_busy =
         |outcome: &Result<T, E>| outcome.as_ref().is_err_and(|error| errno_of(error) == Some(libc::EBUSY));
     wait::patiently(ORPHAN_WAIT, ORPHAN_PAUSE, is_busy, attempt)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_driver_s_devices_are_known_by_their_names() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["ublkc3", "ublkc12", "ublkc", "ublkcx", "null"] {
+            fs::create_dir(dir.path().join(name)).unwrap();
+        }
+        let mut found = numbers_in(dir.path());
+        found.sort_unstable();
+        assert_eq!(found, [3, 12]);
+        assert!(numbers_in(Path::new("/nowhere")).is_empty());
+    }
 }

@@ -32,6 +32,20 @@ fn a_number_is_not_given_away_while_its_log_is_needed() {
     assert_eq!(owing(&File::open(&path).unwrap(), &new, |_| false).unwrap(), None);
 }
 
+/// A record could not be read (damaged, or another version's), and the log beside it was of use: every `add` that
+/// the driver gave this number to failed, which is all of them while it is the first that is free.
+#[test]
+fn a_number_whose_record_cannot_be_read_is_passed_over_while_its_log_is_needed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("7.json");
+    fs::write(&path, "{").unwrap();
+    let made = RunFile::create_at(path.clone(), example(), Duration::ZERO, |_| true);
+    let Err(error) = made else { panic!("what is in the log is lost") };
+    assert!(error.is_of_number());
+    assert!(error.to_string().contains("remove the file"), "{error}");
+    assert!(fs::exists(&path).unwrap());
+}
+
 /// A device was gone and its server still wrote back: every `add` of another image waited a minute for the
 /// number that the driver had given out again, and failed.
 #[test]
@@ -40,7 +54,7 @@ fn a_number_whose_server_is_busy_is_told_apart() {
     let path = dir.path().join("7.json");
     let _busy = write_locked(&path, &example()).unwrap();
     let made = RunFile::create_at(path, example(), Duration::ZERO, |_| panic!("it is not ours to ask"));
-    assert!(matches!(made, Err(CreateError::Busy(7))));
+    assert!(made.is_err_and(|error| matches!(error, CreateError::Busy(7)) && error.is_of_number()));
 }
 
 #[test]

@@ -7,8 +7,8 @@ mod parse;
 mod print;
 mod session;
 
-use super::{CommandError, image::refuse_served};
-use crate::{cli::BackingArgs, config};
+use super::CommandError;
+use crate::{cli::BackingArgs, config, runfile};
 use clap::Args;
 use qcow2_engine::{
     Image, OpenOptions,
@@ -59,7 +59,7 @@ enum Next {
 /// Runs the commands, then makes everything durable and closes the image.
 pub(crate) fn run(args: &IoArgs) -> Result<ExitCode, CommandError> {
     if !args.read_only {
-        refuse_served(&args.image)?;
+        runfile::refuse_served(&args.image)?;
     }
     let files = Arc::new(Files::with_locking(Caching::Auto, config::locking(args.force_share)));
     let ring = Uring::new(Arc::clone(&files), RING).map_err(CommandError::Ring)?;
