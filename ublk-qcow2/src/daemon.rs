@@ -16,6 +16,7 @@ use crate::{
     crew::{self, Crew, End, Service},
     deputy::Deputy,
     device::{self, Device, DeviceError, Shape},
+    identity::{KnownFile, OtherFiles},
     namespace::Namespace,
     orphans,
     processes::Process,
@@ -93,6 +94,8 @@ pub(crate) enum ServeError {
     TakeOver(#[from] TakeOverError),
     #[error(transparent)]
     RedoFile(#[from] RedoFileError),
+    #[error(transparent)]
+    OtherFiles(#[from] OtherFiles),
     #[error("cannot use the redo log: {0}")]
     Redo(#[from] RedoError),
     #[error("cannot start the server: {0}")]
@@ -177,6 +180,7 @@ fn make(
     let shape = shape_of(&image, config)?;
     let &Config { queues, depth, recovery, part_scan, zero_copy, .. } = config;
     let boot = runfile::boot().map_err(ServeError::SetUp)?;
+    let known = KnownFile::of_chain(&image, &files).map_err(ServeError::SetUp)?;
     let request = device::Request { id, queues, depth, recovery, part_scan, zero_copy, cookie };
     // In this order, so that a device goes before its record does, should anything fail from here on.
     let (run_file, mut device) = add_device(&request, |device| Record {
@@ -190,6 +194,7 @@ fn make(
         config: Config { recovery: device.is_recoverable(), ..config.clone() },
         cookie,
         processes: processes.clone(),
+        files: known.clone(),
         boot: boot.clone(),
         error: None,
     })?;

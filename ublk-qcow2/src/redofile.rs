@@ -27,7 +27,7 @@ mod witness;
 
 pub(crate) use witness::Witness;
 
-use crate::{config::Config, runfile};
+use crate::{config::Config, identity::Identity, runfile};
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, fallocate};
 use qcow2_engine::{REDO_BYTES, RedoLog, RedoMemory};
@@ -41,7 +41,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
 };
-use witness::{Identity, Moment, Noted, Seen, Sight, State, cannot_look_at, look_at, open_to_look};
+use witness::{Moment, Noted, Seen, Sight, State, cannot_look_at, look_at, open_to_look};
 
 /// Bytes of the file: the log, and a page with the witness.
 const FILE_BYTES: usize = REDO_BYTES + 4096;

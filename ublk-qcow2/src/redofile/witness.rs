@@ -3,6 +3,7 @@
 use super::{Mapped, RedoFileError};
 use crate::{
     config::{Config, locking},
+    identity::Identity,
     safety, wait,
 };
 use qcow2_engine::io::{Access, Files, Storage, files::Caching};
@@ -33,15 +34,6 @@ const SECOND: u64 = 1_000_000_000;
 /// The coarsest times that file systems keep, in nanoseconds.
 const COARSEST: u64 = 2 * SECOND;
 
-/// Which file an image is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Identity {
-    pub(super) inode: u64,
-    /// When it was made, in nanoseconds, or 0 where that is not known: the number of an inode is given out
-    /// again.
-    pub(super) born: u64,
-}
-
 /// A time of a file, in nanoseconds; 0 where it is not known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Moment(pub(super) u64);
@@ -63,6 +55,18 @@ pub(super) struct State {
 }
 
 impl State {
+    fn of(it: &Metadata) -> Self {
+        if it.file_type().is_block_device() {
+            // When its node was modified says nothing of what is in the device, only when udev has set its owner
+            // and mode, which it does at every event.
+            return Self { modified: Moment(0), len: 0 };
+        }
+        // A file from before 1970 counts as old.
+        let seconds = u64::try_from(it.mtime()).unwrap_or(0);
+        let modified = seconds.saturating_mul(SECOND).saturating_add(it.mtime_nsec().cast_unsigned());
+        Self { modified: Moment(modified), len: it.len() }
+    }
+
     /// Whether the file is as it was left.
     pub(super) fn is_still(self, left: Self) -> bool {
         // A little earlier is what a file system makes of a time that keeps whole seconds on its disk.
@@ -88,19 +92,7 @@ pub(super) struct Noted {
 
 impl Seen {
     fn of(it: &Metadata) -> Self {
-        if it.file_type().is_block_device() {
-            // Its node may be made anew; when it was modified says nothing of what is in the device, only
-            // when udev has set its owner and mode, which it does at every event.
-            let state = State { modified: Moment(0), len: 0 };
-            return Self { identity: Identity { inode: it.rdev(), born: 0 }, state };
-        }
-        // A file from before 1970 counts as old.
-        let seconds = u64::try_from(it.mtime()).unwrap_or(0);
-        let modified = Moment(seconds.saturating_mul(SECOND).saturating_add(it.mtime_nsec().cast_unsigned()));
-        let state = State { modified, len: it.len() };
-        let born = it.created().ok().and_then(|time| time.duration_since(UNIX_EPOCH).ok());
-        let born = born.map_or(0, |time| time.as_nanos() as u64);
-        Self { identity: Identity { inode: it.ino(), born }, state }
+        Self { identity: Identity::of(it), state: State::of(it) }
     }
 }
 

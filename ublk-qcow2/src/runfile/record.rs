@@ -1,6 +1,6 @@
 //! What a run file says.
 
-use crate::{config::Config, processes::Process};
+use crate::{config::Config, identity::KnownFile, processes::Process};
 use serde::{Deserialize, Serialize};
 
 /// How far a server has come.
@@ -44,6 +44,9 @@ pub(crate) struct Record {
     /// taken the file over is among them.
     #[serde(default)]
     pub(crate) processes: Vec<Process>,
+    /// The image and the files below it, as the device was made with them.
+    #[serde(default)]
+    pub(crate) files: Vec<KnownFile>,
     /// The boot in which the device was made: it has not outlived it.
     pub(crate) boot: String,
     /// Why the server could not end cleanly.
@@ -87,6 +90,7 @@ pub(crate) fn example() -> Record {
         config: crate::config::example(),
         cookie: u64::MAX,
         processes: vec![Process::this().unwrap()],
+        files: Vec::new(),
         boot: super::boot().unwrap(),
         error: None,
     }
