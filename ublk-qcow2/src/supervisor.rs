@@ -286,7 +286,6 @@ mod tests {
     use crate::{
         alone,
         redofile::{RedoFile, RedoFileError},
-        runfile::DIRECTORY_VARIABLE,
     };
     use nix::{
         fcntl::{Flock, FlockArg},
@@ -295,7 +294,6 @@ mod tests {
     use std::{
         collections::BTreeSet,
         fs::{self, File},
-        path::Path,
         thread::{self, sleep},
     };
 
@@ -311,17 +309,6 @@ mod tests {
                 raise(Signal::SIGKILL).unwrap();
                 unreachable!("nobody survives that")
             }
-        }
-    }
-
-    /// Runs a test in a process of its own that has a run directory of its own.
-    fn alone_in_a_directory(test: &str, body: impl FnOnce(&Path)) {
-        match alone::again(test) {
-            Some(mut child) => {
-                let dir = tempfile::tempdir().unwrap();
-                alone::check(&child.env(DIRECTORY_VARIABLE, dir.path()).output().unwrap());
-            }
-            None => body(&runfile::directory()),
         }
     }
 
@@ -350,7 +337,7 @@ mod tests {
     #[test]
     fn what_a_dead_server_had_begun_is_no_change_by_somebody_else() {
         let test = "supervisor::tests::what_a_dead_server_had_begun_is_no_change_by_somebody_else";
-        alone_in_a_directory(test, |directory| {
+        alone::in_a_directory(test, |directory| {
             // Nothing is noted of it.
             let log = RedoFile::create(0).unwrap();
             let image = directory.join("image");
@@ -367,7 +354,7 @@ mod tests {
     #[test]
     fn what_others_change_when_a_server_has_died_is_noticed_at_once() {
         let test = "supervisor::tests::what_others_change_when_a_server_has_died_is_noticed_at_once";
-        alone_in_a_directory(test, |directory| {
+        alone::in_a_directory(test, |directory| {
             let mut record = runfile::example();
             let (id, image) = (record.id, directory.join("image"));
             record.config.image.clone_from(&image);
@@ -391,55 +378,51 @@ mod tests {
     #[test]
     fn a_failed_recovery_is_not_the_last_as_long_as_the_device_waits() {
         let test = "supervisor::tests::a_failed_recovery_is_not_the_last_as_long_as_the_device_waits";
-        if let Some(mut child) = alone::again(test) {
-            let dir = tempfile::tempdir().unwrap();
-            return alone::check(&child.env(DIRECTORY_VARIABLE, dir.path()).output().unwrap());
-        }
-        let record = runfile::example();
-        let (id, path) = (record.id, runfile::path_of(record.id));
-        fs::write(&path, serde_json::to_string(&record).unwrap()).unwrap();
-        // Each of the servers puts itself into the record, and none has a driver.
-        let watcher = thread::spawn(move || {
-            let mut servers = BTreeSet::new();
-            let deadline = Instant::now() + Duration::from_secs(20);
-            while servers.len() < 4 && Instant::now() < deadline {
-                servers.extend(runfile::load(id).unwrap().map(|entry| entry.record.pid));
-                sleep(Duration::from_millis(1));
+        alone::in_a_directory(test, |_| {
+            let record = runfile::example();
+            let (id, path) = (record.id, runfile::path_of(record.id));
+            fs::write(&path, serde_json::to_string(&record).unwrap()).unwrap();
+            // Each of the servers puts itself into the record, and none has a driver.
+            let watcher = thread::spawn(move || {
+                let mut servers = BTreeSet::new();
+                let deadline = Instant::now() + Duration::from_secs(20);
+                while servers.len() < 4 && Instant::now() < deadline {
+                    servers.extend(runfile::load(id).unwrap().map(|entry| entry.record.pid));
+                    sleep(Duration::from_millis(1));
+                }
+                let before = Instant::now();
+                fs::remove_file(path).unwrap();
+                (servers.len(), before)
+            });
+            match detach::into_background().unwrap() {
+                Side::Parent { child, outcome } => watch(id, begun(child, outcome), Namespace::Shared),
+                Side::Child(_) => raise(Signal::SIGKILL).unwrap(),
             }
-            let before = Instant::now();
-            fs::remove_file(path).unwrap();
-            (servers.len(), before)
+            let (servers, removed) = watcher.join().unwrap();
+            assert_eq!(servers, 4, "the one before, and three attempts");
+            assert!(removed.elapsed() < Duration::from_secs(5), "it goes on though the device is gone");
         });
-        match detach::into_background().unwrap() {
-            Side::Parent { child, outcome } => watch(id, begun(child, outcome), Namespace::Shared),
-            Side::Child(_) => raise(Signal::SIGKILL).unwrap(),
-        }
-        let (servers, removed) = watcher.join().unwrap();
-        assert_eq!(servers, 4, "the one before, and three attempts");
-        assert!(removed.elapsed() < Duration::from_secs(5), "it goes on though the device is gone");
     }
 
     #[test]
     fn who_has_the_device_by_now_decides_whether_another_server_is_needed() {
         let test = "supervisor::tests::who_has_the_device_by_now_decides_whether_another_server_is_needed";
-        if let Some(mut child) = alone::again(test) {
-            let dir = tempfile::tempdir().unwrap();
-            return alone::check(&child.env(DIRECTORY_VARIABLE, dir.path()).output().unwrap());
-        }
-        let record = runfile::example();
-        let (id, cookie) = (record.id, Some(record.cookie));
-        let write = |record: &Record| {
-            fs::write(runfile::path_of(id), serde_json::to_string(record).unwrap()).unwrap();
-        };
-        assert!(is_over(id, cookie), "it is gone");
-        write(&record);
-        assert!(!is_over(id, cookie), "it waits");
-        assert!(is_over(id, Some(record.cookie - 1)), "it is another's");
-        write(&Record { phase: Phase::Removing, ..record.clone() });
-        assert!(is_over(id, cookie), "somebody takes it away");
-        write(&record);
-        let file = File::open(runfile::path_of(id)).unwrap();
-        let _served = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap();
-        assert!(is_over(id, cookie), "somebody else serves it");
+        alone::in_a_directory(test, |_| {
+            let record = runfile::example();
+            let (id, cookie) = (record.id, Some(record.cookie));
+            let write = |record: &Record| {
+                fs::write(runfile::path_of(id), serde_json::to_string(record).unwrap()).unwrap();
+            };
+            assert!(is_over(id, cookie), "it is gone");
+            write(&record);
+            assert!(!is_over(id, cookie), "it waits");
+            assert!(is_over(id, Some(record.cookie - 1)), "it is another's");
+            write(&Record { phase: Phase::Removing, ..record.clone() });
+            assert!(is_over(id, cookie), "somebody takes it away");
+            write(&record);
+            let file = File::open(runfile::path_of(id)).unwrap();
+            let _served = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap();
+            assert!(is_over(id, cookie), "somebody else serves it");
+        });
     }
 }

@@ -177,7 +177,7 @@ mod tests {
     use crate::{alone, cli::IoMode, runfile};
     use qcow2_engine::{BackingPolicy, Preallocation, create::create};
     use qcow2_format::{Backing, CreateOptions};
-    use std::{env, fs, path::PathBuf, sync::atomic::Ordering};
+    use std::{fs, sync::atomic::Ordering};
 
     /// Another file was put in a backing file's place, or in that of a read-only image, and its server was killed:
     /// the successor served the other disk to those who had the first one half in their memory.
@@ -228,23 +228,20 @@ mod tests {
     #[test]
     fn an_image_that_is_gone_keeps_nobody_to_whom_it_owes_nothing() {
         let test = "daemon::image::tests::an_image_that_is_gone_keeps_nobody_to_whom_it_owes_nothing";
-        if let Some(mut child) = alone::again(test) {
-            let dir = tempfile::tempdir().unwrap();
-            return alone::check(&child.env(runfile::DIRECTORY_VARIABLE, dir.path()).output().unwrap());
-        }
-        let directory = PathBuf::from(env::var_os(runfile::DIRECTORY_VARIABLE).unwrap());
-        let mut record = runfile::example();
-        record.config.image = directory.join("gone");
-        settle(&record).unwrap();
-        let file = RedoFile::create(record.id).unwrap();
-        RedoLog::create(file.memory()).unwrap();
-        settle(&record).unwrap();
-        // The log's tail.
-        (*file.memory()).as_ref()[2].store(1, Ordering::Relaxed);
-        let told = settle(&record).unwrap_err().to_string();
-        let log = runfile::redo_path(record.id);
-        for part in ["gone", "No such file", "remove", &log.to_string_lossy()] {
-            assert!(told.contains(part), "{part}: {told}");
-        }
+        alone::in_a_directory(test, |directory| {
+            let mut record = runfile::example();
+            record.config.image = directory.join("gone");
+            settle(&record).unwrap();
+            let file = RedoFile::create(record.id).unwrap();
+            RedoLog::create(file.memory()).unwrap();
+            settle(&record).unwrap();
+            // The log's tail.
+            (*file.memory()).as_ref()[2].store(1, Ordering::Relaxed);
+            let told = settle(&record).unwrap_err().to_string();
+            let log = runfile::redo_path(record.id);
+            for part in ["gone", "No such file", "remove", &log.to_string_lossy()] {
+                assert!(told.contains(part), "{part}: {told}");
+            }
+        });
     }
 }
