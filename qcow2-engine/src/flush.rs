@@ -33,7 +33,7 @@ const PARALLEL_WRITES: usize = 64;
 /// Contiguous pages are written together, up to this many bytes.
 const MAX_WRITE_BYTES: usize = 1 << 20;
 /// Dirty pages before writers have to help: 8 MiB of copies at the most while a cut is under way.
-const MAX_DIRTY_PAGES: usize = 2048;
+pub(crate) const MAX_DIRTY_PAGES: usize = 2048;
 
 /// Who carries the next cut out, and how the last one went.
 #[derive(Default)]

@@ -103,6 +103,11 @@ impl Image {
         self.layers.iter().map(|layer| &**layer.name())
     }
 
+    /// The chain's files, top first.
+    pub fn files(&self) -> impl Iterator<Item = FileId> {
+        self.layers.iter().map(Layer::file)
+    }
+
     /// From now on changes of the mapping are remembered in `log`, which is empty: what it held has
     /// been replayed. To be called before the first request.
     pub fn keep_redo_log(&self, log: RedoLog) {

@@ -130,9 +130,10 @@ impl Image {
         let flat = Flat::over(&layers);
         let shapes: Vec<Shape> =
             layers.iter().map(Layer::shape).chain(flat.iter().map(Flat::shape)).collect();
-        let cache = SliceCache::new(options.cache_bytes, options.paging.least_slices, &shapes);
+        let slots = SliceCache::slots_in(options.cache_bytes, options.paging.least_slices, shapes.len());
+        let cache = SliceCache::new(slots, &shapes);
         // A quarter of the L2 cache's size is kept of refcount pages.
-        let refcount_pages = (cache.slot_count() / 4).max(options.paging.least_refcount_pages);
+        let refcount_pages = (slots / 4).max(options.paging.least_refcount_pages);
         let refcounts = Refcounts::new(
             Arc::clone(&top.name),
             geometry,

@@ -1,7 +1,9 @@
 //! Tests that change or need what belongs to a whole process: each has the test program run once more, for itself alone.
 
+use crate::runfile::{self, DIRECTORY_VARIABLE};
 use std::{
     env,
+    path::Path,
     process::{Command, Output},
 };
 
@@ -29,5 +31,16 @@ pub(crate) fn run(test: &str, body: impl FnOnce()) {
     match again(test) {
         Some(mut child) => check(&child.output().unwrap()),
         None => body(),
+    }
+}
+
+/// [`run`], with a run directory that is the test's own.
+pub(crate) fn in_a_directory(test: &str, body: impl FnOnce(&Path)) {
+    match again(test) {
+        Some(mut child) => {
+            let dir = tempfile::tempdir().unwrap();
+            check(&child.env(DIRECTORY_VARIABLE, dir.path()).output().unwrap());
+        }
+        None => body(&runfile::directory()),
     }
 }

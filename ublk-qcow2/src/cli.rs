@@ -58,7 +58,8 @@ pub(crate) struct AddArgs {
     /// Attach even if somebody writes to the image; what is read may then be torn.
     #[arg(short = 'U', long, requires = "read_only")]
     pub(crate) force_share: bool,
-    /// Memory for the image's metadata, in bytes or with a suffix K, M, G, T.
+    /// Memory for the image's metadata, in bytes or with a suffix K, M, G, T: half of the machine's at the most.
+    /// What the image has no use for is not taken.
     #[arg(long, value_name = "SIZE", default_value = "32M", value_parser = parse_size)]
     pub(crate) cache_size: u64,
     /// How the image file is read and written.

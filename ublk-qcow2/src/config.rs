@@ -48,6 +48,7 @@ impl Config {
             directories.iter().try_for_each(|directory| check_name(directory))?;
         }
         check_name(&image)?;
+        check_cache(args.cache_size, memory())?;
         Ok(Self {
             image,
             queues: args.queues,
@@ -93,6 +94,24 @@ fn check_name(path: &Path) -> io::Result<()> {
         Some(_) => Ok(()),
         None => Err(io::Error::other(format!("{} is not a name in UTF-8, which is needed", path.display()))),
     }
+}
+
+/// Refuses a cache that may come to take more than half of the machine's memory: a server's memory is locked,
+/// and the OOM killer passes it by.
+fn check_cache(bytes: u64, memory: u64) -> io::Result<()> {
+    if bytes <= memory / 2 {
+        return Ok(());
+    }
+    Err(io::Error::other(format!(
+        "--cache-size {bytes} is more than half of this machine's memory of {memory} bytes, and a server's \
+         memory is locked"
+    )))
+}
+
+/// Bytes of this machine's memory.
+fn memory() -> u64 {
+    let machine = rustix::system::sysinfo();
+    machine.totalram.saturating_mul(u64::from(machine.mem_unit))
 }
 
 /// What `--force-share` asks for.
@@ -156,5 +175,13 @@ mod tests {
     fn a_name_that_cannot_be_written_down_is_refused() {
         assert!(check_name(Path::new("/images/ä b")).is_ok());
         assert!(check_name(Path::new(OsStr::from_bytes(b"/images/\xff"))).is_err());
+    }
+
+    #[test]
+    fn a_cache_that_may_take_the_machine_s_memory_is_refused_by_name() {
+        assert!(check_cache(4 << 30, 8 << 30).is_ok());
+        let refused = check_cache((4 << 30) + 1, 8 << 30).unwrap_err().to_string();
+        assert!(refused.contains("--cache-size 4294967297"), "{refused}");
+        assert!(check_cache(1 << 20, memory()).is_ok());
     }
 }

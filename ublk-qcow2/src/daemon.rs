@@ -18,6 +18,7 @@ use crate::{
     crew::{self, Crew, End, Service},
     deputy::Deputy,
     device::{self, Device, DeviceError, Shape},
+    identity::KnownFile,
     namespace::Namespace,
     orphans,
     processes::Process,
@@ -125,6 +126,7 @@ fn make(
     let shape = shape_of(&image, config)?;
     let &Config { queues, depth, recovery, part_scan, zero_copy, .. } = config;
     let boot = runfile::boot()?;
+    let known = KnownFile::of_chain(&image, &files).map_err(ServeError::SetUp)?;
     let request = device::Request { id, queues, depth, recovery, part_scan, zero_copy, cookie };
     // In this order, so that a device goes before its record does, should anything fail from here on.
     let (run_file, mut device) = add_device(&request, |device| Record {
@@ -138,6 +140,7 @@ fn make(
         config: Config { recovery: device.is_recoverable(), ..config.clone() },
         cookie,
         processes: processes.clone(),
+        files: known.clone(),
         boot: boot.clone(),
         error: None,
         refusal: None,

@@ -18,6 +18,7 @@ mod detach;
 mod device;
 mod errno;
 mod handover;
+mod identity;
 mod keep;
 mod namespace;
 mod orphans;

@@ -1,16 +1,22 @@
-//! Processes that somebody waits for who did not start them.
+//! Processes that somebody signals or waits for who did not start them.
 //!
-//! `del` returns when nothing is left that holds an image's file system: its server and the supervisor,
-//! wherever they were started. The kernel gives the numbers of processes out again, hence each is known by
+//! `del` asks a server to stop, and returns when nothing is left that holds an image's file system: that server
+//! and its supervisor, wherever they were started. The kernel gives the numbers of processes out again, hence each is known by
 //! the moment of its birth too.
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
-    process::{Pid, PidfdFlags, pidfd_open},
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
 use serde::{Deserialize, Serialize};
-use std::{fs, io, os::fd::AsFd, path::Path, process, time::Instant};
+use std::{
+    fs, io,
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+    process,
+    time::Instant,
+};
 
 /// Where the moment of birth is in `/proc/PID/stat`, counted from the field after the name.
 const START: usize = 19;
@@ -44,15 +50,7 @@ impl Process {
     /// Waits for its end, when it has let go of its files and mounts with all its threads; not longer than
     /// that. Whether it has ended.
     pub(crate) fn ends_by(self, deadline: Instant) -> io::Result<bool> {
-        let Some(pid) = Pid::from_raw(self.pid) else { return Ok(true) };
-        let descriptor = match pidfd_open(pid, PidfdFlags::empty()) {
-            // Nobody, or a thread, has the number.
-            Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => return Ok(true),
-            descriptor => descriptor?,
-        };
-        if Self::with(self.pid).ok() != Some(self) {
-            return Ok(true);
-        }
+        let Some(descriptor) = self.open()? else { return Ok(true) };
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             let limit = Timespec::try_from(left).map_err(io::Error::other)?;
@@ -62,6 +60,26 @@ impl Process {
                 ready => return Ok(ready? > 0),
             }
         }
+    }
+
+    /// Sends it a signal, and nobody who has got its number since. Whether it is there.
+    pub(crate) fn send(self, signal: Signal) -> io::Result<bool> {
+        let Some(descriptor) = self.open()? else { return Ok(false) };
+        match pidfd_send_signal(descriptor, signal) {
+            Err(Errno::SRCH) => Ok(false),
+            sent => Ok(sent.map(|()| true)?),
+        }
+    }
+
+    /// What stays its own whoever gets its number; nothing if it has ended.
+    fn open(self) -> io::Result<Option<OwnedFd>> {
+        let Some(pid) = Pid::from_raw(self.pid) else { return Ok(None) };
+        let descriptor = match pidfd_open(pid, PidfdFlags::empty()) {
+            // Nobody, or a thread, has the number.
+            Err(Errno::SRCH | Errno::INVAL | Errno::NOENT) => return Ok(None),
+            descriptor => descriptor?,
+        };
+        Ok((Self::with(self.pid).ok() == Some(self)).then_some(descriptor))
     }
 }
 
@@ -91,6 +109,18 @@ mod tests {
         let stat = "7 (a) b (c) S 1 7 7 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 4711 9 10\n";
         assert_eq!(start_in(stat), Some(4711));
         assert_eq!(start_in("7 (a) S 1"), None);
+    }
+
+    /// A record named a process that had ended, and whose number a stranger had by then: `del` ended that one.
+    #[test]
+    fn a_signal_reaches_nobody_who_has_only_the_number() {
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let it = Process::with(child.id().cast_signed()).unwrap();
+        assert!(!Process { start: it.start - 1, ..it }.send(Signal::TERM).unwrap());
+        assert!(!it.ends_by(Instant::now() + Duration::from_millis(50)).unwrap());
+        assert!(it.send(Signal::TERM).unwrap());
+        child.wait().unwrap();
+        assert!(!it.send(Signal::TERM).unwrap());
     }
 
     /// `del` returned while server and supervisor were still on their way out, with the image's file system

@@ -9,12 +9,17 @@
 //! locks see to that; it also notes, every second, which file the image is and that it was ours until now
 //! ([`Witness`]). Whoever takes the log over compares: before the image is opened, because its path may lead
 //! to another file by then, which a living server does not notice ([`RedoFile::check_same`]), and before the
-//! log is replayed ([`RedoFile::check_unchanged`]): then the image must not have been modified since. When it
-//! was last modified would not do: who then modifies it for the first time in a while, with a request or by a
-//! replay, may be killed before it can note that. What a killed server had begun goes on in the kernel, on
-//! threads that belong to it, and modifies the image when the image's disk lets it: so its supervisor, which
-//! learns of the end when these threads have ended too, notes that the image was ours until then
-//! ([`was_ours_until_now`]).
+//! log is replayed ([`RedoFile::check_unchanged`]): then the image must not have been modified since.
+//!
+//! Its supervisor sees a server die: it notes how the image was left, when what the server had begun has ended
+//! too ([`note_end`]), and how long the file is and when it was modified must be just that. Where nobody saw
+//! the death it must not have been modified later than the last note, and a few seconds for what came after
+//! that. When it was last modified would not do for such notes: who then modifies it for the first time in a
+//! while, with a request or by a replay, may be killed before it can note that.
+//!
+//! This cannot tell: changes within one tick of the clock that the file system keeps its times by (2 s on some,
+//! mostly milliseconds); a file whose times somebody has set back; and whatever is written to a block device,
+//! whose node's times say nothing of its content.
 
 #![allow(unsafe_code, reason = "a mapping seen as atomic words")]
 
@@ -22,7 +27,7 @@ mod witness;
 
 pub(crate) use witness::Witness;
 
-use crate::runfile;
+use crate::{config::Config, identity::Identity, runfile};
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, fallocate};
 use qcow2_engine::{REDO_BYTES, RedoLog, RedoMemory};
@@ -36,7 +41,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
 };
-use witness::{Identity, Noted, Seen, Sight, cannot_look_at, look_at, open_to_look};
+use witness::{Moment, Noted, Seen, Sight, State, cannot_look_at, look_at, open_to_look};
 
 /// Bytes of the file: the log, and a page with the witness.
 const FILE_BYTES: usize = REDO_BYTES + 4096;
@@ -44,9 +49,11 @@ const FILE_BYTES: usize = REDO_BYTES + 4096;
 const OURS_UNTIL: usize = REDO_BYTES / 8;
 const INODE: usize = OURS_UNTIL + 1;
 const BORN: usize = OURS_UNTIL + 2;
-/// Seconds by which the image may have changed after its dead server last looked: a server that is kept
-/// from running for longer than that hardly writes.
-const TOLERANCE_SECONDS: u64 = 10;
+const LEFT_MODIFIED: usize = OURS_UNTIL + 3;
+const LEFT_LEN: usize = OURS_UNTIL + 4;
+/// Seconds by which the image may have changed after its dead server last looked, if nobody saw its death: the
+/// pause until it would have looked again, and what it had begun.
+const TOLERANCE_SECONDS: u64 = 3;
 
 /// Why a redo log's memory could not be had.
 #[derive(Debug, thiserror::Error)]
@@ -154,19 +161,42 @@ impl RedoFile {
     /// Makes sure that nobody but the dead server has changed the image.
     pub(crate) fn check_unchanged(&self, image: &Path) -> Result<(), RedoFileError> {
         let (noted, now) = (self.map.witness(), look_at(image)?);
-        if now.modified > noted.ours_until.saturating_add(TOLERANCE_SECONDS) {
-            return Err(RedoFileError::Changed { image: image.to_owned(), log: self.path.clone() });
+        let is_ours = match self.map.left() {
+            Some(left) => now.state.is_still(left),
+            None => now.state.modified.seconds() <= noted.ours_until.saturating_add(TOLERANCE_SECONDS),
+        };
+        match is_ours {
+            true => Ok(()),
+            false => Err(RedoFileError::Changed { image: image.to_owned(), log: self.path.clone() }),
         }
-        Ok(())
+    }
+
+    /// Notes how a dead server has left its image.
+    fn note_left(&self, config: &Config) {
+        match witness::last_look(config) {
+            Ok(Seen { identity, state }) if identity == self.map.witness().identity => {
+                self.map.note_left(state);
+            }
+            // What has become of that file its successor will say.
+            Ok(_) => {}
+            Err(error) => tracing::warn!(
+                "how the dead server has left {} is not known to the moment: {error}",
+                config.image.display()
+            ),
+        }
     }
 }
 
-/// Notes for device `id` that nobody else can have modified its image until now: for who sees that its killed
-/// server has ended, with all that it had begun, for which it had the image locked.
-pub(crate) fn was_ours_until_now(id: u32) {
-    // What is wrong with the file its successor will say.
-    if let Ok(Some(file)) = RedoFile::open(id) {
-        file.map.extend(witness::now());
+/// Notes how the killed server of device `id` has left its image: for who sees its death.
+pub(crate) fn note_end(id: u32) {
+    // What is wrong with these its successor will say.
+    let Ok(Some(file)) = RedoFile::open(id) else { return };
+    if file.map.left().is_some() {
+        return; // the server had not come to open the image, so others may have
+    }
+    file.map.extend(witness::now());
+    if let Ok(Some(entry)) = runfile::load(id) {
+        file.note_left(&entry.record.config);
     }
 }
 
@@ -237,10 +267,27 @@ impl Mapped {
         Noted { identity: Identity { inode, born }, ours_until }
     }
 
+    /// For who has the image: what a server before it has left is no more.
     fn note(&self, Noted { identity: Identity { inode, born }, ours_until }: Noted) {
-        for (word, value) in [(OURS_UNTIL, ours_until), (INODE, inode), (BORN, born)] {
+        for (word, value) in [(LEFT_MODIFIED, 0), (OURS_UNTIL, ours_until), (INODE, inode), (BORN, born)] {
             self.words()[word].store(value, Ordering::Relaxed);
         }
+    }
+
+    /// How the dead server has left the image, if somebody saw its death.
+    fn left(&self) -> Option<State> {
+        match self.words()[LEFT_MODIFIED].load(Ordering::Acquire) {
+            0 => None,
+            modified => {
+                let len = self.words()[LEFT_LEN].load(Ordering::Relaxed);
+                Some(State { modified: Moment(modified), len })
+            }
+        }
+    }
+
+    fn note_left(&self, State { modified: Moment(modified), len }: State) {
+        self.words()[LEFT_LEN].store(len, Ordering::Relaxed);
+        self.words()[LEFT_MODIFIED].store(modified, Ordering::Release);
     }
 
     /// Time does not go back with the clock.
@@ -329,6 +376,30 @@ mod tests {
         assert!(matches!(log.check_unchanged(&image), Err(RedoFileError::Changed { .. })));
         sight.note();
         assert!(log.check_unchanged(&image).is_ok());
+    }
+
+    #[test]
+    fn how_a_dead_server_left_its_image_is_known_to_the_moment() {
+        let (_dir, image, file, log) = image_and_log();
+        let sight = log.sight(&image).unwrap();
+        sight.note();
+        let left = SystemTime::UNIX_EPOCH + Duration::new(1_700_000_000, 5_000_000);
+        let (tick, whole) = (Duration::from_millis(1), Duration::from_millis(5));
+        file.set_modified(left).unwrap();
+        log.map.note_left(look_at(&image).unwrap().state);
+        for (modified, len, is_ours) in [
+            (left, 0, true),
+            (left - whole, 0, true),
+            (left + tick, 0, false),
+            (left - 2 * Duration::from_secs(1), 0, false),
+            (left, 512, false),
+        ] {
+            file.set_len(len).unwrap();
+            file.set_modified(modified).unwrap();
+            assert_eq!(log.check_unchanged(&image).is_ok(), is_ours, "{modified:?}, {len}");
+        }
+        sight.note();
+        assert!(log.check_unchanged(&image).is_ok(), "a successor has it");
     }
 
     /// A replay that was cut short could not be repeated, nor what an idle server had begun to write when it

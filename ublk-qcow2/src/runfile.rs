@@ -55,6 +55,13 @@ pub(crate) struct RunFileError {
     source: io::Error,
 }
 
+impl RunFileError {
+    /// Whether somebody asks who is not to know.
+    fn is_refusal(&self) -> bool {
+        self.source.kind() == io::ErrorKind::PermissionDenied
+    }
+}
+
 /// The way out where there is a file that cannot be understood, or no place for one.
 fn hint(source: &io::Error) -> &'static str {
     match (source.get_ref(), source.kind()) {
@@ -62,9 +69,10 @@ fn hint(source: &io::Error) -> &'static str {
             "; it is damaged or another version's: detach the device with that version, or remove the file, \
              which gives up what is in its redo log only, and then the device, with `ublk-qcow2 del -n`"
         }
-        (_, io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem) => {
+        (_, io::ErrorKind::ReadOnlyFilesystem) => {
             "; the environment variable UBLK_QCOW2_RUN_DIR names another run directory"
         }
+        (_, io::ErrorKind::PermissionDenied) => "; only root may look at servers' records",
         _ => "",
     }
 }
@@ -184,7 +192,9 @@ impl RunFile {
             remove_files(id);
             return Err(TakeOverError::OtherBoot(id));
         }
-        record.pid = std::process::id().cast_signed();
+        let this = Process::this().map_err(fail)?;
+        record.pid = this.pid;
+        record.processes.push(this);
         record.error = None;
         record.refusal = None;
         record.is_inherited = true;

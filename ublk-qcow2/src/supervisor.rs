@@ -166,13 +166,14 @@ impl Attempt {
     /// Waits for its end, and for that of what it has begun.
     fn end(&self, id: u32) -> End {
         let status = wait_for_end(self.pid);
+        let lived = self.since.elapsed();
         if let Some(WaitStatus::Signaled(..)) = status {
-            redofile::was_ours_until_now(id);
+            redofile::note_end(id);
         }
         match (status, &self.outcome) {
             (Some(WaitStatus::Signaled(_, signal, _)), outcome) => match outcome {
                 Err(Unserved::Failed(error)) => End::Setback(format!("recovery failed: {error}")),
-                _ if self.since.elapsed() >= SERVED => End::Killed(signal),
+                _ if lived >= SERVED => End::Killed(signal),
                 _ => End::Setback(format!("a server died by {signal} as soon as it was started")),
             },
             (Some(WaitStatus::Exited(_, code)), Err(Unserved::Failed(error))) if code != NOTHING_LEFT => {
@@ -289,21 +290,33 @@ fn remove(record: &Record) -> Result<(), ServeError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{alone, redofile::RedoFile, runfile::DIRECTORY_VARIABLE};
+    use crate::{
+        alone,
+        redofile::{RedoFile, RedoFileError},
+    };
     use nix::{
         fcntl::{Flock, FlockArg},
         sys::signal::{SigHandler, raise, signal},
     };
     use std::{
         collections::BTreeSet,
-        env,
         fs::{self, File},
-        path::Path,
         thread::{self, sleep},
     };
 
     fn begun(pid: Pid, outcome: Result<u32, Unserved>) -> Attempt {
         Attempt { pid, outcome, since: Instant::now() }
+    }
+
+    /// A server that is killed.
+    fn dying() -> Attempt {
+        match detach::into_background().unwrap() {
+            Side::Parent { child, outcome } => begun(child, outcome),
+            Side::Child(_) => {
+                raise(Signal::SIGKILL).unwrap();
+                unreachable!("nobody survives that")
+            }
+        }
     }
 
     /// `add` was started by a program that ignores SIGCHLD, as some do: the server was killed, and its
@@ -331,21 +344,40 @@ mod tests {
     #[test]
     fn what_a_dead_server_had_begun_is_no_change_by_somebody_else() {
         let test = "supervisor::tests::what_a_dead_server_had_begun_is_no_change_by_somebody_else";
-        if let Some(mut child) = alone::again(test) {
-            let dir = tempfile::tempdir().unwrap();
-            return alone::check(&child.env(DIRECTORY_VARIABLE, dir.path()).output().unwrap());
-        }
-        // Nothing is noted of it.
-        let log = RedoFile::create(0).unwrap();
-        let image = Path::new(&env::var_os(DIRECTORY_VARIABLE).unwrap()).join("image");
-        fs::write(&image, "").unwrap();
-        assert!(log.check_unchanged(&image).is_err());
-        match detach::into_background().unwrap() {
+        alone::in_a_directory(test, |directory| {
+            // Nothing is noted of it.
+            let log = RedoFile::create(0).unwrap();
+            let image = directory.join("image");
+            fs::write(&image, "").unwrap();
+            assert!(log.check_unchanged(&image).is_err());
             // Without a record the next server ends by itself.
-            Side::Parent { child, outcome } => watch(0, begun(child, outcome), Namespace::Shared),
-            Side::Child(_) => raise(Signal::SIGKILL).unwrap(),
-        }
-        assert!(log.check_unchanged(&image).is_ok());
+            watch(0, dying(), Namespace::Shared);
+            assert!(log.check_unchanged(&image).is_ok());
+        });
+    }
+
+    /// QEMU's tools changed an image a moment after its server had died: what that had acknowledged was replayed
+    /// over it, because ten seconds were granted to what the server itself had begun.
+    #[test]
+    fn what_others_change_when_a_server_has_died_is_noticed_at_once() {
+        let test = "supervisor::tests::what_others_change_when_a_server_has_died_is_noticed_at_once";
+        alone::in_a_directory(test, |directory| {
+            let mut record = runfile::example();
+            let (id, image) = (record.id, directory.join("image"));
+            record.config.image.clone_from(&image);
+            fs::write(&image, "one").unwrap();
+            fs::write(runfile::path_of(id), serde_json::to_string(&record).unwrap()).unwrap();
+            let log = RedoFile::create(id).unwrap();
+            drop(log.witness(&image).unwrap());
+            let is_changed = || matches!(log.check_unchanged(&image), Err(RedoFileError::Changed { .. }));
+            dying().end(id);
+            assert!(!is_changed());
+            sleep(Duration::from_millis(50)); // a tick of the clock by which files are modified
+            fs::write(&image, "two").unwrap();
+            assert!(is_changed());
+            dying().end(id);
+            assert!(is_changed(), "the second one had not come to open the image");
+        });
     }
 
     /// A successor could not take the device over, because the image's file system was gone for a moment, say:
@@ -353,55 +385,51 @@ mod tests {
     #[test]
     fn a_failed_recovery_is_not_the_last_as_long_as_the_device_waits() {
         let test = "supervisor::tests::a_failed_recovery_is_not_the_last_as_long_as_the_device_waits";
-        if let Some(mut child) = alone::again(test) {
-            let dir = tempfile::tempdir().unwrap();
-            return alone::check(&child.env(DIRECTORY_VARIABLE, dir.path()).output().unwrap());
-        }
-        let record = runfile::example();
-        let (id, path) = (record.id, runfile::path_of(record.id));
-        fs::write(&path, serde_json::to_string(&record).unwrap()).unwrap();
-        // Each of the servers puts itself into the record, and none has a driver.
-        let watcher = thread::spawn(move || {
-            let mut servers = BTreeSet::new();
-            let deadline = Instant::now() + Duration::from_secs(20);
-            while servers.len() < 4 && Instant::now() < deadline {
-                servers.extend(runfile::load(id).unwrap().map(|entry| entry.record.pid));
-                sleep(Duration::from_millis(1));
+        alone::in_a_directory(test, |_| {
+            let record = runfile::example();
+            let (id, path) = (record.id, runfile::path_of(record.id));
+            fs::write(&path, serde_json::to_string(&record).unwrap()).unwrap();
+            // Each of the servers puts itself into the record, and none has a driver.
+            let watcher = thread::spawn(move || {
+                let mut servers = BTreeSet::new();
+                let deadline = Instant::now() + Duration::from_secs(20);
+                while servers.len() < 4 && Instant::now() < deadline {
+                    servers.extend(runfile::load(id).unwrap().map(|entry| entry.record.pid));
+                    sleep(Duration::from_millis(1));
+                }
+                let before = Instant::now();
+                fs::remove_file(path).unwrap();
+                (servers.len(), before)
+            });
+            match detach::into_background().unwrap() {
+                Side::Parent { child, outcome } => watch(id, begun(child, outcome), Namespace::Shared),
+                Side::Child(_) => raise(Signal::SIGKILL).unwrap(),
             }
-            let before = Instant::now();
-            fs::remove_file(path).unwrap();
-            (servers.len(), before)
+            let (servers, removed) = watcher.join().unwrap();
+            assert_eq!(servers, 4, "the one before, and three attempts");
+            assert!(removed.elapsed() < Duration::from_secs(5), "it goes on though the device is gone");
         });
-        match detach::into_background().unwrap() {
-            Side::Parent { child, outcome } => watch(id, begun(child, outcome), Namespace::Shared),
-            Side::Child(_) => raise(Signal::SIGKILL).unwrap(),
-        }
-        let (servers, removed) = watcher.join().unwrap();
-        assert_eq!(servers, 4, "the one before, and three attempts");
-        assert!(removed.elapsed() < Duration::from_secs(5), "it goes on though the device is gone");
     }
 
     #[test]
     fn who_has_the_device_by_now_decides_whether_another_server_is_needed() {
         let test = "supervisor::tests::who_has_the_device_by_now_decides_whether_another_server_is_needed";
-        if let Some(mut child) = alone::again(test) {
-            let dir = tempfile::tempdir().unwrap();
-            return alone::check(&child.env(DIRECTORY_VARIABLE, dir.path()).output().unwrap());
-        }
-        let record = runfile::example();
-        let (id, cookie) = (record.id, Some(record.cookie));
-        let write = |record: &Record| {
-            fs::write(runfile::path_of(id), serde_json::to_string(record).unwrap()).unwrap();
-        };
-        assert!(is_over(id, cookie), "it is gone");
-        write(&record);
-        assert!(!is_over(id, cookie), "it waits");
-        assert!(is_over(id, Some(record.cookie - 1)), "it is another's");
-        write(&Record { phase: Phase::Removing, ..record.clone() });
-        assert!(is_over(id, cookie), "somebody takes it away");
-        write(&record);
-        let file = File::open(runfile::path_of(id)).unwrap();
-        let _served = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap();
-        assert!(is_over(id, cookie), "somebody else serves it");
+        alone::in_a_directory(test, |_| {
+            let record = runfile::example();
+            let (id, cookie) = (record.id, Some(record.cookie));
+            let write = |record: &Record| {
+                fs::write(runfile::path_of(id), serde_json::to_string(record).unwrap()).unwrap();
+            };
+            assert!(is_over(id, cookie), "it is gone");
+            write(&record);
+            assert!(!is_over(id, cookie), "it waits");
+            assert!(is_over(id, Some(record.cookie - 1)), "it is another's");
+            write(&Record { phase: Phase::Removing, ..record.clone() });
+            assert!(is_over(id, cookie), "somebody takes it away");
+            write(&record);
+            let file = File::open(runfile::path_of(id)).unwrap();
+            let _served = Flock::lock(file, FlockArg::LockExclusiveNonblock).unwrap();
+            assert!(is_over(id, cookie), "somebody else serves it");
+        });
     }
 }

@@ -18,7 +18,8 @@ pub(crate) fn in_time(
     work: impl FnOnce() -> io::Result<()> + Send + 'static,
 ) -> io::Result<()> {
     let (done, outcome) = mpsc::channel();
-    thread::spawn(move || done.send(work()));
+    // There may be no thread left for it.
+    thread::Builder::new().name("waiting".to_owned()).spawn(move || done.send(work()))?;
     let late = |_| Err(io::Error::new(io::ErrorKind::TimedOut, "it takes too long"));
     outcome.recv_timeout(limit).unwrap_or_else(late)
 }
@@ -49,6 +50,8 @@ pub(crate) fn ends_within(child: Pid, limit: Duration, look: Duration) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::alone;
+    use nix::sys::resource::{Resource, setrlimit};
 
     #[test]
     fn what_passes_is_sat_out_and_nothing_else() {
@@ -70,5 +73,16 @@ mod tests {
         assert_eq!(attempts(3, Duration::from_secs(60)), 3);
         assert_eq!(attempts(2, Duration::ZERO), 1, "there is one attempt in any case");
         assert!(attempts(u32::MAX, Duration::from_millis(20)) > 1);
+    }
+
+    /// `del` found no thread left for it (`ulimit -u`), and aborted.
+    #[test]
+    fn what_cannot_have_a_thread_fails() {
+        alone::run("wait::tests::what_cannot_have_a_thread_fails", || {
+            // No memory for its stack: a limit on threads is none for root.
+            setrlimit(Resource::RLIMIT_AS, 0, 0).unwrap();
+            let outcome = in_time(Duration::from_secs(60), || Ok(()));
+            assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        });
     }
 }

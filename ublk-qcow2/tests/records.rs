@@ -2,6 +2,10 @@
 
 use std::{
     fs,
+    os::unix::{
+        fs::{MetadataExt, PermissionsExt},
+        process::CommandExt,
+    },
     path::Path,
     process::{Command, Output},
 };
@@ -47,4 +51,33 @@ fn a_record_that_cannot_be_read_is_said_once_with_the_way_out() {
     let resized = ours(&["resize", "image", "2M"]);
     assert!(resized.status.success(), "{}", told(&resized));
     assert_eq!(told(&resized).matches("3.json").count(), 1, "{}", told(&resized));
+}
+
+/// Any user could lock a record. Who may not read them is told so, and not that there is no device.
+#[test]
+fn records_are_root_s() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let at = |name: &str| dir.path().join(name);
+    let (run_dir, program) = (at("run"), at("ublk-qcow2"));
+    fs::create_dir(&run_dir).expect("a run directory");
+    fs::write(run_dir.join("3.json"), "{}").expect("a record");
+    // A stranger may not find the program where it was built.
+    fs::copy(env!("CARGO_BIN_EXE_ublk-qcow2"), &program).expect("a copy");
+    for (path, mode) in [(dir.path(), 0o777), (&run_dir.join("3.json"), 0o000)] {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("permissions");
+    }
+    let as_stranger = |args: &[&str]| {
+        let mut command = Command::new(&program);
+        command.env("UBLK_QCOW2_RUN_DIR", &run_dir).current_dir(dir.path()).args(args);
+        if fs::metadata("/proc/self").expect("metadata").uid() == 0 {
+            command.uid(65534).gid(65534);
+        }
+        command.output().expect("starts")
+    };
+    let listed = as_stranger(&["list"]);
+    assert!(!listed.status.success() && told(&listed).contains("only root"), "{}", told(&listed));
+    assert!(as_stranger(&["create", "-q", "image", "1M"]).status.success());
+    let resized = as_stranger(&["resize", "image", "2M"]);
+    assert!(resized.status.success(), "{}", told(&resized));
+    assert_eq!(told(&resized).matches("is not known").count(), 1, "{}", told(&resized));
 }

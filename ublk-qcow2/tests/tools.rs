@@ -486,6 +486,21 @@ fn io_fails_where_qemu_io_fails() {
     assert!(text(&refused).contains("read-only"), "{}", text(&refused));
 }
 
+/// `write -s FILE` read the whole file: one without an end until there was no memory left.
+#[test]
+fn a_file_to_write_from_may_be_longer_than_the_request() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    succeeds(ours(path, &["create", "-q", "image.qcow2", "1M"]));
+    let bounded = "ulimit -v 4194304 && exec \"$@\"";
+    let commands = ["-c", "write -P 7 0 8k", "-c", "write -s /dev/zero 0 4k", "-c", "read -P 0 0 4k"];
+    succeeds(run(
+        "sh",
+        path,
+        &[&["-c", bounded, "sh", OURS, "io"][..], &commands, &["image.qcow2"]].concat(),
+    ));
+}
+
 /// Zeros at odd offsets allocated a cluster where nothing was allocated.
 #[test]
 fn zeros_over_nothing_allocate_nothing() {

@@ -17,7 +17,7 @@ use super::{
     directory::{Directory, Place, Run, Shape},
     page::TablePage,
 };
-use crate::paging::MAX_PAGE;
+use crate::{flush::MAX_DIRTY_PAGES, paging::MAX_PAGE};
 use qcow2_format::word;
 use std::sync::{
     OnceLock,
@@ -27,6 +27,11 @@ use std::sync::{
 const ENTRIES: usize = MAX_PAGE as usize / 8;
 /// Slots per layer, at the least: one look-up needs a slice of each layer at the same time.
 const MIN_SLOTS_PER_LAYER: usize = 4;
+/// Slots at the most: a word of a directory holds their numbers.
+const MAX_SLOTS: usize = u32::MAX as usize - 1;
+/// Slots beyond one for every slice there is: half of all may be dirty ([`MAX_DIRTY_PAGES`] counts pages of all
+/// kinds), which is not to be less because an image is small. One that was never filled takes some 50 bytes.
+const SPARE: usize = 2 * MAX_DIRTY_PAGES;
 
 /// Names a slice: the layer of the chain and the slice's number in guest order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -68,11 +73,17 @@ impl SliceKey {
 }
 
 impl SliceCache {
-    /// A cache of `bytes`, and of so many slots at the least, for layers of these shapes.
-    pub(crate) fn new(bytes: u64, least_slots: usize, layers: &[Shape]) -> Self {
-        let least = least_slots.max(MIN_SLOTS_PER_LAYER * layers.len());
+    /// The slots that `bytes` are good for, and so many at the least, for so many layers.
+    pub(crate) fn slots_in(bytes: u64, least_slots: usize, layers: usize) -> usize {
+        let least = least_slots.max(MIN_SLOTS_PER_LAYER * layers);
+        usize::try_from(bytes / MAX_PAGE).unwrap_or(usize::MAX).clamp(least, MAX_SLOTS)
+    }
+
+    /// A cache of so many slots, as far as layers of these shapes have use for them.
+    pub(crate) fn new(slots: usize, layers: &[Shape]) -> Self {
+        let slices = layers.iter().fold(0_u64, |sum, shape| sum.saturating_add(shape.slices));
         let slots =
-            usize::try_from(bytes / MAX_PAGE).unwrap_or(usize::MAX).clamp(least, u32::MAX as usize - 1);
+            slots.min(usize::try_from(slices).map_or(MAX_SLOTS, |slices| slices.saturating_add(SPARE)));
         Self {
             slots: (0..slots).map(|_| Slot::empty()).collect(),
             directories: layers.iter().map(|&shape| Directory::new(shape)).collect(),

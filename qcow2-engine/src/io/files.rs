@@ -19,7 +19,7 @@ use nix::{
 };
 use rustix::fs::{AtFlags, StatxFlags};
 use std::{
-    fs::{File, OpenOptions},
+    fs::{File, Metadata, OpenOptions},
     io::{self, Seek, SeekFrom},
     os::{
         fd::{AsRawFd, RawFd},
@@ -105,6 +105,14 @@ impl Files {
     /// `NotFound` for an id that this table did not give out.
     pub fn path(&self, file: FileId) -> io::Result<PathBuf> {
         self.with(file, |open| Ok(open.path.clone()))
+    }
+
+    /// What the file system says of the file now.
+    ///
+    /// # Errors
+    /// The operating system's; `NotFound` for an id that this table did not give out.
+    pub fn metadata(&self, file: FileId) -> io::Result<Metadata> {
+        self.with(file, |open| open.file.metadata())
     }
 
     /// The paths under which files were opened.

@@ -12,18 +12,14 @@ use super::{CommandError, complain};
 use crate::{
     cli::DelArgs,
     control::Control,
-    crew::FORCING,
+    crew::FORCING_SENT,
     daemon::{self, ServeError},
     device, orphans,
     processes::Process,
     runfile::{self, Entry, Phase, Record, Refusal, RunFile, TakeOverError},
     wait,
 };
-use nix::{
-    errno::Errno,
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use rustix::process::Signal;
 use std::{
     collections::BTreeSet,
     thread,
@@ -120,7 +116,7 @@ fn take_away(first: Entry, users: Users, served_by: &mut BTreeSet<Process>) -> R
                 Some(asked) => asked.check(&entry.record, users)?,
                 None => {
                     check_unclaimed(id, users, "unmount it first")?;
-                    if ask_to_stop(id, pid, users)? {
+                    if ask_to_stop(&entry.record, users)? {
                         asked = Some(Asked::of(&entry.record));
                     }
                 }
@@ -173,15 +169,12 @@ impl Asked {
 }
 
 /// Whether there was somebody to ask.
-fn ask_to_stop(id: u32, pid: i32, users: Users) -> Result<bool, CommandError> {
-    let signal = if users == Users::Ignored { FORCING } else { Signal::SIGTERM };
-    // The lock says that the server lives, so the process id is still its own.
-    match kill(Pid::from_raw(pid), signal) {
-        // But for a moment it may be that of its successor, which has not put itself into the file.
-        Err(Errno::ESRCH) => Ok(false),
-        Err(errno) => Err(CommandError::Signal { id, pid, source: errno.into() }),
-        Ok(()) => Ok(true),
-    }
+fn ask_to_stop(record: &Record, users: Users) -> Result<bool, CommandError> {
+    // The lock says that somebody lives. For a moment the record may still be that of who has died.
+    let Some(server) = record.server() else { return Ok(false) };
+    let Record { id, pid, .. } = *record;
+    let signal = if users == Users::Ignored { FORCING_SENT } else { Signal::TERM };
+    server.send(signal).map_err(|source| CommandError::Signal { id, pid, source })
 }
 
 /// Makes sure that nobody has mounted the device or claimed it otherwise.
@@ -267,6 +260,7 @@ fn delete_foreign(id: u32, users: Users) -> Result<(), CommandError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::{os::unix::process::ExitStatusExt, process::Command};
 
     /// A server was killed while it stopped. `del` removed the device at once, or asked the next server before
     /// it served: what the kernel had in memory for the device was lost.
@@ -304,5 +298,21 @@ mod tests {
             assert!(told.contains("late") && told.contains("del --force -n 7"), "{told}");
             assert!(asked.check(&later, Users::Ignored).is_ok());
         }
+    }
+
+    /// A dead server's record could be locked by anybody, and its number was a stranger's by then: `del` ended
+    /// that one.
+    #[test]
+    fn who_has_only_a_server_s_number_is_not_asked() {
+        let mut stranger = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = stranger.id().cast_signed();
+        let process = format!(r#"{{"pid":{pid},"start":1}}"#);
+        let mut record =
+            Record { pid, processes: vec![serde_json::from_str(&process).unwrap()], ..runfile::example() };
+        assert!(!ask_to_stop(&record, Users::Spared).unwrap());
+        record.processes.clear();
+        assert!(!ask_to_stop(&record, Users::Spared).unwrap());
+        stranger.kill().unwrap();
+        assert_eq!(stranger.wait().unwrap().signal(), Some(Signal::KILL.as_raw()), "it was ended before");
     }
 }

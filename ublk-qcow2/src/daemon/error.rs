@@ -3,6 +3,7 @@
 use crate::{
     control::ControlError,
     device::DeviceError,
+    identity::OtherFiles,
     queue::QueueError,
     redofile::RedoFileError,
     runfile::{CreateError, InUse, RunFileError, TakeOverError},
@@ -34,6 +35,8 @@ pub(crate) enum ServeError {
     TakeOver(#[from] TakeOverError),
     #[error(transparent)]
     RedoFile(#[from] RedoFileError),
+    #[error(transparent)]
+    OtherFiles(#[from] OtherFiles),
     #[error("cannot use the redo log: {0}")]
     Redo(#[from] RedoError),
     #[error("cannot start the server: {0}")]

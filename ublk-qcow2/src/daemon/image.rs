@@ -6,6 +6,7 @@ use super::ServeError;
 use crate::{
     config::Config,
     device::Device,
+    identity::{self, KnownFile},
     redofile::{RedoFile, Witness},
     runfile::Record,
     wait,
@@ -44,12 +45,13 @@ pub(super) fn take_image_over(
 ) -> Result<(Arc<Image>, Option<Witness>), ServeError> {
     let (image, log) = match RedoFile::open(record.id)? {
         Some(file) => {
-            let (image, log) = open_as_left(record, files, file)?;
+            let (image, log) = open_as_left(record, files, file, |image| check_files(record, image, files))?;
             (image, Some(log))
         }
         // The dead server was not to change it, or had not got to changing it, or its writes were given up.
         None => {
             let image = open_when_let_go(&record.config, files)?;
+            check_files(record, &image, files)?;
             let log = new_log(device, &image, &record.config)?;
             (image, log)
         }
@@ -90,7 +92,8 @@ pub(crate) fn settle(record: &Record) -> Result<(), ServeError> {
 
 fn settle_with(record: &Record, file: RedoFile) -> Result<(), ServeError> {
     let files = Arc::new(record.config.files());
-    let (image, _log) = open_as_left(record, &files, file)?;
+    // What is owed is owed to the image, whatever has become of the files below it.
+    let (image, _log) = open_as_left(record, &files, file, |_| Ok(()))?;
     close_image(&image, &files)
 }
 
@@ -132,15 +135,23 @@ fn open_when_let_go(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, S
     wait::patiently(DEAD_LOCK_WAIT, DEAD_LOCK_PAUSE, is_locked, || open_image(&config.image, &options, files))
 }
 
-/// Opens the image of a dead server and replays the redo log that it has left.
+/// Makes sure that a dead server's device goes on with the files that it had.
+fn check_files(record: &Record, image: &Image, files: &Files) -> Result<(), ServeError> {
+    let now = KnownFile::of_chain(image, files).map_err(ServeError::SetUp)?;
+    Ok(identity::check_same(&record.files, &now, record.id)?)
+}
+
+/// Opens the image of a dead server and, if it passes, replays the redo log that it has left.
 fn open_as_left(
     record: &Record,
     files: &Arc<Files>,
     file: RedoFile,
+    check: impl FnOnce(&Image) -> Result<(), ServeError>,
 ) -> Result<(Arc<Image>, Log), ServeError> {
     let config = &record.config;
     file.check_same(&config.image)?;
     let image = open_when_let_go(config, files)?;
+    check(&image)?;
     let left = RedoLog::open(file.memory())?;
     if !left.is_empty() {
         file.check_unchanged(&config.image)?;
@@ -163,31 +174,74 @@ fn replay(image: &Arc<Image>, files: &Arc<Files>, log: &RedoLog) -> Result<usize
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{alone, runfile};
-    use std::{env, path::PathBuf, sync::atomic::Ordering};
+    use crate::{alone, cli::IoMode, runfile};
+    use qcow2_engine::{BackingPolicy, Preallocation, create::create};
+    use qcow2_format::{Backing, CreateOptions};
+    use std::{fs, sync::atomic::Ordering};
+
+    /// Another file was put in a backing file's place, or in that of a read-only image, and its server was killed:
+    /// the successor served the other disk to those who had the first one half in their memory.
+    #[test]
+    fn a_successor_serves_the_files_that_the_dead_server_had() {
+        let dir = tempfile::tempdir().unwrap();
+        let (image, base) = (dir.path().join("image"), dir.path().join("base"));
+        let mut record = runfile::example();
+        record.config = Config {
+            image: image.clone(),
+            io: IoMode::Buffered,
+            backing_policy: BackingPolicy::Any,
+            read_only: true,
+            ..record.config
+        };
+        let new_files = || Arc::new(record.config.files());
+        fs::write(&base, [1; 4096]).unwrap();
+        let backing = Backing { name: b"base".to_vec(), format: "raw".to_owned() };
+        let options =
+            CreateOptions { virtual_size: 4096, backing: Some(backing), ..CreateOptions::default() };
+        {
+            let files = new_files();
+            fs::write(&image, "").unwrap();
+            let ring = Uring::new(Arc::clone(&files), OPENING_RING).unwrap();
+            block_on(&ring, create(&ring, &*files, &image, &options, Preallocation::Off)).unwrap().unwrap();
+        }
+        let open = || {
+            let files = new_files();
+            (open_when_let_go(&record.config, &files).unwrap(), files)
+        };
+        let (opened, files) = open();
+        let known = KnownFile::of_chain(&opened, &files).unwrap();
+        drop((opened, files));
+        let check = |record: &Record| {
+            let (opened, files) = open();
+            check_files(record, &opened, &files)
+        };
+        let record = Record { files: known, ..record.clone() };
+        check(&record).unwrap();
+        fs::write(dir.path().join("copy"), [1; 4096]).unwrap();
+        fs::rename(dir.path().join("copy"), &base).unwrap();
+        let refused = check(&record).unwrap_err().to_string();
+        assert!(refused.contains("base is not the file that the dead server had open"), "{refused}");
+    }
 
     /// An image was removed, and its server killed: the device could not be detached, for ever, though nothing
     /// was to be written to the image; and if there was, `del` did not say how to give that up.
     #[test]
     fn an_image_that_is_gone_keeps_nobody_to_whom_it_owes_nothing() {
         let test = "daemon::image::tests::an_image_that_is_gone_keeps_nobody_to_whom_it_owes_nothing";
-        if let Some(mut child) = alone::again(test) {
-            let dir = tempfile::tempdir().unwrap();
-            return alone::check(&child.env(runfile::DIRECTORY_VARIABLE, dir.path()).output().unwrap());
-        }
-        let directory = PathBuf::from(env::var_os(runfile::DIRECTORY_VARIABLE).unwrap());
-        let mut record = runfile::example();
-        record.config.image = directory.join("gone");
-        settle(&record).unwrap();
-        let file = RedoFile::create(record.id).unwrap();
-        RedoLog::create(file.memory()).unwrap();
-        settle(&record).unwrap();
-        // The log's tail.
-        (*file.memory()).as_ref()[2].store(1, Ordering::Relaxed);
-        let told = settle(&record).unwrap_err().to_string();
-        let log = runfile::redo_path(record.id);
-        for part in ["gone", "No such file", "remove", &log.to_string_lossy()] {
-            assert!(told.contains(part), "{part}: {told}");
-        }
+        alone::in_a_directory(test, |directory| {
+            let mut record = runfile::example();
+            record.config.image = directory.join("gone");
+            settle(&record).unwrap();
+            let file = RedoFile::create(record.id).unwrap();
+            RedoLog::create(file.memory()).unwrap();
+            settle(&record).unwrap();
+            // The log's tail.
+            (*file.memory()).as_ref()[2].store(1, Ordering::Relaxed);
+            let told = settle(&record).unwrap_err().to_string();
+            let log = runfile::redo_path(record.id);
+            for part in ["gone", "No such file", "remove", &log.to_string_lossy()] {
+                assert!(told.contains(part), "{part}: {told}");
+            }
+        });
     }
 }

@@ -73,16 +73,17 @@ pub(crate) fn load(id: u32) -> Result<Option<Entry>, RunFileError> {
     load_path(&path_of(id))
 }
 
-/// All run files that can be read, in the order of their ids. One that cannot hides no other.
+/// All run files that make sense, in the order of their ids. One that does not hides no other.
 pub(crate) fn load_all() -> Result<Vec<Entry>, RunFileError> {
-    let readable = |entry: Result<Entry, RunFileError>| match entry {
-        Ok(entry) => Some(entry),
-        Err(error) => {
-            tracing::warn!("{error}");
-            None
+    let mut readable = Vec::new();
+    for entry in load_each()? {
+        match entry {
+            Ok(entry) => readable.push(entry),
+            Err(error) if error.is_refusal() => return Err(error),
+            Err(error) => tracing::warn!("{error}"),
         }
-    };
-    Ok(load_each()?.into_iter().filter_map(readable).collect())
+    }
+    Ok(readable)
 }
 
 /// What is left of the device that was made with this cookie, however far its server had come.

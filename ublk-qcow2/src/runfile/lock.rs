@@ -1,4 +1,7 @@
 //! Run files are locked as long as their servers live, and never seen half written.
+//!
+//! Whoever may open a file may lock it, so only root may open these (from the next [`write_locked`] on where a
+//! version of before made them readable): a stranger's lock would have a dead server seem alive.
 
 use super::Record;
 use crate::wait;
@@ -30,7 +33,7 @@ pub(super) fn write_locked(path: &Path, record: &Record) -> io::Result<Flock<Fil
 }
 
 fn write_as(temporary: &Path, path: &Path, record: &Record) -> io::Result<Flock<File>> {
-    let mut file = File::options().write(true).create(true).truncate(true).mode(0o644).open(temporary)?;
+    let mut file = File::options().write(true).create(true).truncate(true).mode(0o600).open(temporary)?;
     file.write_all(serde_json::to_string(record)?.as_bytes())?;
     let lock = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno)?;
     fs::rename(temporary, path)?;

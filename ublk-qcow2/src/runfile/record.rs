@@ -1,6 +1,6 @@
 //! What a run file says.
 
-use crate::{config::Config, processes::Process};
+use crate::{config::Config, identity::KnownFile, processes::Process};
 use serde::{Deserialize, Serialize};
 
 /// How far a server has come.
@@ -40,9 +40,13 @@ pub(crate) struct Record {
     pub(crate) config: Config,
     /// What the driver knows the device by, so that it is not taken for another with its number.
     pub(crate) cookie: u64,
-    /// Who has the image's file system mounted, or keeps it busy: the server, and its supervisor.
+    /// Who has the image's file system mounted, or keeps it busy: the server, and its supervisor. Whoever has
+    /// taken the file over is among them.
     #[serde(default)]
     pub(crate) processes: Vec<Process>,
+    /// The image and the files below it, as the device was made with them.
+    #[serde(default)]
+    pub(crate) files: Vec<KnownFile>,
     /// The boot in which the device was made: it has not outlived it.
     pub(crate) boot: String,
     /// Why the server could not end cleanly.
@@ -59,6 +63,13 @@ pub(crate) struct Refusal {
     /// How often it has done so by now: whoever asks again tells the new answer from the one before.
     pub(crate) number: u32,
     pub(crate) reason: String,
+}
+
+impl Record {
+    /// The server's process, if that is known well enough to be told from others with its number.
+    pub(crate) fn server(&self) -> Option<Process> {
+        self.processes.iter().copied().find(|process| process.pid == self.pid)
+    }
 }
 
 /// A run file as others see it.
@@ -90,6 +101,7 @@ pub(crate) fn example() -> Record {
         config: crate::config::example(),
         cookie: u64::MAX,
         processes: vec![Process::this().unwrap()],
+        files: Vec::new(),
         boot: super::boot().unwrap(),
         error: None,
         refusal: None,

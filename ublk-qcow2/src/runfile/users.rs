@@ -9,11 +9,10 @@ use super::{
     directory::load_all,
     record::{Entry, Record},
 };
-use crate::{device, wait};
+use crate::{device, identity::KnownFile, wait};
 use std::{
     fs,
-    os::unix::fs::MetadataExt,
-    path::{Path, PathBuf},
+    path::{Path, PathBuf, absolute},
     time::Duration,
 };
 
@@ -89,13 +88,22 @@ fn refuse_awaited_by(users: &[Entry], image: &Path) -> Result<(), InUse> {
     }
 }
 
-/// The servers of this program that have, or had, this image.
+/// The servers of this program that have, or had, this image, or are to have it by its name.
 fn users_of(image: &Path) -> Vec<Entry> {
-    let identity = |path: &Path| fs::metadata(path).map(|it| (it.dev(), it.ino())).ok();
-    let Some(wanted) = identity(image) else { return Vec::new() };
-    // Where the records cannot be read there is no server that this user could have started.
-    let all = load_all().unwrap_or_default();
-    all.into_iter().filter(|entry| identity(&entry.record.config.image) == Some(wanted)).collect()
+    let known = |path: &Path| Some(KnownFile::of(String::new(), &fs::metadata(path).ok()?));
+    let (Some(wanted), Ok(name)) = (known(image), absolute(image)) else { return Vec::new() };
+    let all = load_all().unwrap_or_else(|error| {
+        // Who is not root has started none of them, but may have handed the image to who has.
+        tracing::warn!("whether {} is served, or waits to be, is not known: {error}", image.display());
+        Vec::new()
+    });
+    let has = |Record { config, files, .. }: &Record| match files.first() {
+        // No look at its file: the file system that it is on may be gone, and nobody answer.
+        Some(top) => config.image == name || top.is(&wanted),
+        // A version of before has not said which file it is.
+        None => known(&config.image).is_some_and(|top| top.is(&wanted)),
+    };
+    all.into_iter().filter(|entry| has(&entry.record)).collect()
 }
 
 #[cfg(test)]
@@ -103,9 +111,9 @@ mod tests {
     use super::*;
     use crate::{
         alone,
-        runfile::{DIRECTORY_VARIABLE, example, lock::write_locked, path_of},
+        runfile::{example, lock::write_locked, path_of},
     };
-    use std::{env, thread};
+    use std::thread;
 
     /// `add` took the image of a device that was being recovered, or removed: the record was locked, and so the
     /// device counted as served, but nobody had locked the image yet. What its old server had acknowledged was
@@ -113,35 +121,51 @@ mod tests {
     #[test]
     fn an_image_that_somebody_is_about_to_write_to_is_refused() {
         let test = "runfile::users::tests::an_image_that_somebody_is_about_to_write_to_is_refused";
-        if let Some(mut child) = alone::again(test) {
-            let dir = tempfile::tempdir().unwrap();
-            return alone::check(&child.env(DIRECTORY_VARIABLE, dir.path()).output().unwrap());
-        }
-        let directory = PathBuf::from(env::var_os(DIRECTORY_VARIABLE).unwrap());
-        let (top, base) = (directory.join("top"), directory.join("base"));
-        for file in [&top, &base] {
-            fs::write(file, "").unwrap();
-        }
-        let refused = |cookie| refuse_changed_by_others(&[top.clone(), base.clone()], cookie);
-        let mut record = example();
-        record.config.image.clone_from(&base);
+        alone::in_a_directory(test, |directory| {
+            let (top, base) = (directory.join("top"), directory.join("base"));
+            for file in [&top, &base] {
+                fs::write(file, "").unwrap();
+            }
+            let refused = |cookie| refuse_changed_by_others(&[top.clone(), base.clone()], cookie);
+            let mut record = example();
+            record.config.image.clone_from(&base);
 
-        let held = write_locked(&path_of(7), &record).unwrap();
-        assert!(matches!(refused(5), Err(InUse::Served { id: 7, .. })), "somebody is at it");
-        assert!(refused(record.cookie).is_ok(), "that is our own");
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                thread::sleep(LEAVING_PAUSE);
-                fs::remove_file(path_of(7)).unwrap();
+            let held = write_locked(&path_of(7), &record).unwrap();
+            assert!(matches!(refused(5), Err(InUse::Served { id: 7, .. })), "somebody is at it");
+            assert!(refused(record.cookie).is_ok(), "that is our own");
+            thread::scope(|scope| {
+                scope.spawn(|| {
+                    thread::sleep(LEAVING_PAUSE);
+                    fs::remove_file(path_of(7)).unwrap();
+                });
+                assert!(refused(5).is_ok(), "it was on its way out");
             });
-            assert!(refused(5).is_ok(), "it was on its way out");
-        });
-        drop(held);
+            drop(held);
 
-        drop(write_locked(&path_of(7), &record).unwrap());
-        assert!(matches!(refused(5), Err(InUse::Awaited { id: 7, .. })), "its server has died meanwhile");
-        record.config.read_only = true;
-        let _held = write_locked(&path_of(7), &record).unwrap();
-        assert!(refused(5).is_ok(), "nobody writes to it");
+            drop(write_locked(&path_of(7), &record).unwrap());
+            assert!(matches!(refused(5), Err(InUse::Awaited { id: 7, .. })), "its server has died meanwhile");
+            record.config.read_only = true;
+            let _held = write_locked(&path_of(7), &record).unwrap();
+            assert!(refused(5).is_ok(), "nobody writes to it");
+        });
+    }
+
+    /// The images of all records were looked at: one on a dead NFS mount had every command hang.
+    #[test]
+    fn a_record_says_which_file_its_image_is() {
+        let test = "runfile::users::tests::a_record_says_which_file_its_image_is";
+        alone::in_a_directory(test, |directory| {
+            let [image, other] = ["image", "other"].map(|name| directory.join(name));
+            for file in [&image, &other] {
+                fs::write(file, "").unwrap();
+            }
+            let mut record = example();
+            record.files = vec![KnownFile::of("image".to_owned(), &fs::metadata(&image).unwrap())];
+            // Nothing answers there.
+            record.config.image = "/proc/none/image".into();
+            let _held = write_locked(&path_of(7), &record).unwrap();
+            assert!(matches!(refuse_served(&image), Err(InUse::Served { id: 7, .. })));
+            assert!(refuse_served(&other).is_ok());
+        });
     }
 }

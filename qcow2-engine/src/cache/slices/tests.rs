@@ -8,7 +8,20 @@ const fn key(slice: u64) -> SliceKey {
 }
 
 fn cache(bytes: u64) -> SliceCache {
-    SliceCache::new(bytes, 64, &[Shape { slices: 1 << 20, entries: ENTRIES, step: STEP }])
+    SliceCache::new(
+        SliceCache::slots_in(bytes, 64, 1),
+        &[Shape { slices: 1 << 20, entries: ENTRIES, step: STEP }],
+    )
+}
+
+/// `--cache-size 1T` took 10 GiB at once, of memory that is locked, whatever the image was.
+#[test]
+fn there_are_no_more_slots_than_an_image_has_use_for() {
+    let shape = Shape { slices: 1000, entries: ENTRIES, step: STEP };
+    let slots = |bytes| SliceCache::new(SliceCache::slots_in(bytes, 64, 2), &[shape, shape]).slot_count();
+    assert_eq!(slots(1 << 34), 2000 + SPARE);
+    assert_eq!(slots(1 << 20), 256, "fewer, if that is what was asked for");
+    assert_eq!(slots(0), 64);
 }
 
 /// Entries that are no run: `value`, then others.

@@ -17,8 +17,9 @@ use qcow2_engine::{
 use std::{
     cell::{Cell, RefCell},
     fmt::Display,
+    fs::File,
     future::poll_fn,
-    io::{self, Write},
+    io::{self, Read, Write},
     path::Path,
     rc::Rc,
     sync::Arc,
@@ -341,9 +342,11 @@ impl Session {
     }
 }
 
-/// Fills a buffer with a file's bytes, over and over.
+/// Fills a buffer with a file's bytes, over and over if there are fewer. The file may have no end.
 fn fill_from(buf: &Buf, path: &Path) -> Result<(), String> {
-    let bytes = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    let mut bytes = Vec::new();
+    let read = File::open(path).and_then(|file| file.take(buf.len() as u64).read_to_end(&mut bytes));
+    read.map_err(|error| format!("{}: {error}", path.display()))?;
     if bytes.is_empty() {
         return Err(format!("{}: the file is empty", path.display()));
     }
