@@ -30,6 +30,7 @@ mod request;
 mod runfile;
 mod safety;
 mod supervisor;
+mod uapi;
 mod wait;
 
 use clap::Parser;

@@ -8,7 +8,6 @@ use crate::{
     device,
     runfile::{self, Making, RunFileError},
 };
-use libublk::sys;
 use std::time::Duration;
 
 /// How long others may be making devices before who knows of an orphan leaves it to those that come later.
@@ -65,8 +64,7 @@ fn delete_all(control: &mut Control, lacks_record: impl Fn(u32, u64) -> bool) ->
 fn orphans(control: &mut Control, lacks_record: impl Fn(u32, u64) -> bool) -> Vec<u32> {
     let mut is_orphan = |id: u32| {
         let Ok(info) = control.info(id) else { return false };
-        let is_unused = u32::from(info.state) == sys::UBLK_S_DEV_DEAD;
-        is_unused && lacks_record(id, info.ublksrv_flags)
+        device::is_stopped(&info) && lacks_record(id, info.ublksrv_flags)
     };
     device::numbers().into_iter().filter(|&id| is_orphan(id)).collect()
 }
