@@ -14,6 +14,7 @@ use crate::{
     power::host::{Plain, make_disk},
     qemu_img,
     recovery::only_leaks,
+    refusals::must_refuse,
 };
 use anyhow::{Context, Result, ensure};
 use nix::{
@@ -27,12 +28,14 @@ use std::{
         fd::AsRawFd,
         unix::fs::{FileExt, OpenOptionsExt},
     },
-    path::Path,
+    path::{Path, PathBuf},
     sync::mpsc,
     thread,
     time::{Duration, Instant},
 };
 
+/// Where it is mounted, in a case's directory.
+const MOUNT_POINT: &str = "mnt";
 /// Bytes of the disk.
 const DISK: u64 = 64 << 20;
 /// What is written: a cluster.
@@ -140,19 +143,11 @@ fn killed_while_it_stops(device: Device, mount_point: &Path, is_supervised: bool
 /// # Errors
 /// What does not hold.
 pub fn killed_while_it_writes_back(binary: &Binary, dir: &Path) -> Result<()> {
-    let (host, mount_point) = (dir.join("host.img"), dir.join("mnt"));
-    make_disk(Kind::Xfs, &host)?;
-    fs::create_dir(&mount_point)?;
-    let mounted = Plain::mount(Kind::Xfs, &host, &mount_point)?;
-    let image = mount_point.join("image.qcow2");
-    qemu_img::create(&image, "cluster_size=64k", None, DISK)?;
-    let device = binary.add(&[], &image)?;
+    let (mounted, image, device) = on_a_disk_of_its_own(binary, dir)?;
     let server = device.listed()?.pid;
 
-    let frozen = Frozen::freeze(&mount_point)?;
-    // Closed, it would be written back at once.
-    let user = File::options().write(true).open(device.path())?;
-    user.write_all_at(&vec![MARK; DIRTY], 0)?;
+    let frozen = Frozen::freeze(&dir.join(MOUNT_POINT))?;
+    let user = make_dirty(&device)?;
     let mut command = binary.command();
     let mut detaching = command.args(["del", "-n", &device.id().to_string()]).spawn()?;
     wait_until_in_flight(&device)?;
@@ -165,13 +160,59 @@ pub fn killed_while_it_writes_back(binary: &Binary, dir: &Path) -> Result<()> {
     let status = wait(&mut detaching, SETTLED)?.context("`del` does not end")?;
     ensure!(status.success(), "`del` ends with {status}");
     device.has_gone()?;
+    all_is_in(binary, &image)?;
+    mounted.unmount()
+}
 
-    let mut disk = DeviceDisk::open(binary.add(&[], &image)?)?;
+/// Detaches a device whose kernel does not get done with what it has in memory for it: the device stays, and `del`
+/// says so, until the image's disk takes writes again. It was stopped after five minutes, and all was lost.
+///
+/// # Errors
+/// What does not hold.
+pub fn kept_until_it_is_written_back(binary: &Binary, dir: &Path) -> Result<()> {
+    let (mounted, image, device) = on_a_disk_of_its_own(binary, dir)?;
+
+    let frozen = Frozen::freeze(&dir.join(MOUNT_POINT))?;
+    let user = make_dirty(&device)?;
+    let said = must_refuse(
+        binary.command().args(["del", "-n", &device.id().to_string()]),
+        &["stays as it is", "del --force"],
+    );
+    drop(frozen);
+    said?;
+    ensure!(device.listed()?.state == "serving", "it is {}", device.listed()?.state);
+    device.detach()?;
+    drop(user);
+    all_is_in(binary, &image)?;
+    mounted.unmount()
+}
+
+/// A device whose image's file system can be frozen.
+fn on_a_disk_of_its_own(binary: &Binary, dir: &Path) -> Result<(Plain, PathBuf, Device)> {
+    let (host, mount_point) = (dir.join("host.img"), dir.join(MOUNT_POINT));
+    make_disk(Kind::Xfs, &host)?;
+    fs::create_dir(&mount_point)?;
+    let mounted = Plain::mount(Kind::Xfs, &host, &mount_point)?;
+    let image = mount_point.join("image.qcow2");
+    qemu_img::create(&image, "cluster_size=64k", None, DISK)?;
+    let device = binary.add(&[], &image)?;
+    Ok((mounted, image, device))
+}
+
+/// Leaves [`DIRTY`] bytes in memory for a device. Closed, the file would be written back at once.
+fn make_dirty(device: &Device) -> Result<File> {
+    let user = File::options().write(true).open(device.path())?;
+    user.write_all_at(&vec![MARK; DIRTY], 0)?;
+    Ok(user)
+}
+
+/// What [`make_dirty`] has written has got into the image.
+fn all_is_in(binary: &Binary, image: &Path) -> Result<()> {
+    let mut disk = DeviceDisk::open(binary.add(&[], image)?)?;
     let found = disk.run(&[Op::Read { at: 0, len: DIRTY as u64 }])?;
     ensure!(found[0] == vec![MARK; DIRTY], "what was written before is not in the image");
     disk.detach()?;
-    only_leaks(&image)?;
-    mounted.unmount()
+    only_leaks(image)
 }
 
 /// The server may have been killed before it came to stopping its device: its successor knows nothing of

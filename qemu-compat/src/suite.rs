@@ -197,6 +197,12 @@ impl Cases {
         self.add("lifecycle/killed-while-writing-back", 300, |it, dir| {
             stopping::killed_while_it_writes_back(&it.binary, dir)
         });
+        // It takes as long as a write-back may take.
+        if self.setting.scale == Scale::Full {
+            self.add("lifecycle/not-written-back", 400, |it, dir| {
+                stopping::kept_until_it_is_written_back(&it.binary, dir)
+            });
+        }
         self.add("lifecycle/ended-while-mounted", 240, |it, dir| {
             unsynced::ended_while_mounted(&it.binary, dir, it.seed)
         });

@@ -29,6 +29,8 @@ use std::{
 
 /// How long the queues may take until all of them are ready to fetch, and then until they do.
 const FETCH_WAIT: Duration = Duration::from_secs(30);
+/// The signal that ends a service whatever is lost: none that a terminal sends, nor who shuts a host down.
+pub(crate) const FORCING: Signal = Signal::SIGUSR1;
 
 /// What all queues share.
 pub(crate) struct Service {
@@ -49,8 +51,10 @@ enum Event {
 /// What ends a service that does not fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum End {
-    /// A signal: the device is to be stopped.
+    /// A signal: the device is to be stopped, if nothing is lost by that.
     Asked,
+    /// Another signal: the device is to be stopped, whatever is lost.
+    Forced,
     /// Somebody else has stopped the device.
     Stopped,
 }
@@ -198,9 +202,14 @@ impl Crew {
         Ok(started?)
     }
 
-    /// Waits for what ends the service.
+    /// Waits for what ends the service. Should it go on after a signal, that is forgotten.
     pub(crate) fn wait_for_end(&mut self) -> Result<End, ServeError> {
-        while self.signal.is_none() {
+        loop {
+            match self.signal.take() {
+                None => {}
+                Some(FORCING) => return Ok(End::Forced),
+                Some(_) => return Ok(End::Asked),
+            }
             match self.events.recv() {
                 Ok(event) => self.note(event),
                 // It cannot be: a sender is among our fields.
@@ -212,7 +221,6 @@ impl Crew {
                 None => return Ok(End::Stopped),
             }
         }
-        Ok(End::Asked)
     }
 
     /// Waits for the queues to end, after the device has been stopped.
@@ -307,7 +315,7 @@ impl Drop for Ending {
 /// SIGTERM is not, the way to end a server that has no terminal.
 fn ending_signals() -> SigSet {
     let others = [Signal::SIGINT, Signal::SIGHUP].into_iter().filter(|&it| !detach::was_told_to_ignore(it));
-    others.chain([Signal::SIGTERM]).collect()
+    others.chain([Signal::SIGTERM, FORCING]).collect()
 }
 
 /// Takes a step that may be long and leaves nothing to be undone: before the crew listens the signals that
@@ -404,6 +412,7 @@ mod tests {
         let ended = |result| Event::Ended { index: 0, result };
         assert!(matches!(end_with(vec![ended(Ok(()))]), Ok(End::Stopped)));
         assert!(matches!(end_with(vec![Event::Signal(Signal::SIGTERM)]), Ok(End::Asked)));
+        assert!(matches!(end_with(vec![Event::Signal(FORCING)]), Ok(End::Forced)));
         let failed = end_with(vec![ended(Err(QueueError::Panicked))]);
         assert!(matches!(failed, Err(ServeError::QueueFailed)));
     }

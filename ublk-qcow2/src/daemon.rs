@@ -197,6 +197,7 @@ fn make(
         files: known.clone(),
         boot: boot.clone(),
         error: None,
+        refusal: None,
     })?;
     if !config.force_share {
         runfile::refuse_changed_by_others(&files.paths(), cookie)?;
@@ -290,7 +291,11 @@ fn serve(
     let was_in_use = device.is_waiting();
     let started = crew.bring_up(&service, &mut device, &mut run_file, &mut deputy, announce);
     let is_announced = started.is_ok();
-    let served = started.and_then(|()| crew.wait_for_end());
+    let ended = started.and_then(|()| attend(&mut crew, &device, &mut run_file, &mut deputy));
+    let (served, written) = match ended {
+        Ok(written) => (Ok(()), written),
+        Err(error) => (Err(error), Ok(())),
+    };
     if device.is_waiting() {
         // Its users go on waiting as well, for another attempt.
         run_file.leave();
@@ -308,7 +313,7 @@ fn serve(
             }
         }
     }
-    let (result, rest) = wind_up(served, service, device, crew, deputy, witness);
+    let (result, rest) = wind_up(served, written, service, device, crew, deputy, witness);
     match (&result, rest) {
         // Before the announcement the one who waits for it learns of the error; after, `del` does.
         (Err(error), _) if is_announced => run_file.fail(error.to_string()),
@@ -316,6 +321,51 @@ fn serve(
         _ => {}
     }
     result
+}
+
+/// Waits for the end of a service, and has the kernel write back before its device is stopped; tells whether it
+/// could.
+fn attend(
+    crew: &mut Crew,
+    device: &Device,
+    run_file: &mut RunFile,
+    deputy: &mut Deputy,
+) -> Result<Result<(), ServeError>, ServeError> {
+    let id = device.id();
+    let go_on = |error: &DeviceError| {
+        tracing::error!(
+            id,
+            "{error}: the device goes on, and nothing is lost; `ublk-qcow2 del --force -n {id}` ends it"
+        );
+        if let Err(error) = run_file.refuse(error.to_string()) {
+            tracing::error!(id, "who has asked for the end does not learn of that: {error}");
+        }
+    };
+    until_the_end(|| crew.wait_for_end(), || device.write_back(deputy), go_on, id)
+}
+
+/// A device that is asked to go stays if the kernel does not get done with what it has in memory for it: it
+/// would be lost.
+fn until_the_end(
+    mut wait: impl FnMut() -> Result<End, ServeError>,
+    mut write_back: impl FnMut() -> Result<(), DeviceError>,
+    mut go_on: impl FnMut(&DeviceError),
+    id: u32,
+) -> Result<Result<(), ServeError>, ServeError> {
+    loop {
+        let end = wait()?;
+        if end == End::Stopped {
+            tracing::warn!(
+                id,
+                "stopped by another program; what the kernel still had to write to the device is lost"
+            );
+            return Ok(Ok(()));
+        }
+        match write_back() {
+            Err(error @ DeviceError::StillWriting(_)) if end == End::Asked => go_on(&error),
+            written => return Ok(written.map_err(ServeError::from)),
+        }
+    }
 }
 
 /// What there still is when a server has ended.
@@ -328,24 +378,14 @@ enum Rest {
 
 /// Stops the device, closes the image and deletes the device.
 fn wind_up(
-    served: Result<End, ServeError>,
+    served: Result<(), ServeError>,
+    written: Result<(), ServeError>,
     service: Service,
     mut device: Device,
     crew: Crew,
     mut deputy: Deputy,
     witness: Option<Witness>,
 ) -> (Result<(), ServeError>, Rest) {
-    let written = match &served {
-        Ok(End::Stopped) => {
-            tracing::warn!(
-                id = device.id(),
-                "stopped by another program; what the kernel still had to write to the device is lost"
-            );
-            Ok(())
-        }
-        Ok(End::Asked) => device.write_back(&mut deputy).map_err(ServeError::from),
-        _ => Ok(()),
-    };
     let stopped = device.stop(&mut deputy).map_err(ServeError::from);
     let drained = crew.drain(if stopped.is_ok() { DRAIN_WAIT } else { HOPELESS_DRAIN_WAIT });
     let Service { image, files, char_device, .. } = service;
@@ -369,7 +409,7 @@ fn wind_up(
     // system.
     drop(deputy);
     // A failed queue is the cause of whatever else went wrong.
-    (drained.and(served.map(drop)).and(closed).and(written).and(stopped).and(deleted), rest)
+    (drained.and(served).and(closed).and(written).and(stopped).and(deleted), rest)
 }
 
 /// How a server ends one of whose queues has failed while its device was started. The device is not stopped
@@ -425,5 +465,26 @@ mod tests {
         for (is_announced, was_in_use) in [(true, false), (false, true), (true, true)] {
             assert_eq!(farewell(is_announced, was_in_use), Farewell::Die);
         }
+    }
+
+    /// The image's disk was slow: what lay in the kernel's memory for the device was not written in time, and the
+    /// device was stopped all the same, which lost it.
+    #[test]
+    fn a_device_stays_that_is_not_written_back_in_time_unless_it_is_to_go_all_the_same() {
+        let late = || Err(DeviceError::StillWriting(String::new()));
+        let failed = || Err(DeviceError::PartScan);
+        let ended = |ends: &[End], outcomes: Vec<Result<(), DeviceError>>| {
+            let (mut ends, mut outcomes) = (ends.iter(), outcomes.into_iter());
+            let mut stayed = 0;
+            let wait = || ends.next().copied().ok_or(ServeError::QueueFailed);
+            let written = until_the_end(wait, || outcomes.next().unwrap(), |_| stayed += 1, 7);
+            (written.map(|written| written.is_ok()).ok(), stayed)
+        };
+        assert_eq!(ended(&[End::Asked], vec![Ok(())]), (Some(true), 0));
+        assert_eq!(ended(&[End::Asked, End::Asked], vec![late(), Ok(())]), (Some(true), 1));
+        assert_eq!(ended(&[End::Asked, End::Forced], vec![late(), late()]), (Some(false), 1));
+        assert_eq!(ended(&[End::Asked], vec![late()]), (None, 1), "it goes on, and a queue fails");
+        assert_eq!(ended(&[End::Asked], vec![failed()]), (Some(false), 0), "that is lost in any case");
+        assert_eq!(ended(&[End::Stopped], vec![]), (Some(true), 0));
     }
 }

@@ -25,13 +25,18 @@
 
 #![allow(unsafe_code, reason = "fork")]
 
-use crate::{control::Control, detach, device, partitions, safety, wait};
+use crate::{
+    control::Control,
+    detach,
+    device::{self, DeviceError},
+    partitions, safety, wait,
+};
 use nix::{
     sys::signal::SigSet,
     unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, fork},
 };
 use std::{
-    env,
+    env, fmt,
     fs::OpenOptions,
     io::{self, Read, Write},
     net::Shutdown,
@@ -48,6 +53,10 @@ const END: Duration = Duration::from_secs(2);
 const LOOK: Duration = Duration::from_millis(1);
 /// The longest answer in bytes.
 const MAX_TEXT: usize = 1024;
+/// First bytes of answers.
+const DONE: u8 = b'+';
+const FAILED: u8 = b'-';
+const LATE: u8 = b'~';
 
 /// What waits for requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,10 +79,27 @@ pub(crate) enum DeputyError {
     /// What it said.
     #[error("{0}")]
     Failed(String),
+    /// What it said; the job goes on.
+    #[error("{0}")]
+    Late(String),
     #[error("the process that waits for the driver did not answer within {} s", ANSWER.as_secs())]
     Silent,
     #[error("the process that waits for the driver is gone: {0}")]
     Gone(io::Error),
+}
+
+/// What a deputy says of a job that is not done.
+#[derive(Debug)]
+struct Undone {
+    /// Whether only its time is up.
+    is_late: bool,
+    text: String,
+}
+
+impl Undone {
+    fn failed(error: impl fmt::Display) -> Self {
+        Self { is_late: false, text: error.to_string() }
+    }
 }
 
 /// A server's deputy; ended when dropped.
@@ -90,14 +116,15 @@ impl Deputy {
             // Its ring has had nothing to do yet, so there are no threads of the kernel's that keep more.
             safety::keep_control();
             serve(socket, |job, id| match (job, &mut control) {
-                (Job::Scan, _) => partitions::scan(device::block_path(id)).map_err(|error| error.to_string()),
-                (Job::CheckUnclaimed, _) => device::check_unclaimed(id).map_err(|error| error.to_string()),
-                (Job::WriteBack, _) => device::write_back(id).map_err(|error| error.to_string()),
-                (Job::SyncEverything, _) => device::sync_everything(id).map_err(|error| error.to_string()),
-                (Job::Stop, Ok(control)) => {
-                    device::unless_gone(control.stop(id)).map_err(|error| error.to_string())
-                }
-                (Job::Stop, Err(error)) => Err(error.to_string()),
+                (Job::Scan, _) => partitions::scan(device::block_path(id)).map_err(Undone::failed),
+                (Job::CheckUnclaimed, _) => device::check_unclaimed(id).map_err(Undone::failed),
+                (Job::WriteBack, _) => device::write_back(id).map_err(|error| Undone {
+                    is_late: matches!(error, DeviceError::Late { .. }),
+                    text: error.to_string(),
+                }),
+                (Job::SyncEverything, _) => device::sync_everything(id).map_err(Undone::failed),
+                (Job::Stop, Ok(control)) => device::unless_gone(control.stop(id)).map_err(Undone::failed),
+                (Job::Stop, Err(error)) => Err(Undone::failed(error)),
             });
         })
     }
@@ -127,8 +154,9 @@ impl Deputy {
             receive(&mut self.socket)
         });
         match answer {
-            Ok(text) if text.is_empty() => Ok(()),
-            Ok(text) => Err(DeputyError::Failed(text)),
+            Ok(Ok(())) => Ok(()),
+            Ok(Err(Undone { is_late: true, text })) => Err(DeputyError::Late(text)),
+            Ok(Err(Undone { is_late: false, text })) => Err(DeputyError::Failed(text)),
             Err(error) => {
                 // Whatever it says later is not the answer to the next job.
                 let _ = self.socket.shutdown(Shutdown::Both);
@@ -166,12 +194,11 @@ fn stand_alone(socket: &UnixStream) -> io::Result<()> {
 }
 
 /// Does jobs until the server ends.
-fn serve(mut socket: UnixStream, mut work: impl FnMut(Job, u32) -> Result<(), String>) {
+fn serve(mut socket: UnixStream, mut work: impl FnMut(Job, u32) -> Result<(), Undone>) {
     let mut order = [0; 5];
     while socket.read_exact(&mut order).is_ok() {
         let Some((job, id)) = decode(order) else { return };
-        let text = work(job, id).err().unwrap_or_default();
-        if send(&mut socket, &text).is_err() {
+        if send(&mut socket, &work(job, id)).is_err() {
             return;
         }
     }
@@ -201,20 +228,28 @@ fn decode([job, a, b, c, d]: [u8; 5]) -> Option<(Job, u32)> {
     Some((job, u32::from_ne_bytes([a, b, c, d])))
 }
 
-/// An answer: why the job failed, or nothing.
-fn send(socket: &mut UnixStream, text: &str) -> io::Result<()> {
+/// An answer: how it went, the length of what is to be said of it, and that.
+fn send(socket: &mut UnixStream, outcome: &Result<(), Undone>) -> io::Result<()> {
+    let (kind, text) = match outcome {
+        Ok(()) => (DONE, ""),
+        Err(Undone { is_late: true, text }) => (LATE, &**text),
+        Err(Undone { is_late: false, text }) => (FAILED, &**text),
+    };
     let text = &text.as_bytes()[..text.len().min(MAX_TEXT)];
-    let mut message = (text.len() as u16).to_ne_bytes().to_vec();
+    let mut message = vec![kind];
+    message.extend_from_slice(&(text.len() as u16).to_ne_bytes());
     message.extend_from_slice(text);
     socket.write_all(&message)
 }
 
-fn receive(socket: &mut UnixStream) -> io::Result<String> {
-    let mut len = [0; 2];
-    socket.read_exact(&mut len)?;
-    let mut text = vec![0; usize::from(u16::from_ne_bytes(len))];
+fn receive(socket: &mut UnixStream) -> io::Result<Result<(), Undone>> {
+    let mut head = [0; 3];
+    socket.read_exact(&mut head)?;
+    let [kind, a, b] = head;
+    let mut text = vec![0; usize::from(u16::from_ne_bytes([a, b]))];
     socket.read_exact(&mut text)?;
-    Ok(String::from_utf8_lossy(&text).into_owned())
+    let text = String::from_utf8_lossy(&text).into_owned();
+    Ok(if kind == DONE { Ok(()) } else { Err(Undone { is_late: kind == LATE, text }) })
 }
 
 #[cfg(test)]
@@ -238,7 +273,8 @@ mod tests {
     fn answering() -> Deputy {
         Deputy::fork_for(|socket| {
             serve(socket, |job, id| match job {
-                Job::WriteBack => Err(format!("not {id}")),
+                Job::WriteBack => Err(Undone { is_late: true, text: format!("not {id}") }),
+                Job::Scan => Err(Undone::failed(id)),
                 _ => Ok(()),
             });
         })
@@ -264,8 +300,10 @@ mod tests {
         in_a_process("a_deputy_keeps_nothing_of_the_server_s", || {
             let (reader, writer) = pipe().unwrap();
             // Nobody else but root may see what it has.
-            let mut deputy =
-                Deputy::fork_for(|socket| serve(socket, |_, _| Err(all_that_is_open().join(" ")))).unwrap();
+            let mut deputy = Deputy::fork_for(|socket| {
+                serve(socket, |_, _| Err(Undone::failed(all_that_is_open().join(" "))))
+            })
+            .unwrap();
             let said = deputy.have(Job::Stop, 3).unwrap_err().to_string();
             let (cwd, open) = said.split_once(' ').unwrap();
             assert_eq!(cwd, "/");
@@ -284,7 +322,9 @@ mod tests {
                 kill(deputy.process, signal).unwrap();
             }
             let said = deputy.have(Job::WriteBack, 70_000).unwrap_err();
-            assert!(matches!(&said, DeputyError::Failed(text) if text == "not 70000"), "{said:?}");
+            assert!(matches!(&said, DeputyError::Late(text) if text == "not 70000"), "{said:?}");
+            let said = deputy.have(Job::Scan, 70_000).unwrap_err();
+            assert!(matches!(&said, DeputyError::Failed(text) if text == "70000"), "{said:?}");
             assert!(deputy.have(Job::Stop, 3).is_ok(), "after a failure");
             kill(deputy.process, Signal::SIGKILL).unwrap();
             assert!(matches!(deputy.have(Job::Stop, 3), Err(DeputyError::Gone(_))));

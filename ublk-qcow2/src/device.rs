@@ -29,7 +29,7 @@ use crate::{
 use libublk::sys;
 use nodes::{open_char, until_let_go};
 use request::{FORGETS_SERVERS, NO_PART_SCAN, RECOVERY, ZERO_COPY};
-use std::{fs::File, io, path::PathBuf};
+use std::{fs::File, io, path::PathBuf, time::Duration};
 
 /// Why a device could not be made.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +56,13 @@ pub(crate) enum DeviceError {
     Claimed(PathBuf),
     #[error("cannot write back what the kernel has in memory for {}, which may be lost: {source}", .path.display())]
     WriteBack { path: PathBuf, source: io::Error },
+    #[error(
+        "the kernel has not written within {} s what it has in memory for {}", .limit.as_secs(), .path.display()
+    )]
+    Late { path: PathBuf, limit: Duration },
+    /// The same, from somebody who waited in our stead.
+    #[error("{0}")]
+    StillWriting(String),
 }
 
 impl DeviceError {
@@ -251,7 +258,13 @@ impl Device {
         if unclaimed.is_ok() && !self.is_recoverable() {
             return Ok(());
         }
-        let written = self.have(deputy, Job::WriteBack, write_back);
+        let written = self.have(deputy, Job::WriteBack, write_back).map_err(|error| match error {
+            late @ (DeviceError::Late { .. }
+            | DeviceError::Deputy(DeputyError::Late(_) | DeputyError::Silent)) => {
+                DeviceError::StillWriting(late.to_string())
+            }
+            error => error,
+        });
         let Err(error) = unclaimed else { return written };
         tracing::warn!("{error}, and is taken from under its users: what they write from now on is lost");
         let synced = self.have(deputy, Job::SyncEverything, sync_everything);

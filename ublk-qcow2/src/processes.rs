@@ -4,16 +4,16 @@
 //! and its supervisor, wherever they were started. The kernel gives the numbers of processes out again, hence each is known by
 //! the moment of its birth too.
 
+use nix::sys::signal::Signal;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
-    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
+    process::{self, Pid, PidfdFlags, pidfd_open, pidfd_send_signal},
 };
 use serde::{Deserialize, Serialize};
 use std::{
     fs, io,
     os::fd::{AsFd, OwnedFd},
-    process,
     time::Instant,
 };
 
@@ -31,7 +31,7 @@ pub(crate) struct Process {
 impl Process {
     /// This one.
     pub(crate) fn this() -> io::Result<Self> {
-        Self::with(process::id().cast_signed())
+        Self::with(std::process::id().cast_signed())
     }
 
     fn with(pid: i32) -> io::Result<Self> {
@@ -64,6 +64,7 @@ impl Process {
     /// Sends it a signal, and nobody who has got its number since. Whether it is there.
     pub(crate) fn send(self, signal: Signal) -> io::Result<bool> {
         let Some(descriptor) = self.open()? else { return Ok(false) };
+        let signal = process::Signal::from_named_raw(signal as i32).ok_or(Errno::INVAL)?;
         match pidfd_send_signal(descriptor, signal) {
             Err(Errno::SRCH) => Ok(false),
             sent => Ok(sent.map(|()| true)?),
@@ -105,11 +106,11 @@ mod tests {
     fn a_signal_reaches_nobody_who_has_only_the_number() {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let it = Process::with(child.id().cast_signed()).unwrap();
-        assert!(!Process { start: it.start - 1, ..it }.send(Signal::TERM).unwrap());
+        assert!(!Process { start: it.start - 1, ..it }.send(Signal::SIGTERM).unwrap());
         assert!(!it.ends_by(Instant::now() + Duration::from_millis(50)).unwrap());
-        assert!(it.send(Signal::TERM).unwrap());
+        assert!(it.send(Signal::SIGTERM).unwrap());
         child.wait().unwrap();
-        assert!(!it.send(Signal::TERM).unwrap());
+        assert!(!it.send(Signal::SIGTERM).unwrap());
     }
 
     /// `del` returned while server and supervisor were still on their way out, with the image's file system

@@ -22,7 +22,7 @@ pub(crate) use {
         path_of, redo_path,
     },
     making::{Making, lacks_record, new_cookie},
-    record::{Entry, Phase, Record},
+    record::{Entry, Phase, Record, Refusal},
     users::{InUse, refuse_awaited, refuse_changed_by_others, refuse_served},
 };
 
@@ -190,6 +190,7 @@ impl RunFile {
         record.pid = this.pid;
         record.processes.push(this);
         record.error = None;
+        record.refusal = None;
         record.is_inherited = true;
         let lock = write_locked(&path, &record).map_err(fail)?;
         drop(dead);
@@ -200,6 +201,17 @@ impl RunFile {
     pub(crate) fn enter(&mut self, phase: Phase) -> Result<(), RunFileError> {
         self.record.phase = phase;
         self.record.is_inherited = false;
+        self.write()
+    }
+
+    /// Says why the server goes on though it was asked to end.
+    pub(crate) fn refuse(&mut self, reason: String) -> Result<(), RunFileError> {
+        let before = self.record.refusal.as_ref().map_or(0, |refusal| refusal.number);
+        self.record.refusal = Some(Refusal { number: before + 1, reason });
+        self.write()
+    }
+
+    fn write(&mut self) -> Result<(), RunFileError> {
         let fail = |source| RunFileError { what: "cannot write", path: self.path.clone(), source };
         self.lock = write_locked(&self.path, &self.record).map_err(fail)?;
         Ok(())

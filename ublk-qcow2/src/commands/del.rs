@@ -12,13 +12,14 @@ use super::{CommandError, complain};
 use crate::{
     cli::DelArgs,
     control::Control,
+    crew::FORCING,
     daemon::{self, ServeError},
     device, orphans,
     processes::Process,
-    runfile::{self, Entry, Phase, Record, RunFile, TakeOverError},
+    runfile::{self, Entry, Phase, Record, Refusal, RunFile, TakeOverError},
     wait,
 };
-use rustix::process::Signal;
+use nix::sys::signal::Signal;
 use std::{
     collections::BTreeSet,
     thread,
@@ -94,7 +95,7 @@ fn detach(first: Entry, users: Users) -> Result<(), CommandError> {
 fn take_away(first: Entry, users: Users, served_by: &mut BTreeSet<Process>) -> Result<(), CommandError> {
     let Record { id, cookie, .. } = first.record;
     let deadline = Instant::now() + STOP_WAIT;
-    let (mut asked, mut since) = (None, Instant::now());
+    let (mut asked, mut since): (Option<Asked>, _) = (None, Instant::now());
     let mut entry = first;
     loop {
         let pid = entry.record.pid;
@@ -111,13 +112,15 @@ fn take_away(first: Entry, users: Users, served_by: &mut BTreeSet<Process>) -> R
             }
             // Another `del` is at it.
             (true, Phase::Removing) => {}
-            (true, _) if asked == Some(pid) => {}
-            (true, _) => {
-                check_unclaimed(id, users, "unmount it first")?;
-                if ask_to_stop(&entry.record)? {
-                    asked = Some(pid);
+            (true, _) => match asked.filter(|asked| asked.pid == pid) {
+                Some(asked) => asked.check(&entry.record, users)?,
+                None => {
+                    check_unclaimed(id, users, "unmount it first")?;
+                    if ask_to_stop(&entry.record, users)? {
+                        asked = Some(Asked::of(&entry.record));
+                    }
                 }
-            }
+            },
         }
         if Instant::now() >= deadline {
             return Err(CommandError::StillRunning { id, pid, seconds: STOP_WAIT.as_secs() });
@@ -140,12 +143,38 @@ fn is_about_to_serve(entry: &Entry) -> bool {
     config.recovery && *phase != Phase::Removing && !entry.serves() && somebody_will
 }
 
+/// A server that was asked to end.
+#[derive(Clone, Copy)]
+struct Asked {
+    pid: i32,
+    /// How often it had gone on before, though it was asked.
+    refusals: u32,
+}
+
+impl Asked {
+    fn of(record: &Record) -> Self {
+        Self { pid: record.pid, refusals: record.refusal.as_ref().map_or(0, |refusal| refusal.number) }
+    }
+
+    /// Whether it has not refused since.
+    fn check(self, record: &Record, users: Users) -> Result<(), CommandError> {
+        match &record.refusal {
+            // It may have been asked by somebody before, who did not insist.
+            Some(Refusal { number, reason }) if users == Users::Spared && *number > self.refusals => {
+                Err(CommandError::NotWritten { id: record.id, reason: reason.clone() })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// Whether there was somebody to ask.
-fn ask_to_stop(record: &Record) -> Result<bool, CommandError> {
+fn ask_to_stop(record: &Record, users: Users) -> Result<bool, CommandError> {
+    let signal = if users == Users::Ignored { FORCING } else { Signal::SIGTERM };
     // The lock says that somebody lives. For a moment the record may still be that of who has died.
     let Some(server) = record.server() else { return Ok(false) };
     let Record { id, pid, .. } = *record;
-    server.send(Signal::TERM).map_err(|source| CommandError::Signal { id, pid, source })
+    server.send(signal).map_err(|source| CommandError::Signal { id, pid, source })
 }
 
 /// Makes sure that nobody has mounted the device or claimed it otherwise.
@@ -262,10 +291,28 @@ mod tests {
         let process = format!(r#"{{"pid":{pid},"start":1}}"#);
         let mut record =
             Record { pid, processes: vec![serde_json::from_str(&process).unwrap()], ..runfile::example() };
-        assert!(!ask_to_stop(&record).unwrap());
+        assert!(!ask_to_stop(&record, Users::Spared).unwrap());
         record.processes.clear();
-        assert!(!ask_to_stop(&record).unwrap());
+        assert!(!ask_to_stop(&record, Users::Spared).unwrap());
         stranger.kill().unwrap();
-        assert_eq!(stranger.wait().unwrap().signal(), Some(Signal::KILL.as_raw()), "it was ended before");
+        assert_eq!(stranger.wait().unwrap().signal(), Some(Signal::SIGKILL as i32), "it was ended before");
+    }
+
+    /// `del` was to stop a device whose kernel had not written back in time; it heard nothing of the server's
+    /// going on, or took what that had said to somebody before for an answer.
+    #[test]
+    fn an_answer_is_told_from_the_one_before() {
+        let refused = |times: Option<u32>| {
+            let refusal = times.map(|number| Refusal { number, reason: "late".to_owned() });
+            Record { refusal, ..runfile::example() }
+        };
+        for before in [None, Some(1)] {
+            let asked = Asked::of(&refused(before));
+            assert!(asked.check(&refused(before), Users::Spared).is_ok());
+            let later = refused(Some(before.unwrap_or(0) + 1));
+            let told = asked.check(&later, Users::Spared).unwrap_err().to_string();
+            assert!(told.contains("late") && told.contains("del --force -n 7"), "{told}");
+            assert!(asked.check(&later, Users::Ignored).is_ok());
+        }
     }
 }

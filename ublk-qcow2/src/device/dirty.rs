@@ -54,7 +54,10 @@ mod ioctl {
 pub(crate) fn write_back(id: u32) -> Result<(), DeviceError> {
     let path = block_path(id);
     let disk = format!("ublkb{id}");
-    let fail = |source| DeviceError::WriteBack { path, source };
+    let fail = |source: io::Error| match source.kind() {
+        io::ErrorKind::TimedOut => DeviceError::Late { path, limit: WRITE_BACK },
+        _ => DeviceError::WriteBack { path, source },
+    };
     wait::in_time(WRITE_BACK, move || write_all(&stack_on(&disk, Path::new(BLOCK_DEVICES)))).map_err(fail)
 }
 

@@ -52,6 +52,17 @@ pub(crate) struct Record {
     /// Why the server could not end cleanly.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) error: Option<String>,
+    /// Why the server goes on though it was asked to end.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) refusal: Option<Refusal>,
+}
+
+/// That a server goes on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Refusal {
+    /// How often it has done so by now: whoever asks again tells the new answer from the one before.
+    pub(crate) number: u32,
+    pub(crate) reason: String,
 }
 
 impl Record {
@@ -93,5 +104,6 @@ pub(crate) fn example() -> Record {
         files: Vec::new(),
         boot: super::boot().unwrap(),
         error: None,
+        refusal: None,
     }
 }
