@@ -9,16 +9,20 @@
 
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
 use libublk::sys;
+use nix::unistd::geteuid;
 use std::{
     fmt,
     fs::{File, OpenOptions},
     io,
     os::fd::AsRawFd,
+    path::Path,
     time::{Duration, Instant},
 };
 
 /// Where the driver takes commands.
 const CONTROL_PATH: &str = "/dev/ublk-control";
+/// Where the kernel tells that there is such a device, whatever is in /dev.
+const CONTROL_IN_SYSFS: &str = "/sys/class/misc/ublk-control";
 /// How long a command may take that only changes the driver's own state.
 const QUICK: Duration = Duration::from_secs(10);
 /// START_DEV: the kernel (before Linux 6.19) reads the partition table through us before it returns.
@@ -356,11 +360,22 @@ impl fmt::Display for Command {
 }
 
 fn open_hint(error: &io::Error) -> &'static str {
-    match error.kind() {
-        io::ErrorKind::NotFound => {
+    hint_of(error.kind(), Path::new(CONTROL_IN_SYSFS).exists(), geteuid().is_root())
+}
+
+fn hint_of(kind: io::ErrorKind, is_loaded: bool, is_root: bool) -> &'static str {
+    match (kind, is_loaded, is_root) {
+        (io::ErrorKind::NotFound, false, _) => {
             "; the ublk driver is not loaded: run `modprobe ublk_drv` (Linux 6.4 or newer with CONFIG_BLK_DEV_UBLK)"
         }
-        io::ErrorKind::PermissionDenied => "; run as root",
+        (io::ErrorKind::NotFound, true, _) => {
+            "; the ublk driver is loaded, but its nodes are not in this /dev: a container needs the host's, such as with \
+             `-v /dev:/dev --privileged`"
+        }
+        (io::ErrorKind::PermissionDenied, _, false) => "; run as root",
+        (io::ErrorKind::PermissionDenied, _, true) => {
+            "; root must not here: does a container's device policy forbid it?"
+        }
         _ => "",
     }
 }
@@ -373,13 +388,19 @@ fn refusal_hint(command: Command, errno: i32) -> &'static str {
         }
         (_, libc::EPERM | libc::EACCES) => "; run as root (CAP_SYS_ADMIN is needed)",
         (Command::Add, libc::EEXIST) => {
-            "; this device id is in use: see `ublk-qcow2 list`, delete it with `ublk-qcow2 del -n ID`, or leave -n out"
+            "; this device id is in use: see `ublk-qcow2 list`, delete it with `ublk-qcow2 del -n ID`, or leave -n out. An id \
+             that is in no list may be that of a device that is being deleted, until nobody has it open any more"
         }
         (Command::Add, libc::ENOSPC | libc::EOVERFLOW) => {
             "; the driver allows no more devices: raise its parameter ublks_max"
         }
         (Command::Add, libc::EINVAL) => {
             "; the number of queues, the depth or the id is more than this driver allows"
+        }
+        // Linux 6.17 compares the server's number with that of who has opened the character device.
+        (Command::Start | Command::EndRecovery, libc::EINVAL) => {
+            "; does the server run in a PID namespace of its own, as in a container? It needs the host's, such as with \
+             `--pid=host`"
         }
         (Command::Add, libc::ENOMEM) => "; ask for fewer queues or less depth",
         (Command::GetFeatures, libc::EOPNOTSUPP | libc::ENOTTY) => "; Linux 6.5 or newer is needed for that",
@@ -437,7 +458,15 @@ mod tests {
         assert!(full.contains("ublks_max") && full.contains("root"), "{full}");
         let denied = ControlError::Refused { command: Command::Stop, errno: libc::EACCES }.to_string();
         assert!(denied.contains("run as root"), "{denied}");
-        let missing = ControlError::Open(io::Error::from_raw_os_error(libc::ENOENT)).to_string();
-        assert!(missing.contains("modprobe ublk_drv"), "{missing}");
+        let hint = |errno, is_loaded, is_root| {
+            hint_of(io::Error::from_raw_os_error(errno).kind(), is_loaded, is_root)
+        };
+        assert!(hint(libc::ENOENT, false, true).contains("modprobe ublk_drv"));
+        // In a container people were told to load a driver that was loaded, and root to be root.
+        assert!(hint(libc::ENOENT, true, true).contains("/dev"));
+        assert!(hint(libc::EACCES, true, false).contains("run as root"));
+        assert!(hint(libc::EPERM, true, true).contains("container"));
+        let start = ControlError::Refused { command: Command::Start, errno: libc::EINVAL }.to_string();
+        assert!(start.contains("PID namespace"), "{start}");
     }
 }

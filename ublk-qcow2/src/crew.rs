@@ -30,7 +30,9 @@ use std::{
 /// How long the queues may take until all of them are ready to fetch, and then until they do.
 const FETCH_WAIT: Duration = Duration::from_secs(30);
 /// The signal that ends a service whatever is lost: none that a terminal sends, nor who shuts a host down.
-pub(crate) const FORCING: Signal = Signal::SIGUSR1;
+const FORCING: Signal = Signal::SIGUSR1;
+/// The same for who sends it.
+pub(crate) const FORCING_SENT: rustix::process::Signal = rustix::process::Signal::USR1;
 
 /// What all queues share.
 pub(crate) struct Service {

@@ -6,31 +6,29 @@
 //! thread commands the driver and serves nothing itself, because the driver's commands wait for requests
 //! that the queues serve.
 
+mod error;
 mod image;
 
+pub(crate) use error::ServeError;
 pub(crate) use image::settle;
 
 use crate::{
     config::Config,
-    control::{Control, ControlError},
+    control::Control,
     crew::{self, Crew, End, Service},
     deputy::Deputy,
     device::{self, Device, DeviceError, Shape},
-    identity::{KnownFile, OtherFiles},
+    identity::KnownFile,
     namespace::Namespace,
     orphans,
     processes::Process,
-    queue::QueueError,
-    redofile::{self, RedoFileError, Witness},
+    redofile::{self, Witness},
     request::device_sectors,
-    runfile::{
-        self, Choice, CreateError, InUse, Making, Phase, Record, RunFile, RunFileError, TakeOverError,
-    },
+    runfile::{self, Choice, Making, Phase, Record, RunFile},
     safety,
 };
 use image::{close_image, keep_new_log, open_image, take_image_over};
-use nix::sys::signal::Signal;
-use qcow2_engine::{Image, RedoError, Workers, io::Files};
+use qcow2_engine::{Image, Workers, io::Files};
 use std::{
     fs::File,
     io, mem,
@@ -67,58 +65,6 @@ impl Start {
         match self {
             Self::New { config, .. } => Some(config.image.clone()),
             Self::Recover { id } => Some(runfile::load(*id).ok()??.record.config.image),
-        }
-    }
-}
-
-/// Why a server could not start, or not end cleanly.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ServeError {
-    #[error(transparent)]
-    Open(qcow2_engine::Error),
-    #[error("closing the image failed: {0}")]
-    Close(qcow2_engine::Error),
-    #[error("{}: the image is empty, and a block device cannot be", .0.display())]
-    Empty(PathBuf),
-    #[error(transparent)]
-    Control(#[from] ControlError),
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    #[error(transparent)]
-    InUse(#[from] InUse),
-    #[error(transparent)]
-    RunFile(#[from] RunFileError),
-    #[error(transparent)]
-    Create(#[from] CreateError),
-    #[error(transparent)]
-    TakeOver(#[from] TakeOverError),
-    #[error(transparent)]
-    RedoFile(#[from] RedoFileError),
-    #[error(transparent)]
-    OtherFiles(#[from] OtherFiles),
-    #[error("cannot use the redo log: {0}")]
-    Redo(#[from] RedoError),
-    #[error("cannot start the server: {0}")]
-    SetUp(#[source] io::Error),
-    #[error("a queue failed")]
-    QueueFailed,
-    #[error("queue {index}: {source}")]
-    Queue { index: u16, source: QueueError },
-    #[error("the queues did not {what} within {} s", .limit.as_secs())]
-    TooSlow { what: &'static str, limit: Duration },
-    #[error("stopped by {0} before the device served I/O")]
-    Interrupted(Signal),
-    #[error("nobody was told of the device: {0}")]
-    Unannounced(io::Error),
-}
-
-impl ServeError {
-    /// Whether a device that was to be recovered is not there to be recovered any more, by whomever.
-    pub(crate) fn leaves_nothing(&self) -> bool {
-        match self {
-            Self::TakeOver(TakeOverError::Missing(_) | TakeOverError::OtherBoot(_)) => true,
-            Self::Device(error) => error.is_of_none_of_ours(),
-            _ => false,
         }
     }
 }
@@ -179,7 +125,7 @@ fn make(
     let image = crew::interruptible(open).map_err(ServeError::SetUp)??;
     let shape = shape_of(&image, config)?;
     let &Config { queues, depth, recovery, part_scan, zero_copy, .. } = config;
-    let boot = runfile::boot().map_err(ServeError::SetUp)?;
+    let boot = runfile::boot()?;
     let known = KnownFile::of_chain(&image, &files).map_err(ServeError::SetUp)?;
     let request = device::Request { id, queues, depth, recovery, part_scan, zero_copy, cookie };
     // In this order, so that a device goes before its record does, should anything fail from here on.

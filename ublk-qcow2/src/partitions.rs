@@ -20,7 +20,10 @@ use std::{
 
 /// How long a scan may take; what it finds later is there later.
 const LIMIT: Duration = Duration::from_secs(30);
-/// Between two attempts while somebody else has claimed the device.
+/// How long somebody else may have claimed the device: who looks at it lets go at once, as udev does; who has
+/// mounted it does not, and then it has no partitions.
+const CLAIM_WAIT: Duration = Duration::from_secs(2);
+/// Between two attempts meanwhile.
 const PAUSE: Duration = Duration::from_millis(10);
 
 mod ioctl {
@@ -35,11 +38,10 @@ pub(crate) fn scan(device: PathBuf) -> io::Result<()> {
 
 fn reread(path: &Path) -> io::Result<()> {
     let device = File::open(path)?;
-    // An automounter, say, has it open for itself alone, and will let go.
     let is_busy = |outcome: &_| matches!(outcome, Err(Errno::EBUSY));
     // SAFETY: the command names no memory; the descriptor is open for as long as it runs.
     let reread = || unsafe { ioctl::reread_partitions(device.as_raw_fd()) };
-    wait::patiently(LIMIT, PAUSE, is_busy, reread)?;
+    wait::patiently(CLAIM_WAIT, PAUSE, is_busy, reread)?;
     Ok(())
 }
 

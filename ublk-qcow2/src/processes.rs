@@ -4,16 +4,17 @@
 //! and its supervisor, wherever they were started. The kernel gives the numbers of processes out again, hence each is known by
 //! the moment of its birth too.
 
-use nix::sys::signal::Signal;
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
-    process::{self, Pid, PidfdFlags, pidfd_open, pidfd_send_signal},
+    process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal},
 };
 use serde::{Deserialize, Serialize};
 use std::{
     fs, io,
     os::fd::{AsFd, OwnedFd},
+    path::Path,
+    process,
     time::Instant,
 };
 
@@ -31,13 +32,13 @@ pub(crate) struct Process {
 impl Process {
     /// This one.
     pub(crate) fn this() -> io::Result<Self> {
-        Self::with(std::process::id().cast_signed())
+        Self::with(process::id().cast_signed())
     }
 
     fn with(pid: i32) -> io::Result<Self> {
         let path = format!("/proc/{pid}/stat");
         let invalid = || io::Error::new(io::ErrorKind::InvalidData, format!("{path} tells no start"));
-        let start = start_in(&fs::read_to_string(&path)?).ok_or_else(invalid)?;
+        let start = start_in(&read_proc(Path::new(&path))?).ok_or_else(invalid)?;
         Ok(Self { pid, start })
     }
 
@@ -64,7 +65,6 @@ impl Process {
     /// Sends it a signal, and nobody who has got its number since. Whether it is there.
     pub(crate) fn send(self, signal: Signal) -> io::Result<bool> {
         let Some(descriptor) = self.open()? else { return Ok(false) };
-        let signal = process::Signal::from_named_raw(signal as i32).ok_or(Errno::INVAL)?;
         match pidfd_send_signal(descriptor, signal) {
             Err(Errno::SRCH) => Ok(false),
             sent => Ok(sent.map(|()| true)?),
@@ -81,6 +81,16 @@ impl Process {
         };
         Ok((Self::with(self.pid).ok() == Some(self)).then_some(descriptor))
     }
+}
+
+/// Reads what is there wherever /proc is mounted, and says so where it is not.
+pub(crate) fn read_proc(path: &Path) -> io::Result<String> {
+    fs::read_to_string(path).map_err(|error| match error.kind() {
+        io::ErrorKind::NotFound if !Path::new("/proc/self").exists() => {
+            io::Error::new(error.kind(), format!("{}: {error}; is /proc mounted?", path.display()))
+        }
+        _ => error,
+    })
 }
 
 /// The name may have blanks and brackets in it.
@@ -106,11 +116,11 @@ mod tests {
     fn a_signal_reaches_nobody_who_has_only_the_number() {
         let mut child = Command::new("sleep").arg("60").spawn().unwrap();
         let it = Process::with(child.id().cast_signed()).unwrap();
-        assert!(!Process { start: it.start - 1, ..it }.send(Signal::SIGTERM).unwrap());
+        assert!(!Process { start: it.start - 1, ..it }.send(Signal::TERM).unwrap());
         assert!(!it.ends_by(Instant::now() + Duration::from_millis(50)).unwrap());
-        assert!(it.send(Signal::SIGTERM).unwrap());
+        assert!(it.send(Signal::TERM).unwrap());
         child.wait().unwrap();
-        assert!(!it.send(Signal::SIGTERM).unwrap());
+        assert!(!it.send(Signal::TERM).unwrap());
     }
 
     /// `del` returned while server and supervisor were still on their way out, with the image's file system

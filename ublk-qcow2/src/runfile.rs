@@ -26,7 +26,10 @@ pub(crate) use {
     users::{InUse, refuse_awaited, refuse_changed_by_others, refuse_served},
 };
 
-use crate::{config::Config, processes::Process};
+use crate::{
+    config::Config,
+    processes::{self, Process},
+};
 use directory::remove_files;
 use lock::{Dead, lock_dead, write_locked};
 use nix::fcntl::Flock;
@@ -59,14 +62,17 @@ impl RunFileError {
     }
 }
 
-/// The way out where there is a file that cannot be understood.
+/// The way out where there is a file that cannot be understood, or no place for one.
 fn hint(source: &io::Error) -> &'static str {
-    match source.get_ref() {
-        Some(inner) if inner.is::<serde_json::Error>() => {
+    match (source.get_ref(), source.kind()) {
+        (Some(inner), _) if inner.is::<serde_json::Error>() => {
             "; it is damaged or another version's: detach the device with that version, or remove the file, \
              which gives up what is in its redo log only, and then the device, with `ublk-qcow2 del -n`"
         }
-        _ if source.kind() == io::ErrorKind::PermissionDenied => "; only root may look at servers' records",
+        (_, io::ErrorKind::ReadOnlyFilesystem) => {
+            "; the environment variable UBLK_QCOW2_RUN_DIR names another run directory"
+        }
+        (_, io::ErrorKind::PermissionDenied) => "; only root may look at servers' records",
         _ => "",
     }
 }
@@ -182,7 +188,7 @@ impl RunFile {
             Dead::Locked(lock) => lock,
         };
         let mut record: Record = serde_json::from_reader(&*dead).map_err(|error| fail(error.into()))?;
-        if record.boot != boot().map_err(fail)? {
+        if record.boot != boot()? {
             remove_files(id);
             return Err(TakeOverError::OtherBoot(id));
         }
@@ -276,8 +282,10 @@ fn remove_if_there(path: &Path) -> io::Result<()> {
 }
 
 /// Which boot of the machine this is.
-pub(crate) fn boot() -> io::Result<String> {
-    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
+pub(crate) fn boot() -> Result<String, RunFileError> {
+    let path = Path::new("/proc/sys/kernel/random/boot_id");
+    let fail = |source| RunFileError { what: "cannot read", path: path.to_owned(), source };
+    Ok(processes::read_proc(path).map_err(fail)?.trim().to_owned())
 }
 
 #[cfg(test)]

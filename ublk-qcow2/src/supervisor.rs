@@ -60,8 +60,15 @@ pub(crate) fn run(start: &Start, reporter: Reporter) -> io::Result<()> {
     let (namespace, _hold) = namespace::leave(start.image().as_deref());
     safety::prepare();
     let mut reporter = Some(reporter);
-    let server = start_server(start, namespace, &mut reporter)?;
+    let started = start_server(start, namespace, &mut reporter);
     let Some(reporter) = reporter else { return Ok(()) };
+    let server = match started {
+        Ok(server) => server,
+        Err(error) => {
+            reporter.failed(&format!("cannot start a server: {error}"));
+            return Err(error);
+        }
+    };
     match *start {
         Start::New { cookie, .. } => begin_new(server, cookie, namespace, reporter),
         Start::Recover { id } => begin_again(id, server, namespace, reporter),

@@ -12,14 +12,14 @@ use super::{CommandError, complain};
 use crate::{
     cli::DelArgs,
     control::Control,
-    crew::FORCING,
+    crew::FORCING_SENT,
     daemon::{self, ServeError},
     device, orphans,
     processes::Process,
     runfile::{self, Entry, Phase, Record, Refusal, RunFile, TakeOverError},
     wait,
 };
-use nix::sys::signal::Signal;
+use rustix::process::Signal;
 use std::{
     collections::BTreeSet,
     sync::{Mutex, PoisonError},
@@ -190,10 +190,10 @@ impl Asked {
 
 /// Whether there was somebody to ask.
 fn ask_to_stop(record: &Record, users: Users) -> Result<bool, CommandError> {
-    let signal = if users == Users::Ignored { FORCING } else { Signal::SIGTERM };
     // The lock says that somebody lives. For a moment the record may still be that of who has died.
     let Some(server) = record.server() else { return Ok(false) };
     let Record { id, pid, .. } = *record;
+    let signal = if users == Users::Ignored { FORCING_SENT } else { Signal::TERM };
     server.send(signal).map_err(|source| CommandError::Signal { id, pid, source })
 }
 
@@ -323,22 +323,6 @@ mod tests {
         assert!(!with(false, |record| record.config.recovery = false), "nobody can");
     }
 
-    /// A dead server's record could be locked by anybody, and its number was a stranger's by then: `del` ended
-    /// that one.
-    #[test]
-    fn who_has_only_a_server_s_number_is_not_asked() {
-        let mut stranger = Command::new("sleep").arg("60").spawn().unwrap();
-        let pid = stranger.id().cast_signed();
-        let process = format!(r#"{{"pid":{pid},"start":1}}"#);
-        let mut record =
-            Record { pid, processes: vec![serde_json::from_str(&process).unwrap()], ..runfile::example() };
-        assert!(!ask_to_stop(&record, Users::Spared).unwrap());
-        record.processes.clear();
-        assert!(!ask_to_stop(&record, Users::Spared).unwrap());
-        stranger.kill().unwrap();
-        assert_eq!(stranger.wait().unwrap().signal(), Some(Signal::SIGKILL as i32), "it was ended before");
-    }
-
     /// `del` was to stop a device whose kernel had not written back in time; it heard nothing of the server's
     /// going on, or took what that had said to somebody before for an answer.
     #[test]
@@ -355,5 +339,21 @@ mod tests {
             assert!(told.contains("late") && told.contains("del --force -n 7"), "{told}");
             assert!(asked.check(&later, Users::Ignored).is_ok());
         }
+    }
+
+    /// A dead server's record could be locked by anybody, and its number was a stranger's by then: `del` ended
+    /// that one.
+    #[test]
+    fn who_has_only_a_server_s_number_is_not_asked() {
+        let mut stranger = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = stranger.id().cast_signed();
+        let process = format!(r#"{{"pid":{pid},"start":1}}"#);
+        let mut record =
+            Record { pid, processes: vec![serde_json::from_str(&process).unwrap()], ..runfile::example() };
+        assert!(!ask_to_stop(&record, Users::Spared).unwrap());
+        record.processes.clear();
+        assert!(!ask_to_stop(&record, Users::Spared).unwrap());
+        stranger.kill().unwrap();
+        assert_eq!(stranger.wait().unwrap().signal(), Some(Signal::KILL.as_raw()), "it was ended before");
     }
 }

@@ -32,6 +32,17 @@ fn a_number_is_not_given_away_while_its_log_is_needed() {
     assert_eq!(owing(&File::open(&path).unwrap(), &new, |_| false).unwrap(), None);
 }
 
+#[test]
+fn who_has_no_place_for_records_is_told_how_to_name_another() {
+    let dir = tempfile::tempdir().unwrap();
+    let told = |errno| {
+        let source = io::Error::from_raw_os_error(errno);
+        RunFileError { what: "cannot make", path: dir.path().to_owned(), source }.to_string()
+    };
+    assert!(told(libc::EROFS).contains(directory::DIRECTORY_VARIABLE));
+    assert!(!told(libc::ENOSPC).contains(directory::DIRECTORY_VARIABLE));
+}
+
 /// A record could not be read (damaged, or another version's), and the log beside it was of use: every `add` that
 /// the driver gave this number to failed, which is all of them while it is the first that is free.
 #[test]
