@@ -12,17 +12,19 @@
 //! log is replayed ([`RedoFile::check_unchanged`]): then the image must not have been modified since.
 //!
 //! Its supervisor sees a server die: it notes how the image was left, when what the server had begun has ended
-//! too ([`note_end`]), and how long the file is and when it was modified must be just that. Where nobody saw
+//! too ([`note_end`]): how long the file is and when it was modified, or how much this host has written to the
+//! block device. That is how it must be found. Where nobody saw
 //! the death it must not have been modified later than the last note, and a few seconds for what came after
 //! that. When it was last modified would not do for such notes: who then modifies it for the first time in a
 //! while, with a request or by a replay, may be killed before it can note that.
 //!
 //! This cannot tell: changes within one tick of the clock that the file system keeps its times by (2 s on some,
-//! mostly milliseconds); a file whose times somebody has set back; and whatever is written to a block device,
-//! whose node's times say nothing of its content.
+//! mostly milliseconds); a file whose times somebody has set back; what is written to a block device by another
+//! host, past it (to the disk that a partition is on), or after a death that nobody saw.
 
 #![allow(unsafe_code, reason = "a mapping seen as atomic words")]
 
+mod state;
 mod witness;
 
 pub(crate) use witness::Witness;
@@ -31,6 +33,7 @@ use crate::{config::Config, identity::Identity, runfile};
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, fallocate};
 use qcow2_engine::{REDO_BYTES, RedoLog, RedoMemory};
+use state::State;
 use std::{
     fs::{File, OpenOptions},
     io,
@@ -41,7 +44,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
 };
-use witness::{Moment, Noted, Seen, Sight, State, cannot_look_at, look_at, open_to_look};
+use witness::{Noted, Seen, Sight, cannot_look_at, look_at, open_to_look};
 
 /// Bytes of the file: the log, and a page with the witness.
 const FILE_BYTES: usize = REDO_BYTES + 4096;
@@ -49,8 +52,7 @@ const FILE_BYTES: usize = REDO_BYTES + 4096;
 const OURS_UNTIL: usize = REDO_BYTES / 8;
 const INODE: usize = OURS_UNTIL + 1;
 const BORN: usize = OURS_UNTIL + 2;
-const LEFT_MODIFIED: usize = OURS_UNTIL + 3;
-const LEFT_LEN: usize = OURS_UNTIL + 4;
+const LEFT: usize = OURS_UNTIL + 3;
 /// Seconds by which the image may have changed after its dead server last looked, if nobody saw its death: the
 /// pause until it would have looked again, and what it had begun.
 const TOLERANCE_SECONDS: u64 = 3;
@@ -163,7 +165,7 @@ impl RedoFile {
         let (noted, now) = (self.map.witness(), look_at(image)?);
         let is_ours = match self.map.left() {
             Some(left) => now.state.is_still(left),
-            None => now.state.modified.seconds() <= noted.ours_until.saturating_add(TOLERANCE_SECONDS),
+            None => now.state.modified_seconds() <= noted.ours_until.saturating_add(TOLERANCE_SECONDS),
         };
         match is_ours {
             true => Ok(()),
@@ -269,25 +271,23 @@ impl Mapped {
 
     /// For who has the image: what a server before it has left is no more.
     fn note(&self, Noted { identity: Identity { inode, born }, ours_until }: Noted) {
-        for (word, value) in [(LEFT_MODIFIED, 0), (OURS_UNTIL, ours_until), (INODE, inode), (BORN, born)] {
+        for (word, value) in [(LEFT, 0), (OURS_UNTIL, ours_until), (INODE, inode), (BORN, born)] {
             self.words()[word].store(value, Ordering::Relaxed);
         }
     }
 
     /// How the dead server has left the image, if somebody saw its death.
     fn left(&self) -> Option<State> {
-        match self.words()[LEFT_MODIFIED].load(Ordering::Acquire) {
-            0 => None,
-            modified => {
-                let len = self.words()[LEFT_LEN].load(Ordering::Relaxed);
-                Some(State { modified: Moment(modified), len })
-            }
-        }
+        let kind = self.words()[LEFT].load(Ordering::Acquire);
+        let [first, second] = [1, 2].map(|word| self.words()[LEFT + word].load(Ordering::Relaxed));
+        Some(State::from_words([kind, first, second])).filter(|state| *state != State::Unknown)
     }
 
-    fn note_left(&self, State { modified: Moment(modified), len }: State) {
-        self.words()[LEFT_LEN].store(len, Ordering::Relaxed);
-        self.words()[LEFT_MODIFIED].store(modified, Ordering::Release);
+    fn note_left(&self, state: State) {
+        let [kind, first, second] = state.to_words();
+        self.words()[LEFT + 1].store(first, Ordering::Relaxed);
+        self.words()[LEFT + 2].store(second, Ordering::Relaxed);
+        self.words()[LEFT].store(kind, Ordering::Release);
     }
 
     /// Time does not go back with the clock.
@@ -304,152 +304,4 @@ impl Mapped {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::{witness::PAUSE, *};
-    use std::{
-        fs, thread,
-        time::{Duration, SystemTime},
-    };
-
-    /// An image, open, and a log, in a directory that is kept as long as they are of use.
-    fn image_and_log() -> (tempfile::TempDir, PathBuf, File, RedoFile) {
-        let dir = tempfile::tempdir().unwrap();
-        let image = dir.path().join("image");
-        let file = File::create(&image).unwrap();
-        let log = file_at(dir.path().join("0.redo"));
-        (dir, image, file, log)
-    }
-
-    fn file_at(path: PathBuf) -> RedoFile {
-        RedoFile { map: map(&make(&path).unwrap()).unwrap(), path }
-    }
-
-    #[test]
-    fn what_is_stored_is_in_the_file_for_the_next_one() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("run/3.redo");
-        let log = file_at(path.clone());
-        (*log.memory()).as_ref()[5].store(77, Ordering::Relaxed);
-        drop(log);
-        let again = file_at(path.clone());
-        assert_eq!((*again.memory()).as_ref()[5].load(Ordering::Relaxed), 77, "taken over as it is");
-        let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
-        assert!(adopt(&file).unwrap().is_some());
-        file.set_len(4096).unwrap();
-        assert!(adopt(&file).is_err());
-    }
-
-    /// They could neither be recovered nor settled, for ever.
-    #[test]
-    fn servers_that_were_killed_while_they_made_their_log_have_left_an_empty_one_or_none() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("0.redo");
-        File::create(&path).unwrap();
-        assert!(RedoFile::open_at(path.clone()).unwrap().is_none());
-        make(&path).unwrap();
-        let file = RedoFile::open_at(path).unwrap().unwrap();
-        assert!(RedoLog::open(file.memory()).unwrap().is_empty());
-    }
-
-    #[test]
-    fn a_log_owes_nothing_only_if_it_is_sound_and_empty() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = file_at(dir.path().join("0.redo"));
-        RedoLog::create(file.memory()).unwrap();
-        assert!(!file.owes());
-        let memory = file.memory();
-        let tail = &(*memory).as_ref()[2];
-        tail.store(1, Ordering::Relaxed);
-        assert!(file.owes());
-        tail.store(u64::MAX, Ordering::Relaxed);
-        assert!(file.owes(), "its counters make no sense");
-    }
-
-    #[test]
-    fn an_image_that_was_changed_later_is_noticed() {
-        let (_dir, image, file, log) = image_and_log();
-        let sight = log.sight(&image).unwrap();
-        sight.note();
-        assert!(log.check_unchanged(&image).is_ok());
-        let later = SystemTime::now() + Duration::from_secs(TOLERANCE_SECONDS + 2);
-        file.set_modified(later).unwrap();
-        assert!(matches!(log.check_unchanged(&image), Err(RedoFileError::Changed { .. })));
-        sight.note();
-        assert!(log.check_unchanged(&image).is_ok());
-    }
-
-    #[test]
-    fn how_a_dead_server_left_its_image_is_known_to_the_moment() {
-        let (_dir, image, file, log) = image_and_log();
-        let sight = log.sight(&image).unwrap();
-        sight.note();
-        let left = SystemTime::UNIX_EPOCH + Duration::new(1_700_000_000, 5_000_000);
-        let (tick, whole) = (Duration::from_millis(1), Duration::from_millis(5));
-        file.set_modified(left).unwrap();
-        log.map.note_left(look_at(&image).unwrap().state);
-        for (modified, len, is_ours) in [
-            (left, 0, true),
-            (left - whole, 0, true),
-            (left + tick, 0, false),
-            (left - 2 * Duration::from_secs(1), 0, false),
-            (left, 512, false),
-        ] {
-            file.set_len(len).unwrap();
-            file.set_modified(modified).unwrap();
-            assert_eq!(log.check_unchanged(&image).is_ok(), is_ours, "{modified:?}, {len}");
-        }
-        sight.note();
-        assert!(log.check_unchanged(&image).is_ok(), "a successor has it");
-    }
-
-    /// A replay that was cut short could not be repeated, nor what an idle server had begun to write when it
-    /// was killed: the image was modified, and that had not been noted yet.
-    #[test]
-    fn who_has_the_image_may_modify_it_at_any_time() {
-        let (_dir, image, file, log) = image_and_log();
-        let long_ago = SystemTime::now() - Duration::from_secs(3600);
-        file.set_modified(long_ago).unwrap();
-        log.sight(&image).unwrap().note();
-        file.set_modified(SystemTime::now()).unwrap();
-        assert!(log.check_unchanged(&image).is_ok());
-    }
-
-    /// Nothing was noted while a server stopped, for minutes perhaps: killed then, it could not be recovered.
-    #[test]
-    fn a_witness_looks_until_it_is_dropped_and_lets_go_of_the_image_then() {
-        let (_dir, image, file, log) = image_and_log();
-        let witness = log.witness(&image).unwrap();
-        let forget = || log.map.note(Noted { ours_until: 0, ..log.map.witness() });
-        let deadline = SystemTime::now() + 20 * PAUSE;
-        forget();
-        while log.check_unchanged(&image).is_err() {
-            assert!(SystemTime::now() < deadline, "it has not looked again");
-            thread::sleep(PAUSE / 10);
-        }
-        forget();
-        file.set_modified(SystemTime::now()).unwrap();
-        drop(witness);
-        assert!(log.check_unchanged(&image).is_ok(), "nor at the end");
-        assert_eq!(Arc::strong_count(&log.map), 1, "it is still there");
-    }
-
-    /// A backup was moved over an image while a server had it open; that was killed, and its successor
-    /// replayed the log on the backup and served it under a mounted file system.
-    #[test]
-    fn another_file_under_the_image_s_name_is_noticed() {
-        let dir = tempfile::tempdir().unwrap();
-        let image = dir.path().join("image");
-        File::create(&image).unwrap();
-        let log = file_at(dir.path().join("0.redo"));
-        assert!(log.check_same(&image).is_ok(), "nothing was noted");
-        let sight = log.sight(&image).unwrap();
-        sight.note();
-        assert!(log.check_same(&image).is_ok());
-        let other = dir.path().join("other");
-        File::create(&other).unwrap();
-        fs::rename(&other, &image).unwrap();
-        // It has its own open.
-        sight.note();
-        assert!(matches!(log.check_same(&image), Err(RedoFileError::Replaced { .. })));
-    }
-}
+mod tests;

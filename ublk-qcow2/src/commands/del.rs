@@ -22,6 +22,7 @@ use crate::{
 use rustix::process::Signal;
 use std::{
     collections::BTreeSet,
+    sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -35,6 +36,8 @@ const END_WAIT: Duration = Duration::from_secs(60);
 const START_WAIT: Duration = Duration::from_secs(30);
 /// How often to look whether it has.
 const LOOK: Duration = Duration::from_millis(10);
+/// Devices that are detached at the same time.
+const AT_ONCE: usize = 16;
 /// How long a device may be claimed by somebody who only has a look at it, as udev does.
 const CLAIM_WAIT: Duration = Duration::from_secs(2);
 
@@ -59,12 +62,7 @@ pub(crate) fn run(args: &DelArgs) -> Result<(), CommandError> {
 
 /// Goes on after a failure; returns it if it is the only one.
 fn detach_all(users: Users) -> Result<(), CommandError> {
-    let mut failures = Vec::new();
-    for entry in runfile::load_each()? {
-        if let Err(error) = entry.map_err(CommandError::from).and_then(|entry| detach(entry, users)) {
-            failures.push(error);
-        }
-    }
+    let mut failures = for_each(runfile::load_each()?, |entry| detach(entry?, users));
     if let Err(error) = orphans::remove_all() {
         failures.push(error.into());
     }
@@ -75,6 +73,28 @@ fn detach_all(users: Users) -> Result<(), CommandError> {
         complain(failure);
     }
     Err(CommandError::Several(failures.len()))
+}
+
+/// Does this to each of them, to some at a time: none waits for one that hangs. Returns what failed.
+fn for_each<T: Send, E: Send>(items: Vec<T>, work: impl Fn(T) -> Result<(), E> + Sync) -> Vec<E> {
+    let others = items.len().min(AT_ONCE).saturating_sub(1);
+    let (left, failures) = (Mutex::new(items.into_iter()), Mutex::new(Vec::new()));
+    let next = || left.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work_on = || {
+        while let Some(item) = next() {
+            if let Err(error) = work(item) {
+                failures.lock().unwrap_or_else(PoisonError::into_inner).push(error);
+            }
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 0..others {
+            // Where there is no thread left for it this takes longer.
+            let _ = thread::Builder::new().spawn_scoped(scope, work_on);
+        }
+        work_on();
+    });
+    failures.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Detaches a device, until nobody is left who holds its image's file system.
@@ -260,7 +280,28 @@ fn delete_foreign(id: u32, users: Users) -> Result<(), CommandError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{os::unix::process::ExitStatusExt, process::Command};
+    use std::{os::unix::process::ExitStatusExt, process::Command, sync::mpsc};
+
+    /// `del --all` waited ten minutes for a server that hung before it asked the next one to stop.
+    #[test]
+    fn devices_do_not_wait_for_each_other() {
+        let (begun, other) = mpsc::channel();
+        let ends = Mutex::new((Some(begun), Some(other)));
+        let failed = for_each(vec![2, 1], |device| {
+            let taken = ends
+                .lock()
+                .map(|mut ends| (ends.0.take_if(|_| device == 1), ends.1.take_if(|_| device == 2)));
+            match taken.unwrap() {
+                (_, Some(other)) => {
+                    other.recv_timeout(Duration::from_secs(10)).map_err(|_| "the other waits")
+                }
+                (begun, _) => begun.unwrap().send(()).map_err(|_| "the other is through"),
+            }
+        });
+        assert!(failed.is_empty(), "{failed:?}");
+        assert_eq!(for_each(vec![1; 40], Err).len(), 40);
+        assert_eq!(for_each(Vec::new(), Err::<(), ()>), []);
+    }
 
     /// A server was killed while it stopped. `del` removed the device at once, or asked the next server before
     /// it served: what the kernel had in memory for the device was lost.

@@ -1,6 +1,6 @@
 //! Who notes beside a redo log which file its image is, and that it is ours.
 
-use super::{Mapped, RedoFileError};
+use super::{Mapped, RedoFileError, state::State};
 use crate::{
     config::{Config, locking},
     identity::Identity,
@@ -10,7 +10,7 @@ use qcow2_engine::io::{Access, Files, Storage, files::Caching};
 use std::{
     fs::{File, Metadata, OpenOptions},
     io,
-    os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt},
+    os::unix::fs::{FileTypeExt, OpenOptionsExt},
     path::Path,
     sync::{
         Arc,
@@ -29,52 +29,6 @@ const END_WAIT: Duration = Duration::from_secs(2);
 const LOCK_WAIT: Duration = Duration::from_secs(10);
 /// Between two attempts to lock the image.
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
-/// Nanoseconds.
-const SECOND: u64 = 1_000_000_000;
-/// The coarsest times that file systems keep, in nanoseconds.
-const COARSEST: u64 = 2 * SECOND;
-
-/// A time of a file, in nanoseconds; 0 where it is not known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Moment(pub(super) u64);
-
-impl Moment {
-    pub(super) fn seconds(self) -> u64 {
-        self.0 / SECOND
-    }
-}
-
-/// What shows that a file was changed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct State {
-    /// When its content was last modified. (When its inode was last changed says nothing: to rename a file or
-    /// to link to it, to give it away or to label it is to change that.)
-    pub(super) modified: Moment,
-    /// Bytes of it.
-    pub(super) len: u64,
-}
-
-impl State {
-    fn of(it: &Metadata) -> Self {
-        if it.file_type().is_block_device() {
-            // When its node was modified says nothing of what is in the device, only when udev has set its owner
-            // and mode, which it does at every event.
-            return Self { modified: Moment(0), len: 0 };
-        }
-        // A file from before 1970 counts as old.
-        let seconds = u64::try_from(it.mtime()).unwrap_or(0);
-        let modified = seconds.saturating_mul(SECOND).saturating_add(it.mtime_nsec().cast_unsigned());
-        Self { modified: Moment(modified), len: it.len() }
-    }
-
-    /// Whether the file is as it was left.
-    pub(super) fn is_still(self, left: Self) -> bool {
-        // A little earlier is what a file system makes of a time that keeps whole seconds on its disk.
-        let back = left.modified.0.checked_sub(self.modified.0);
-        self.len == left.len && back.is_some_and(|back| back < COARSEST)
-    }
-}
-
 /// What is seen of an image file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Seen {
@@ -150,7 +104,7 @@ impl Sight {
         if let Ok(metadata) = self.image.metadata() {
             let Seen { identity, state } = Seen::of(&metadata);
             // Another machine, whose clock is ahead, may say when a file was modified.
-            self.map.note(Noted { identity, ours_until: now().max(state.modified.seconds()) });
+            self.map.note(Noted { identity, ours_until: now().max(state.modified_seconds()) });
         }
     }
 }
@@ -169,23 +123,27 @@ fn open_path(image: &Path) -> io::Result<File> {
 }
 
 pub(super) fn look_at(image: &Path) -> Result<Seen, RedoFileError> {
-    let metadata = open_to_look(image)?.metadata().map_err(|source| cannot_look_at(image, source))?;
+    look(image).map_err(|source| cannot_look_at(image, source))
+}
+
+fn look(image: &Path) -> io::Result<Seen> {
+    let metadata = open_path(image)?.metadata()?;
+    if metadata.file_type().is_block_device() {
+        // What still lies in memory for it was changed as well, and counts when it is written.
+        File::open(image)?.sync_all()?;
+    }
     Ok(Seen::of(&metadata))
 }
 
 /// What a dead server has left. What it had begun may end later than it: then it has the image locked until
 /// that has, so this is seen under the image's locks, which say too that nobody else is at it.
 pub(super) fn last_look(config: &Config) -> io::Result<Seen> {
-    let seen = Seen::of(&open_path(&config.image)?.metadata()?);
-    if seen.state.modified == Moment(0) {
-        return Ok(seen); // there is nothing to wait for
-    }
     let files = Files::with_locking(Caching::Buffered, locking(config.force_share));
     let is_locked =
         |opened: &io::Result<_>| matches!(opened, Err(error) if error.kind() == io::ErrorKind::ResourceBusy);
     let open = || files.open(&config.image, Access::ReadWrite);
-    let image = wait::patiently(LOCK_WAIT, LOCK_PAUSE, is_locked, open)?;
-    Ok(Seen::of(&files.metadata(image)?))
+    wait::patiently(LOCK_WAIT, LOCK_PAUSE, is_locked, open)?;
+    look(&config.image)
 }
 
 pub(super) fn cannot_look_at(image: &Path, source: io::Error) -> RedoFileError {
@@ -205,7 +163,8 @@ mod tests {
         let nodes = fs::read_dir("/dev").unwrap().flatten().map(|node| node.path());
         // A container may have none.
         let Some(node) = nodes.into_iter().find(is_block) else { return };
-        assert_eq!(look_at(&node).unwrap().state.modified, Moment(0), "{}", node.display());
-        assert_ne!(look_at(&node).unwrap().identity.inode, 0, "its number still tells which it is");
+        let seen = Seen::of(&fs::metadata(&node).unwrap());
+        assert_eq!(seen.state.modified_seconds(), 0, "{}", node.display());
+        assert_ne!(seen.identity.inode, 0, "its number still tells which it is");
     }
 }
