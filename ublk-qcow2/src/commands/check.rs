@@ -29,6 +29,7 @@ const MAGIC_AND_VERSION_BYTES: u64 = 8;
 /// Exit code: 0 clean, 1 the check could not be completed, 2 corruptions, 3 leaked clusters only,
 /// 63 not a QCOW2 image.
 #[derive(Debug, Args)]
+#[command(args_override_self = true)]
 pub(crate) struct CheckArgs {
     /// What to repair. The image must not be in use.
     #[arg(short, long, value_enum, value_name = "WHAT")]

@@ -28,6 +28,7 @@ use std::{
 };
 
 #[derive(Debug, Args)]
+#[command(args_override_self = true)]
 pub(crate) struct InfoArgs {
     /// Read the image even if somebody writes to it; what is told may then not be so.
     #[arg(short = 'U', long)]

@@ -1,8 +1,11 @@
 //! `create`, `info`, `check` and `io` of the real binary, held against qemu-img and qemu-io.
 
+mod create;
+
 use serde_json::Value;
 use std::{
     fs,
+    io::Write,
     os::{
         fd::OwnedFd,
         unix::{fs::FileExt, net::UnixStream},
