@@ -164,7 +164,8 @@ impl OutputArgs {
 /// How backing files are opened, and which; without an option, whatever local path the image names.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct BackingArgs {
-    /// Format of backing files where the image does not say it: qcow2 or raw. It is never guessed.
+    /// Format of backing files where the image does not say it, or says one that is not served: qcow2 or raw. It
+    /// is never guessed.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) backing_format: Option<Format>,
     /// Refuse an image that has a backing file.
