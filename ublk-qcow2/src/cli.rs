@@ -292,6 +292,23 @@ mod tests {
         }
     }
 
+    /// The unit is used where nobody sees what a mistake in it says.
+    #[test]
+    fn the_command_lines_of_the_systemd_unit_are_such() {
+        let unit = include_str!("../../dist/ublk-qcow2@.service");
+        let parsed = |key: &str| {
+            let line = unit.lines().find_map(|line| line.strip_prefix(key)).expect(key);
+            let line = line.replace("%i", "7").replace("$OPTIONS", "-q 2").replace("${IMAGE}", "/image");
+            Cli::try_parse_from(line.split_whitespace()).expect(key).command
+        };
+        let Command::Add(add) = parsed("ExecStart=") else { panic!("it attaches") };
+        assert_eq!((add.id, add.queues, add.image.to_str()), (Some(7), 2, Some("/image")));
+        let Command::Del(del) = parsed("ExecStop=") else { panic!("it detaches") };
+        assert_eq!((del.which.id, del.force), (Some(7), false));
+        // What its type relies on.
+        assert!(!add.foreground && !add.no_supervisor && unit.contains("Type=forking"));
+    }
+
     #[test]
     fn sizes_are_read_as_qemu_img_reads_them() {
         for (text, size) in [
