@@ -7,8 +7,8 @@
 
 #![allow(unsafe_code, reason = "commands that name memory")]
 
+use crate::uapi;
 use io_uring::{IoUring, cqueue, opcode, squeue, types};
-use libublk::sys;
 use std::{
     fmt,
     fs::{File, OpenOptions},
@@ -16,6 +16,7 @@ use std::{
     os::fd::AsRawFd,
     time::{Duration, Instant},
 };
+use zerocopy::{FromBytes, IntoBytes};
 
 /// Where the driver takes commands.
 const CONTROL_PATH: &str = "/dev/ublk-control";
@@ -83,20 +84,6 @@ impl ControlError {
     }
 }
 
-/// The kernel's plain structures: integers only, for which every bit pattern is a value.
-///
-/// # Safety
-/// The type is `repr(C)` and made of integers only.
-unsafe trait KernelStruct: Copy {}
-// SAFETY: both are structures of integers, generated from the kernel's header.
-unsafe impl KernelStruct for sys::ublksrv_ctrl_dev_info {}
-// SAFETY: as above.
-unsafe impl KernelStruct for sys::ublk_params {}
-// SAFETY: an integer.
-unsafe impl KernelStruct for u64 {}
-// SAFETY: no bytes at all.
-unsafe impl KernelStruct for () {}
-
 /// The control device and a ring for its commands.
 pub(crate) struct Control {
     // Declared, and so dropped, before the file that its operations name.
@@ -124,27 +111,24 @@ impl Control {
     }
 
     /// A device's state.
-    pub(crate) fn info(&mut self, id: u32) -> Result<sys::ublksrv_ctrl_dev_info, ControlError> {
-        self.transfer(Command::GetInfo, id, sys::ublksrv_ctrl_dev_info::default(), QUICK)
+    pub(crate) fn info(&mut self, id: u32) -> Result<uapi::DevInfo, ControlError> {
+        self.transfer(Command::GetInfo, id, uapi::DevInfo::default(), QUICK)
     }
 
     /// Adds a device. Returns what the driver made of `wanted`: it may have changed it.
-    pub(crate) fn add(
-        &mut self,
-        wanted: sys::ublksrv_ctrl_dev_info,
-    ) -> Result<sys::ublksrv_ctrl_dev_info, ControlError> {
+    pub(crate) fn add(&mut self, wanted: uapi::DevInfo) -> Result<uapi::DevInfo, ControlError> {
         self.transfer(Command::Add, wanted.dev_id, wanted, QUICK)
     }
 
     /// Sets a device's parameters, before it is started.
-    pub(crate) fn set_params(&mut self, id: u32, params: sys::ublk_params) -> Result<(), ControlError> {
+    pub(crate) fn set_params(&mut self, id: u32, params: uapi::Params) -> Result<(), ControlError> {
         self.transfer(Command::SetParams, id, params, QUICK).map(drop)
     }
 
     /// A device's parameters, of the kinds in `types` (`UBLK_PARAM_TYPE_*`).
-    pub(crate) fn params(&mut self, id: u32, types: u32) -> Result<sys::ublk_params, ControlError> {
-        let len = size_of::<sys::ublk_params>() as u32;
-        self.transfer(Command::GetParams, id, sys::ublk_params { len, types, ..Default::default() }, QUICK)
+    pub(crate) fn params(&mut self, id: u32, types: u32) -> Result<uapi::Params, ControlError> {
+        let len = size_of::<uapi::Params>() as u32;
+        self.transfer(Command::GetParams, id, uapi::Params { len, types, ..Default::default() }, QUICK)
     }
 
     /// Starts a device for the server process `pid`. All its queues must be fetching, on other
@@ -186,7 +170,7 @@ impl Control {
         self.transfer(Command::Delete, id, (), DELETE)
     }
 
-    fn transfer<T: KernelStruct>(
+    fn transfer<T: FromBytes>(
         &mut self,
         command: Command,
         id: u32,
@@ -197,7 +181,7 @@ impl Control {
     }
 
     /// Runs a command to its end, or cancels it. Returns the payload as the kernel left it.
-    fn run<T: KernelStruct>(
+    fn run<T: FromBytes>(
         &mut self,
         command: Command,
         device: u32,
@@ -207,12 +191,12 @@ impl Control {
         give_up: &mut dyn FnMut() -> bool,
     ) -> Result<T, ControlError> {
         let payload = Box::into_raw(Box::new(payload));
-        let header = sys::ublksrv_ctrl_cmd {
+        let header = uapi::CtrlCmd {
             dev_id: device,
             queue_id: NO_QUEUE,
             len: size_of::<T>() as u16,
             addr: if size_of::<T>() == 0 { 0 } else { payload as u64 },
-            data: [data],
+            data,
             ..Default::default()
         };
         let id = self.next_id;
@@ -309,14 +293,9 @@ struct Unended {
 }
 
 /// The submission's command area: the header, then zeros.
-fn command_bytes(header: &sys::ublksrv_ctrl_cmd) -> [u8; 80] {
+fn command_bytes(header: &uapi::CtrlCmd) -> [u8; 80] {
     let mut bytes = [0; 80];
-    bytes[0..4].copy_from_slice(&header.dev_id.to_ne_bytes());
-    bytes[4..6].copy_from_slice(&header.queue_id.to_ne_bytes());
-    bytes[6..8].copy_from_slice(&header.len.to_ne_bytes());
-    bytes[8..16].copy_from_slice(&header.addr.to_ne_bytes());
-    bytes[16..24].copy_from_slice(&header.data[0].to_ne_bytes());
-    bytes[24..26].copy_from_slice(&header.dev_path_len.to_ne_bytes());
+    bytes[..size_of_val(header)].copy_from_slice(header.as_bytes());
     bytes
 }
 
@@ -324,16 +303,16 @@ impl Command {
     /// The ioctl-encoded command number.
     fn code(self) -> u32 {
         match self {
-            Self::GetFeatures => sys::UBLK_U_CMD_GET_FEATURES,
-            Self::GetInfo => sys::UBLK_U_CMD_GET_DEV_INFO,
-            Self::Add => sys::UBLK_U_CMD_ADD_DEV,
-            Self::SetParams => sys::UBLK_U_CMD_SET_PARAMS,
-            Self::GetParams => sys::UBLK_U_CMD_GET_PARAMS,
-            Self::Start => sys::UBLK_U_CMD_START_DEV,
-            Self::Stop => sys::UBLK_U_CMD_STOP_DEV,
-            Self::Delete => sys::UBLK_U_CMD_DEL_DEV,
-            Self::StartRecovery => sys::UBLK_U_CMD_START_USER_RECOVERY,
-            Self::EndRecovery => sys::UBLK_U_CMD_END_USER_RECOVERY,
+            Self::GetFeatures => uapi::UBLK_U_CMD_GET_FEATURES,
+            Self::GetInfo => uapi::UBLK_U_CMD_GET_DEV_INFO,
+            Self::Add => uapi::UBLK_U_CMD_ADD_DEV,
+            Self::SetParams => uapi::UBLK_U_CMD_SET_PARAMS,
+            Self::GetParams => uapi::UBLK_U_CMD_GET_PARAMS,
+            Self::Start => uapi::UBLK_U_CMD_START_DEV,
+            Self::Stop => uapi::UBLK_U_CMD_STOP_DEV,
+            Self::Delete => uapi::UBLK_U_CMD_DEL_DEV,
+            Self::StartRecovery => uapi::UBLK_U_CMD_START_USER_RECOVERY,
+            Self::EndRecovery => uapi::UBLK_U_CMD_END_USER_RECOVERY,
         }
     }
 }
@@ -397,23 +376,6 @@ fn refusal_hint(command: Command, errno: i32) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_header_is_laid_out_as_the_kernel_reads_it() {
-        assert_eq!(size_of::<sys::ublksrv_ctrl_cmd>(), 32);
-        let header = sys::ublksrv_ctrl_cmd {
-            dev_id: 1,
-            queue_id: 2,
-            len: 3,
-            addr: 4,
-            data: [5],
-            ..Default::default()
-        };
-        let bytes = command_bytes(&header);
-        assert_eq!((bytes[0], bytes[4], bytes[6], bytes[8], bytes[16]), (1, 2, 3, 4, 5));
-        assert_eq!(std::mem::offset_of!(sys::ublksrv_ctrl_cmd, dev_path_len), 24);
-        assert_eq!(std::mem::offset_of!(sys::ublksrv_ctrl_cmd, data), 16);
-    }
 
     /// ADD_DEV took its time and made the device all the same: it was reported as timed out, and a device
     /// without a record was left.

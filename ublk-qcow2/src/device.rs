@@ -25,8 +25,8 @@ use crate::{
     deputy::{Deputy, DeputyError, Job},
     handover,
     runfile::Phase,
+    uapi,
 };
-use libublk::sys;
 use nodes::{open_char, until_let_go};
 use request::{FORGETS_SERVERS, NO_PART_SCAN, RECOVERY, ZERO_COPY};
 use std::{fs::File, io, path::PathBuf};
@@ -71,7 +71,7 @@ impl DeviceError {
 /// A device that exists; deleted when dropped.
 pub(crate) struct Device {
     control: Control,
-    info: sys::ublksrv_ctrl_dev_info,
+    info: uapi::DevInfo,
     state: State,
     /// Whether its partitions are looked for on our word, and not by the driver.
     scans: bool,
@@ -327,8 +327,8 @@ impl State {
 }
 
 /// Whether no block device is there, and none comes back.
-fn is_stopped(info: &sys::ublksrv_ctrl_dev_info) -> bool {
-    u32::from(info.state) == sys::UBLK_S_DEV_DEAD
+fn is_stopped(info: &uapi::DevInfo) -> bool {
+    info.state == uapi::UBLK_S_DEV_DEAD
 }
 
 #[cfg(test)]

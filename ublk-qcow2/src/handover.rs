@@ -8,9 +8,8 @@
 
 #![allow(unsafe_code, reason = "submissions to a ring")]
 
-use crate::queue::command_area;
+use crate::{queue::command_area, uapi};
 use io_uring::{IoUring, opcode, types};
-use libublk::sys;
 use std::{
     fs::File,
     io,
@@ -38,7 +37,7 @@ fn fetch(fd: RawFd, queue: u16, depth: u16) -> io::Result<IoUring> {
     let mut ring = IoUring::new(u32::from(depth).next_power_of_two())?;
     for tag in 0..depth {
         let area = command_area(queue, tag, 0, NO_BUFFER);
-        let entry = opcode::UringCmd16::new(types::Fd(fd), sys::UBLK_U_IO_FETCH_REQ).cmd(area).build();
+        let entry = opcode::UringCmd16::new(types::Fd(fd), uapi::UBLK_U_IO_FETCH_REQ).cmd(area).build();
         // SAFETY: the entry names no memory: its command is inside it, and the driver does not follow the
         // buffer's address before it has a request, of which a quiesced device gets none.
         unsafe { ring.submission().push(&entry) }.map_err(io::Error::other)?;

@@ -30,6 +30,7 @@ mod safety;
 mod supervisor;
 #[cfg(any(test, feature = "texts"))]
 mod texts;
+mod uapi;
 mod wait;
 
 use clap::Parser;

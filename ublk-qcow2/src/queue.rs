@@ -19,10 +19,9 @@ use crate::{
     device::DataPath,
     errno::errno,
     request::{Bounds, DecodeError, Request},
-    safety,
+    safety, uapi,
 };
 use io_uring::opcode;
-use libublk::sys;
 use memmap2::{MmapOptions, MmapRaw};
 use payload::{Announced, Payloads};
 use qcow2_engine::{
@@ -56,7 +55,7 @@ const RECLAIM_REST: Duration = Duration::from_millis(1);
 /// The same while the queue has requests, which wait for a step: a hundredth of the time is the search's.
 const RECLAIM_REST_BUSY: Duration = Duration::from_millis(8);
 /// The kernel's result for a command of a stopped queue.
-const ABORTED: i32 = sys::UBLK_IO_RES_ABORT;
+const ABORTED: i32 = uapi::UBLK_IO_RES_ABORT;
 
 /// What a queue's thread needs to know.
 pub(crate) struct Queue {
@@ -233,7 +232,7 @@ impl Context {
     }
 
     /// The request that a descriptor stands for, or what the kernel is to be told instead of a result.
-    fn request_of(&self, descriptor: &sys::ublksrv_io_desc) -> Result<Request, i32> {
+    fn request_of(&self, descriptor: &uapi::IoDesc) -> Result<Request, i32> {
         Request::decode(descriptor, self.bounds).map_err(|error| {
             self.report(&error);
             match error {
@@ -276,12 +275,7 @@ impl Context {
 
 /// The part of a queue's command that is the driver's own (`ublksrv_io_cmd`).
 pub(crate) fn command_area(queue: u16, tag: u16, result: i32, buffer: u64) -> [u8; 16] {
-    let mut area = [0; 16];
-    area[0..2].copy_from_slice(&queue.to_ne_bytes());
-    area[2..4].copy_from_slice(&tag.to_ne_bytes());
-    area[4..8].copy_from_slice(&result.to_ne_bytes());
-    area[8..16].copy_from_slice(&buffer.to_ne_bytes());
-    area
+    zerocopy::transmute!(uapi::IoCmd { q_id: queue, tag, result, addr: buffer })
 }
 
 impl Pace for Context {
@@ -300,11 +294,11 @@ struct Descriptors {
 impl Descriptors {
     fn map(queue: &Queue) -> io::Result<Self> {
         let page = nix::unistd::sysconf(nix::unistd::SysconfVar::PAGE_SIZE)?.unwrap_or(4096) as usize;
-        let size = size_of::<sys::ublksrv_io_desc>();
+        let size = size_of::<uapi::IoDesc>();
         // Each queue's array begins where one of the greatest possible depth would end.
-        let stride = (sys::UBLK_MAX_QUEUE_DEPTH as usize * size).next_multiple_of(page);
+        let stride = (usize::from(uapi::UBLK_MAX_QUEUE_DEPTH) * size).next_multiple_of(page);
         let map = MmapOptions::new()
-            .offset(u64::from(sys::UBLKSRV_CMD_BUF_OFFSET) + stride as u64 * u64::from(queue.index))
+            .offset(uapi::UBLKSRV_CMD_BUF_OFFSET + stride as u64 * u64::from(queue.index))
             .len((usize::from(queue.depth) * size).next_multiple_of(page))
             .populate()
             .map_raw_read_only(&*queue.char_device)?;
@@ -312,26 +306,12 @@ impl Descriptors {
     }
 
     /// The descriptor of a tag whose fetch has completed.
-    fn get(&self, tag: u16) -> sys::ublksrv_io_desc {
+    fn get(&self, tag: u16) -> uapi::IoDesc {
         assert!(tag < self.depth, "tag {tag} of a queue that is {} deep", self.depth);
-        let array = self.map.as_ptr().cast::<sys::ublksrv_io_desc>();
+        let array = self.map.as_ptr().cast::<uapi::IoDesc>();
         // SAFETY: the mapping has `depth` descriptors, is page-aligned, and holds integers only.
         // The kernel does not write to this one between the completion of the tag's fetch, which
         // has been seen, and the commit of its result.
         unsafe { array.add(usize::from(tag)).read_volatile() }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_command_area_is_laid_out_as_the_kernel_reads_it() {
-        assert_eq!(size_of::<sys::ublksrv_io_cmd>(), 16);
-        assert_eq!(std::mem::offset_of!(sys::ublksrv_io_cmd, tag), 2);
-        assert_eq!(std::mem::offset_of!(sys::ublksrv_io_cmd, result), 4);
-        assert_eq!(std::mem::offset_of!(sys::ublksrv_io_cmd, addr), 8);
-        assert_eq!(size_of::<sys::ublksrv_io_desc>(), 24);
     }
 }

@@ -5,7 +5,7 @@
 //! of 512 is served on a device rounded *up* to whole sectors, so that none of its data is out of
 //! reach; the bytes past its end in the last sector belong to nobody.
 
-use libublk::sys;
+use crate::uapi;
 
 /// Bytes per sector, as a shift.
 const SECTOR_SHIFT: u32 = 9;
@@ -68,19 +68,19 @@ pub(crate) fn device_sectors(size: u64) -> u64 {
 impl Request {
     /// Decodes a descriptor.
     #[inline]
-    pub(crate) fn decode(descriptor: &sys::ublksrv_io_desc, bounds: Bounds) -> Result<Self, DecodeError> {
+    pub(crate) fn decode(descriptor: &uapi::IoDesc, bounds: Bounds) -> Result<Self, DecodeError> {
         let has = |flag: u32| descriptor.op_flags & flag != 0;
         let range = || Range::decode(descriptor, bounds.sectors);
         let data = || range()?.of_data(bounds.buffer_bytes);
         Ok(match descriptor.op_flags & OPERATION_MASK {
-            sys::UBLK_IO_OP_READ => Self::Read(data()?),
-            sys::UBLK_IO_OP_WRITE => Self::Write { range: data()?, fua: has(sys::UBLK_IO_F_FUA) },
-            sys::UBLK_IO_OP_FLUSH => Self::Flush,
-            sys::UBLK_IO_OP_DISCARD => Self::Discard(range()?),
-            sys::UBLK_IO_OP_WRITE_ZEROES => Self::WriteZeroes {
+            uapi::UBLK_IO_OP_READ => Self::Read(data()?),
+            uapi::UBLK_IO_OP_WRITE => Self::Write { range: data()?, fua: has(uapi::UBLK_IO_F_FUA) },
+            uapi::UBLK_IO_OP_FLUSH => Self::Flush,
+            uapi::UBLK_IO_OP_DISCARD => Self::Discard(range()?),
+            uapi::UBLK_IO_OP_WRITE_ZEROES => Self::WriteZeroes {
                 range: range()?,
-                unmap: !has(sys::UBLK_IO_F_NOUNMAP),
-                fua: has(sys::UBLK_IO_F_FUA),
+                unmap: !has(uapi::UBLK_IO_F_NOUNMAP),
+                fua: has(uapi::UBLK_IO_F_FUA),
             },
             other => return Err(DecodeError::Operation(other)),
         })
@@ -96,7 +96,7 @@ impl Request {
 }
 
 impl Range {
-    fn decode(descriptor: &sys::ublksrv_io_desc, device_sectors: u64) -> Result<Self, DecodeError> {
+    fn decode(descriptor: &uapi::IoDesc, device_sectors: u64) -> Result<Self, DecodeError> {
         let (start, sectors) = (descriptor.start_sector, descriptor.nr_sectors);
         match start.checked_add(u64::from(sectors)) {
             // Neither shift loses bits: the device's end in bytes fits in 64 bits.
@@ -117,8 +117,8 @@ impl Range {
 mod tests {
     use super::*;
 
-    fn descriptor(op_flags: u32, start_sector: u64, nr_sectors: u32) -> sys::ublksrv_io_desc {
-        sys::ublksrv_io_desc { op_flags, nr_sectors, start_sector, addr: 0 }
+    fn descriptor(op_flags: u32, start_sector: u64, nr_sectors: u32) -> uapi::IoDesc {
+        uapi::IoDesc { op_flags, nr_sectors, start_sector, addr: 0 }
     }
 
     #[test]

@@ -5,7 +5,7 @@
 
 use crate::{
     process::run,
-    setup::{self, Kernels},
+    setup,
     workspace::{self, cargo},
 };
 use anyhow::{Context, Result};
@@ -37,7 +37,7 @@ fn installed(name: &str, version: &str, options: &[&str]) -> Result<PathBuf> {
     if binary.exists() {
         return Ok(binary);
     }
-    setup::ensure(Kernels::HostOnly)?; // rublk's bindings need libclang
+    setup::ensure_for_peers()?;
     let _lock = workspace::lock("peers")?;
     if binary.exists() {
         return Ok(binary);

@@ -44,8 +44,7 @@ const fn qemu(package: &'static str, probe: Probe) -> Requirement {
 }
 
 /// What building and testing need everywhere.
-const ALWAYS: [Requirement; 9] = [
-    plain("libclang-dev", Probe::Libclang),
+const ALWAYS: &[Requirement] = &[
     plain("fio", Probe::Program("fio")),
     plain("xfsprogs", Probe::Program("mkfs.xfs")),
     plain("e2fsprogs", Probe::Program("mkfs.ext4")),
@@ -57,11 +56,14 @@ const ALWAYS: [Requirement; 9] = [
 ];
 
 /// What the virtual machine needs besides.
-const MACHINE: [Requirement; 3] = [
+const MACHINE: &[Requirement] = &[
     plain("busybox-static", Probe::Program("busybox")),
     plain("xz-utils", Probe::Program("xz")),
     qemu("qemu-system-x86", Probe::Program("qemu-system-x86_64")),
 ];
+
+/// What building rublk needs, whose bindings are made of the kernel's header.
+const PEERS: &[Requirement] = &[plain("libclang-dev", Probe::Libclang)];
 
 /// Which kernels setup fetches, when it fetches any.
 #[derive(Debug, Clone, Copy)]
@@ -99,18 +101,28 @@ pub(crate) fn command(options: &Options) -> Result<()> {
 /// # Errors
 /// Fails as [`command`] does.
 pub(crate) fn ensure(kernels: Kernels<'_>) -> Result<()> {
-    let wanted: &[Kernel] = match kernels {
-        Kernels::HostOnly => &[],
-        Kernels::Fetch(wanted) => wanted,
-    };
-    let with_machine = matches!(kernels, Kernels::Fetch(_));
-    if missing(with_machine).is_empty() && kernels_to_fetch(wanted)?.is_empty() {
+    match kernels {
+        Kernels::HostOnly => provide(&[ALWAYS], &[]),
+        Kernels::Fetch(wanted) => provide(&[ALWAYS, MACHINE], wanted),
+    }
+}
+
+/// Sees to it that the programs to compare with can be built.
+///
+/// # Errors
+/// Fails as [`command`] does.
+pub(crate) fn ensure_for_peers() -> Result<()> {
+    provide(&[PEERS], &[])
+}
+
+fn provide(tables: &[&'static [Requirement]], wanted: &[Kernel]) -> Result<()> {
+    if missing(tables).is_empty() && kernels_to_fetch(wanted)?.is_empty() {
         return Ok(());
     }
 
     let _lock = workspace::lock("setup")?;
-    install(&missing(with_machine))?; // asked again: another xtask may have done it while we waited
-    let still: Vec<_> = missing(with_machine).iter().map(|requirement| requirement.package).collect();
+    install(&missing(tables))?; // asked again: another xtask may have done it while we waited
+    let still: Vec<_> = missing(tables).iter().map(|requirement| requirement.package).collect();
     if !still.is_empty() {
         bail!("installed, and still not found: {}", still.join(", "));
     }
@@ -132,11 +144,8 @@ fn kernels_to_fetch(wanted: &[Kernel]) -> Result<Vec<Kernel>> {
     Ok(to_fetch)
 }
 
-fn missing(with_machine: bool) -> Vec<&'static Requirement> {
-    static ALWAYS_NEEDED: &[Requirement] = &ALWAYS;
-    static MACHINE_NEEDED: &[Requirement] = &MACHINE;
-    let machine = if with_machine { MACHINE_NEEDED } else { &[] };
-    ALWAYS_NEEDED.iter().chain(machine).filter(|requirement| !is_present(requirement.probe)).collect()
+fn missing(tables: &[&'static [Requirement]]) -> Vec<&'static Requirement> {
+    tables.iter().copied().flatten().filter(|requirement| !is_present(requirement.probe)).collect()
 }
 
 fn install(missing: &[&Requirement]) -> Result<()> {

@@ -1,8 +1,7 @@
 //! What a new device is asked for, in the driver's words.
 
 use super::DeviceError;
-use crate::{cli::ZeroCopy, control::ANY_ID};
-use libublk::sys;
+use crate::{cli::ZeroCopy, control::ANY_ID, uapi};
 
 /// The largest request that the kernel hands over in one piece, in bytes, and how much more where it takes no
 /// buffer of ours.
@@ -12,18 +11,18 @@ const MAX_ZERO_COPY_BYTES: u32 = 1 << 20;
 /// copied, and what has been used of them stays locked in memory.
 const MAX_QUEUE_BYTES: u32 = 256 << 20;
 /// The kernel's limit on the depth of a queue.
-pub(crate) const MAX_DEPTH: u16 = sys::UBLK_MAX_QUEUE_DEPTH as u16;
+pub(crate) const MAX_DEPTH: u16 = uapi::UBLK_MAX_QUEUE_DEPTH;
 /// The device waits for another server, which is given the requests that the old one had.
-pub(super) const RECOVERY: u64 = (sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) as u64;
-/// `UBLK_F_NO_AUTO_PART_SCAN`, which libublk's header does not have yet.
-pub(super) const NO_PART_SCAN: u64 = 1 << 18;
+pub(super) const RECOVERY: u64 = uapi::UBLK_F_USER_RECOVERY | uapi::UBLK_F_USER_RECOVERY_REISSUE;
+/// A driver that has it leaves partitions to the server where it is told so.
+pub(super) const NO_PART_SCAN: u64 = uapi::UBLK_F_NO_AUTO_PART_SCAN;
 /// `UBLK_F_QUIESCE`: a driver that has it forgets a server's queues when that server has died. For an older
 /// one see `handover`.
-pub(super) const FORGETS_SERVERS: u64 = sys::UBLK_F_QUIESCE as u64;
+pub(super) const FORGETS_SERVERS: u64 = uapi::UBLK_F_QUIESCE;
 /// What a device needs for [`DataPath::ZeroCopy`]: the driver registers a request's pages itself, and copies
 /// them on demand.
 pub(super) const ZERO_COPY: u64 =
-    (sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG | sys::UBLK_F_USER_COPY) as u64;
+    uapi::UBLK_F_SUPPORT_ZERO_COPY | uapi::UBLK_F_AUTO_BUF_REG | uapi::UBLK_F_USER_COPY;
 
 /// How the data of requests gets to the server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,9 +54,9 @@ pub(crate) struct Request {
 impl Request {
     /// How to ask a driver that offers these features: asked for what it does not know, it may refuse to make
     /// a device.
-    pub(super) fn in_words_of(&self, offered: u64) -> Result<sys::ublksrv_ctrl_dev_info, DeviceError> {
+    pub(super) fn in_words_of(&self, offered: u64) -> Result<uapi::DevInfo, DeviceError> {
         let path = self.data_path(offered)?;
-        Ok(sys::ublksrv_ctrl_dev_info {
+        Ok(uapi::DevInfo {
             nr_hw_queues: self.queues,
             queue_depth: self.depth,
             max_io_buf_bytes: largest_request(path, self.depth),
@@ -84,7 +83,7 @@ impl Request {
         // hold the lock that a successor needs should the server die meanwhile.
         let part_scan = if self.part_scan { offered & NO_PART_SCAN } else { NO_PART_SCAN };
         let zero_copy = if path == DataPath::ZeroCopy { ZERO_COPY } else { 0 };
-        u64::from(sys::UBLK_F_CMD_IOCTL_ENCODE) | recovery | part_scan | zero_copy
+        uapi::UBLK_F_CMD_IOCTL_ENCODE | recovery | part_scan | zero_copy
     }
 }
 

@@ -1,6 +1,6 @@
 //! What a device looks like to its users, as the driver is told it.
 
-use libublk::sys;
+use crate::uapi;
 
 /// Logical block size: 512 bytes, as a shift.
 const LOGICAL_SHIFT: u8 = 9;
@@ -28,13 +28,13 @@ pub(crate) struct Shape {
 }
 
 /// The driver's parameters for a device of this shape.
-pub(super) fn params(shape: &Shape, max_io_bytes: u32) -> sys::ublk_params {
+pub(super) fn params(shape: &Shape, max_io_bytes: u32) -> uapi::Params {
     let cluster_shift = shape.cluster_bytes.trailing_zeros() as u8;
-    let read_only = if shape.read_only { sys::UBLK_ATTR_READ_ONLY } else { 0 };
-    let basic = sys::ublk_param_basic {
+    let read_only = if shape.read_only { uapi::UBLK_ATTR_READ_ONLY } else { 0 };
+    let basic = uapi::ParamBasic {
         // FUA is not left to the kernel: it would make a write and a flush of it, and should the server die
         // between them, Linux before 6.15 waits for that write before it wants another server, for ever.
-        attrs: sys::UBLK_ATTR_VOLATILE_CACHE | sys::UBLK_ATTR_FUA | read_only,
+        attrs: uapi::UBLK_ATTR_VOLATILE_CACHE | uapi::UBLK_ATTR_FUA | read_only,
         logical_bs_shift: LOGICAL_SHIFT,
         physical_bs_shift: PHYSICAL_SHIFT,
         io_min_shift: PHYSICAL_SHIFT,
@@ -43,17 +43,17 @@ pub(super) fn params(shape: &Shape, max_io_bytes: u32) -> sys::ublk_params {
         dev_sectors: shape.sectors,
         ..Default::default()
     };
-    let mut params = sys::ublk_params {
-        len: size_of::<sys::ublk_params>() as u32,
-        types: sys::UBLK_PARAM_TYPE_BASIC,
+    let mut params = uapi::Params {
+        len: size_of::<uapi::Params>() as u32,
+        types: uapi::UBLK_PARAM_TYPE_BASIC,
         basic,
         ..Default::default()
     };
     // No dma_align: memory for direct I/O is aligned to 512 bytes then, as for nbd and loop devices.
     if !shape.read_only {
-        params.types |= sys::UBLK_PARAM_TYPE_DISCARD;
+        params.types |= uapi::UBLK_PARAM_TYPE_DISCARD;
         let zeroes = if shape.has_zero_clusters { MAX_DISCARD_SECTORS } else { MAX_WRITTEN_ZEROES_SECTORS };
-        params.discard = sys::ublk_param_discard {
+        params.discard = uapi::ParamDiscard {
             discard_granularity: shape.cluster_bytes,
             max_discard_sectors: if shape.can_discard { MAX_DISCARD_SECTORS } else { 0 },
             max_write_zeroes_sectors: zeroes,
@@ -65,7 +65,7 @@ pub(super) fn params(shape: &Shape, max_io_bytes: u32) -> sys::ublk_params {
 }
 
 /// Compares what the driver holds with what it was given, field by field.
-pub(super) fn check_params(wanted: &sys::ublk_params, taken: &sys::ublk_params) -> Result<(), String> {
+pub(super) fn check_params(wanted: &uapi::Params, taken: &uapi::Params) -> Result<(), String> {
     let (w, t) = (&wanted.basic, &taken.basic);
     let (wd, td) = (&wanted.discard, &taken.discard);
     let fields = [
@@ -120,8 +120,8 @@ mod tests {
     #[test]
     fn a_read_only_device_has_no_discard_and_a_lost_parameter_is_noticed() {
         let it = params(&Shape { read_only: true, ..SHAPE }, MAX_IO_BYTES);
-        assert_eq!(it.types, sys::UBLK_PARAM_TYPE_BASIC);
-        assert_ne!(it.basic.attrs & sys::UBLK_ATTR_READ_ONLY, 0);
+        assert_eq!(it.types, uapi::UBLK_PARAM_TYPE_BASIC);
+        assert_ne!(it.basic.attrs & uapi::UBLK_ATTR_READ_ONLY, 0);
         let wanted = params(&SHAPE, MAX_IO_BYTES);
         assert!(check_params(&wanted, &wanted).is_ok());
         assert_eq!(check_params(&wanted, &it).unwrap_err(), "types is 1, not 3");

@@ -10,9 +10,8 @@
 //! character device ([`Payloads::collect`], [`Payloads::deliver`]).
 
 use super::{Queue, buffers::TagBuffers};
-use crate::device::DataPath;
+use crate::{device::DataPath, uapi};
 use io_uring::{opcode, squeue};
-use libublk::sys;
 use qcow2_engine::{
     Run, entry_for,
     io::{
@@ -71,9 +70,7 @@ impl Payloads {
             Place::Tags(buffers) => Announced { buffer: buffers.address(tag), registration: None },
             Place::Pages(_) => {
                 // A request whose pages the driver could not register is to come all the same, and say so.
-                let flags = sys::UBLK_AUTO_BUF_REG_FALLBACK as u8;
-                let form = sys::ublk_auto_buf_reg { index: tag, flags, ..Default::default() };
-                let registration = Some(sys::ublk_auto_buf_reg_to_sqe_addr(&form));
+                let registration = Some(uapi::auto_buf_reg(tag, uapi::UBLK_AUTO_BUF_REG_FALLBACK));
                 Announced { buffer: 0, registration }
             }
         }
@@ -81,7 +78,7 @@ impl Payloads {
 
     /// Whether a transfer can move the data of a request, given what the driver says of it.
     pub(super) fn is_movable(&self, op_flags: u32) -> bool {
-        matches!(self.place, Place::Tags(_)) || op_flags & sys::UBLK_IO_F_NEED_REG_BUF == 0
+        matches!(self.place, Place::Tags(_)) || op_flags & uapi::UBLK_IO_F_NEED_REG_BUF == 0
     }
 
     /// Gets ready for a request that has been fetched, and moves `len` bytes.
@@ -181,9 +178,9 @@ fn placed(runs: &[Run]) -> impl Iterator<Item = (u64, &Run)> {
 
 /// Where in the character device the data of a tag's request begins.
 fn offset_of(queue: u16, tag: u16) -> u64 {
-    u64::from(sys::UBLKSRV_IO_BUF_OFFSET)
-        + (u64::from(queue) << sys::UBLK_QID_OFF)
-        + (u64::from(tag) << sys::UBLK_TAG_OFF)
+    uapi::UBLKSRV_IO_BUF_OFFSET
+        + (u64::from(queue) << uapi::UBLK_QID_OFF)
+        + (u64::from(tag) << uapi::UBLK_TAG_OFF)
 }
 
 #[cfg(test)]

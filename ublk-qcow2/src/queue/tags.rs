@@ -15,8 +15,10 @@
 //! ```
 
 use super::{ABORTED, Context, Notice, QueueError, payload::Way};
-use crate::request::{Range, Request};
-use libublk::sys;
+use crate::{
+    request::{Range, Request},
+    uapi,
+};
 use qcow2_engine::{Error, Flight, ZeroMode};
 use std::{
     cell::{Cell, RefCell},
@@ -111,7 +113,7 @@ impl Context {
     /// Moves all tags on until the last has ended.
     pub(super) async fn serve_tags(self: Rc<Self>) {
         for number in 0..self.depth() {
-            self.command(sys::UBLK_U_IO_FETCH_REQ, number, 0);
+            self.command(uapi::UBLK_U_IO_FETCH_REQ, number, 0);
         }
         let mut reports = Vec::new();
         while self.serving.get() > 0 {
@@ -224,7 +226,7 @@ impl Context {
     /// Tells the kernel the result of the tag's request, and to fetch the next.
     fn commit(&self, number: u16, result: i32) {
         self.tag(number).set(Stage::Kernel);
-        self.command(sys::UBLK_U_IO_COMMIT_AND_FETCH_REQ, number, result);
+        self.command(uapi::UBLK_U_IO_COMMIT_AND_FETCH_REQ, number, result);
     }
 
     /// Has the engine carry a request out. Returns the bytes moved, 0 for requests that move none.
