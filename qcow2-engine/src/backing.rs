@@ -91,14 +91,19 @@ pub(crate) struct Backing {
     pub(crate) format: Format,
 }
 
-/// The backing file that `header`, read from `overlay`, asks for.
+/// The backing file that `header`, read from `overlay`, asks for; in the format `default` where the image says
+/// none, or one that nobody here knows.
 pub(crate) fn of(header: &Header, overlay: &Path, default: Option<Format>) -> Result<Option<Backing>> {
     let Some(name) = &header.backing_file else { return Ok(None) };
     let refuse = |reason| Error::Backing { file: Arc::from(overlay.to_string_lossy()), reason };
     let path = literal_path(name).map_err(refuse)?;
-    let format = match (&header.backing_format, default) {
-        (Some(name), _) => name.parse().map_err(refuse)?,
-        (None, Some(format)) => format,
+    let stored: Option<std::result::Result<Format, _>> =
+        header.backing_format.as_ref().map(|name| name.parse());
+    let format = match (stored, default) {
+        (Some(Ok(format)), _) | (_, Some(format)) => format,
+        (Some(Err(reason)), None) => {
+            return Err(refuse(format!("{reason}; if it is one of these, say so with --backing-format")));
+        }
         (None, None) => {
             let name = path.display();
             return Err(refuse(format!(

@@ -31,6 +31,9 @@ pub enum Preallocation {
     Metadata,
     /// Every cluster is mapped, and its space is allocated.
     Falloc,
+    /// Every cluster is mapped, its space is allocated, and zeros are written to it: what a later write then
+    /// changes of the host's file system is nothing but data.
+    Full,
 }
 
 /// Makes an image of a file that exists, and whose content is lost.
@@ -67,8 +70,7 @@ pub async fn create<I: Io>(
         new.write(&blueprint, capacity).await.map_err(failed)?;
         match preallocation {
             Preallocation::Off => Ok(()),
-            Preallocation::Metadata => preallocate(Sparse { io, may_allocate: false }, storage, path).await,
-            Preallocation::Falloc => preallocate(Sparse { io, may_allocate: true }, storage, path).await,
+            mode => preallocate(io, storage, path, mode).await,
         }
     };
     let made = made.await;
@@ -79,10 +81,16 @@ pub async fn create<I: Io>(
     made
 }
 
-async fn preallocate<I: Io>(io: Sparse<'_, I>, storage: &(impl Storage + ?Sized), path: &Path) -> Result<()> {
+async fn preallocate<I: Io>(
+    io: &I,
+    storage: &(impl Storage + ?Sized),
+    path: &Path,
+    mode: Preallocation,
+) -> Result<()> {
+    let io = Sparse { io, may_allocate: mode != Preallocation::Metadata };
     let image = Image::open(&io, storage, path, &OpenOptions::default()).await?;
     let lane = Lane::new(&image, io, 1);
-    lane.preallocate().await?;
+    lane.preallocate(mode == Preallocation::Full).await?;
     lane.close().await
 }
 
@@ -158,28 +166,29 @@ impl<I: Io> NewFile<'_, I> {
 }
 
 impl<I: Io> Lane<I> {
-    /// Maps every cluster of an empty image to one of its own, which reads as zeros.
-    async fn preallocate(&self) -> Result<()> {
+    /// Maps every cluster of an empty image to one of its own, which reads as zeros: as space that was never
+    /// written to does, or because they are written.
+    async fn preallocate(&self, writes_zeros: bool) -> Result<()> {
         let geometry = *self.image().geometry();
         let count = geometry.clusters_for(geometry.virtual_size);
         let Range { mut start, end } = GuestCluster(0).row(count);
         while start < end {
             let next = end.min(self.image().top().slice_end(start));
-            self.in_flight(self.preallocate_slice(start..next)).await?;
+            self.in_flight(self.preallocate_slice(start..next, writes_zeros)).await?;
             start = next;
         }
         Ok(())
     }
 
-    async fn preallocate_slice(&self, mut clusters: Range<GuestCluster>) -> Result<()> {
+    async fn preallocate_slice(&self, mut clusters: Range<GuestCluster>, writes_zeros: bool) -> Result<()> {
         let geometry = *self.image().geometry();
         self.begin_mutation().await?;
         self.prepare_table(geometry.guest_offset(clusters.start)).await?;
         while !clusters.is_empty() {
             let mut reservation = self.reserve(clusters.cluster_count()).await?;
             let host = reservation.clusters();
-            if !reservation.is_fresh() {
-                // What could not be truncated, as a block device, has old content.
+            // What could not be truncated, as a block device, has old content.
+            if writes_zeros || !reservation.is_fresh() {
                 reservation.begin_writing();
                 let len = host.cluster_count() * geometry.cluster_size();
                 let zeroed = self.zero(geometry.host_offset(host.start).0, len).await;
@@ -259,7 +268,8 @@ mod tests {
 
     #[test]
     fn new_images_are_clean_whatever_was_there_before() {
-        for preallocation in [Preallocation::Off, Preallocation::Metadata, Preallocation::Falloc] {
+        use Preallocation::{Falloc, Full, Metadata, Off};
+        for preallocation in [Off, Metadata, Falloc, Full] {
             for cluster_bits in [9, 16, 21] {
                 let files = MemFiles::default();
                 files.put(PATH, vec![0xff; 3 << 20]);
@@ -268,8 +278,7 @@ mod tests {
                 run(create(&files, &files, Path::new(PATH), &options, preallocation)).unwrap();
                 let report = run(check(&files, &files, Path::new(PATH), CheckOptions::default())).unwrap();
                 assert!(report.found.is_clean(), "{preallocation:?} {:?}", report.found.list);
-                let expected =
-                    if preallocation == Preallocation::Off { 0 } else { report.statistics.total_clusters };
+                let expected = if preallocation == Off { 0 } else { report.statistics.total_clusters };
                 assert_eq!(report.statistics.allocated_clusters, expected);
             }
         }

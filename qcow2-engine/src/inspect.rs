@@ -13,7 +13,7 @@ use crate::{
     order::rules::RuleName,
 };
 use qcow2_format::{
-    Defects, FormatError, Geometry, Header, HostCluster, Snapshot,
+    Defects, FormatError, Geometry, Header, HostCluster, Snapshot, Unsupported,
     bitmap::{self, Bitmap},
     snapshot::{self, Salvage, TableExtent},
     word,
@@ -66,6 +66,19 @@ impl<'a, I: Io> ImageFile<'a, I> {
     ) -> Self {
         let is_hole = Box::new(move |at, len| storage.is_hole(file, at, len));
         Self { io, is_hole, file, name, header, defects: Defects::default(), file_len, live: None }
+    }
+
+    /// Refuses an image of which nobody knows what its fields mean.
+    ///
+    /// # Errors
+    /// It has an incompatible feature that is not known.
+    pub fn check_known(&self) -> Result<()> {
+        match self.header.check_supported() {
+            Err(source @ Unsupported::IncompatibleFeature { .. }) => {
+                Err(Error::Unsupported { file: Arc::clone(&self.name), source: Arc::new(source) })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// The header.
@@ -164,8 +177,7 @@ impl<'a, I: Io> ImageFile<'a, I> {
             return Ok(Vec::new());
         };
         let bytes = self.read(extension.directory.0, extension.directory_bytes).await?;
-        bitmap::decode_directory(&bytes, &extension, &self.geometry(), self.file_len)
-            .map_err(|source| self.damaged(source))
+        bitmap::decode_directory(&bytes, &extension, &self.geometry()).map_err(|source| self.damaged(source))
     }
 
     pub(crate) fn geometry(&self) -> Geometry {

@@ -54,7 +54,7 @@ pub struct OpenOptions {
     pub cache_bytes: u64,
     /// Bytes of clusters that each lane counts ahead for its writes.
     pub extent_bytes: u64,
-    /// The format of a backing file where the image does not say it.
+    /// The format of a backing file where the image does not say it, or says one that is not served.
     pub backing_format: Option<Format>,
     /// Which backing files may be opened.
     pub backing_policy: BackingPolicy,
@@ -376,7 +376,8 @@ async fn read_header(io: &impl Io, opened: &Opened, access: Access) -> Result<(H
             opened.name
         );
     }
-    let unusable = of_tables.filter(|_| access == Access::ReadWrite).or(defects.snapshot_count);
+    let of_tables = of_tables.filter(|_| access == Access::ReadWrite);
+    let unusable = defects.l1_table.or(of_tables).or(defects.snapshot_count);
     if let Some(source) = unusable {
         return Err(opened.damaged(source));
     }

@@ -67,7 +67,7 @@ fn a_file_without_fallocate_is_never_made_shorter_by_extending_it() {
 #[test]
 fn preallocation_over_old_content_that_stays_reads_as_zeros() {
     const SIZE: usize = 1 << 20;
-    for preallocation in [Preallocation::Metadata, Preallocation::Falloc] {
+    for preallocation in [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {
         let host =
             Hooked::new(&MemFiles::default(), Host { allocation: Allocation::Possible, truncates: false });
         // More than the one extent that is taken.

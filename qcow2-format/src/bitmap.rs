@@ -112,13 +112,12 @@ impl BitmapTableEntry {
 /// has fewer or more.
 ///
 /// # Errors
-/// Any field outside its limits, a table outside the file, or a directory that is shorter or longer
-/// than its entries.
+/// Any field outside its limits, a table that is at no cluster boundary or over the header, or a directory that
+/// is shorter or longer than its entries. Whether the file has the table is for those to say who read it.
 pub fn decode_directory(
     bytes: &[u8],
     extension: &BitmapsExtension,
     geometry: &Geometry,
-    file_len: u64,
 ) -> Result<Vec<Bitmap>, FormatError> {
     let mut bitmaps = Vec::new();
     let mut at = 0usize;
@@ -131,7 +130,7 @@ pub fn decode_directory(
             in_range(field, bitmap.table_entries.into(), entries, entries)?;
         }
         let field = Field::new("bitmap_table_offset", start.0);
-        check_table(field, bitmap.table, bitmap.table_bytes(), geometry.cluster_size(), file_len)?;
+        check_table(field, bitmap.table, bitmap.table_bytes(), geometry.cluster_size(), u64::MAX)?;
         bitmaps.push(bitmap);
         at += len;
     }

@@ -240,14 +240,6 @@ pub enum FormatError {
         /// The length of this type.
         expected: u64,
     },
-    /// A header extension appears twice.
-    #[error("header extension {kind:#010x} appears a second time at byte {offset}")]
-    ExtensionRepeated {
-        /// The extension's type.
-        kind: u32,
-        /// Where the second one starts.
-        offset: u64,
-    },
     /// The string of a header extension is not UTF-8 or contains NUL.
     #[error("header extension {kind:#010x} at byte {offset} is not a valid string")]
     ExtensionText {

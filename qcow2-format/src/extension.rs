@@ -128,12 +128,11 @@ pub(crate) struct Places {
 ///
 /// Specification, "Header extensions": each record is a 4-byte type, a 4-byte data length, the data,
 /// and padding to a multiple of 8; type 0 ends the area (and has to fit into it, as for QEMU, whatever
-/// length it claims); a type appears at most once. An area
-/// without room for another head ends too: that is how a backing file name right behind the header
-/// of a version 2 image looks.
+/// length it claims). A type appears at most once; where it does not, QEMU opens the image all the same and the
+/// last one counts, and who reads another one has another disk. An area without room for another head ends too:
+/// that is how a backing file name right behind the header of a version 2 image looks.
 pub(crate) fn decode(area: &[u8], area_offset: u64, bitmaps_flag: bool) -> Result<Extensions, FormatError> {
     let mut all = Extensions::default();
-    let mut seen: Vec<u32> = Vec::new();
     let mut at = 0;
     while let Some(head) = area.get(at..).and_then(raw::read::<RawExtension>) {
         let (kind, len, offset) = (head.kind.get(), head.len.get(), area_offset + at as u64);
@@ -147,12 +146,7 @@ pub(crate) fn decode(area: &[u8], area_offset: u64, bitmaps_flag: bool) -> Resul
         if kind == END {
             break;
         }
-        if all.take(Record { kind, offset, data }, bitmaps_flag)? {
-            if seen.contains(&kind) {
-                return Err(FormatError::ExtensionRepeated { kind, offset });
-            }
-            seen.push(kind);
-        }
+        all.take(Record { kind, offset, data }, bitmaps_flag)?;
         at += HEAD_BYTES + data.len().next_multiple_of(8);
     }
     Ok(all)
@@ -167,8 +161,8 @@ struct Record<'a> {
 }
 
 impl Extensions {
-    /// Takes a record in; says whether its type is known, so that it may not appear again.
-    fn take(&mut self, record: Record<'_>, bitmaps_flag: bool) -> Result<bool, FormatError> {
+    /// Takes a record in, in the place of one of the same type if that is known.
+    fn take(&mut self, record: Record<'_>, bitmaps_flag: bool) -> Result<(), FormatError> {
         let Record { kind, offset, data } = record;
         match kind {
             BACKING_FORMAT => self.backing_format = record.string()?,
@@ -185,12 +179,9 @@ impl Extensions {
                 self.bitmaps = Some(record.bitmaps(bitmaps_flag)?);
                 self.places.bitmaps = offset + HEAD_BYTES as u64;
             }
-            _ => {
-                self.unknown.push(UnknownExtension { kind, data: data.to_vec() });
-                return Ok(false);
-            }
+            _ => self.unknown.push(UnknownExtension { kind, data: data.to_vec() }),
         }
-        Ok(true)
+        Ok(())
     }
 }
 

@@ -27,6 +27,8 @@ pub const EXTENDED_L2: u64 = 1 << 4;
 pub const KNOWN_INCOMPATIBLE: u64 = DIRTY | CORRUPT | EXTERNAL_DATA | COMPRESSION | EXTENDED_L2;
 /// Compatible feature bit 0: refcount updates may be postponed under the dirty bit.
 pub const LAZY_REFCOUNTS: u64 = 1 << 0;
+/// All compatible feature bits that the specification defines.
+pub const KNOWN_COMPATIBLE: u64 = LAZY_REFCOUNTS;
 /// Autoclear feature bit 0: the bitmaps extension is consistent.
 pub const BITMAPS: u64 = 1 << 0;
 /// Autoclear feature bit 1: the external data file is a raw image of the disk.
@@ -164,9 +166,13 @@ pub struct Header {
     pub unknown_extensions: Vec<UnknownExtension>,
 }
 
-/// What is wrong with a header that can be put right from the rest of the image.
+/// What is wrong with a header that can be put right from the rest of the image, or does not keep it from
+/// being described.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Defects {
+    /// That the L1 table goes on beyond the end of the file: without it there is no disk. What the header says
+    /// of it is kept.
+    pub l1_table: Option<FormatError>,
     /// Why the refcount table cannot be used: it is missing, too large, not where a table can be, or over
     /// another table. The header then says that there is none: no clusters, at offset 0.
     pub refcount_table: Option<FormatError>,
@@ -198,8 +204,8 @@ impl Header {
     /// are not served are no error here: see [`Header::check_supported`].
     pub fn decode(bytes: &[u8], file_len: u64) -> Result<Self, FormatError> {
         let (header, defects) = Self::decode_repairable(bytes, file_len)?;
-        let Defects { refcount_table, snapshot_count, snapshot_table } = defects;
-        refcount_table.or(snapshot_count).or(snapshot_table).map_or(Ok(header), Err)
+        let Defects { l1_table, refcount_table, snapshot_count, snapshot_table } = defects;
+        l1_table.or(refcount_table).or(snapshot_count).or(snapshot_table).map_or(Ok(header), Err)
     }
 
     /// [`Header::decode`] for those who can do without what [`Defects`] are about, or repair it.

@@ -251,7 +251,7 @@ fn backing_name(
 
 /// Sizes and places of the tables. What is wrong with the refcount table is a defect: it can be made anew
 /// from all that the others say. So is a number of snapshots beyond the limit, and a snapshot table that is
-/// nowhere: the active disk does not need it.
+/// nowhere: the active disk does not need it. An L1 table that is nowhere leaves a header all the same.
 ///
 /// Specification: tables start at cluster boundaries; the L1 table covers the virtual size. The
 /// upper limits are QEMU's. That tables lie inside the file, outside the first cluster and apart
@@ -275,11 +275,15 @@ fn check_tables(header: &Header, file_len: u64) -> Result<Defects, FormatError> 
     let l1 = Place { field: L1_TABLE, start: header.l1_table, len: u64::from(entries) * TABLE_ENTRY_BYTES };
     let len = u64::from(count.min(max)) * MIN_ENTRY_BYTES;
     let snapshots = Place { field: SNAPSHOT_TABLE, start: header.snapshot_table, len };
-    check_table(l1.field, l1.start, l1.len, cluster_size, file_len)?;
+    let l1_table = match check_table(l1.field, l1.start, l1.len, cluster_size, file_len) {
+        Ok(()) => None,
+        Err(defect @ FormatError::TableBeyondFile { .. }) if l1.is_addressable() => Some(defect),
+        Err(error) => return Err(error),
+    };
     let snapshot_table = check_snapshot_table(&snapshots, &l1, cluster_size, file_len)?;
     let others = if snapshot_table.is_none() { vec![l1, snapshots] } else { vec![l1] };
     let refcount_table = check_refcount_table(header, file_len, &others).err();
-    Ok(Defects { refcount_table, snapshot_count, snapshot_table })
+    Ok(Defects { l1_table, refcount_table, snapshot_count, snapshot_table })
 }
 
 /// What is wrong with a snapshot table that readers can do without. QEMU opens no image whose snapshot table
@@ -290,10 +294,9 @@ fn check_snapshot_table(
     cluster_size: u64,
     file_len: u64,
 ) -> Result<Option<FormatError>, FormatError> {
-    let is_addressable = table.start.0.saturating_add(table.len) <= i64::MAX as u64;
     match check_table(table.field, table.start, table.len, cluster_size, file_len) {
         Ok(()) => Ok(table.is_apart_from(l1).err()),
-        Err(defect) if is_addressable && table.start.is_aligned(cluster_size) => Ok(Some(defect)),
+        Err(defect) if table.is_addressable() && table.start.is_aligned(cluster_size) => Ok(Some(defect)),
         Err(error) => Err(error),
     }
 }
@@ -321,6 +324,11 @@ struct Place {
 }
 
 impl Place {
+    /// Whether it ends before the largest offset.
+    fn is_addressable(&self) -> bool {
+        self.start.0.saturating_add(self.len) <= i64::MAX as u64
+    }
+
     fn is_apart_from(&self, other: &Self) -> Result<(), FormatError> {
         let overlap = self.start.0 < other.start.0.saturating_add(other.len)
             && other.start.0 < self.start.0.saturating_add(self.len);

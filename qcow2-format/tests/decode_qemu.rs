@@ -93,7 +93,7 @@ impl Image {
     fn bitmaps(&self) -> Vec<bitmap::Bitmap> {
         let extension = self.header.bitmaps.as_ref().unwrap();
         let directory = &self.bytes[extension.directory.0 as usize..][..extension.directory_bytes as usize];
-        bitmap::decode_directory(directory, extension, &self.geometry, self.bytes.len() as u64).unwrap()
+        bitmap::decode_directory(directory, extension, &self.geometry).unwrap()
     }
 
     /// References as the metadata says.

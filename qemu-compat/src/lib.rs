@@ -15,7 +15,7 @@
 //! condemned                               what becomes of an image in which damage was met
 //! power                                   what a host whose power fails finds
 //! patience                                waiting for what has to come
-//! suite → report, share                   all cases, one line each; what is for one machine of several
+//! suite → report, share, selection        all cases, one line each; what is for one machine of several, what is wanted
 //! ```
 //!
 //! The binary of this package runs everything on real devices; `cargo test` runs the matrix
@@ -47,6 +47,7 @@ pub mod qemu_io;
 pub mod recovery;
 pub mod refusals;
 pub mod report;
+pub mod selection;
 pub mod sequence;
 pub mod server;
 pub mod shape;

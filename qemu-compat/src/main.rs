@@ -6,10 +6,11 @@ use qemu_compat::{
     device::{Binary, existing},
     power::plug,
     report,
+    selection::Selection,
     share::Share,
     suite::{Scale, Setting, cases},
 };
-use std::{path::PathBuf, process::ExitCode};
+use std::{io::Write, path::PathBuf, process::ExitCode};
 
 /// Holds real /dev/ublkbN devices against QEMU's own tools.
 #[derive(Debug, Parser)]
@@ -41,9 +42,8 @@ struct RunArgs {
     /// Where images go; a disk file system with a few GiB.
     #[arg(long, default_value = ".")]
     dir: PathBuf,
-    /// Only cases whose name contains this; may be repeated, then one of these.
-    #[arg(long = "filter", value_name = "PART")]
-    filters: Vec<String>,
+    #[command(flatten)]
+    selection: Selection,
     /// Of the cases that differ by their images, only what is for machine NUMBER of so many.
     #[arg(long, value_name = "NUMBER/OF", default_value = "1/1")]
     share: Share,
@@ -74,14 +74,13 @@ fn run(args: RunArgs) -> Result<ExitCode> {
     let seed = args.seed.unwrap_or_else(|| fastrand::u64(..1 << 32));
     let dir = args.dir.canonicalize().with_context(|| format!("no directory {}", args.dir.display()))?;
     let binary = Binary::new(args.binary);
-    let mut cases = cases(Setting { binary: binary.clone(), dir, seed, scale, share: args.share });
-    cases
-        .retain(|case| args.filters.is_empty() || args.filters.iter().any(|part| case.name().contains(part)));
+    let cases = cases(Setting { binary: binary.clone(), dir, seed, scale, share: args.share });
+    let cases = args.selection.of(cases)?;
     if args.list {
-        cases.iter().for_each(|case| println!("{}", case.name()));
+        let mut out = std::io::stdout().lock();
+        cases.iter().try_for_each(|case| writeln!(out, "{}", case.name()))?;
         return Ok(ExitCode::SUCCESS);
     }
-    ensure!(!cases.is_empty(), "no case has one of {:?} in its name", args.filters);
     println!("{} cases, seed {seed}: repeat with --seed {seed}", cases.len());
     let before = existing();
     let tidy = || {

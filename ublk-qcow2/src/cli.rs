@@ -165,7 +165,8 @@ impl OutputArgs {
 /// How backing files are opened, and which; without an option, whatever local path the image names.
 #[derive(Clone, Debug, Args)]
 pub(crate) struct BackingArgs {
-    /// Format of backing files where the image does not say it: qcow2 or raw. It is never guessed.
+    /// Format of backing files where the image does not say it, or says one that is not served: qcow2 or raw. It
+    /// is never guessed.
     #[arg(long, value_name = "FORMAT")]
     pub(crate) backing_format: Option<Format>,
     /// Refuse an image that has a backing file.
@@ -290,6 +291,23 @@ mod tests {
         for bad in [&["ublk-qcow2", "del"][..], &["ublk-qcow2", "del", "--all", "-n", "1"]] {
             assert!(Cli::try_parse_from(bad).is_err(), "{bad:?}");
         }
+    }
+
+    /// The unit is used where nobody sees what a mistake in it says.
+    #[test]
+    fn the_command_lines_of_the_systemd_unit_are_such() {
+        let unit = include_str!("../../dist/ublk-qcow2@.service");
+        let parsed = |key: &str| {
+            let line = unit.lines().find_map(|line| line.strip_prefix(key)).expect(key);
+            let line = line.replace("%i", "7").replace("$OPTIONS", "-q 2").replace("${IMAGE}", "/image");
+            Cli::try_parse_from(line.split_whitespace()).expect(key).command
+        };
+        let Command::Add(add) = parsed("ExecStart=") else { panic!("it attaches") };
+        assert_eq!((add.id, add.queues, add.image.to_str()), (Some(7), 2, Some("/image")));
+        let Command::Del(del) = parsed("ExecStop=") else { panic!("it detaches") };
+        assert_eq!((del.which.id, del.force), (Some(7), false));
+        // What its type relies on.
+        assert!(!add.foreground && !add.no_supervisor && unit.contains("Type=forking"));
     }
 
     #[test]

@@ -30,6 +30,8 @@ mod request;
 mod runfile;
 mod safety;
 mod supervisor;
+#[cfg(any(test, feature = "texts"))]
+mod texts;
 mod uapi;
 mod wait;
 
@@ -39,6 +41,10 @@ use std::process::ExitCode;
 use tracing_subscriber::util::SubscriberInitExt;
 
 fn main() -> ExitCode {
+    #[cfg(feature = "texts")]
+    if let Some(directory) = std::env::var_os(texts::DIRECTORY) {
+        return texts::main(directory.as_ref());
+    }
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(answer) => return say(&answer),

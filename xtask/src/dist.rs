@@ -1,15 +1,20 @@
-//! `cargo xtask dist`: the release binary and the texts that go with it, in a tarball with its SHA-256.
+//! `cargo xtask dist`: the release binary and what goes with it (licences, manual pages, completions, a systemd unit),
+//! in a tarball with its SHA-256.
 
 use crate::{
     process::{capture, program, run},
     setup::{self, Kernels},
-    workspace,
+    texts, workspace,
 };
 use anyhow::{Context, Result};
-use std::{env::consts::ARCH, fs};
+use std::{env::consts::ARCH, fs, path::Path};
 
 /// Texts that go along. A missing one is an error: a package without its licences must not leave the house.
-const TEXTS: [&str; 4] = ["README.md", "CHANGELOG.md", "LICENSE-APACHE", "LICENSE-MIT"];
+const TEXTS: [&str; 5] =
+    ["README.md", "CHANGELOG.md", "LICENSE-APACHE", "LICENSE-MIT", "dist/ublk-qcow2@.service"];
+/// Where the manual pages are in the package, and where the completions.
+const PAGES: &str = "man";
+const COMPLETIONS: &str = "completions";
 
 /// Runs `cargo xtask dist`.
 ///
@@ -26,10 +31,12 @@ pub(crate) fn command() -> Result<()> {
     }
     fs::create_dir_all(&staging).with_context(|| format!("cannot create {}", staging.display()))?;
     fs::copy(&binary, staging.join("ublk-qcow2")).context("cannot copy the binary")?;
-    for text in TEXTS {
-        fs::copy(workspace::root().join(text), staging.join(text))
-            .with_context(|| format!("cannot copy {text}"))?;
+    for text in TEXTS.map(Path::new) {
+        let name = text.file_name().context("a text without a name")?;
+        fs::copy(workspace::root().join(text), staging.join(name))
+            .with_context(|| format!("cannot copy {}", text.display()))?;
     }
+    copy_written(&staging)?;
 
     // The same files give the same archive, whoever packs them and whenever.
     let archive = format!("{name}.tar.gz");
@@ -48,5 +55,20 @@ pub(crate) fn command() -> Result<()> {
     let sum = capture(program("sha256sum")?.arg(&archive).current_dir(&dist))?;
     fs::write(dist.join(format!("{archive}.sha256")), &sum)?;
     println!("{}\n{}", dist.join(&archive).display(), sum.trim_end());
+    Ok(())
+}
+
+/// Manual pages and completions, each into a directory of its own.
+fn copy_written(staging: &Path) -> Result<()> {
+    for directory in [PAGES, COMPLETIONS] {
+        fs::create_dir(staging.join(directory))?;
+    }
+    for entry in fs::read_dir(texts::write()?)? {
+        let path = entry?.path();
+        let is_page = path.extension().is_some_and(|section| section == "8");
+        let directory = staging.join(if is_page { PAGES } else { COMPLETIONS });
+        let name = path.file_name().context("a text without a name")?;
+        fs::copy(&path, directory.join(name)).with_context(|| format!("cannot copy {}", path.display()))?;
+    }
     Ok(())
 }

@@ -15,6 +15,7 @@ mod setup;
 mod soak;
 mod test;
 mod test_compat;
+mod texts;
 mod tools;
 mod vm;
 mod workspace;
@@ -49,7 +50,9 @@ enum Task {
     Soak(soak::Options),
     /// Compare the speed of the engines in the virtual machine
     Bench(bench::Options),
-    /// The release binary in a tarball
+    /// Manual pages and shell completions, into target/texts
+    Texts,
+    /// The release binary in a tarball, with what belongs to it
     Dist,
     /// A shell, or one command, in a throw-away virtual machine with a ublk driver
     Vm(vm::Options),
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Task::Fuzz(options) => campaign::fuzz(&options),
         Task::Soak(options) => soak::command(&options),
         Task::Bench(options) => bench::command(&options),
+        Task::Texts => texts::command().map(|()| ExitCode::SUCCESS),
         Task::Dist => dist::command().map(|()| ExitCode::SUCCESS),
         Task::Vm(options) => vm::command(&options),
     };

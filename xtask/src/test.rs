@@ -93,11 +93,11 @@ fn cargo_test(args: &[&str]) -> Result<Count> {
 
 /// How much of the compatibility matrix runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Matrix {
+pub(crate) enum Matrix<'a> {
     /// What is for one of so many machines.
     Quick { number: usize, of: usize },
-    /// May take this long.
-    Full(Duration),
+    /// May take `limit`; `part` is what qemu-compat is told of the cases that are wanted.
+    Full { limit: Duration, part: &'a str },
 }
 
 /// Runs qemu-compat against the real device.
@@ -105,12 +105,12 @@ pub(crate) enum Matrix {
 /// # Errors
 /// Fails when it cannot run or its account is not whole: no summary, no case, or a status that contradicts
 /// it.
-pub(crate) fn device_lane(place: Place, matrix: Matrix, console: Console) -> Result<Count> {
+pub(crate) fn device_lane(place: Place, matrix: Matrix<'_>, console: Console) -> Result<Count> {
     let product = build_release("ublk-qcow2", "ublk-qcow2")?;
     let kit = build_release("qemu-compat", "qemu-compat")?;
     let (scale, limit) = match matrix {
         Matrix::Quick { number, of } => (format!("--quick --share {number}/{of}"), QUICK_LIMIT),
-        Matrix::Full(limit) => ("--full".to_owned(), limit),
+        Matrix::Full { limit, part } => (format!("--full{part}"), limit),
     };
     let script = format!("exec qemu-compat run {scale} --binary \"$(command -v ublk-qcow2)\" 2>&1\n");
     let mut job = Job::new(&script, limit).program(&product).program(&kit);

@@ -27,12 +27,12 @@ pub use repair::Repair;
 pub use statistics::Statistics;
 
 use crate::{
-    error::{Error, Result},
+    error::Result,
     inspect::ImageFile,
     io::{Access, Io, SECTOR, Storage},
 };
-use qcow2_format::{Header, Unsupported, header};
-use std::{path::Path, sync::Arc};
+use qcow2_format::{Header, header};
+use std::path::Path;
 use survey::Survey;
 
 /// How to check.
@@ -98,9 +98,7 @@ pub async fn check<I: Io>(
 ) -> Result<CheckReport> {
     let access = if options.repair == Repair::None { Access::ReadOnly } else { Access::ReadWrite };
     let mut file = ImageFile::open(io, storage, path, access).await?;
-    if let Err(source @ Unsupported::IncompatibleFeature { .. }) = file.header().check_supported() {
-        return Err(Error::Unsupported { file: Arc::clone(file.name()), source: Arc::new(source) });
-    }
+    file.check_known()?;
     let survey = Survey::of(&file, options.max_findings).await;
     let found = survey.findings.clone();
     let statistics = survey.statistics;

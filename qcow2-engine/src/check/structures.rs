@@ -24,12 +24,14 @@ use std::{collections::BTreeMap, sync::Arc};
 const BITMAP_ENTRIES: u64 = (1 << 20) / TABLE_ENTRY_BYTES;
 /// The largest bitmap in bytes, as QEMU.
 const MAX_BITMAP_BYTES: u64 = 512 << 20;
+/// What a bitmap is not made sound by: nobody knows what it was to say.
+const REMOVE_BITMAP: Remedy = Remedy::None("remove the bitmap instead");
 /// The longest encryption header that is believed: LUKS takes about 2 MiB for eight keys.
 const MAX_ENCRYPTION_HEADER_BYTES: u64 = 256 << 20;
 
 impl Survey {
     /// What the header itself points to, but for the refcount table and the snapshots; all of it lies inside
-    /// the file, or it would not decode.
+    /// the file, or it would not decode, but for the L1 table.
     pub(super) fn header_tables(&mut self, file: &ImageFile<'_, impl Io>) {
         let header = file.header();
         let cluster_size = self.geometry().cluster_size();
@@ -38,9 +40,6 @@ impl Survey {
             len > 0 && self.count(reference, 1)
         };
         count(0, Owner::Header, HostOffset(0), cluster_size);
-        let entries = u64::from(header.l1_entries);
-        let bytes = entries * TABLE_ENTRY_BYTES;
-        let has_l1 = count(header::L1_TABLE_OFFSET, Owner::ActiveL1, header.l1_table, bytes);
         let crypto =
             header.crypto_header.map_or((HostOffset(0), 0), |crypto| (crypto.offset, crypto.len_bytes));
         if crypto.1 <= MAX_ENCRYPTION_HEADER_BYTES {
@@ -52,8 +51,18 @@ impl Survey {
             };
             self.unusable(Owner::EncryptionHeader, crypto.0.0, error);
         }
-        if has_l1 {
-            self.tables.l1.push(L1Place { at: header.l1_table.0, entries, owner: Owner::ActiveL1 });
+        self.active_l1(file);
+    }
+
+    fn active_l1(&mut self, file: &ImageFile<'_, impl Io>) {
+        let (owner, table) = (Owner::ActiveL1, file.header().l1_table);
+        if let Some(defect) = &file.defects.l1_table {
+            return self.unusable(owner, table.0, file.damaged(defect.clone()));
+        }
+        let entries = u64::from(file.header().l1_entries);
+        let (at, len) = (header::L1_TABLE_OFFSET, entries * TABLE_ENTRY_BYTES);
+        if len > 0 && self.count(Reference { holder: Owner::Header, at, owner, host: table.0, len }, 1) {
+            self.tables.l1.push(L1Place { at: table.0, entries, owner });
         }
     }
 
@@ -133,6 +142,11 @@ impl Survey {
                 let reason = "the bitmap is larger than any that QEMU makes";
                 let error = Error::NotSupported { file: Arc::clone(file.name()), reason };
                 self.unusable(reference.owner, reference.host, error);
+            } else if reference.len > 0 && self.rules.is_beyond_file(reference.host, reference.len) {
+                let Reference { holder, at, owner, host, len } = reference;
+                let problem = Problem::BeyondFile { owner, host, len };
+                self.findings.corruption(holder, at, problem, REMOVE_BITMAP);
+                self.doubts.hides_references = true;
             } else if (reference.len == 0 || self.count_structure(reference))
                 && let Err(error) = self.bitmap_table(file, bitmap).await
             {
@@ -157,7 +171,6 @@ impl Survey {
 
     fn bitmap_entry(&mut self, at: u64, raw: u64) {
         let (holder, owner, len) = (Owner::BitmapTable, Owner::BitmapData, self.geometry().cluster_size());
-        let remedy = Remedy::None("remove the bitmap instead");
         match BitmapTableEntry::decode(raw, self.geometry()) {
             Ok(BitmapTableEntry::Zeros | BitmapTableEntry::Ones) => {}
             Ok(BitmapTableEntry::Data(host)) if self.rules.is_beyond_file(host.0, len) => {
@@ -165,7 +178,7 @@ impl Survey {
                     holder,
                     at,
                     Problem::BeyondFile { owner, host: host.0, len },
-                    remedy,
+                    REMOVE_BITMAP,
                 );
                 self.doubts.stuck_entries = true;
             }
@@ -173,7 +186,7 @@ impl Survey {
                 self.count(Reference { holder, at, owner, host: host.0, len }, 1);
             }
             Err(source) => {
-                self.findings.corruption(holder, at, Problem::Entry(source), remedy);
+                self.findings.corruption(holder, at, Problem::Entry(source), REMOVE_BITMAP);
                 self.doubts.hides_references = true;
             }
         }

@@ -446,8 +446,8 @@ fn tool(rng: &mut Rng, fixture: &Fixture) -> Tool {
         1..=2 if !is_v2 => Tool::OpenDirty(Damage::OF_COUNTS[rng.below(5) as usize]),
         3..=4 if !(is_v2 && fixture.initial.is_shared()) => Tool::Grow(1 + rng.below(1000) as usize),
         5 => {
-            let kinds = [Preallocation::Off, Preallocation::Metadata, Preallocation::Falloc];
-            Tool::Create(kinds[rng.below(3) as usize])
+            use Preallocation::{Falloc, Full, Metadata, Off};
+            Tool::Create([Off, Metadata, Falloc, Full][rng.below(4) as usize])
         }
         _ => {
             let damage = Damage::ALL[rng.below(Damage::ALL.len() as u64) as usize];

@@ -305,6 +305,19 @@ fn the_l1_table_may_end_with_the_file() {
     assert!(matches!(Header::decode(&bytes, (64 << 16) + 7), Err(FormatError::TableBeyondFile { .. })));
 }
 
+/// `info` said nothing of such an image; QEMU describes it.
+#[test]
+fn a_header_whose_l1_table_is_nowhere_can_be_described() {
+    let bytes = v3().encode().unwrap();
+    let (header, defects) = Header::decode_repairable(&bytes, (64 << 16) + 7).unwrap();
+    assert_eq!(header, v3());
+    assert!(matches!(defects.l1_table, Some(FormatError::TableBeyondFile { .. })));
+    // Beyond any file is another matter, for QEMU too.
+    let mut bytes = bytes;
+    bytes[L1_TABLE_OFFSET as usize..][..8].copy_from_slice(&(1_u64 << 63).to_be_bytes());
+    assert!(Header::decode_repairable(&bytes, FILE_LEN).is_err());
+}
+
 #[test]
 fn backing_names_stay_in_the_first_cluster() {
     let header = Header { backing_file: Some(b"base.raw".to_vec()), ..v3() };

@@ -26,6 +26,7 @@ const MAGIC_AND_VERSION_BYTES: u64 = 8;
 /// Exit code: 0 clean, 1 the check could not be completed, 2 corruptions, 3 leaked clusters only,
 /// 63 not a QCOW2 image.
 #[derive(Debug, Args)]
+#[command(args_override_self = true)]
 pub(crate) struct CheckArgs {
     /// What to repair. The image must not be in use.
     #[arg(short, long, value_enum, value_name = "WHAT")]
@@ -179,7 +180,8 @@ fn text(report: &CheckReport, repair: Repair) -> String {
     let mut text = String::new();
     if repair != Repair::None && report.leaks_fixed() + report.corruptions_fixed() > 0 {
         text += &format!(
-            "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} corruptions\n\n",
+            "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    {} corruptions\n\n\
+             Double checking the fixed image now...\n",
             report.leaks_fixed(),
             report.corruptions_fixed()
         );
@@ -191,7 +193,7 @@ fn text(report: &CheckReport, repair: Repair) -> String {
     text
 }
 
-/// What is wrong with the image still.
+/// What is wrong with the image still; an empty line stands before each, as qemu-img has it.
 fn remaining(report: &CheckReport) -> Vec<String> {
     let left = &report.remaining;
     let mut lines = Vec::new();
@@ -200,24 +202,24 @@ fn remaining(report: &CheckReport) -> Vec<String> {
     }
     if left.corruptions > 0 {
         lines.push(format!(
-            "{} errors were found on the image.\nData may be corrupted, or further writes to the image may corrupt it.",
+            "\n{} errors were found on the image.\nData may be corrupted, or further writes to the image may corrupt it.",
             left.corruptions
         ));
     }
     if left.leaks > 0 {
         lines.push(format!(
-            "{} leaked clusters were found on the image.\nThis means waste of disk space, but no harm to data.",
+            "\n{} leaked clusters were found on the image.\nThis means waste of disk space, but no harm to data.",
             left.leaks
         ));
     }
     if left.counted_beyond_end > 0 {
         lines.push(format!(
-            "{} clusters beyond the end of the file are counted. They take no space; a repair clears the counts.",
+            "\n{} clusters beyond the end of the file are counted. They take no space; a repair clears the counts.",
             left.counted_beyond_end
         ));
     }
     if left.check_errors > 0 {
-        lines.push(format!("{} internal errors have occurred during the check.", left.check_errors));
+        lines.push(format!("\n{} internal errors have occurred during the check.", left.check_errors));
     }
     lines
 }

@@ -28,6 +28,7 @@ use std::{
 };
 
 #[derive(Debug, Args)]
+#[command(args_override_self = true)]
 pub(crate) struct InfoArgs {
     /// Read the image even if somebody writes to it; what is told may then not be so.
     #[arg(short = 'U', long)]
@@ -58,6 +59,7 @@ pub(crate) fn run(args: &InfoArgs) -> Result<(), CommandError> {
     let path = &args.image;
     let info = tool.run(async {
         let file = ImageFile::open(&tool.ring, &*tool.files, path, Access::ReadOnly).await?;
+        file.check_known()?;
         Ok(Info {
             path,
             header: file.header().clone(),
@@ -109,12 +111,12 @@ impl Info<'_> {
         }
     }
 
-    /// The feature bits that are set, by kind: names from the image, or the bit's number.
-    fn features(&self) -> Vec<(&'static str, Vec<String>)> {
+    /// The feature bits that are set and not in `told`, by kind: names from the image, or the bit's number.
+    fn features_beyond(&self, told: FeatureBits) -> Vec<(&'static str, Vec<String>)> {
         let kinds = [
-            ("incompatible", FeatureKind::Incompatible, self.header.incompatible),
-            ("compatible", FeatureKind::Compatible, self.header.compatible),
-            ("autoclear", FeatureKind::Autoclear, self.header.autoclear),
+            ("incompatible", FeatureKind::Incompatible, self.header.incompatible & !told.incompatible),
+            ("compatible", FeatureKind::Compatible, self.header.compatible & !told.compatible),
+            ("autoclear", FeatureKind::Autoclear, self.header.autoclear & !told.autoclear),
         ];
         let named = |(name, kind, bits): (&'static str, FeatureKind, u64)| {
             let set = (0..64_u8).filter(|bit| bits >> bit & 1 != 0);
@@ -123,6 +125,14 @@ impl Info<'_> {
         };
         kinds.map(named).into_iter().filter(|(_, names)| !names.is_empty()).collect()
     }
+}
+
+/// Some of the feature bits.
+#[derive(Clone, Copy, Default)]
+struct FeatureBits {
+    incompatible: u64,
+    compatible: u64,
+    autoclear: u64,
 }
 
 fn granularity(bitmap: &Bitmap) -> u64 {

@@ -16,6 +16,7 @@ use std::{
 };
 
 #[derive(Debug, Args)]
+#[command(args_override_self = true)]
 pub(crate) struct ResizeArgs {
     #[command(flatten)]
     backing: BackingArgs,

@@ -1,6 +1,6 @@
 //! What an image says of itself, as `qemu-img info --output=json` has it.
 
-use super::{Info, bitmap_flags, granularity};
+use super::{FeatureBits, Info, bitmap_flags, granularity};
 use crate::commands::image::printable;
 use qcow2_format::{Snapshot, Version, header};
 use serde_json::{Map, Value, json};
@@ -32,8 +32,11 @@ impl Info<'_> {
         if !self.snapshots.is_empty() {
             put("snapshots", self.snapshots.iter().map(snapshot_json).collect());
         }
-        let features: Map<_, _> =
-            self.features().into_iter().map(|(kind, names)| (kind.to_owned(), names.into())).collect();
+        let features: Map<_, _> = self
+            .features_beyond(FeatureBits::default())
+            .into_iter()
+            .map(|(kind, names)| (kind.to_owned(), names.into()))
+            .collect();
         put("features", features.into());
         let file = json!({
             "filename": filename, "format": "file", "virtual-size": self.file_len,

@@ -1,8 +1,15 @@
 //! What an image says of itself, for people.
 
-use super::{Info, bitmap_flags, granularity};
+use super::{FeatureBits, Info, bitmap_flags, granularity};
 use crate::commands::image::{human_size, printable};
-use qcow2_format::{Snapshot, Version, header};
+use qcow2_format::{Snapshot, Version, bitmap::Bitmap, header};
+
+/// What the other lines tell of; of the rest nobody here knows more than the bit.
+const TOLD: FeatureBits = FeatureBits {
+    incompatible: header::KNOWN_INCOMPATIBLE,
+    compatible: header::KNOWN_COMPATIBLE,
+    autoclear: header::KNOWN_AUTOCLEAR,
+};
 
 impl Info<'_> {
     /// For people, in QEMU's words and order.
@@ -45,7 +52,7 @@ impl Info<'_> {
             return Vec::new();
         }
         let head = format!(
-            "{:<7} {:<16} {:>8} {:>20} {:>16} {:>10}",
+            "{:<7} {:<16} {:>8} {:>19} {:>15} {:>10}",
             "ID", "TAG", "VM_SIZE", "DATE", "VM_CLOCK", "ICOUNT"
         );
         let heads = ["Snapshot list:".to_owned(), head];
@@ -54,10 +61,11 @@ impl Info<'_> {
 
     fn format_lines(&self) -> Vec<String> {
         let mut lines = vec!["Format specific information:".to_owned()];
-        let specific = self.specific().into_iter();
-        lines.extend(specific.map(|(name, value)| format!("    {name}: {value}")));
-        let features = self.features().into_iter();
-        lines.extend(features.map(|(kind, names)| format!("    {kind} features: {}", names.join(", "))));
+        lines.extend(self.specific().into_iter().map(|line| format!("    {line}")));
+        let unknown = self.features_beyond(TOLD).into_iter();
+        lines.extend(
+            unknown.map(|(kind, names)| format!("    unknown {kind} features: {}", names.join(", "))),
+        );
         lines
     }
 
@@ -72,39 +80,44 @@ impl Info<'_> {
     }
 
     /// What only this format has.
-    fn specific(&self) -> Vec<(String, String)> {
+    fn specific(&self) -> Vec<String> {
         let mut lines = vec![
-            ("compat".to_owned(), self.compat().to_owned()),
-            ("compression type".into(), self.header.compression.to_string()),
+            format!("compat: {}", self.compat()),
+            format!("compression type: {}", self.header.compression),
         ];
         let v3 = self.header.version == Version::V3;
         if v3 {
             let lazy = self.header.compatible & header::LAZY_REFCOUNTS != 0;
-            lines.push(("lazy refcounts".into(), lazy.to_string()));
+            lines.push(format!("lazy refcounts: {lazy}"));
         }
-        for (index, bitmap) in self.bitmaps.iter().enumerate() {
-            let flags = bitmap_flags(bitmap).join(", ");
-            let (name, granularity) = (printable(&bitmap.name), granularity(bitmap));
-            lines.push((
-                format!("bitmap [{index}]"),
-                format!("{name}, granularity {granularity}, flags [{flags}]"),
-            ));
+        if !self.bitmaps.is_empty() {
+            lines.push("bitmaps:".to_owned());
+            lines.extend(self.bitmaps.iter().enumerate().flat_map(bitmap_lines));
         }
-        lines.push(("refcount bits".into(), (1_u64 << self.header.refcount_order).to_string()));
+        lines.push(format!("refcount bits: {}", 1_u64 << self.header.refcount_order));
         if self.is_set(header::EXTERNAL_DATA) {
             let raw = self.header.autoclear & header::RAW_EXTERNAL != 0;
-            lines.push(("data file".into(), self.header.data_file.as_deref().map_or("?".into(), printable)));
-            lines.push(("data file raw".into(), raw.to_string()));
+            let name = self.header.data_file.as_deref().map_or("?".to_owned(), printable);
+            lines.extend([format!("data file: {name}"), format!("data file raw: {raw}")]);
         }
         if let Some(format) = self.encryption() {
-            lines.push(("encryption".into(), format.into()));
+            lines.extend(["encrypt:".to_owned(), format!("    format: {format}")]);
         }
         if v3 {
-            lines.push(("corrupt".into(), self.is_set(header::CORRUPT).to_string()));
-            lines.push(("extended l2".into(), self.is_set(header::EXTENDED_L2).to_string()));
+            lines.push(format!("corrupt: {}", self.is_set(header::CORRUPT)));
+            lines.push(format!("extended l2: {}", self.is_set(header::EXTENDED_L2)));
         }
         lines
     }
+}
+
+fn bitmap_lines((index, bitmap): (usize, &Bitmap)) -> Vec<String> {
+    let mut lines = vec![format!("    [{index}]:"), "        flags:".to_owned()];
+    let flags = bitmap_flags(bitmap).into_iter().enumerate();
+    lines.extend(flags.map(|(index, flag)| format!("            [{index}]: {flag}")));
+    lines.push(format!("        name: {}", printable(&bitmap.name)));
+    lines.push(format!("        granularity: {}", granularity(bitmap)));
+    lines
 }
 
 fn snapshot_line(snapshot: &Snapshot) -> String {
@@ -116,7 +129,7 @@ fn snapshot_line(snapshot: &Snapshot) -> String {
         .filter(|icount| *icount != u64::MAX)
         .map_or(String::new(), |icount| icount.to_string());
     format!(
-        "{:<7} {:<16} {:>8} {:>20} {clock:>16} {icount:>10}",
+        "{:<7} {:<16} {:>8} {:>19} {clock:>15} {icount:>10}",
         printable(&snapshot.id),
         printable(&snapshot.name),
         human_size(snapshot.vm_state_bytes),

@@ -30,6 +30,7 @@ const RING: u32 = 128;
 ///
 /// Commands are read from standard input unless -c gives them; "help" lists them.
 #[derive(Debug, Args)]
+#[command(args_override_self = true)]
 pub(crate) struct IoArgs {
     /// A command; may be given several times.
     #[arg(short = 'c', long = "cmd", value_name = "COMMAND")]

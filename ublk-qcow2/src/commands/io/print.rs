@@ -39,7 +39,7 @@ pub(super) fn dump(at: u64, bytes: &[u8]) -> String {
         for byte in line {
             let _ = write!(text, "{byte:02x} ");
         }
-        let shown = |&byte: &u8| if byte.is_ascii_graphic() || byte == b' ' { byte } else { b'.' };
+        let shown = |&byte: &u8| if byte.is_ascii_alphanumeric() { byte } else { b'.' };
         let _ = writeln!(text, " {}", printable(&line.iter().map(shown).collect::<Vec<_>>()));
     }
     text
@@ -58,6 +58,6 @@ mod tests {
         assert_eq!(size(1000.0), "1000 bytes");
         assert_eq!(size(1_023_488.0), "999.500 KiB");
         assert_eq!(size(67_109_376.0), "64 MiB");
-        assert_eq!(dump(0x64, &[3, b'a', 0]), "00000064:  03 61 00  .a.\n");
+        assert_eq!(dump(0x64, b"\x03a 7~"), "00000064:  03 61 20 37 7e  .a.7.\n");
     }
 }
