@@ -32,10 +32,10 @@ enum Care {
 pub(crate) fn run(args: &AddArgs) -> Result<(), CommandError> {
     let config = Config::from_args(args)
         .map_err(|source| CommandError::Path { path: args.image.display().to_string(), source })?;
+    // Who is not root need not read of all that he cannot do, and see.
+    Control::probe()?;
     runfile::refuse_awaited(&config.image)?;
     let care = care(args.foreground, args.no_supervisor || args.no_recovery);
-    // Who is not root need not read of all that he cannot do.
-    Control::probe()?;
     let cookie = runfile::new_cookie()?;
     begin(&Start::New { id: args.id, config, cookie }, care)
 }

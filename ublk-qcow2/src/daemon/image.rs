@@ -80,21 +80,17 @@ pub(super) fn close_image(image: &Arc<Image>, files: &Arc<Files>) -> Result<(), 
 pub(crate) fn settle(record: &Record) -> Result<(), ServeError> {
     let Some(file) = RedoFile::open(record.id)? else { return Ok(()) };
     let owes = file.owes();
-    match settle_with(record, file) {
-        // The image may be gone, and is none of ours any more.
+    let files = Arc::new(record.config.files());
+    // What is owed is owed to the image, whatever has become of the files below it.
+    match open_as_left(record, &files, file, |_| Ok(())) {
+        Ok((image, _log)) => close_image(&image, &files),
+        // It may be gone, or be none of ours any more.
         Err(error) if !owes => {
             tracing::info!(id = record.id, "nothing is owed to the image, which is left as it is: {error}");
             Ok(())
         }
-        settled => settled,
+        Err(error) => Err(error),
     }
-}
-
-fn settle_with(record: &Record, file: RedoFile) -> Result<(), ServeError> {
-    let files = Arc::new(record.config.files());
-    // What is owed is owed to the image, whatever has become of the files below it.
-    let (image, _log) = open_as_left(record, &files, file, |_| Ok(()))?;
-    close_image(&image, &files)
 }
 
 /// A redo log, and who testifies that its image is ours.
