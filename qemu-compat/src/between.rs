@@ -53,7 +53,9 @@ pub fn added_while_recovered(binary: &Binary, dir: &Path) -> Result<()> {
     has_begun(&device, dead)?;
     kill(successor, Signal::SIGSTOP)?;
     drop(reader);
-    let refused = refuse(binary, &["add".as_ref(), image.as_os_str()], &["is served as"]);
+    // It may have been stopped in the midst of an attempt to lock the image.
+    let refused =
+        refuse(binary, &["add".as_ref(), image.as_os_str()], &["is served as", "in use by ublk-qcow2"]);
     kill(successor, Signal::SIGCONT)?;
     refused?;
     wait_until_replaced(&device, dead)?;

@@ -35,7 +35,8 @@ impl Process {
         Self::with(process::id().cast_signed())
     }
 
-    fn with(pid: i32) -> io::Result<Self> {
+    /// Who has this number now.
+    pub(crate) fn with(pid: i32) -> io::Result<Self> {
         let path = format!("/proc/{pid}/stat");
         let invalid = || io::Error::new(io::ErrorKind::InvalidData, format!("{path} tells no start"));
         let start = start_in(&read_proc(Path::new(&path))?).ok_or_else(invalid)?;

@@ -5,8 +5,9 @@
 //! image's file system. Where the server has died, the one that its supervisor puts in its place is asked;
 //! where there is none, the device is stopped and deleted from here, and what that server had acknowledged is
 //! written to the image. Who has the lock of the run file does it: another `del` may be at work. Nothing
-//! else's devices are touched, unless named by `-n`: then the kernel writes back before. A device that is mounted, or claimed in another way, is
-//! not taken from under its user without `--force`.
+//! else's devices are touched, unless named by `-n`: then the kernel writes back before, if somebody serves
+//! them. A device that is mounted, or claimed in another way, is not taken from under its user without
+//! `--force`.
 
 use super::{CommandError, complain};
 use crate::{
@@ -14,7 +15,8 @@ use crate::{
     control::Control,
     crew::FORCING_SENT,
     daemon::{self, ServeError},
-    device, orphans,
+    device::{self, DeviceError},
+    orphans,
     processes::Process,
     runfile::{self, Entry, Phase, Record, Refusal, RunFile, TakeOverError},
     wait,
@@ -263,12 +265,13 @@ fn delete_foreign(id: u32, users: Users) -> Result<(), CommandError> {
         info => info?,
     };
     check_unclaimed(id, users, "unmount it first")?;
-    if device::is_live(&info) {
+    // Where nobody answers, what the kernel has is lost, or it would wait for ever.
+    if device::is_live(&info) && Process::with(info.ublksrv_pid).is_ok_and(|server| server.lives()) {
         match (device::write_back(id), users) {
-            (Ok(()), Users::Spared) => {}
-            (Err(error), Users::Spared) => {
-                return Err(CommandError::NotWritten { id, reason: error.to_string() });
+            (Err(late @ DeviceError::Late { .. }), Users::Spared) => {
+                return Err(CommandError::NotWritten { id, reason: late.to_string() });
             }
+            (written, Users::Spared) => written.unwrap_or_else(|error| tracing::warn!("{error}")),
             (written, Users::Ignored) => {
                 written.and(device::sync_everything(id)).unwrap_or_else(|error| tracing::warn!("{error}"));
             }
