@@ -467,13 +467,16 @@ impl<'a> Life<'a> {
         Ok(!has_failed.get())
     }
 
-    /// Judges the file as it is; also whether all of it is durable.
+    /// Judges the file as it is; also whether all of it is durable. A hole need not be: of a cluster that nobody
+    /// refers to, and whose count could not be lowered, nobody misses it.
     pub(super) fn judge_file(&self) -> Result<(oracle::Findings, bool), String> {
         let model = self.model.borrow();
         let told = &self.told;
         let judge = Judge::of(self.fixture, &model, &self.memo, self.standing.as_ref(), told.is_marked());
         self.disk.look(0, |file, in_flight| {
-            let is_durable = file.pending.is_empty() && in_flight.is_empty();
+            let completed = file.pending.iter().map(|(_, change)| change);
+            let is_durable =
+                completed.chain(&in_flight).all(|change| matches!(change, super::file::Change::Punch { .. }));
             Ok::<_, String>((judge.judge(&file.current)?, is_durable))
         })
     }
