@@ -223,6 +223,8 @@ impl Meta {
             cursor: HostCluster(0),
             fresh_from: HostCluster(geometry.clusters_for(top.len)),
             file_end: top.len,
+            found_end: HostCluster(geometry.clusters_for(top.len)),
+            room: std::ops::Range::default(),
             may_be_longer: false,
         };
         Self {
