@@ -460,3 +460,41 @@ fn a_shared_cluster_whose_references_all_go_is_given_back_whenever_they_go() {
         }
     }
 }
+
+/// It loses as many references as have leaked, and they are given back, after its references were counted: then
+/// there were as many counts as references had been seen, and what had leaked was passed over.
+#[test]
+fn references_that_go_while_they_are_counted_do_not_stand_for_leaks() {
+    for at in 0.. {
+        let (files, sharers) = shared();
+        let image = open(&files);
+        let lane = Lane::new(&image, files.clone(), 4);
+        let pace = GivesBack(LetsGo {
+            lane: lane.clone(),
+            clusters: sharers[..3].to_vec(),
+            at,
+            steps: Cell::new(0),
+        });
+        let done = run(lane.reclaim_leaks(&pace)).expect("search");
+        assert_eq!((done.verdict, done.left), (Verdict::Complete, 0), "step {at}");
+        run(lane.close()).expect("close");
+        assert_eq!(leaks(&files), 0, "let go of at step {at}");
+        if pace.0.steps.get() <= at {
+            assert!(at > 5, "{at} steps");
+            break;
+        }
+    }
+}
+
+/// And gives back what it has let go of, at once.
+struct GivesBack(LetsGo);
+
+impl Pace for GivesBack {
+    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
+        Box::pin(async {
+            self.0.step().await;
+            self.0.lane.maintain().await.expect("maintenance");
+            true
+        })
+    }
+}

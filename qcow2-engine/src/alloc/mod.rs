@@ -7,5 +7,5 @@
 pub(crate) mod frees;
 pub(crate) mod refcounts;
 pub(crate) mod reserve;
-mod rows;
+pub(crate) mod rows;
 pub(crate) mod space;

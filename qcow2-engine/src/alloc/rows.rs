@@ -32,6 +32,11 @@ impl Rows {
         self.len
     }
 
+    /// How often a cluster is there.
+    pub(crate) fn times(&self, cluster: HostCluster) -> u64 {
+        self.within(cluster.row(1)).map(|(_, times)| times).sum()
+    }
+
     /// Each of these clusters is there so many times more.
     pub(crate) fn add(&mut self, clusters: Range<HostCluster>, times: u64) {
         self.len += clusters.cluster_count() * times;
@@ -176,6 +181,7 @@ mod tests {
                     assert_eq!(rows.pop_first(), popped);
                 }
             }
+            assert_eq!(rows.times(HostCluster(start)), counts.get(start as usize).copied().unwrap_or(0));
             assert_eq!(rows.within(all.clone()).collect::<Vec<_>>(), expected(&counts));
             assert_eq!((rows.len(), rows.is_empty()), (counts.iter().sum(), counts == [0; 40]));
             let inside: Vec<_> = rows.within(HostCluster(10)..HostCluster(20)).collect();

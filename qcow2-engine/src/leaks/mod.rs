@@ -45,9 +45,9 @@
 //!    - *A cut under way* while a table is read: of entries that change, the clusters are touched; the
 //!      others are the same bytes in both versions.
 //! 6. **Nothing that has leaked is passed over for good**: a cluster that was touched, and may be counted too
-//!    often all the same, has the window searched again. That is one with fewer references than counts,
-//!    unless it has none, and those that count wait in `frees`, or are of somebody whom it was given a moment
-//!    ago.
+//!    often all the same, has the window searched again, up to four times. That is one with fewer references than
+//!    counts, unless it was free meanwhile. Counts that wait in `frees` are none, and references that have gone
+//!    while they were counted have been seen or have not.
 //! 7. **Nobody is given a leak** before its hole has been punched: it is counted until then.
 //!
 //! Whatever makes no sense ends the search for good: what cannot be decoded, a reference beyond the file, a
@@ -140,9 +140,11 @@ struct Found {
     excess: Vec<(HostCluster, u64)>,
     /// Clusters that are counted too often, or may be, and have to stay so.
     kept: u64,
-    /// Clusters that may be counted too often, but were touched: one that is in use, and has leaked
+    /// Clusters that are counted too often, but were touched: one that is in use, and has leaked
     /// references as well, may lose the others while it is being judged.
     touched: u64,
+    /// Those that may be, for all that is known: they lost references while these were counted.
+    unclear: u64,
 }
 
 /// Puts the window down when dropped.
@@ -192,7 +194,7 @@ impl<I: Io> Lane<I> {
             rest(pace).await?;
             for round in 1.. {
                 let found = self.search_window(window.clone(), pace, reclaimed).await?;
-                if found.touched == 0 || round == MAX_ROUNDS {
+                if found.touched + found.unclear == 0 || round == MAX_ROUNDS {
                     reclaimed.left += found.kept + found.touched;
                     break;
                 }
@@ -217,6 +219,7 @@ impl<I: Io> Lane<I> {
         while !image.epochs.has_passed(epoch) && !image.is_disabled(RuleName::RequestsBeforeSearch) {
             rest(pace).await?;
         }
+        image.meta.lock().watch.begin_counting();
         if !image.is_disabled(RuleName::CutBeforeSearch) {
             self.write_back().await?;
         }
@@ -226,6 +229,7 @@ impl<I: Io> Lane<I> {
             Counted::Stopped => return Err(Stop::Verdict(Verdict::Stopped)),
             Counted::Doubt(reason) => return Err(doubt(&reason)),
         };
+        image.meta.lock().watch.end_counting();
         let mut found = Found::default();
         for row in in_parts(&clusters, SETTLED) {
             rest(pace).await?;
@@ -283,6 +287,7 @@ impl<I: Io> Lane<I> {
                     Count::Is(Judged::Excess(references)) => found.excess.push((next, references)),
                     Count::Is(Judged::HasFlag | Judged::Uncounted) => found.kept += 1,
                     Count::Is(Judged::Touched) => found.touched += 1,
+                    Count::Is(Judged::Unclear) => found.unclear += 1,
                     Count::Is(Judged::Lacking { count, references }) => {
                         let at = meta.geometry.host_offset(next).0;
                         return Err(doubt(&format!(
@@ -316,8 +321,10 @@ impl<I: Io> Lane<I> {
 enum Judged {
     /// Nothing: it is counted as often as it is referred to.
     InOrder,
-    /// Nothing now: it was touched. But it may be counted too often, and have been so before.
+    /// Nothing now: it was touched. But it is counted too often, and may have been so before.
     Touched,
+    /// The same, but whether it is counted too often is not known either.
+    Unclear,
     /// It is counted too often; so many references are right.
     Excess(u64),
     /// It is counted too often, but the entry that refers to it would have to change as well.
@@ -335,14 +342,19 @@ impl Meta {
             Count::Is(count) => count,
         };
         if self.watch.is_touched(cluster) {
-            let is_suspect = match window.references(cluster) {
-                // It would be no better known in another round.
-                None => return Ok(Count::Is(Judged::Uncounted)),
-                // Its last references are gone; those that still count are known to wait, or have leaked.
-                Some(0) => !self.watch.is_fresh(cluster) && going.get(&cluster).copied().unwrap_or(0) < count,
-                Some(seen) => seen < count,
-            };
-            return Ok(Count::Is(if is_suspect { Judged::Touched } else { Judged::InOrder }));
+            // It would be no better known in another round.
+            let Some(seen) = window.references(cluster) else { return Ok(Count::Is(Judged::Uncounted)) };
+            // Some of those that were seen are gone; of those that count some are known to wait. What was free
+            // meanwhile had not leaked.
+            let gone = self.watch.gone(cluster);
+            let most = seen.saturating_sub(gone.afterwards);
+            let least = most.saturating_sub(gone.meanwhile);
+            let kept = count.saturating_sub(going.get(&cluster).copied().unwrap_or(0));
+            return Ok(Count::Is(match self.watch.is_fresh(cluster) {
+                false if most < kept => Judged::Touched,
+                false if least < kept => Judged::Unclear,
+                _ => Judged::InOrder,
+            }));
         }
         let many = u64::from(MANY);
         Ok(Count::Is(match window.references(cluster) {
@@ -378,7 +390,7 @@ impl Image {
         let mut meta = self.meta.lock();
         let Meta { watch, frees, lanes, .. } = &mut *meta;
         watch.begin(window.clone());
-        frees.within(window).for_each(|(row, _)| watch.unmapped(row));
+        frees.within(window).for_each(|(row, _)| watch.going(row));
         lanes.iter().filter_map(|lane| lane.clusters()).for_each(|extent| watch.reserved(extent));
         (Watching(self), self.epochs.advance())
     }
