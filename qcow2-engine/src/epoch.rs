@@ -4,11 +4,22 @@
 //! is unmapped, the epoch moves on; the cluster is quiescent once no request of an earlier epoch is
 //! left. Entering and leaving cost one store each and take no lock: every request in flight owns a
 //! slot. This module knows nothing about clusters.
+//!
+//! ```text
+//! request:  slot := epoch  ── fence ──  look the mapping up
+//! freeing:  mapping changed  ── fence ──  look at the slots
+//! ```
+//!
+//! Each stores, and then loads what the other one stores. Of two such sides one at least must see the other:
+//! either the request is seen in its slot, or it sees that the cluster is unmapped. Nothing but a fence between
+//! store and load on *both* sides gives that; a sequentially consistent store and look-ups of a weaker order
+//! after it may change places (on ARM an `stlr` and an `ldr` do). The change of the mapping and the look at the
+//! slots may be on different threads: the metadata lock is between them then.
 
 use parking_lot::Mutex;
 use std::sync::{
     Arc,
-    atomic::{AtomicU64, Ordering::SeqCst},
+    atomic::{AtomicU64, Ordering::SeqCst, compiler_fence, fence},
 };
 
 const IDLE: u64 = 0;
@@ -67,6 +78,7 @@ impl Epochs {
     /// The epoch in which the oldest request in flight began. Those before it have passed: none of their
     /// requests is left.
     pub(crate) fn oldest(&self) -> Epoch {
+        fence(SeqCst);
         self.lanes.lock().iter().map(|slots| slots.oldest()).min().unwrap_or(Epoch::END)
     }
 
@@ -75,11 +87,23 @@ impl Epochs {
         epoch < self.oldest()
     }
 
-    /// Marks slot `index` as a request that begins now. The store is sequentially consistent, so
-    /// that the look-ups which follow it cannot be ordered before it.
+    /// Marks slot `index` as a request that begins now. The look-ups which follow are not ordered before it.
     #[inline]
     pub(crate) fn enter(&self, slots: &Slots, index: usize) {
         slots.at(index).store(self.now.load(SeqCst), SeqCst);
+        fence_after_store();
+    }
+}
+
+/// A fence right after a sequentially consistent store. On x86 such a store is a locked exchange, which no load
+/// passes: there a second full fence would only cost every request some twenty cycles, and the compiler
+/// alone is to be kept from moving loads.
+#[inline]
+fn fence_after_store() {
+    if cfg!(any(target_arch = "x86", target_arch = "x86_64")) {
+        compiler_fence(SeqCst);
+    } else {
+        fence(SeqCst);
     }
 }
 

@@ -6,7 +6,7 @@
 
 use crate::{
     alloc::{
-        frees::{Free, Frees},
+        frees::{Due, Frees},
         refcounts::Refcounts,
         reserve::LaneSpace,
         space::Space,
@@ -17,7 +17,7 @@ use crate::{
     redo::{Record, RedoLog},
     territory::Territory,
 };
-use qcow2_format::{Clusters, Geometry, HostCluster, word};
+use qcow2_format::{Geometry, HostCluster, word};
 use std::{ops::Range, sync::Arc};
 
 /// The mutable metadata of the top layer.
@@ -79,7 +79,7 @@ impl Meta {
         }
         self.watch.unmapped(clusters.clone());
         let (cut, epoch) = (self.cuts_begun + 1, self.epochs.advance());
-        clusters.each().for_each(|cluster| self.frees.push(Free { cluster, cut, epoch }));
+        self.frees.push(clusters, Due { cut, epoch });
     }
 
     /// Sets the count of a cluster whose page is resident. All counts are changed here.

@@ -26,8 +26,11 @@ use crate::{
     unpack::Unpacked,
 };
 use parking_lot::Mutex;
-use qcow2_format::{FormatError, Geometry, Header, HostCluster, Snapshot, Version, header, word};
+use qcow2_format::{
+    FormatError, Geometry, Header, HostCluster, HostOffset, L1Entry, Snapshot, Version, header, word,
+};
 use std::{
+    ops::Range,
     path::Path,
     sync::{
         Arc, OnceLock,
@@ -41,6 +44,12 @@ pub const DEFAULT_CACHE_BYTES: u64 = 32 << 20;
 /// The extent that a lane reserves where the caller does not say: large enough that the refcount page
 /// is written once for 256 clusters of 64 KiB, small enough that a crash leaks little.
 pub const DEFAULT_EXTENT_BYTES: u64 = 16 << 20;
+
+/// Bytes of snapshots' L1 tables that are read when an image is opened for writing: those of 256 snapshots of
+/// a disk of 1 TiB at 64 KiB clusters, which name up to 2^19 L2 tables.
+const MAX_SNAPSHOT_L1_BYTES: u64 = 4 << 20;
+/// What a shorter one counts, because a read of it takes no less time: so there are 256 reads at the most.
+const LEAST_L1_BYTES: u64 = 16 << 10;
 
 /// How to open an image.
 #[derive(Clone, Debug)]
@@ -224,6 +233,8 @@ impl Meta {
             cursor: HostCluster(0),
             fresh_from: HostCluster(geometry.clusters_for(top.len)),
             file_end: top.len,
+            found_end: HostCluster(geometry.clusters_for(top.len)),
+            room: Range::default(),
             may_be_longer: false,
         };
         Self {
@@ -358,10 +369,34 @@ async fn snapshot_places(
         }
     }
     let l1 = |snapshot: &Snapshot| snapshot.l1_table.bytes(u64::from(snapshot.l1_entries) * 8);
-    Ok(SnapshotPlaces {
-        table: table.bytes(len),
-        l1_tables: snapshots.iter().filter(|snapshot| snapshot.l1_entries > 0).map(l1).collect(),
-    })
+    let l1_tables: Vec<_> = snapshots.iter().filter(|snapshot| snapshot.l1_entries > 0).map(l1).collect();
+    let l2_tables = snapshot_l2s(&file, &l1_tables).await;
+    Ok(SnapshotPlaces { table: table.bytes(len), l1_tables, l2_tables })
+}
+
+/// The L2 tables that snapshots' L1 tables name, the newest snapshots' first, up to
+/// [`MAX_SNAPSHOT_L1_BYTES`]. They are only wanted to keep damage away from them: what cannot be read, or
+/// makes no sense, is passed over.
+async fn snapshot_l2s(file: &ImageFile<'_, impl Io>, l1_tables: &[Range<HostOffset>]) -> Arc<[HostCluster]> {
+    let geometry = file.geometry();
+    let (mut tables, mut left) = (Vec::new(), MAX_SNAPSHOT_L1_BYTES);
+    for l1 in l1_tables.iter().rev() {
+        let len = l1.end.0 - l1.start.0;
+        let Some(rest) = left.checked_sub(len.max(LEAST_L1_BYTES)) else { break };
+        left = rest;
+        match file.read_entries(l1.start.0, len / 8).await {
+            Ok(entries) => {
+                tables.extend(entries.into_iter().filter_map(|raw| match L1Entry::decode(raw, &geometry) {
+                    Ok(L1Entry::Table { offset, .. }) => Some(geometry.host_cluster(offset)),
+                    Ok(L1Entry::Unallocated) | Err(_) => None,
+                }))
+            }
+            Err(error) => tracing::warn!("{error}: a snapshot's L2 tables are not watched over"),
+        }
+    }
+    tables.sort_unstable();
+    tables.dedup();
+    tables.into()
 }
 
 /// The checked header, and the first page of the file for later changes to it.

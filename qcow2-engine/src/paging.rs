@@ -14,9 +14,9 @@ pub struct Paging {
     pub(crate) least_slices: usize,
     /// The fewest pages of refcount blocks that are kept.
     pub(crate) least_refcount_pages: usize,
-    /// Freed clusters before writers have to help: 24 bytes each.
-    pub(crate) max_frees: usize,
-    /// References given back per step, so that a step is bounded.
+    /// References that wait to be given back before writers have to help.
+    pub(crate) max_frees: u64,
+    /// Clusters given back per step, so that a step is bounded.
     pub(crate) free_step: usize,
 }
 

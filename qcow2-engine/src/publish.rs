@@ -12,6 +12,7 @@ use crate::{
     meta::Meta,
     order::rules::{Page, Rule},
     redo::Record,
+    territory::Conflict,
 };
 use qcow2_format::{Clusters, GuestCluster, HostCluster, HostOffset, L1Entry, Mapping};
 use std::{
@@ -263,10 +264,16 @@ impl Image {
         }
     }
 
-    /// What an entry named is going to be freed: it must not be metadata.
+    /// What an entry named is going to be freed: it must not be metadata, and in the file. Of compressed data
+    /// that goes for where it begins: a descriptor counts whole sectors, of which the last need not be there.
     fn check_replaced(&self, meta: &Meta, guest: u64, old: Mapping) -> Result<()> {
-        let conflict = |cluster| Some((cluster, meta.territory.conflict(cluster)?));
-        match self.referred_by(old).each().find_map(conflict) {
+        let named = self.referred_by(old);
+        let is_rest = |cluster| matches!(old, Mapping::Compressed(_)) && cluster > named.start;
+        let conflict = |cluster| match meta.territory.conflict(cluster)? {
+            Conflict::BeyondFile if is_rest(cluster) => None,
+            conflict => Some((cluster, conflict)),
+        };
+        match named.clone().each().find_map(conflict) {
             None => Ok(()),
             Some((cluster, conflict)) => {
                 Err(self.conflict("L2", guest, self.geometry().host_offset(cluster), conflict))

@@ -5,7 +5,7 @@
 //! lowered afterwards. That the unmapping is durable by then is what makes the punch safe.
 
 use crate::{
-    alloc::{frees::Free, refcounts::Count},
+    alloc::{frees::Due, refcounts::Count},
     epoch::Epoch,
     error::{Error, Result},
     image::Image,
@@ -211,9 +211,8 @@ impl Image {
     /// Whether a cut, or nothing at all, is between the freed clusters and those who need some. What a
     /// request in flight may still touch no cut sets free.
     pub(crate) fn can_free(&self, meta: &Meta) -> bool {
-        let is_held =
-            |free: &Free| free.cut <= self.flusher.durable_cut() && free.epoch >= self.epochs.oldest();
-        meta.frees.first().is_some_and(|free| !is_held(free))
+        let is_held = |due: Due| due.cut <= self.flusher.durable_cut() && due.epoch >= self.epochs.oldest();
+        meta.frees.first_due().is_some_and(|due| !is_held(due))
     }
 }
 

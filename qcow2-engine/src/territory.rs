@@ -6,8 +6,8 @@
 //! ```
 //!
 //! Both are made when an image is opened for writing, from what is in memory then anyway, and kept true
-//! by the few places that make or move a table. What the tables *below* the L1 table refer to is not
-//! read for that: an entry is judged when it is first about to be the target of a change.
+//! by the few places that make or move a table, and from the snapshots' L1 tables. What the tables *below* an
+//! L1 table refer to is not read for that: an entry is judged when it is first about to be the target of a change.
 
 use crate::{
     error::{Error, Result},
@@ -108,13 +108,17 @@ struct Area {
 }
 
 /// The exact answer. Its memory is bounded by the tables that the image has: nine to eighteen bytes
-/// for an L2 table or a refcount block, so 5 MiB for 64 TiB in clusters of 64 KiB.
+/// for an L2 table or a refcount block, so 5 MiB for 64 TiB in clusters of 64 KiB; and 4 MiB for those of
+/// snapshots (`MAX_SNAPSHOT_L1_BYTES`).
 pub(crate) struct Territory {
     sieve: Arc<Sieve>,
     areas: Vec<Area>,
     /// Snapshots' L1 tables, sorted and joined.
     snapshot_l1s: Vec<Range<HostCluster>>,
     l2_tables: HashSet<HostCluster>,
+    /// Those of snapshots, which nobody changes: sorted. One may be in the other set as well, as long as the
+    /// active mapping has no copy of it.
+    snapshot_l2s: Arc<[HostCluster]>,
     refcount_blocks: HashSet<HostCluster>,
 }
 
@@ -135,6 +139,8 @@ pub(crate) struct Sources<'a> {
 pub(crate) struct SnapshotPlaces {
     pub(crate) table: Range<HostOffset>,
     pub(crate) l1_tables: Vec<Range<HostOffset>>,
+    /// Their L2 tables, sorted, as far as they have been looked for.
+    pub(crate) l2_tables: Arc<[HostCluster]>,
 }
 
 impl Territory {
@@ -143,7 +149,8 @@ impl Territory {
     pub(crate) fn of(sources: &Sources<'_>) -> (Self, Option<Error>) {
         let geometry = sources.header.geometry();
         let tables = sources.header.l1_entries as usize;
-        let tables = tables + sources.refcount_table.len().min(2 * tables);
+        let tables =
+            tables + sources.refcount_table.len().min(2 * tables) + sources.snapshots.l2_tables.len();
         let sieve = Sieve::new(tables as u64, HostCluster(geometry.clusters_for(sources.file_len)));
         let mut territory = Self {
             sieve: Arc::new(sieve),
@@ -152,11 +159,14 @@ impl Territory {
                 sources.snapshots.l1_tables.iter().map(|range| geometry.host_clusters(range)),
             ),
             l2_tables: HashSet::new(),
+            snapshot_l2s: Arc::default(),
             refcount_blocks: HashSet::new(),
         };
         let damage = territory.add_areas(sources, &geometry);
         let damage = damage.and(territory.add_blocks(sources, &geometry));
         let damage = damage.and(territory.add_l2_tables(sources, &geometry));
+        // The last: the active mapping may share them.
+        territory.add_snapshot_l2s(&sources.snapshots.l2_tables);
         (territory, damage.err())
     }
 
@@ -167,6 +177,7 @@ impl Territory {
             areas: Vec::new(),
             snapshot_l1s: Vec::new(),
             l2_tables: HashSet::new(),
+            snapshot_l2s: Arc::default(),
             refcount_blocks: HashSet::new(),
         }
     }
@@ -183,6 +194,7 @@ impl Territory {
         let area = self.areas.iter().find(|area| area.clusters.contains(&cluster)).map(|area| area.owner);
         let in_set = |set: &HashSet<HostCluster>, owner| set.contains(&cluster).then_some(owner);
         area.or_else(|| in_set(&self.l2_tables, Owner::L2))
+            .or_else(|| self.snapshot_l2s.binary_search(&cluster).is_ok().then_some(Owner::L2))
             .or_else(|| in_set(&self.refcount_blocks, Owner::RefcountBlock))
             .or_else(|| overlaps(&self.snapshot_l1s, &cluster.row(1)).then_some(Owner::SnapshotL1))
     }
@@ -308,6 +320,11 @@ impl Territory {
             }
         }
         outcome
+    }
+
+    fn add_snapshot_l2s(&mut self, tables: &Arc<[HostCluster]>) {
+        tables.iter().for_each(|&table| self.sieve.mark(table));
+        self.snapshot_l2s = Arc::clone(tables);
     }
 
     fn misplaced(

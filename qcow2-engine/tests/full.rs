@@ -13,7 +13,11 @@ use qcow2_engine::{
     io::{Buf, FileId, Io, mem::MemFiles},
 };
 use qcow2_format::CreateOptions;
-use std::{cell::Cell, io, path::Path};
+use std::{
+    cell::{Cell, RefCell},
+    io,
+    path::Path,
+};
 
 /// A host that cannot punch holes because it is full.
 struct NoHoles;
@@ -314,5 +318,75 @@ fn the_longer_table_lies_inside_a_file_that_cannot_grow() {
         assert_eq!(host.open(CLUSTER).virtual_size(), if fits { NEW_SIZE } else { 1 << 20 });
         assert_eq!(findings(&files), Vec::<String>::new());
         assert_eq!(image_len(&files), size);
+    }
+}
+
+/// A host with room for a number of sectors more than the image has, which came with a hole at its end.
+struct Sparse {
+    has_space: RefCell<Vec<bool>>,
+    left: Cell<usize>,
+}
+
+impl Sparse {
+    fn take(&self, at: u64, end: u64) -> io::Result<()> {
+        let mut has_space = self.has_space.borrow_mut();
+        let sectors = (at / 512) as usize..(end / 512) as usize;
+        if has_space.len() < sectors.end {
+            has_space.resize(sectors.end, false);
+        }
+        let needed = has_space[sectors.clone()].iter().filter(|&&has_space| !has_space).count();
+        let left = self.left.get().checked_sub(needed);
+        self.left.set(left.ok_or_else(|| io::Error::from_raw_os_error(libc::ENOSPC))?);
+        has_space[sectors].fill(true);
+        Ok(())
+    }
+}
+
+impl Hook for Sparse {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        match operation {
+            Operation::Allocate { at, end } => self.take(at, end),
+            Operation::Write { at, buf } => self.take(at, at + buf.len() as u64),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// A file can be longer than what is counted of it, and have a hole there. A new refcount block was put into
+/// the hole, inside the file as it should be, and every flush failed with it where the host was full.
+#[test]
+fn a_refcount_block_in_a_hole_fails_no_flush() {
+    const CLUSTER: u64 = 512;
+    let options = CreateOptions {
+        virtual_size: 512 * CLUSTER,
+        cluster_bits: 9,
+        refcount_order: 6,
+        ..CreateOptions::default()
+    };
+    for room in 0..200 {
+        let files = MemFiles::default();
+        create(&files, IMAGE, &options);
+        let mut bytes = files.get(IMAGE).expect("made");
+        let has_space = RefCell::new(vec![true; bytes.len() / 512]);
+        bytes.resize(400 * 512, 0);
+        files.put(IMAGE, bytes);
+        let host = Hooked::new(&files, Sparse { has_space, left: Cell::new(room) });
+        let image = host.open(4 * CLUSTER);
+        let lane = host.lane(&image);
+        let mut written = 0;
+        let write = |at: u64| lane.write(at, Buf::from_bytes(&[5; CLUSTER as usize]));
+        let refused = loop {
+            match run(write(written)) {
+                Ok(()) => written += CLUSTER,
+                Err(error) => break error,
+            }
+        };
+        assert_eq!(refused.kind(), ErrorKind::NoSpace, "room for {room}: {refused}");
+        run(lane.flush()).unwrap_or_else(|error| panic!("room for {room}: {error}"));
+        run(lane.maintain()).unwrap_or_else(|error| panic!("room for {room}: {error}"));
+        host.hook.left.set(usize::MAX);
+        run(write(written)).expect("there is room now");
+        run(lane.close()).expect("closes");
+        assert_eq!(findings(&host.files), Vec::<String>::new(), "room for {room}");
     }
 }

@@ -14,11 +14,11 @@ use common::{
 };
 use damaged::{COPIED, Parts, qemu_says_corrupt};
 use qcow2_engine::{
-    Error, ErrorKind, Image, Lane, OpenOptions, ZeroMode,
+    Error, ErrorKind, Image, Lane, OpenOptions, Pace, Verdict, ZeroMode,
     io::{Buf, mem::MemFiles},
 };
 use qcow2_format::{Unsupported, Version, header, word};
-use std::{cell::Cell, io, path::Path, sync::Arc};
+use std::{cell::Cell, future::Future, io, path::Path, pin::Pin, process::Command, sync::Arc};
 
 const SHAPES: [&str; 4] = [
     "compat=1.1,cluster_size=64k",
@@ -411,4 +411,91 @@ fn qemu_sees_the_corrupt_bit() {
     let path = directory.path().join(IMAGE);
     std::fs::write(&path, files.get(IMAGE).expect("kept")).expect("copy");
     assert!(qemu_says_corrupt(&path));
+}
+
+/// The table that a snapshot shares with the active mapping is nobody's but the snapshot's once that has a copy,
+/// and was watched over no more: a damaged entry had a guest write its data over it. The same with a table of
+/// the snapshot's that was copied before the image was opened.
+#[test]
+fn the_tables_of_snapshots_are_not_written_freed_or_replaced() {
+    each(|parts| {
+        let guest = 9 * parts.cluster();
+        let table = parts.word(parts.snapshot_l1()) & damaged::OFFSET;
+        assert_ne!(table, parts.l2_table(0));
+        for entry in [table | COPIED, table] {
+            let mut damaged = parts.clone();
+            damaged.set(parts.l2_entry(guest), entry);
+            for request in [Request::Write(guest), Request::Discard(guest), Request::Zero(guest)] {
+                refused(&format!("{request:?}"), &damaged, request, "in use as L2 table");
+            }
+        }
+    });
+    for options in SHAPES {
+        let mut parts = Parts::shared(options, 1 << 20);
+        let (table, guest) = (parts.l2_table(0), parts.cluster());
+        parts.set(parts.l2_entry(guest), table | COPIED);
+        let files = MemFiles::default();
+        files.put(IMAGE, parts.bytes.clone());
+        let lane = Lane::new(&open(&files, false).expect(options), files.clone(), 8);
+        carry_out(&lane, Request::Write(0), guest).expect("the table is copied");
+        let error = carry_out(&lane, Request::Write(guest), guest).expect_err(options);
+        assert!(error.to_string().contains("in use as L2 table"), "{options}: {error}");
+        let after = files.get(IMAGE).expect("kept");
+        let place = table as usize..(table + guest) as usize;
+        assert!(after[place.clone()] == parts.bytes[place], "{options}: the snapshot's table was changed");
+    }
+}
+
+/// A descriptor that claims a sector more than the file has, which ends with the cluster before: QEMU finds
+/// nothing wrong with it, as long as it is counted and the sector is less than a cluster. The first overwrite
+/// condemned the image.
+#[test]
+fn compressed_data_may_claim_sectors_behind_the_end_of_the_file() {
+    for options in SHAPES.into_iter().filter(|options| !options.contains("cluster_size=512")) {
+        let mut parts = Parts::compressed(options, false);
+        let (cluster, entry) = (parts.cluster(), parts.l2_entry(0));
+        let shift = 62 - (parts.geometry.cluster_bits - 8);
+        let old = parts.word(entry) & ((1 << shift) - 1);
+        let end = (old / cluster + 1) * cluster;
+        parts.bytes.resize(end as usize, 0);
+        // At the end of its cluster, and one sector more.
+        let offset = end - 256;
+        parts.bytes.copy_within(old as usize..old as usize + 256, offset as usize);
+        parts.set(entry, 1 << 62 | 1 << shift | offset);
+        parts.set_count(end, 1);
+        assert_eq!(qemu_check(&parts.bytes).0, Some(0), "{options}: {}", qemu_check(&parts.bytes).1);
+
+        let files = MemFiles::default();
+        files.put(IMAGE, parts.bytes.clone());
+        assert_eq!(findings(&files), Vec::<String>::new(), "{options}");
+        let lane = Lane::new(&open(&files, false).expect(options), files.clone(), 8);
+        let done = run(lane.reclaim_leaks(&Idle)).expect(options);
+        assert_eq!((done.verdict, done.freed), (Verdict::Complete, 0), "{options}");
+        assert_read(&lane, 512, 0x5a, options);
+        carry_out(&lane, Request::Write(0), cluster).expect(options);
+        assert_read(&lane, 0, 0x77, options);
+        run(lane.close()).expect(options);
+        assert_eq!(findings(&files), Vec::<String>::new(), "{options}");
+        let (code, said) = qemu_check(&files.get(IMAGE).expect("kept"));
+        assert_eq!(code, Some(0), "{options}: {said}");
+    }
+}
+
+fn qemu_check(bytes: &[u8]) -> (Option<i32>, String) {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path().join(IMAGE);
+    std::fs::write(&path, bytes).expect("written");
+    let output =
+        Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&path).output().expect("qemu-img");
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.code(), String::from_utf8_lossy(&text).into_owned())
+}
+
+/// Rests without doing anything.
+struct Idle;
+
+impl Pace for Idle {
+    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
+        Box::pin(std::future::ready(true))
+    }
 }

@@ -274,3 +274,19 @@ fn counts_beyond_the_end_of_the_file_are_no_leaks() {
         assert_eq!(qemu_img(&parts.bytes, &["check", "-f", "qcow2"]).0, 3, "{shape}");
     }
 }
+
+/// The new structure went to where a chunk of 64 clusters ends, not to where the file does: up to 126 MiB behind
+/// it, with clusters of 2 MiB.
+#[test]
+fn a_new_structure_lies_right_behind_the_file() {
+    for shape in SHAPES {
+        let mut parts = Parts::with_snapshot(shape);
+        let end = (parts.bytes.len() as u64).next_multiple_of(parts.cluster());
+        // Nothing inside the file is room for it then.
+        parts.set(parts.l2_entry(9 * parts.cluster()), parts.header.refcount_table.0 | COPIED);
+        let (_, after) = repaired(&parts.bytes, Repair::All);
+        let after = Parts::of(after);
+        assert_eq!(after.header.refcount_table.0, end, "{shape}");
+        assert_eq!(after.bytes.len() as u64, end + 2 * parts.cluster(), "{shape}");
+    }
+}

@@ -3,34 +3,47 @@
 //! A freed cluster may be reused, and its space on the host given up, only when (a) the cut that
 //! unmaps it is durable and (b) every request that was in flight at the time has ended. Until then
 //! it waits here, still counted. This module decides what is ready; `reclaim.rs` carries it out.
+//!
+//! One request that hangs holds back all that is freed after it began, for as long as it hangs. So what
+//! waits is kept as rows of clusters ([`Rows`]), and in [`MAX_BATCHES`] batches at the most: a row costs
+//! some forty bytes in its batch and as many in the whole, however many clusters it has.
 
+use super::rows::Rows;
 use crate::epoch::Epoch;
 use qcow2_format::HostCluster;
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque, btree_map::Entry},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     ops::Range,
 };
 
 /// Passes of maintenance, a second each, between two attempts at what cannot be given back, at the most.
 const MAX_PAUSE: u32 = 64;
+/// Batches that wait, at the most: there is one for each cut. Of more the oldest two become one, and wait as
+/// long as the younger one.
+const MAX_BATCHES: usize = 64;
 
 /// Freed clusters.
 #[derive(Default)]
 pub(crate) struct Frees {
-    /// Oldest first.
-    waiting: VecDeque<Free>,
-    /// All that has not been given back yet, cluster → references: what is handed out is looked for here.
-    references: BTreeMap<HostCluster, u64>,
+    /// Oldest first: both stamps only ever grow along the queue.
+    waiting: VecDeque<Batch>,
+    /// All that has not been given back yet, a time for each reference: what is handed out is looked for here.
+    references: Rows,
     /// What was taken out last and has not been given back yet: cluster → references.
     taken: BTreeMap<HostCluster, u64>,
     aside: Aside,
 }
 
+/// References to clusters that are gone from the mapping and wait for the same.
+struct Batch {
+    references: Rows,
+    due: Due,
+}
+
 /// What R5 allows to be given back, but its counts cannot be read.
 #[derive(Default)]
 struct Aside {
-    /// Cluster → references.
-    clusters: BTreeMap<HostCluster, u64>,
+    references: Rows,
     /// Refcount pages whose reads have failed since the last attempt.
     pages: BTreeSet<u64>,
     /// Passes until the next attempt, and from that one to the one after it.
@@ -38,25 +51,52 @@ struct Aside {
     next_pause: u32,
 }
 
-/// One reference to a host cluster that is gone from the mapping.
+/// What has to be over before freed clusters are given back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Free {
-    pub(crate) cluster: HostCluster,
-    /// The first cut whose pages do not refer to it.
+pub(crate) struct Due {
+    /// The first cut whose pages do not refer to them.
     pub(crate) cut: u64,
-    /// The last epoch whose requests may still use it.
+    /// The last epoch whose requests may still use them.
     pub(crate) epoch: Epoch,
 }
 
+impl Due {
+    /// Nothing.
+    const NOW: Self = Self { cut: 0, epoch: Epoch::START };
+}
+
 impl Frees {
-    pub(crate) fn push(&mut self, free: Free) {
-        self.waiting.push_back(free);
-        *self.references.entry(free.cluster).or_default() += 1;
+    /// A reference to each of these clusters is gone. What is freed before a cut waits for the last of it:
+    /// the cut comes later than all of it anyway.
+    pub(crate) fn push(&mut self, clusters: Range<HostCluster>, due: Due) {
+        self.references.add(clusters.clone(), 1);
+        match self.waiting.back_mut() {
+            Some(batch) if batch.due.cut == due.cut => {
+                batch.references.add(clusters, 1);
+                batch.due = due;
+            }
+            _ => {
+                let mut references = Rows::default();
+                references.add(clusters, 1);
+                self.waiting.push_back(Batch { references, due });
+                self.bound_batches();
+            }
+        }
+    }
+
+    fn bound_batches(&mut self) {
+        if self.waiting.len() > MAX_BATCHES
+            && let Some(second) = self.waiting.remove(1)
+            && let Some(first) = self.waiting.front_mut()
+        {
+            first.references.merge(second.references);
+            first.due = second.due;
+        }
     }
 
     /// References that wait for their turn.
-    pub(crate) fn len(&self) -> usize {
-        self.waiting.len()
+    pub(crate) fn len(&self) -> u64 {
+        self.waiting.iter().map(|batch| batch.references.len()).sum()
     }
 
     /// Whether everything has been given back.
@@ -66,30 +106,30 @@ impl Frees {
 
     /// A cluster of `run` that has not been given back yet.
     pub(crate) fn find(&self, run: &Range<HostCluster>) -> Option<HostCluster> {
-        self.references.range(run.clone()).next().map(|(&cluster, _)| cluster)
+        self.within(run.clone()).next().map(|(row, _)| row.start)
+    }
+
+    /// Those of some clusters that have not been given back yet: rows, and how many references to each of a
+    /// row's.
+    pub(crate) fn within(
+        &self,
+        clusters: Range<HostCluster>,
+    ) -> impl Iterator<Item = (Range<HostCluster>, u64)> + '_ {
+        self.references.within(clusters)
     }
 
     /// All that was taken out of a cluster's references is given back, under the same lock that lowers its
     /// count: somebody else may be given it at once.
     pub(crate) fn given_back(&mut self, cluster: HostCluster) {
         if let Some(references) = self.taken.remove(&cluster) {
-            self.forget(cluster, references);
-        }
-    }
-
-    fn forget(&mut self, cluster: HostCluster, references: u64) {
-        if let Entry::Occupied(mut left) = self.references.entry(cluster) {
-            *left.get_mut() -= references;
-            if *left.get() == 0 {
-                left.remove();
-            }
+            self.references.remove(cluster, references);
         }
     }
 
     /// Sets what was taken out of a cluster's references aside: `page`, which has its count, cannot be read.
     pub(crate) fn set_aside(&mut self, cluster: HostCluster, page: u64) {
         let Some(references) = self.taken.remove(&cluster) else { return };
-        *self.aside.clusters.entry(cluster).or_default() += references;
+        self.aside.references.add(cluster.row(1), references);
         self.aside.pages.insert(page);
         if self.aside.pause == 0 {
             self.aside.pause = self.aside.next_pause.max(1);
@@ -105,7 +145,7 @@ impl Frees {
     /// Another pass of maintenance: what was set aside is due again when its pause is over, and pauses twice
     /// as long when that is of no use.
     pub(crate) fn begin_pass(&mut self) {
-        if self.aside.clusters.is_empty() {
+        if self.aside.references.is_empty() {
             self.aside = Aside::default();
             return;
         }
@@ -118,42 +158,44 @@ impl Frees {
     /// What was set aside may be taken out again.
     pub(crate) fn try_again(&mut self) {
         self.aside.pages.clear();
-        for (cluster, references) in std::mem::take(&mut self.aside.clusters) {
-            let free = Free { cluster, cut: 0, epoch: Epoch::START };
-            (0..references).for_each(|_| self.waiting.push_front(free));
+        let references = std::mem::take(&mut self.aside.references);
+        match self.waiting.front_mut() {
+            _ if references.is_empty() => {}
+            Some(first) if first.due == Due::NOW => first.references.merge(references),
+            _ => self.waiting.push_front(Batch { references, due: Due::NOW }),
         }
     }
 
     /// Takes what was taken out and has not been given back: it is to wait again.
     pub(crate) fn take_rest(&mut self) -> BTreeMap<HostCluster, u64> {
         let rest = std::mem::take(&mut self.taken);
-        rest.iter().for_each(|(&cluster, &references)| self.forget(cluster, references));
+        rest.iter().for_each(|(&cluster, &references)| self.references.remove(cluster, references));
         rest
     }
 
-    /// The clusters that have not been given back yet, as often as references to them.
-    pub(crate) fn clusters(&self) -> impl Iterator<Item = HostCluster> + '_ {
-        self.references.iter().flat_map(|(&cluster, &times)| (0..times).map(move |_| cluster))
+    /// What has to be over before any of it can be given back.
+    pub(crate) fn first_due(&self) -> Option<Due> {
+        self.waiting.front().map(|batch| batch.due)
     }
 
-    /// What has waited longest.
-    pub(crate) fn first(&self) -> Option<&Free> {
-        self.waiting.front()
-    }
-
-    /// Takes out what may be given back, up to `max` references: clusters, and how many references to each.
+    /// Takes out what may be given back, up to `max` clusters, and how many references to each.
     pub(crate) fn take_ready(
         &mut self,
         durable_cut: u64,
         oldest: Epoch,
         max: usize,
     ) -> Vec<(HostCluster, u64)> {
-        // Both stamps only ever grow along the queue.
-        let ready =
-            self.waiting.iter().take(max).take_while(|free| free.cut <= durable_cut && free.epoch < oldest);
-        let count = ready.count();
-        for free in self.waiting.drain(..count) {
-            *self.taken.entry(free.cluster).or_default() += 1;
+        while let Some(batch) = self.waiting.front_mut()
+            && self.taken.len() < max
+            && batch.due.cut <= durable_cut
+            && batch.due.epoch < oldest
+        {
+            if let Some((cluster, references)) = batch.references.pop_first() {
+                *self.taken.entry(cluster).or_default() += references;
+            }
+            if batch.references.is_empty() {
+                self.waiting.pop_front();
+            }
         }
         self.taken.iter().map(|(&cluster, &references)| (cluster, references)).collect()
     }
@@ -163,11 +205,12 @@ impl Frees {
 mod tests {
     use super::*;
     use crate::epoch::Epochs;
+    use qcow2_format::Clusters;
 
     /// A cluster of the few before it that has not been given back yet, and how many have not.
     fn left(frees: &Frees, before: u64) -> (Option<u64>, usize) {
         let found = frees.find(&(HostCluster(0)..HostCluster(before)));
-        (found.map(|cluster| cluster.0), frees.clusters().count())
+        (found.map(|cluster| cluster.0), frees.references.len() as usize)
     }
 
     #[test]
@@ -176,7 +219,7 @@ mod tests {
         let lane = epochs.register(1);
         epochs.enter(&lane, 0);
         let mut frees = Frees::default();
-        frees.push(Free { cluster: HostCluster(9), cut: 4, epoch: epochs.advance() });
+        frees.push(HostCluster(9).row(1), Due { cut: 4, epoch: epochs.advance() });
         let mut ready = |cut| frees.take_ready(cut, epochs.oldest(), 8);
         assert!(ready(4).is_empty(), "a request that began before the unmap may write to it");
         lane.leave(0);
@@ -195,7 +238,7 @@ mod tests {
         let mut frees = Frees::default();
         let epochs = Epochs::new();
         for cluster in [5, 6, 7, 6].map(HostCluster) {
-            frees.push(Free { cluster, cut: 1, epoch: epochs.advance() });
+            frees.push(cluster.row(1), Due { cut: 1, epoch: epochs.advance() });
         }
         let take = |frees: &mut Frees| -> Vec<(u64, u64)> {
             let ready = frees.take_ready(9, epochs.oldest(), 8);
@@ -220,5 +263,42 @@ mod tests {
         (6..8).for_each(|cluster| frees.given_back(HostCluster(cluster)));
         frees.begin_pass();
         assert!(frees.all_given_back() && !frees.is_unreadable(1));
+    }
+
+    /// Every cluster that was freed while one request hung was an entry of its own, twice: a gibibyte for a
+    /// disk of a tebibyte that was discarded meanwhile.
+    #[test]
+    fn what_waits_for_a_request_that_hangs_takes_memory_by_rows() {
+        const EACH: u64 = 4096;
+        let epochs = Epochs::new();
+        let lane = epochs.register(1);
+        epochs.enter(&lane, 0);
+        let mut frees = Frees::default();
+        let freed = |frees: &mut Frees, cut: u64| {
+            let first = HostCluster(cut * EACH);
+            // The odd ones, then the even ones.
+            for cluster in first.row(EACH).each().filter(|cluster| cluster.0 % 2 == 1) {
+                frees.push(cluster.row(1), Due { cut, epoch: epochs.advance() });
+            }
+            for cluster in first.row(EACH).each().filter(|cluster| cluster.0 % 2 == 0) {
+                frees.push(cluster.row(1), Due { cut, epoch: epochs.advance() });
+            }
+        };
+        (1..=1000).for_each(|cut| freed(&mut frees, cut));
+        let rows: usize = frees.waiting.iter().map(|batch| batch.references.row_count()).sum();
+        assert_eq!((frees.references.row_count(), rows), (1, MAX_BATCHES));
+        assert_eq!((frees.len(), frees.first_due().map(|due| due.cut)), (1000 * EACH, Some(937)));
+        assert!(frees.take_ready(2000, epochs.oldest(), 8).is_empty(), "it still hangs");
+        lane.leave(0);
+        let mut taken = 0;
+        loop {
+            let ready = frees.take_ready(1000, epochs.oldest(), 999);
+            ready.iter().for_each(|&(cluster, _)| frees.given_back(cluster));
+            taken += ready.len() as u64;
+            if ready.is_empty() {
+                break;
+            }
+        }
+        assert!(taken == 1000 * EACH && frees.all_given_back() && frees.first_due().is_none());
     }
 }

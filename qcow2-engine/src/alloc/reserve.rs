@@ -205,7 +205,7 @@ impl<I: Io> Lane<I> {
             match next {
                 Next::Run(run) => return Ok(run),
                 Next::Needs(page) => self.load_refcount_page(page).await?,
-                Next::NeedsRoom(clusters) => self.extend_file(&clusters).await?,
+                Next::NeedsRoom(clusters) => self.make_room(clusters).await?,
                 Next::NeedsCut => self.write_back().await?,
             }
         }
@@ -249,6 +249,27 @@ impl<I: Io> Lane<I> {
                 return;
             }
         }
+    }
+
+    /// Makes the file reach over clusters, and have space for those of them that it came with, too. (Where the
+    /// host cannot allocate ahead they stay as they are.)
+    async fn make_room(&self, clusters: Range<HostCluster>) -> Result<()> {
+        self.extend_file(&clusters).await?;
+        let image = self.image();
+        let found_end = image.meta.lock().space.found_end;
+        let at = image.geometry().host_offset(clusters.start).0;
+        let end = image.geometry().host_offset(clusters.end.min(found_end)).0;
+        if at < end {
+            let file = image.top().file;
+            match self.io().allocate(file, at, end - at).await {
+                Err(error) if error.kind() != IoKind::Unsupported => {
+                    return Err(image.io_error("allocation", file, at, error));
+                }
+                _ => {}
+            }
+        }
+        image.meta.lock().space.room = clusters;
+        Ok(())
     }
 
     /// Makes the file reach the end of the clusters, with space allocated where the host can.

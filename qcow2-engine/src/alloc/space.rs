@@ -33,6 +33,10 @@ pub(crate) struct Space {
     pub(crate) fresh_from: HostCluster,
     /// The file extends at least to this byte.
     pub(crate) file_end: u64,
+    /// Before this cluster the file may have come with holes.
+    pub(crate) found_end: HostCluster,
+    /// Where room was made last: no holes are there.
+    pub(crate) room: Range<HostCluster>,
     /// An extension has failed, and may have gone a part of its way.
     pub(crate) may_be_longer: bool,
 }
@@ -51,7 +55,8 @@ pub(crate) enum Next {
     Run(Run),
     /// Load this refcount page and ask again.
     Needs(u64),
-    /// Make the file reach over these clusters and ask again: refcount blocks and a table are to lie there.
+    /// Make the file reach over these clusters and have space for them, and ask again: refcount blocks and a
+    /// table are to lie there.
     NeedsRoom(Range<HostCluster>),
     /// The redo log is full: carry a cut out and ask again.
     NeedsCut,
@@ -179,6 +184,9 @@ impl Meta {
         let fresh = run.start >= self.space.fresh_from;
         self.space.fresh_from = self.space.fresh_from.max(run.end);
         self.space.cursor = run.end;
+        if run.contains(&self.space.room.start) || self.space.room.contains(&run.start) {
+            self.space.room = Range::default();
+        }
         Ok(fresh)
     }
 
@@ -230,12 +238,15 @@ impl Meta {
         }
     }
 
-    /// What metadata in these clusters needs first, unless the file reaches over them: a flush that had to
-    /// write behind its end would fail where the host has no room.
+    /// What metadata in these clusters needs first, unless the file has space for them: a flush that had to
+    /// write behind its end, or into a hole, would fail where the host has no room.
     fn lacks_room(&self, clusters: Range<HostCluster>) -> Result<Option<Next>> {
         self.check_reach(&clusters)?;
-        let is_in_file = self.geometry.host_offset(clusters.end).0 <= self.space.file_end;
-        Ok((!is_in_file).then_some(Next::NeedsRoom(clusters)))
+        let Space { file_end, found_end, room, .. } = &self.space;
+        let is_in_file = self.geometry.host_offset(clusters.end).0 <= *file_end;
+        let may_be_hole =
+            clusters.start < *found_end && (clusters.start < room.start || room.end < clusters.end);
+        Ok((!is_in_file || may_be_hole).then_some(Next::NeedsRoom(clusters)))
     }
 
     /// Moves the refcount table to a larger place at `base`, the first cluster that it does not

@@ -54,6 +54,11 @@ impl Tally {
         self.references.small.0.contains_key(&chunk_of(first))
     }
 
+    /// One more than the last cluster that has a reference.
+    pub(super) fn end(&self) -> HostCluster {
+        self.references.end()
+    }
+
     /// The chunks in which clusters may have references, in ascending order.
     pub(super) fn chunks(&self) -> Vec<Range<HostCluster>> {
         self.references.chunks()
@@ -125,6 +130,12 @@ impl Counts {
         ((first..end).cluster_count() >= len).then_some(first)
     }
 
+    fn end(&self) -> HostCluster {
+        // A chunk may have none any more.
+        let mut downwards = self.chunks().into_iter().rev().flat_map(|chunk| chunk.each().rev());
+        downwards.find(|&cluster| self.get(cluster) > 0).map_or(HostCluster(0), |last| last + 1)
+    }
+
     fn chunks(&self) -> Vec<Range<HostCluster>> {
         let mut chunks: Vec<_> = self.small.0.keys().copied().collect();
         chunks.sort_unstable();
@@ -174,6 +185,9 @@ mod tests {
         assert_eq!((counts.get(HostCluster(5)), counts.get(HostCluster(6))), ((1 << 40) + 255, 0));
         counts.add(HostCluster(1 << 50), 2);
         assert_eq!(counts.chunks(), [0, 1 << 50].map(|first| HostCluster(first).row(CHUNK)));
+        assert_eq!(counts.end(), HostCluster((1 << 50) + 1));
+        counts.set(HostCluster(1 << 50), 0);
+        assert_eq!(counts.end(), HostCluster(6));
         counts.set(HostCluster(5), 3);
         assert_eq!(counts.get(HostCluster(5)), 3);
     }

@@ -168,8 +168,7 @@ impl Plan {
         let geometry = survey.geometry();
         let snapshot_bytes = snapshots.as_ref().map_or(0, |table| table.bytes.len() as u64);
         let used = survey.blocks_in_use();
-        let counted_end = survey.tally.chunks().last().map_or(HostCluster(0), |chunk| chunk.end);
-        let end = HostCluster(geometry.clusters_for(survey.rules.file_len)).max(counted_end);
+        let end = HostCluster(geometry.clusters_for(survey.rules.file_len)).max(survey.tally.end());
         let behind = geometry.clusters_for(snapshot_bytes);
         let mut clusters = 2 + behind;
         loop {

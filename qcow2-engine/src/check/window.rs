@@ -5,22 +5,23 @@ use super::{findings::Owner, survey::Reference};
 use qcow2_format::{Clusters, HostCluster};
 use std::ops::Range;
 
-/// Clusters that are counted at a time, at the most: 16 MiB of counters, and twice 2 MiB for what is touched
-/// or given to somebody meanwhile, for 1 TiB of a file at 64 KiB clusters. A larger file is surveyed several
+/// Clusters that are counted at a time, at the most: 16 MiB of counters, and twice 1 MiB for what is touched
+/// or given to somebody meanwhile, for 512 GiB of a file at 64 KiB clusters. A larger file is surveyed several
 /// times.
-pub(crate) const MAX_WINDOW: u64 = 16 << 20;
+pub(crate) const MAX_WINDOW: u64 = 8 << 20;
 /// The counters' upper bit: the active mapping has an entry for the cluster that should say whether
 /// it is shared.
-const IS_ACTIVE: u8 = 1 << 7;
-/// A counter that has reached this counts no further, and its cluster is not judged. Enough for all
-/// compressed clusters that usually lie in one.
-const MANY: u8 = IS_ACTIVE - 1;
+const IS_ACTIVE: u16 = 1 << 15;
+/// A counter that has reached this counts no further: of its cluster it is not known whether it has leaked.
+/// Enough for all compressed clusters that fit into one of 2 MiB, and for tens of thousands of snapshots.
+pub(crate) const MANY: u16 = IS_ACTIVE - 1;
 
 /// References to a window of clusters.
 pub(crate) struct Window {
     clusters: Range<HostCluster>,
-    counters: Vec<u8>,
-    /// One more than the highest cluster that anything refers to, inside the window or not.
+    counters: Vec<u16>,
+    /// One more than the highest cluster that anything refers to and the file has to have, inside the window or
+    /// not.
     pub(crate) referred_end: HostCluster,
     /// Bytes of the tables that can be referred to once only. In a sound image they lie side by side.
     pub(super) sole_bytes: u64,
@@ -32,7 +33,7 @@ impl Window {
         Self { clusters, counters, referred_end: HostCluster(0), sole_bytes: 0 }
     }
 
-    /// References found to a cluster; `None` where there are more than are counted.
+    /// References found to a cluster; `None` where there are [`MANY`] or more.
     pub(crate) fn references(&self, cluster: HostCluster) -> Option<u64> {
         let count = self.counter(cluster) & MANY;
         (count < MANY).then_some(count.into())
@@ -52,8 +53,13 @@ impl Window {
         if !is_shared {
             self.sole_bytes = self.sole_bytes.saturating_add(reference.len);
         }
-        self.referred_end = self.referred_end.max(clusters.end);
-        let times = u8::try_from(times).unwrap_or(MANY);
+        let needed_end = match reference.owner {
+            // Its last sectors need not be there.
+            Owner::Compressed => clusters.end.min(clusters.start + 1),
+            _ => clusters.end,
+        };
+        self.referred_end = self.referred_end.max(needed_end);
+        let times = u16::try_from(times).unwrap_or(MANY);
         let inside = clusters.start.max(self.clusters.start)..clusters.end.min(self.clusters.end);
         for cluster in inside.each() {
             let counter = &mut self.counters[(cluster - self.clusters.start) as usize];
@@ -77,7 +83,7 @@ impl Window {
         }
     }
 
-    fn counter(&self, cluster: HostCluster) -> u8 {
+    fn counter(&self, cluster: HostCluster) -> u16 {
         // Beyond the window nothing is known.
         let index = cluster.0.checked_sub(self.clusters.start.0).unwrap_or(u64::MAX);
         self.counters.get(index as usize).copied().unwrap_or(MANY)
@@ -105,10 +111,15 @@ mod tests {
             [10, 11, 12, 9, 20].map(|at| window.references(HostCluster(at))),
             [Some(3), None, Some(0), None, None]
         );
+        window.count(&reference, row(13..14), 254);
+        window.count(&reference, row(13..14), u64::from(MANY) - 255);
+        assert_eq!(window.references(HostCluster(13)), Some(u64::from(MANY) - 1));
+        window.count(&reference, row(13..14), 1);
+        assert_eq!(window.references(HostCluster(13)), None);
         assert!(window.is_active(HostCluster(11)) && !window.is_active(HostCluster(10)));
         window.count(&reference, row(12..13), 1);
         window.mark_active(HostCluster(12));
-        assert_eq!((window.references(HostCluster(12)), window.referred_end.0), (Some(1), 13));
+        assert_eq!((window.references(HostCluster(12)), window.referred_end.0), (Some(1), 14));
     }
 
     #[test]

@@ -45,9 +45,9 @@
 //!    - *A cut under way* while a table is read: of entries that change, the clusters are touched; the
 //!      others are the same bytes in both versions.
 //! 6. **Nothing that has leaked is passed over for good**: a cluster that was touched, and may be counted too
-//!    often all the same, has the window searched again. That is one with fewer references than counts,
-//!    unless it has none, and those that count wait in `frees`, or are of somebody whom it was given a moment
-//!    ago.
+//!    often all the same, has the window searched again, up to four times. That is one with fewer references than
+//!    counts, unless it was free meanwhile. Counts that wait in `frees` are none, and references that have gone
+//!    while they were counted have been seen or have not.
 //! 7. **Nobody is given a leak** before its hole has been punched: it is counted until then.
 //!
 //! Whatever makes no sense ends the search for good: what cannot be decoded, a reference beyond the file, a
@@ -59,8 +59,8 @@
 //! # Bounds
 //!
 //! Memory: [`MAX_WINDOW`]. Time: a step is one read of 16 KiB, or [`SETTLED`] clusters compared, with a rest
-//! before each; the metadata lock is held for [`LOCKED`] counts at a time, and once in [`SETTLED`] while what
-//! waits to be freed is looked through. Requests wait for none of the rests.
+//! before each; the metadata lock is held for [`LOCKED`] counts at a time, and once in [`SETTLED`] for what of
+//! these waits to be freed. Requests wait for none of the rests.
 
 pub(crate) mod watch;
 
@@ -68,7 +68,7 @@ use crate::{
     alloc::refcounts::Count,
     check::{
         live::{self, Counted},
-        window::{MAX_WINDOW, Window},
+        window::{MANY, MAX_WINDOW, Window},
     },
     epoch::Epoch,
     error::Result,
@@ -79,7 +79,7 @@ use crate::{
     order::rules::RuleName,
     reclaim::in_rows,
 };
-use qcow2_format::HostCluster;
+use qcow2_format::{Clusters, HostCluster};
 use std::{collections::HashMap, future::Future, ops::Range, pin::Pin};
 
 /// Rounds over a window, at the most.
@@ -103,7 +103,8 @@ pub struct Reclaimed {
     /// Clusters that are still in use, and were counted too often.
     pub lowered: u64,
     /// Clusters that stay counted too often: a repair would have to change copied flags as well, or
-    /// they were changing all the time.
+    /// they were changing all the time. Also those with more references than are counted, of which it
+    /// is not known.
     pub left: u64,
     /// How it ended.
     pub verdict: Verdict,
@@ -137,11 +138,13 @@ impl From<crate::Error> for Stop {
 struct Found {
     /// Clusters that are counted too often, and the references that they have.
     excess: Vec<(HostCluster, u64)>,
-    /// Clusters that are counted too often and have to stay so.
-    flagged: u64,
-    /// Clusters that may be counted too often, but were touched: one that is in use, and has leaked
+    /// Clusters that are counted too often, or may be, and have to stay so.
+    kept: u64,
+    /// Clusters that are counted too often, but were touched: one that is in use, and has leaked
     /// references as well, may lose the others while it is being judged.
     touched: u64,
+    /// Those that may be, for all that is known: they lost references while these were counted.
+    unclear: u64,
 }
 
 /// Puts the window down when dropped.
@@ -191,8 +194,8 @@ impl<I: Io> Lane<I> {
             rest(pace).await?;
             for round in 1.. {
                 let found = self.search_window(window.clone(), pace, reclaimed).await?;
-                if found.touched == 0 || round == MAX_ROUNDS {
-                    reclaimed.left += found.flagged + found.touched;
+                if found.touched + found.unclear == 0 || round == MAX_ROUNDS {
+                    reclaimed.left += found.kept + found.touched;
                     break;
                 }
                 // What waits to be freed would be touched again.
@@ -216,6 +219,7 @@ impl<I: Io> Lane<I> {
         while !image.epochs.has_passed(epoch) && !image.is_disabled(RuleName::RequestsBeforeSearch) {
             rest(pace).await?;
         }
+        image.meta.lock().watch.begin_counting();
         if !image.is_disabled(RuleName::CutBeforeSearch) {
             self.write_back().await?;
         }
@@ -225,6 +229,7 @@ impl<I: Io> Lane<I> {
             Counted::Stopped => return Err(Stop::Verdict(Verdict::Stopped)),
             Counted::Doubt(reason) => return Err(doubt(&reason)),
         };
+        image.meta.lock().watch.end_counting();
         let mut found = Found::default();
         for row in in_parts(&clusters, SETTLED) {
             rest(pace).await?;
@@ -280,8 +285,9 @@ impl<I: Io> Lane<I> {
                     Count::Needs(page) => return Ok(Count::Needs(page)),
                     Count::Is(Judged::InOrder) => {}
                     Count::Is(Judged::Excess(references)) => found.excess.push((next, references)),
-                    Count::Is(Judged::HasFlag) => found.flagged += 1,
+                    Count::Is(Judged::HasFlag | Judged::Uncounted) => found.kept += 1,
                     Count::Is(Judged::Touched) => found.touched += 1,
+                    Count::Is(Judged::Unclear) => found.unclear += 1,
                     Count::Is(Judged::Lacking { count, references }) => {
                         let at = meta.geometry.host_offset(next).0;
                         return Err(doubt(&format!(
@@ -313,14 +319,18 @@ impl<I: Io> Lane<I> {
 
 /// What is to be done about a cluster.
 enum Judged {
-    /// Nothing: it is counted as often as it is referred to, or there is too much to tell.
+    /// Nothing: it is counted as often as it is referred to.
     InOrder,
-    /// Nothing now: it was touched. But it may be counted too often, and have been so before.
+    /// Nothing now: it was touched. But it is counted too often, and may have been so before.
     Touched,
+    /// The same, but whether it is counted too often is not known either.
+    Unclear,
     /// It is counted too often; so many references are right.
     Excess(u64),
     /// It is counted too often, but the entry that refers to it would have to change as well.
     HasFlag,
+    /// There are more references than are counted, so that it cannot be told.
+    Uncounted,
     /// It is not counted often enough.
     Lacking { count: u64, references: u64 },
 }
@@ -332,15 +342,24 @@ impl Meta {
             Count::Is(count) => count,
         };
         if self.watch.is_touched(cluster) {
-            let is_suspect = match window.references(cluster) {
-                None => false,
-                // Its last references are gone; those that still count are known to wait, or have leaked.
-                Some(0) => !self.watch.is_fresh(cluster) && going.get(&cluster).copied().unwrap_or(0) < count,
-                Some(seen) => seen < count,
-            };
-            return Ok(Count::Is(if is_suspect { Judged::Touched } else { Judged::InOrder }));
+            // It would be no better known in another round.
+            let Some(seen) = window.references(cluster) else { return Ok(Count::Is(Judged::Uncounted)) };
+            // Some of those that were seen are gone; of those that count some are known to wait. What was free
+            // meanwhile had not leaked.
+            let gone = self.watch.gone(cluster);
+            let most = seen.saturating_sub(gone.afterwards);
+            let least = most.saturating_sub(gone.meanwhile);
+            let kept = count.saturating_sub(going.get(&cluster).copied().unwrap_or(0));
+            return Ok(Count::Is(match self.watch.is_fresh(cluster) {
+                false if most < kept => Judged::Touched,
+                false if least < kept => Judged::Unclear,
+                _ => Judged::InOrder,
+            }));
         }
+        let many = u64::from(MANY);
         Ok(Count::Is(match window.references(cluster) {
+            None if count < many => Judged::Lacking { count, references: many },
+            None => Judged::Uncounted,
             Some(references) if references > count => Judged::Lacking { count, references },
             Some(references) if references == count => Judged::InOrder,
             Some(1) if window.is_active(cluster) => Judged::HasFlag,
@@ -348,7 +367,6 @@ impl Meta {
                 let is_metadata = self.territory.owner(cluster).is_some();
                 if is_metadata && references == 0 { Judged::InOrder } else { Judged::Excess(references) }
             }
-            None => Judged::InOrder,
         }))
     }
 }
@@ -361,8 +379,8 @@ impl Image {
     fn going(&self, clusters: &Range<HostCluster>) -> Going {
         let mut going = Going::new();
         let meta = self.meta.lock();
-        for cluster in meta.frees.clusters().filter(|cluster| clusters.contains(cluster)) {
-            *going.entry(cluster).or_default() += 1;
+        for (row, references) in meta.frees.within(clusters.clone()) {
+            going.extend(row.each().map(|cluster| (cluster, references)));
         }
         going
     }
@@ -371,8 +389,8 @@ impl Image {
     fn watch(&self, window: Range<HostCluster>) -> (Watching<'_>, Epoch) {
         let mut meta = self.meta.lock();
         let Meta { watch, frees, lanes, .. } = &mut *meta;
-        watch.begin(window);
-        frees.clusters().for_each(|cluster| watch.unmapped(cluster.row(1)));
+        watch.begin(window.clone());
+        frees.within(window).for_each(|(row, _)| watch.going(row));
         lanes.iter().filter_map(|lane| lane.clusters()).for_each(|extent| watch.reserved(extent));
         (Watching(self), self.epochs.advance())
     }

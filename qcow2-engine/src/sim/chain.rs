@@ -1,45 +1,77 @@
-//! Images over chains of QCOW2 files: longer and shorter than the disk, with other clusters, and with
-//! compressed, plain and zero clusters in them and none.
+//! Images over chains of QCOW2 files: longer and shorter than the disk and than each other, with other
+//! clusters, and with compressed, plain and zero clusters in them and none.
+//!
+//! A file that is shorter than what is over it reads as zeros behind its end. So that it shows where an engine
+//! forgets that, each has content there all the same: in the cluster that its end is in and in those behind
+//! it, and so has the file below it.
 
 use super::{
-    file::SECTOR,
+    file::{SECTOR, sector_bytes},
     mixed::stamps,
     model::{INITIAL, Value},
     workload::{BASE, Below, Fixture, IMAGE, Initial, Maker, Past, SECTORS, Variant},
 };
+use qcow2_format::header;
 use std::{io, ops::Range};
 
 /// The files between the image and the base, the higher one first.
 const MIDDLE: &str = "middle";
 const LOWER: &str = "lower";
-/// The number of the data in the higher one, apart from those of the base and of requests.
+/// The number of the data in the higher one, apart from those of the base and of requests, and in the other.
 const IN_MIDDLE: u32 = 1 << 22;
-/// Its sectors: it ends inside clusters, its own and those of images above it.
-const MIDDLE_SECTORS: usize = SECTORS - 92;
-/// Sectors of a file that is longer than the disk, and of one that is shorter than what is over it.
+const IN_LOWER: u32 = 3 << 21;
+/// Sectors of a file that is longer than the disk. Every file has so many first, and is cut off then.
 const LONG: usize = SECTORS + 30;
-const SHORT: usize = MIDDLE_SECTORS - 29;
 /// Of a compressed file, what is plain, and what is zeros; in whole clusters.
 const PLAIN: Range<usize> = 40..300;
 const ZERO: Range<usize> = 64..88;
-/// What the middle has of its own.
-const DATA: [Range<usize>; 4] = [2..9, 60..61, 126..140, 384..MIDDLE_SECTORS];
+/// What the middle has of its own,
+const DATA: [Range<usize>; 3] = [2..9, 60..61, 126..140];
 const ZEROS: [Range<usize>; 3] = [4..8, 20..36, 248..260];
+/// and the lower one.
+const LOWER_DATA: Range<usize> = 390..LONG;
+
+/// Where the files of a chain end, in sectors: inside clusters or between them, the higher ones first or the
+/// lower ones. Clusters have two sectors in the middle, and four in the others.
+struct Ends {
+    /// The only file below an image, which is compressed.
+    compressed: usize,
+    middle: usize,
+    lower: usize,
+    raw: usize,
+    /// From here on the middle has data of its own.
+    data_from: usize,
+}
+
+impl Ends {
+    /// Those of a variant.
+    fn of(variant: Variant) -> Self {
+        let (compressed, middle, lower, raw, data_from) = match (variant.compat, variant.refcount_bits) {
+            // A longer one would show when an image of version 2 grows, which cannot hide it.
+            ("0.10", _) => (398, 397, 421, LONG, 390),
+            (_, 64) if variant == Variant::SMALL_BLOCKS => (399, 426, 400, 389, 412),
+            (_, 64) => (400, 398, 424, LONG, LONG),
+            _ if variant == Variant::LARGE => (404, 399, 427, LONG, LONG),
+            _ => (LONG, 427, 398, LONG, 412),
+        };
+        Self { compressed, middle, lower, raw, data_from }
+    }
+}
 
 impl Maker {
     /// Makes an image that has nothing of its own, over one QCOW2 file, or over two and a raw one.
     pub(super) fn make_over_chain(&self, variant: Variant, initial: Initial) -> io::Result<Fixture> {
+        let ends = Ends::of(variant);
         let (shown, names) = match initial {
-            // A longer one would show when an image of version 2 grows, which cannot hide it.
-            Initial::OverFile if variant.compat == "0.10" => (self.make_compressed(SHORT)?, vec![BASE]),
-            Initial::OverFile => (self.make_compressed(LONG)?, vec![BASE]),
-            _ => (self.make_middle()?, vec![MIDDLE, LOWER, BASE]),
+            Initial::OverFile => (self.make_compressed(ends.compressed)?, vec![BASE]),
+            _ => (self.make_middle(&ends)?, vec![MIDDLE, LOWER, BASE]),
         };
         let size = (SECTORS * SECTOR).to_string();
         let over = ["-b", names[0], "-F", "qcow2", IMAGE, &size];
         self.qemu_img(&[&["create", "-f", "qcow2", "-o", &variant.options()], &over[..]].concat())?;
         let mut content = shown.clone();
         content.resize(SECTORS, Value::Zero);
+        self.check_content(&content)?;
         let read =
             |&name: &&'static str| Ok(Below { name, bytes: std::fs::read(self.directory.join(name))? });
         Ok(Fixture {
@@ -57,9 +89,20 @@ impl Maker {
         })
     }
 
+    /// What QEMU reads of the image is what it is said to hold.
+    fn check_content(&self, content: &[Value]) -> io::Result<()> {
+        self.qemu_img(&["convert", "-f", "qcow2", "-O", "raw", IMAGE, "shown"])?;
+        let found = std::fs::read(self.directory.join("shown"))?;
+        let wrong = found.chunks(SECTOR).zip(content).position(|(found, value)| found != value.bytes());
+        match wrong {
+            None if found.len() == content.len() * SECTOR => Ok(()),
+            wrong => Err(io::Error::other(format!("QEMU reads something else in sector {wrong:?}"))),
+        }
+    }
+
     /// A file that is compressed but for some clusters. Returns what it holds.
-    fn make_compressed(&self, sectors: usize) -> io::Result<Vec<Value>> {
-        let mut content: Vec<_> = stamps(INITIAL, 0..sectors).collect();
+    fn make_compressed(&self, end: usize) -> io::Result<Vec<Value>> {
+        let mut content: Vec<_> = stamps(INITIAL, 0..LONG).collect();
         self.put("raw", &content)?;
         let to_qcow2 = ["-O", "qcow2", "-o", "cluster_size=2048", "raw", BASE];
         self.qemu_img(&[&["convert", "-c", "-f", "raw"], &to_qcow2[..]].concat())?;
@@ -67,35 +110,61 @@ impl Maker {
         self.change(BASE, "write -s part", &PLAIN)?;
         self.change(BASE, "write -z", &ZERO)?;
         content[ZERO].fill(Value::Zero);
+        self.cut_off(BASE, end)?;
+        content.truncate(end);
         Ok(content)
     }
 
     /// The upper two files of a chain, over a raw one. Returns what they show.
-    fn make_middle(&self) -> io::Result<Vec<Value>> {
-        let mut shown: Vec<_> = stamps(INITIAL, 0..SHORT).collect();
+    fn make_middle(&self, ends: &Ends) -> io::Result<Vec<Value>> {
+        let mut shown: Vec<_> = stamps(INITIAL, 0..ends.raw).collect();
         self.put(BASE, &shown)?;
-        let size = (SHORT * SECTOR).to_string();
-        self.overlay(LOWER, 2048, &[BASE, "raw"], &size)?;
-        self.change(LOWER, "write -z", &ZERO)?;
-        shown[ZERO].fill(Value::Zero);
-        let size = (MIDDLE_SECTORS * SECTOR).to_string();
-        self.overlay(MIDDLE, 1024, &[LOWER, "qcow2"], &size)?;
-        shown.resize(MIDDLE_SECTORS, Value::Zero);
-        for sectors in DATA {
-            let data: Vec<_> = stamps(IN_MIDDLE, sectors.clone()).collect();
-            self.put("part", &data)?;
-            self.change(MIDDLE, "write -s part", &sectors)?;
-            shown[sectors].copy_from_slice(&data);
-        }
-        for sectors in ZEROS {
-            self.change(MIDDLE, "write -z", &sectors)?;
-            shown[sectors].fill(Value::Zero);
-        }
+        self.overlay(LOWER, 2048, &[BASE, "raw"])?;
+        shown.resize(LONG, Value::Zero);
+        self.fill(LOWER, IN_LOWER, &[LOWER_DATA], &[ZERO], &mut shown)?;
+        self.cut_off(LOWER, ends.lower)?;
+        shown[ends.lower..].fill(Value::Zero);
+        self.overlay(MIDDLE, 1024, &[LOWER, "qcow2"])?;
+        let behind = ends.data_from..LONG;
+        let data: Vec<_> = DATA.into_iter().chain([behind]).collect();
+        self.fill(MIDDLE, IN_MIDDLE, &data, &ZEROS, &mut shown)?;
+        self.cut_off(MIDDLE, ends.middle)?;
+        shown.truncate(ends.middle);
         Ok(shown)
     }
 
-    fn overlay(&self, name: &str, cluster: usize, over: &[&str; 2], size: &str) -> io::Result<()> {
-        let options = format!("cluster_size={cluster}");
-        self.qemu_img(&["create", "-f", "qcow2", "-o", &options, "-b", over[0], "-F", over[1], name, size])
+    /// Writes data and zeros into a file of a chain, which then is `shown`.
+    fn fill(
+        &self,
+        file: &str,
+        request: u32,
+        data: &[Range<usize>],
+        zeros: &[Range<usize>],
+        shown: &mut [Value],
+    ) -> io::Result<()> {
+        for sectors in data.iter().filter(|sectors| !sectors.is_empty()) {
+            let data: Vec<_> = stamps(request, sectors.clone()).collect();
+            self.put("part", &data)?;
+            self.change(file, "write -s part", sectors)?;
+            shown[sectors.clone()].copy_from_slice(&data);
+        }
+        for sectors in zeros {
+            self.change(file, "write -z", sectors)?;
+            shown[sectors.clone()].fill(Value::Zero);
+        }
+        Ok(())
+    }
+
+    /// Has a file say that its disk ends here. What it has behind that stays.
+    fn cut_off(&self, file: &str, end: usize) -> io::Result<()> {
+        let path = self.directory.join(file);
+        let mut bytes = std::fs::read(&path)?;
+        bytes[header::SIZE_OFFSET as usize..][..8].copy_from_slice(&sector_bytes(end).to_be_bytes());
+        std::fs::write(path, bytes)
+    }
+
+    fn overlay(&self, name: &str, cluster: usize, over: &[&str; 2]) -> io::Result<()> {
+        let (options, size) = (format!("cluster_size={cluster}"), sector_bytes(LONG).to_string());
+        self.qemu_img(&["create", "-f", "qcow2", "-o", &options, "-b", over[0], "-F", over[1], name, &size])
     }
 }

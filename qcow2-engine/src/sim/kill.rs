@@ -99,6 +99,7 @@ impl Life<'_> {
             totals: &mut *self.totals,
             judged: (u64::MAX, 0),
             tried: 0,
+            thorough: self.thorough,
             memo: oracle::Memo::default(),
             held_back: HeldBack::Nothing,
             redo: moment.redo,

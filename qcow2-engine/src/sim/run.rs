@@ -133,8 +133,11 @@ const EXTENT_CLUSTERS: u64 = 8;
 const PATIENCE: u64 = 100;
 /// Crash states of a life up to which every moment is judged, and how many moments there are to one that is
 /// judged after that: a long life's moments are much alike, and many lives find more than long ones.
-const THOROUGH: u64 = 600;
-const SAMPLED: u64 = 6;
+const THOROUGH: u64 = 60;
+const SAMPLED: u64 = 24;
+/// One life in this many is judged so closely up to so many states.
+const CLOSE_SHARE: u64 = 10;
+const CLOSE: u64 = 600;
 /// Rounds of polling without progress, at the most, before a case counts as a hang.
 const MAX_STEPS: u64 = 200_000;
 /// Rounds of polling between two operations of the disk, at the most.
@@ -158,8 +161,9 @@ pub(super) struct Life<'a> {
     pub(super) totals: &'a mut Totals,
     /// The last state that was judged: the disk's version and the model's time.
     pub(super) judged: (u64, u64),
-    /// Crash states that were tried.
+    /// Crash states that were tried, and up to how many of them every moment is judged.
     pub(super) tried: u64,
+    pub(super) thorough: u64,
     pub(super) memo: oracle::Memo,
     /// As in [`Case`].
     pub(super) held_back: HeldBack,
@@ -247,11 +251,13 @@ fn serve(mut life: Life<'_>, requests: &[Vec<Request>], case: &Case) -> Result<(
 
 impl<'a> Life<'a> {
     pub(super) fn new(fixture: &'a Fixture, seed: u64, totals: &'a mut Totals) -> Self {
+        let mut rng = Rng::new(seed);
         Self {
             fixture,
             disk: fixture.disk(&fixture.image),
             model: Rc::new(RefCell::new(Model::new(&fixture.content))),
-            rng: Rng::new(seed),
+            thorough: if rng.below(CLOSE_SHARE) == 0 { CLOSE } else { THOROUGH },
+            rng,
             totals,
             judged: (u64::MAX, 0),
             tried: 0,
@@ -377,17 +383,22 @@ impl<'a> Life<'a> {
         if std::mem::replace(&mut self.judged, moment) == moment {
             return Ok(());
         }
-        if self.tried > THOROUGH && self.rng.below(SAMPLED) != 0 {
+        if self.tried > self.thorough && self.rng.below(SAMPLED) != 0 {
             return Ok(());
         }
         let told = &self.told;
         let judge = Judge::of(self.fixture, &model, &self.memo, self.standing.as_ref(), told.is_marked());
         let (totals, tried, rng) = (&mut *self.totals, &mut self.tried, &mut self.rng);
+        let mut known = HashSet::new();
         self.disk.look(0, |file, in_flight| {
             states::for_each(file, in_flight, rng, |crashed| {
                 totals.states += 1;
                 *tried += 1;
                 totals.images.insert(crashed.hash);
+                if !known.insert(crashed.hash) {
+                    // Several ways lead to the same bytes, at the same moment.
+                    return Ok(());
+                }
                 let findings = judge.judge(crashed.bytes)?;
                 totals.worst_leaks = totals.worst_leaks.max(findings.leaks);
                 Ok(())
@@ -467,13 +478,16 @@ impl<'a> Life<'a> {
         Ok(!has_failed.get())
     }
 
-    /// Judges the file as it is; also whether all of it is durable.
+    /// Judges the file as it is; also whether all of it is durable. A hole need not be: of a cluster that nobody
+    /// refers to, and whose count could not be lowered, nobody misses it.
     pub(super) fn judge_file(&self) -> Result<(oracle::Findings, bool), String> {
         let model = self.model.borrow();
         let told = &self.told;
         let judge = Judge::of(self.fixture, &model, &self.memo, self.standing.as_ref(), told.is_marked());
         self.disk.look(0, |file, in_flight| {
-            let is_durable = file.pending.is_empty() && in_flight.is_empty();
+            let completed = file.pending.iter().map(|(_, change)| change);
+            let is_durable =
+                completed.chain(&in_flight).all(|change| matches!(change, super::file::Change::Punch { .. }));
             Ok::<_, String>((judge.judge(&file.current)?, is_durable))
         })
     }
