@@ -269,7 +269,7 @@ mod tests {
     /// disk of a tebibyte that was discarded meanwhile.
     #[test]
     fn what_waits_for_a_request_that_hangs_takes_memory_by_rows() {
-        const EACH: u64 = 4096;
+        const EACH: u64 = 64;
         let epochs = Epochs::new();
         let lane = epochs.register(1);
         epochs.enter(&lane, 0);
