@@ -11,6 +11,7 @@ use crate::{
     lane::Lane,
     meta::Meta,
     order::rules::{Page, Rule},
+    owner::Owner,
     redo::Record,
     territory::Conflict,
 };
@@ -266,11 +267,15 @@ impl Image {
 
     /// What an entry named is going to be freed: it must not be metadata, and in the file. Of compressed data
     /// that goes for where it begins: a descriptor counts whole sectors, of which the last need not be there.
+    /// Data that is also counted as somebody else's may be a snapshot's L2 table, which is what a repair makes
+    /// of it: the table stays as it is, and loses a reference, as long as it has another one.
     fn check_replaced(&self, meta: &Meta, guest: u64, old: Mapping) -> Result<()> {
         let named = self.referred_by(old);
+        let is_shared = matches!(old, Mapping::Data { copied: false, .. });
         let is_rest = |cluster| matches!(old, Mapping::Compressed(_)) && cluster > named.start;
         let conflict = |cluster| match meta.territory.conflict(cluster)? {
             Conflict::BeyondFile if is_rest(cluster) => None,
+            Conflict::Holds(Owner::L2) if is_shared && meta.territory.is_snapshots_l2(cluster) => None,
             conflict => Some((cluster, conflict)),
         };
         match named.clone().each().find_map(conflict) {

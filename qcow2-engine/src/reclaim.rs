@@ -93,7 +93,9 @@ impl<I: Io> Lane<I> {
                 continue;
             }
             match self.refcount(cluster).await {
-                Ok(count) if count < gone => return Err(self.image().too_low(cluster, count)),
+                Ok(count) if count < gone + self.image().held(cluster) => {
+                    return Err(self.image().too_low(cluster, count));
+                }
                 Ok(count) => {
                     counted.push((cluster, gone));
                     unused.extend((count == gone).then_some(cluster));
@@ -159,12 +161,18 @@ impl<I: Io> Lane<I> {
 
 impl Image {
     /// The image came with a wrong count: what it counts may be in use elsewhere, too.
+    /// References to a cluster that no mapping of a guest's has: what live metadata is in it is to stay.
+    fn held(&self, cluster: HostCluster) -> u64 {
+        let is_metadata = || self.meta.lock().territory.owner(cluster).is_some();
+        u64::from(self.sieve.suspects(cluster) && is_metadata())
+    }
+
     fn too_low(&self, cluster: HostCluster, value: u64) -> Error {
         Error::Refcount {
             file: Arc::clone(&self.top().name),
             at: self.geometry().host_offset(cluster).0,
             value,
-            reason: "fewer than the references to it that are given back".into(),
+            reason: "fewer than there are references to it".into(),
         }
     }
 

@@ -199,6 +199,11 @@ impl Territory {
             .or_else(|| overlaps(&self.snapshot_l1s, &cluster.row(1)).then_some(Owner::SnapshotL1))
     }
 
+    /// Whether a cluster is an L2 table, and not of the active mapping.
+    pub(crate) fn is_snapshots_l2(&self, cluster: HostCluster) -> bool {
+        self.snapshot_l2s.binary_search(&cluster).is_ok() && !self.l2_tables.contains(&cluster)
+    }
+
     /// Why a guest's cluster cannot be at `cluster`.
     pub(crate) fn conflict(&self, cluster: HostCluster) -> Option<Conflict> {
         let holds = self.owner(cluster).map(Conflict::Holds);

@@ -422,12 +422,26 @@ fn the_tables_of_snapshots_are_not_written_freed_or_replaced() {
         let guest = 9 * parts.cluster();
         let table = parts.word(parts.snapshot_l1()) & damaged::OFFSET;
         assert_ne!(table, parts.l2_table(0));
-        for entry in [table | COPIED, table] {
-            let mut damaged = parts.clone();
-            damaged.set(parts.l2_entry(guest), entry);
-            for request in [Request::Write(guest), Request::Discard(guest), Request::Zero(guest)] {
-                refused(&format!("{request:?}"), &damaged, request, "in use as L2 table");
-            }
+        let mut damaged = parts.clone();
+        damaged.set(parts.l2_entry(guest), table | COPIED);
+        for request in [Request::Write(guest), Request::Discard(guest), Request::Zero(guest)] {
+            refused(&format!("{request:?}"), &damaged, request, "in use as L2 table");
+        }
+        // Shared data is copied, and loses a reference, which here is the snapshot's.
+        damaged.set(parts.l2_entry(guest), table);
+        for request in [Request::Write(guest), Request::Discard(guest), Request::Zero(guest)] {
+            let files = MemFiles::default();
+            files.put(IMAGE, damaged.bytes.clone());
+            let lane = Lane::new(&open(&files, false).expect("opened"), files.clone(), 8);
+            carry_out(&lane, request, parts.cluster()).expect("the table is not touched");
+            let told = run(lane.close()).expect_err("the count is too low").to_string();
+            assert!(told.contains("fewer than there are references"), "{request:?}: {told}");
+            let after = files.get(IMAGE).expect("kept");
+            let place = table as usize..(table + parts.cluster()) as usize;
+            assert!(after[place.clone()] == damaged.bytes[place], "{request:?}: the table was changed");
+            let mut counted = Parts::of(after.clone());
+            counted.set_count(table, 1);
+            assert!(counted.bytes == after, "{request:?}: it was freed");
         }
     });
     for options in SHAPES {
