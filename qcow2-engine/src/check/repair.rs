@@ -100,13 +100,13 @@ pub(super) async fn run(
     // hidden is not said to have one owner.
     let Findings { leaks, corruptions, wrong_flags, .. } = survey.findings;
     let may_set = repair == Repair::All || corruptions == wrong_flags && leaks + wrong_flags > 0;
-    if may_set && !survey.doubts.hides_references {
-        survey.forget_counts();
-        if repair != Repair::All {
-            edit_tables(file, &mut survey, Pass::UnsetCopied).await?;
-        }
-        edit_tables(file, &mut survey, Pass::SetCopied).await?;
-        file.barrier(RuleName::RepairBeforeMark).await?;
+    if !may_set {
+        return Ok(refused);
+    }
+    if !survey.doubts.hides_references {
+        correct_flags(file, &mut survey, repair).await?;
+    } else if wrong_flags > 0 {
+        refused.push("copied flags that are missing are left so: damaged tables may hide references");
     }
     Ok(refused)
 }
@@ -117,6 +117,16 @@ impl Survey {
         let blocks = std::mem::take(&mut self.on_disk.blocks);
         self.on_disk = CountsOnDisk::new(self.rules.geometry, blocks);
     }
+}
+
+/// Has the copied flags follow from the counts.
+async fn correct_flags(file: &mut ImageFile<'_, impl Io>, survey: &mut Survey, repair: Repair) -> Result<()> {
+    survey.forget_counts();
+    if repair != Repair::All {
+        edit_tables(file, survey, Pass::UnsetCopied).await?;
+    }
+    edit_tables(file, survey, Pass::SetCopied).await?;
+    file.barrier(RuleName::RepairBeforeMark).await
 }
 
 /// Makes the counts agree with the references, in one direction.
