@@ -160,13 +160,13 @@ impl<I: Io> Lane<I> {
 }
 
 impl Image {
-    /// The image came with a wrong count: what it counts may be in use elsewhere, too.
     /// References to a cluster that no mapping of a guest's has: what live metadata is in it is to stay.
     fn held(&self, cluster: HostCluster) -> u64 {
         let is_metadata = || self.meta.lock().territory.owner(cluster).is_some();
         u64::from(self.sieve.suspects(cluster) && is_metadata())
     }
 
+    /// The image came with a wrong count: what it counts may be in use elsewhere, too.
     fn too_low(&self, cluster: HostCluster, value: u64) -> Error {
         Error::Refcount {
             file: Arc::clone(&self.top().name),

@@ -194,7 +194,7 @@ impl Territory {
         let area = self.areas.iter().find(|area| area.clusters.contains(&cluster)).map(|area| area.owner);
         let in_set = |set: &HashSet<HostCluster>, owner| set.contains(&cluster).then_some(owner);
         area.or_else(|| in_set(&self.l2_tables, Owner::L2))
-            .or_else(|| self.snapshot_l2s.binary_search(&cluster).is_ok().then_some(Owner::L2))
+            .or_else(|| self.is_snapshots_l2(cluster).then_some(Owner::L2))
             .or_else(|| in_set(&self.refcount_blocks, Owner::RefcountBlock))
             .or_else(|| overlaps(&self.snapshot_l1s, &cluster.row(1)).then_some(Owner::SnapshotL1))
     }

@@ -308,7 +308,7 @@ fn until_the_end(
             return Ok(Ok(()));
         }
         match write_back() {
-            Err(error @ DeviceError::StillWriting(_)) if end == End::Asked => go_on(&error),
+            Err(error) if end == End::Asked && error.is_late() => go_on(&error),
             written => return Ok(written.map_err(ServeError::from)),
         }
     }
@@ -417,7 +417,7 @@ mod tests {
     /// device was stopped all the same, which lost it.
     #[test]
     fn a_device_stays_that_is_not_written_back_in_time_unless_it_is_to_go_all_the_same() {
-        let late = || Err(DeviceError::StillWriting(String::new()));
+        let late = || Err(DeviceError::Late { path: PathBuf::new(), limit: Duration::ZERO });
         let failed = || Err(DeviceError::PartScan);
         let ended = |ends: &[End], outcomes: Vec<Result<(), DeviceError>>| {
             let (mut ends, mut outcomes) = (ends.iter(), outcomes.into_iter());

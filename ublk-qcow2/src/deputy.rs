@@ -25,12 +25,7 @@
 
 #![allow(unsafe_code, reason = "fork")]
 
-use crate::{
-    control::Control,
-    detach,
-    device::{self, DeviceError},
-    partitions, safety, wait,
-};
+use crate::{control::Control, detach, device, partitions, safety, wait};
 use nix::{
     sys::signal::SigSet,
     unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, fork},
@@ -118,10 +113,8 @@ impl Deputy {
             serve(socket, |job, id| match (job, &mut control) {
                 (Job::Scan, _) => partitions::scan(device::block_path(id)).map_err(Undone::failed),
                 (Job::CheckUnclaimed, _) => device::check_unclaimed(id).map_err(Undone::failed),
-                (Job::WriteBack, _) => device::write_back(id).map_err(|error| Undone {
-                    is_late: matches!(error, DeviceError::Late { .. }),
-                    text: error.to_string(),
-                }),
+                (Job::WriteBack, _) => device::write_back(id)
+                    .map_err(|error| Undone { is_late: error.is_late(), text: error.to_string() }),
                 (Job::SyncEverything, _) => device::sync_everything(id).map_err(Undone::failed),
                 (Job::Stop, Ok(control)) => device::unless_gone(control.stop(id)).map_err(Undone::failed),
                 (Job::Stop, Err(error)) => Err(Undone::failed(error)),

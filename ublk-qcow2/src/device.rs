@@ -60,12 +60,14 @@ pub(crate) enum DeviceError {
         "the kernel has not written within {} s what it has in memory for {}", .limit.as_secs(), .path.display()
     )]
     Late { path: PathBuf, limit: Duration },
-    /// The same, from somebody who waited in our stead.
-    #[error("{0}")]
-    StillWriting(String),
 }
 
 impl DeviceError {
+    /// Whether only the time is up, and the kernel still writes.
+    pub(crate) fn is_late(&self) -> bool {
+        matches!(self, Self::Late { .. } | Self::Deputy(DeputyError::Late(_) | DeputyError::Silent))
+    }
+
     /// Whether there is no such device, or not one of ours that could be recovered.
     pub(crate) fn is_of_none_of_ours(&self) -> bool {
         matches!(self, Self::NotOurs { .. }) || self.refusal() == Some(libc::ENODEV)
@@ -258,13 +260,7 @@ impl Device {
         if unclaimed.is_ok() && !self.is_recoverable() {
             return Ok(());
         }
-        let written = self.have(deputy, Job::WriteBack, write_back).map_err(|error| match error {
-            late @ (DeviceError::Late { .. }
-            | DeviceError::Deputy(DeputyError::Late(_) | DeputyError::Silent)) => {
-                DeviceError::StillWriting(late.to_string())
-            }
-            error => error,
-        });
+        let written = self.have(deputy, Job::WriteBack, write_back);
         let Err(error) = unclaimed else { return written };
         tracing::warn!("{error}, and is taken from under its users: what they write from now on is lost");
         let synced = self.have(deputy, Job::SyncEverything, sync_everything);

@@ -1,8 +1,8 @@
 //! Processes that somebody signals or waits for who did not start them.
 //!
 //! `del` asks a server to stop, and returns when nothing is left that holds an image's file system: that server
-//! and its supervisor, wherever they were started. The kernel gives the numbers of processes out again, hence each is known by
-//! the moment of its birth too.
+//! and its supervisor, wherever they were started. The kernel gives the numbers of processes out again, hence
+//! each is known by the moment of its birth too.
 
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},

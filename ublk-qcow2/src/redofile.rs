@@ -13,10 +13,10 @@
 //!
 //! Its supervisor sees a server die: it notes how the image was left, when what the server had begun has ended
 //! too ([`note_end`]): how long the file is and when it was modified, or how much this host has written to the
-//! block device. That is how it must be found. Where nobody saw
-//! the death it must not have been modified later than the last note, and a few seconds for what came after
-//! that. When it was last modified would not do for such notes: who then modifies it for the first time in a
-//! while, with a request or by a replay, may be killed before it can note that.
+//! block device. That is how it must be found. Where nobody saw the death it must not have been modified later
+//! than the last note, and a few seconds for what came after that. When it was last modified would not do for
+//! such notes: who then modifies it for the first time in a while, with a request or by a replay, may be killed
+//! before it can note that.
 //!
 //! This cannot tell: changes within one tick of the clock that the file system keeps its times by (2 s on some,
 //! mostly milliseconds); a file whose times somebody has set back; what is written to a block device by another
@@ -142,7 +142,7 @@ impl RedoFile {
 
     /// Makes sure that the image is still the file that the dead server had open.
     pub(crate) fn check_same(&self, image: &Path) -> Result<(), RedoFileError> {
-        let (noted, now) = (self.map.witness(), self.look_at_left(image)?.identity);
+        let (noted, now) = (self.map.witness(), self.identify(image)?);
         // One that was killed before it could look has noted nothing.
         if noted.identity.inode == 0 || now == noted.identity {
             return Ok(());
@@ -150,13 +150,13 @@ impl RedoFile {
         Err(RedoFileError::Replaced { image: image.to_owned(), log: self.path.clone() })
     }
 
-    /// The image as its dead server has left it.
-    fn look_at_left(&self, image: &Path) -> Result<Seen, RedoFileError> {
-        look_at(image).map_err(|error| match error {
-            RedoFileError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound => {
+    /// Which file is there now under the name of the dead server's.
+    fn identify(&self, image: &Path) -> Result<Identity, RedoFileError> {
+        witness::identify(image).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => {
                 RedoFileError::Gone { image: image.to_owned(), log: self.path.clone(), source }
             }
-            error => error,
+            _ => cannot_look_at(image, source),
         })
     }
 

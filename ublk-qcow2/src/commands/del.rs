@@ -15,8 +15,7 @@ use crate::{
     control::Control,
     crew::FORCING_SENT,
     daemon::{self, ServeError},
-    device::{self, DeviceError},
-    orphans,
+    device, orphans,
     processes::Process,
     runfile::{self, Entry, Phase, Record, Refusal, RunFile, TakeOverError},
     wait,
@@ -268,7 +267,7 @@ fn delete_foreign(id: u32, users: Users) -> Result<(), CommandError> {
     // Where nobody answers, what the kernel has is lost, or it would wait for ever.
     if device::is_live(&info) && Process::with(info.ublksrv_pid).is_ok_and(|server| server.lives()) {
         match (device::write_back(id), users) {
-            (Err(late @ DeviceError::Late { .. }), Users::Spared) => {
+            (Err(late), Users::Spared) if late.is_late() => {
                 return Err(CommandError::NotWritten { id, reason: late.to_string() });
             }
             (written, Users::Spared) => written.unwrap_or_else(|error| tracing::warn!("{error}")),

@@ -29,6 +29,7 @@ const END_WAIT: Duration = Duration::from_secs(2);
 const LOCK_WAIT: Duration = Duration::from_secs(10);
 /// Between two attempts to lock the image.
 const LOCK_PAUSE: Duration = Duration::from_millis(10);
+
 /// What is seen of an image file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Seen {
@@ -120,6 +121,11 @@ pub(super) fn open_to_look(image: &Path) -> Result<File, RedoFileError> {
 
 fn open_path(image: &Path) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_PATH).open(image)
+}
+
+/// Which file it is, without a look at its state.
+pub(super) fn identify(image: &Path) -> io::Result<Identity> {
+    Ok(Identity::of(&open_path(image)?.metadata()?))
 }
 
 pub(super) fn look_at(image: &Path) -> Result<Seen, RedoFileError> {

@@ -36,11 +36,7 @@ pub(crate) enum InUse {
 /// Refuses an image that a server of this program has open: two writers destroy it, and a reader would see
 /// it half-written. Also one that waits for another server.
 pub(crate) fn refuse_served(image: &Path) -> Result<(), InUse> {
-    let users = users_of(image);
-    if let Some(Entry { record: Record { id, .. }, .. }) = users.iter().find(|entry| entry.is_alive) {
-        return Err(InUse::Served { image: image.to_owned(), id: *id });
-    }
-    refuse_awaited_by(&users, image)
+    refuse_users(&users_of(image), image, |_| true)
 }
 
 /// Refuses an image whose server has died and is to be replaced: what that had acknowledged is not in it, and
@@ -59,14 +55,17 @@ pub(crate) fn refuse_changed_by_others(files: &[PathBuf], cookie: u64) -> Result
         users.retain(|entry| entry.record.cookie != cookie);
         users
     };
-    let look = || files.iter().try_for_each(|file| refuse_writers_among(&others(file), file));
+    let look = || {
+        files.iter().try_for_each(|file| refuse_users(&others(file), file, |record| !record.config.read_only))
+    };
     let may_leave = |found: &_| matches!(found, Err(InUse::Served { .. }));
     wait::patiently(LEAVING_WAIT, LEAVING_PAUSE, may_leave, look)
 }
 
-fn refuse_writers_among(users: &[Entry], file: &Path) -> Result<(), InUse> {
-    let writes = |entry: &&Entry| entry.is_alive && !entry.record.config.read_only;
-    if let Some(Entry { record: Record { id, .. }, .. }) = users.iter().find(writes) {
+/// Refuses a file that one of these serves who is in the way, or that waits for another server.
+fn refuse_users(users: &[Entry], file: &Path, is_in_the_way: impl Fn(&Record) -> bool) -> Result<(), InUse> {
+    let disturbs = |entry: &&Entry| entry.is_alive && is_in_the_way(&entry.record);
+    if let Some(Entry { record: Record { id, .. }, .. }) = users.iter().find(disturbs) {
         return Err(InUse::Served { image: file.to_owned(), id: *id });
     }
     refuse_awaited_by(users, file)
