@@ -1,12 +1,12 @@
 //! What the ring has registered besides the image's files: descriptors, buffers of ours whose pages it holds,
 //! and buffers of the kernel's.
 
-use super::{Known, Target, Uring, entry_for, submit::Prepared};
+use super::{Inner, Target, Uring, entry_for, operations::Known, submit::Prepared};
 use crate::io::{Buf, FileId};
 use io_uring::{opcode, squeue};
 use std::{
     io,
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::{AsRawFd, BorrowedFd, RawFd},
 };
 
 /// A part of a buffer that the kernel puts into the ring's table itself, for as long as it likes: the pages
@@ -33,6 +33,13 @@ impl Registered<'_> {
     #[must_use]
     pub fn target(&self) -> Target {
         self.slot.map_or(Target::Fd(self.fd.as_raw_fd()), Target::Fixed)
+    }
+}
+
+impl Inner {
+    /// Puts `fd` (-1: nothing) into the ring's table of files. Returns whether that worked.
+    pub(super) fn update_file_slot(&self, slot: u32, fd: RawFd) -> bool {
+        self.ring.borrow().submitter().register_files_update(slot, &[fd]).is_ok()
     }
 }
 

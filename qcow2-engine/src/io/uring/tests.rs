@@ -4,7 +4,7 @@ use super::{
 };
 use crate::{
     exec::{Executor, block_on},
-    io::{Access, Storage, files::Caching},
+    io::{Access, FileId, Io, Storage, files::Caching},
 };
 use std::{fs::File, os::unix::fs::MetadataExt, path::PathBuf, task::Waker};
 
