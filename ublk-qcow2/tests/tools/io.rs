@@ -1,0 +1,155 @@
+//! What sessions of `io` leave behind, however they end.
+
+use super::*;
+
+#[test]
+fn io_fails_where_qemu_io_fails() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path: PathBuf = directory.path().into();
+    succeeds(ours(&path, &["create", "-q", "image.qcow2", "1M"]));
+    for (commands, expected) in [
+        (&["write -P 5 0 4k", "read -P 5 0 4k"][..], 0),
+        (&["read -P 6 0 4k"], 1),
+        (&["read -P 5 -s 1 -l 100 100 1k"], 0),
+        (&["read 1M 1"], 1),
+        (&["nonsense", "read 0 1"], 1),
+        (&["quit", "nonsense"], 0),
+        (&["sleep 1", "length", "flush"], 0),
+    ] {
+        let args: Vec<_> = commands.iter().flat_map(|command| ["-c", *command]).collect();
+        let said = ours(&path, &[&["io"][..], &args, &["image.qcow2"]].concat());
+        assert_eq!(code(&said), expected, "{commands:?}: {}", text(&said));
+        let theirs = run("qemu-io", &path, &[&["-f", "qcow2"][..], &args, &["image.qcow2"]].concat());
+        assert_eq!(code(&theirs), expected, "{commands:?}: {}", text(&theirs));
+    }
+    // qemu-io prints it and exits with 0; here a failure is one wherever it happens.
+    for commands in [&["-c", "aio_read -P 6 0 4k", "-c", "aio_flush"][..], &["-c", "aio_read -P 6 0 4k"]] {
+        let said = ours(&path, &[&["io"][..], commands, &["image.qcow2"]].concat());
+        assert_eq!(code(&said), 1, "{}", text(&said));
+        assert!(
+            text(&said).contains("Pattern verification failed at offset 0, 4096 bytes"),
+            "{}",
+            text(&said)
+        );
+    }
+    let refused = ours(&path, &["io", "-r", "-c", "write 0 512", "image.qcow2"]);
+    assert_eq!(code(&refused), 1);
+    assert!(text(&refused).contains("read-only"), "{}", text(&refused));
+}
+
+/// `write -s FILE` read the whole file: one without an end until there was no memory left.
+#[test]
+fn a_file_to_write_from_may_be_longer_than_the_request() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    succeeds(ours(path, &["create", "-q", "image.qcow2", "1M"]));
+    let bounded = "ulimit -v 4194304 && exec \"$@\"";
+    let commands = ["-c", "write -P 7 0 8k", "-c", "write -s /dev/zero 0 4k", "-c", "read -P 0 0 4k"];
+    succeeds(run(
+        "sh",
+        path,
+        &[&["-c", bounded, "sh", OURS, "io"][..], &commands, &["image.qcow2"]].concat(),
+    ));
+}
+
+/// Zeros at odd offsets allocated a cluster where nothing was allocated.
+#[test]
+fn zeros_over_nothing_allocate_nothing() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    succeeds(ours(path, &["create", "-q", "image.qcow2", "1M"]));
+    let commands = [
+        "write -z 3 1",
+        "write -z 1000 100",
+        "write -z -u 65535 65538",
+        "write -P 7 200k 1k",
+        "write -z 205000 3",
+    ];
+    let args: Vec<_> = commands.iter().flat_map(|command| ["-c", *command]).collect();
+    succeeds(ours(path, &[&["io"][..], &args, &["image.qcow2"]].concat()));
+    let read = [
+        "-f",
+        "qcow2",
+        "-c",
+        "read -P 0 205000 3",
+        "-c",
+        "read -P 7 204800 200",
+        "-c",
+        "read -P 7 205003 821",
+    ];
+    succeeds(run("qemu-io", path, &[&read[..], &["image.qcow2"]].concat()));
+    let map = json(&run("qemu-img", path, &["map", "--output=json", "image.qcow2"]));
+    let data: Vec<_> =
+        map.as_array().expect("a list").iter().filter(|extent| extent["data"] == true).collect();
+    assert_eq!(data.len(), 1, "{map}");
+    assert_eq!((&data[0]["start"], &data[0]["length"]), (&Value::from(196608), &Value::from(65536)), "{map}");
+}
+
+/// `io IMAGE < commands | head -1`: what was written until nobody listened is in the image, and nothing after
+/// it.
+#[test]
+fn a_session_that_cannot_print_closes_its_image() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    let session = |commands: &[&str], out: Stdio, errors: Stdio| {
+        succeeds(ours(path, &["create", "-q", "image", "1M"]));
+        let args = commands.iter().flat_map(|command| ["-c", *command]);
+        let mut command = Command::new(OURS);
+        command.arg("io").args(args).arg("image").current_dir(path).stdout(out).stderr(errors);
+        command.spawn().expect("starts").wait_with_output().expect("ends")
+    };
+    let closed = || Stdio::from(OwnedFd::from(UnixStream::pair().expect("sockets").0));
+    let full = || Stdio::from(fs::File::options().write(true).open("/dev/full").expect("opens"));
+    let writes = ["write -P 3 0 64k", "write -P 4 64k 64k"];
+    let in_flight = ["aio_write -q -P 3 0 64k", "length", "write -P 4 64k 64k"];
+    let at_the_end = ["aio_write -P 3 0 64k"];
+    for commands in [&writes[..], &in_flight, &at_the_end] {
+        for (out, reason) in [(closed(), "Broken pipe"), (full(), "No space left on device")] {
+            let said = session(commands, out, Stdio::piped());
+            let told = text(&said);
+            assert_eq!(code(&said), 1, "{commands:?}: {told}");
+            assert!(told.starts_with("ublk-qcow2: cannot print: ") && told.contains(reason), "{told}");
+            assert_eq!(told.lines().count(), 1, "{told}");
+            let read =
+                run("qemu-io", path, &["-r", "-c", "read -P 3 0 64k", "-c", "read -P 0 64k 64k", "image"]);
+            assert_eq!(code(&read), 0, "{commands:?}: {}", text(&read));
+            succeeds(run("qemu-img", path, &["check", "-q", "image"]));
+        }
+    }
+    // Nobody listens to complaints either.
+    assert_eq!(code(&session(&writes, closed(), closed())), 1);
+}
+
+/// A line of the log that cannot be written: nobody reads it, or the file system of the log is full.
+#[test]
+fn a_log_that_cannot_be_written_stops_nothing() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    let closed = Stdio::from(OwnedFd::from(UnixStream::pair().expect("sockets").0));
+    let full = Stdio::from(fs::File::options().write(true).open("/dev/full").expect("opens"));
+    for errors in [closed, full] {
+        succeeds(ours(path, &["create", "-q", "image", "1M"]));
+        // The dirty bit: that the image is repaired goes to the log.
+        let file = fs::File::options().write(true).open(path.join("image")).expect("opens");
+        file.write_all_at(&[1], 79).expect("written");
+        let mut command = Command::new(OURS);
+        let command = command.args(["io", "-c", "write -P 3 0 64k", "image"]).current_dir(path);
+        succeeds(command.stderr(errors).output().expect("starts"));
+        succeeds(run("qemu-io", path, &["-r", "-c", "read -P 3 0 64k", "image"]));
+    }
+}
+
+/// Bytes that are no text end a session; what came before them is in the image.
+#[test]
+fn a_session_that_cannot_read_its_commands_closes_its_image() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    succeeds(ours(path, &["create", "-q", "image", "1M"]));
+    fs::write(path.join("commands"), b"write -P 3 0 64k\n\xff\nwrite -P 4 0 64k\n").expect("commands");
+    let input = fs::File::open(path.join("commands")).expect("commands");
+    let mut command = Command::new(OURS);
+    let said = command.args(["io", "image"]).current_dir(path).stdin(input).output().expect("starts");
+    assert_eq!(code(&said), 1);
+    assert!(text(&said).contains("ublk-qcow2: standard input: "), "{}", text(&said));
+    succeeds(run("qemu-io", path, &["-r", "-c", "read -P 3 0 64k", "image"]));
+}
