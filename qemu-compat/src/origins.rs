@@ -51,7 +51,20 @@ pub fn on_a_block_device(binary: &Binary, dir: &Path) -> Result<()> {
     holds(&mut disk, 0, 1)?;
     holds(&mut disk, DISK - CLUSTER, 2)?;
     disk.detach()?;
-    qemu_img::check_clean(image)
+    qemu_img::check_clean(image)?;
+    on_one_that_takes_no_writes(binary, image)
+}
+
+/// It can be opened for writing, and fails each write: the image was served writable, and a file system lost
+/// what it had in memory.
+fn on_one_that_takes_no_writes(binary: &Binary, image: &Path) -> Result<()> {
+    run(Command::new("blockdev").arg("--setro").arg(image), TOOL_LIMIT)?.success()?;
+    let refused = binary.run(["add".as_ref(), image.as_os_str()])?;
+    let text = refused.text();
+    ensure!(text.contains("`add --read-only`"), "not refused, or without a way out: {text}");
+    let mut disk = DeviceDisk::open(binary.add(&["--read-only"], image)?)?;
+    holds(&mut disk, 0, 1)?;
+    disk.detach()
 }
 
 /// An image that `resize` has grown: there is more of it, all zeros.

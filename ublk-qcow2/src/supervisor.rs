@@ -156,7 +156,7 @@ struct Attempt {
 enum End {
     /// By itself, as it should, or so that another one can do nothing more.
     Regular,
-    /// It had served for a while: that says nothing of the next one.
+    /// It had served, and what ended it says nothing of the next one.
     Killed(Signal),
     /// The device waits, and why.
     Setback(String),
@@ -173,6 +173,8 @@ impl Attempt {
         match (status, &self.outcome) {
             (Some(WaitStatus::Signaled(_, signal, _)), outcome) => match outcome {
                 Err(Unserved::Failed(error)) => End::Setback(format!("recovery failed: {error}")),
+                // No request brings that about, and the OOM killer passes servers by.
+                Ok(_) if signal == Signal::SIGKILL => End::Killed(signal),
                 _ if lived >= SERVED => End::Killed(signal),
                 _ => End::Setback(format!("a server died by {signal} as soon as it was started")),
             },
@@ -308,15 +310,29 @@ mod tests {
         Attempt { pid, outcome, since: Instant::now() }
     }
 
-    /// A server that is killed.
-    fn dying() -> Attempt {
+    /// A server that dies by a signal.
+    fn dying(by: Signal) -> Attempt {
         match detach::into_background().unwrap() {
             Side::Parent { child, outcome } => begun(child, outcome),
             Side::Child(_) => {
-                raise(Signal::SIGKILL).unwrap();
+                raise(by).unwrap();
                 unreachable!("nobody survives that")
             }
         }
+    }
+
+    /// Who killed servers as soon as they served, over and over, waited a quarter of a minute for the next.
+    #[test]
+    fn a_server_that_is_killed_soon_has_a_successor_at_once() {
+        let test = "supervisor::tests::a_server_that_is_killed_soon_has_a_successor_at_once";
+        alone::in_a_directory(test, |_| {
+            let end_of = |signal, outcome| Attempt { outcome, ..dying(signal) }.end(7);
+            assert_eq!(end_of(Signal::SIGKILL, Ok(7)), End::Killed(Signal::SIGKILL));
+            let crashed = end_of(Signal::SIGABRT, Ok(7));
+            assert!(matches!(&crashed, End::Setback(_)), "{crashed:?}");
+            let unserved = end_of(Signal::SIGKILL, Err(Unserved::Silent));
+            assert!(matches!(&unserved, End::Setback(_)), "{unserved:?}");
+        });
     }
 
     /// `add` was started by a program that ignores SIGCHLD, as some do: the server was killed, and its
@@ -351,7 +367,7 @@ mod tests {
             fs::write(&image, "").unwrap();
             assert!(log.check_unchanged(&image).is_err());
             // Without a record the next server ends by itself.
-            watch(0, dying(), Namespace::Shared);
+            watch(0, dying(Signal::SIGKILL), Namespace::Shared);
             assert!(log.check_unchanged(&image).is_ok());
         });
     }
@@ -370,12 +386,12 @@ mod tests {
             let log = RedoFile::create(id).unwrap();
             drop(log.witness(&image).unwrap());
             let is_changed = || matches!(log.check_unchanged(&image), Err(RedoFileError::Changed { .. }));
-            dying().end(id);
+            dying(Signal::SIGKILL).end(id);
             assert!(!is_changed());
             sleep(Duration::from_millis(50)); // a tick of the clock by which files are modified
             fs::write(&image, "two").unwrap();
             assert!(is_changed());
-            dying().end(id);
+            dying(Signal::SIGKILL).end(id);
             assert!(is_changed(), "the second one had not come to open the image");
         });
     }

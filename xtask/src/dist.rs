@@ -1,5 +1,5 @@
-//! `cargo xtask dist`: the release binary and what goes with it (licences, manual pages, completions, a systemd unit),
-//! in a tarball with its SHA-256.
+//! `cargo xtask dist`: the release binary and what goes with it (licences, manual pages, completions, a systemd unit,
+//! udev rules), in a tarball with its SHA-256.
 
 use crate::{
     process::{capture, program, run},
@@ -10,8 +10,14 @@ use anyhow::{Context, Result};
 use std::{env::consts::ARCH, fs, path::Path};
 
 /// Texts that go along. A missing one is an error: a package without its licences must not leave the house.
-const TEXTS: [&str; 5] =
-    ["README.md", "CHANGELOG.md", "LICENSE-APACHE", "LICENSE-MIT", "dist/ublk-qcow2@.service"];
+const TEXTS: [&str; 6] = [
+    "README.md",
+    "CHANGELOG.md",
+    "LICENSE-APACHE",
+    "LICENSE-MIT",
+    "dist/ublk-qcow2@.service",
+    "dist/60-ublk-qcow2.rules",
+];
 /// Where the manual pages are in the package, and where the completions.
 const PAGES: &str = "man";
 const COMPLETIONS: &str = "completions";

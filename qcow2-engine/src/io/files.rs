@@ -121,6 +121,14 @@ impl Files {
         self.read_table().iter().map(|open| open.path.clone()).collect()
     }
 
+    /// The files that are read and written through the page cache because they cannot be directly
+    /// ([`Caching::Auto`]).
+    #[must_use]
+    pub fn fallen_back(&self) -> Vec<PathBuf> {
+        let wished = self.caching == Caching::Auto;
+        self.read_table().iter().filter(|open| wished && !open.direct).map(|open| open.path.clone()).collect()
+    }
+
     /// Sets the file's length by a plain, blocking call: for kernels whose rings cannot.
     ///
     /// # Errors
@@ -195,7 +203,19 @@ fn open_regular_or_block(path: &Path, access: Access) -> io::Result<File> {
     if (wanted.dev(), wanted.ino()) != (opened.dev(), opened.ino()) {
         return Err(io::Error::other("the file was replaced while it was being opened"));
     }
+    if access == Access::ReadWrite && is_read_only_device(&opened) {
+        return Err(Errno::EROFS.into());
+    }
     Ok(file)
+}
+
+/// Whether a block device takes no writes. Opening it for writing works all the same, and then each write fails.
+/// The kernel says it in sysfs as it does by BLKROGET; one that is not to be seen there is taken at its word.
+fn is_read_only_device(opened: &Metadata) -> bool {
+    let (major, minor) = (rustix::fs::major(opened.rdev()), rustix::fs::minor(opened.rdev()));
+    opened.file_type().is_block_device()
+        && std::fs::read_to_string(format!("/sys/dev/block/{major}:{minor}/ro"))
+            .is_ok_and(|is_read_only| is_read_only.trim() == "1")
 }
 
 fn check_type(metadata: &std::fs::Metadata) -> io::Result<()> {
@@ -327,6 +347,7 @@ mod tests {
         let files = Files::new(Caching::Buffered);
         let id = files.open(&image(dir.path()), Access::ReadOnly).unwrap();
         assert!(!files.is_direct(id).unwrap());
+        assert!(files.fallen_back().is_empty(), "as was asked for");
         assert_eq!(files.fd(FileId(9)).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 
@@ -339,6 +360,7 @@ mod tests {
         let files = Files::new(Caching::Auto);
         let id = files.open(Path::new("/proc/self/stat"), Access::ReadOnly).unwrap();
         assert!(!files.is_direct(id).unwrap());
+        assert_eq!(files.fallen_back(), [Path::new("/proc/self/stat")]);
     }
 
     #[test]

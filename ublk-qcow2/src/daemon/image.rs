@@ -32,9 +32,13 @@ pub(super) fn open_image(
     files: &Arc<Files>,
 ) -> Result<Arc<Image>, ServeError> {
     let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
-    block_on(&ring, Image::open(&ring, &**files, path, options))
-        .map_err(ServeError::SetUp)?
-        .map_err(ServeError::Open)
+    let opened = block_on(&ring, Image::open(&ring, &**files, path, options)).map_err(ServeError::SetUp)?;
+    let image = opened.map_err(ServeError::Open)?;
+    for path in files.fallen_back() {
+        let path = path.display();
+        tracing::info!("{path} goes through the page cache: no direct I/O of 512 bytes is possible there");
+    }
+    Ok(image)
 }
 
 /// Opens the image of a dead server for its successor, and keeps a log for the next.
