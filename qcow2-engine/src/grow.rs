@@ -121,10 +121,23 @@ impl<I: Io> Lane<I> {
         outcome.and(self.close().await)
     }
 
+    /// The first change makes bitmaps stale, and none is made as long as the disk. A write has to go on all the
+    /// same; this can be done by who keeps them.
+    async fn has_bitmaps_to_lose(&self, size: u64) -> Result<()> {
+        let image = self.image();
+        if size == image.virtual_size() || !self.has_true_bitmaps().await {
+            return Ok(());
+        }
+        let reason = "its persistent bitmaps would become stale; `qemu-img resize` keeps them (and `qemu-img bitmap \
+                      --remove` removes one)";
+        Err(Error::NotSupported { file: Arc::clone(&image.top().name), reason })
+    }
+
     /// Gives the image an L1 table that is long enough for another size, which it does not have yet.
     async fn lengthen_l1(&self, size: u64) -> Result<()> {
         let image = self.image();
         image.can_grow_to(size)?;
+        self.has_bitmaps_to_lose(size).await?;
         let wanted = Geometry { virtual_size: size, ..*image.geometry() }.l1_entries();
         let present = image.header_u32(header::L1_SIZE_OFFSET);
         if wanted <= u64::from(present) {
@@ -203,14 +216,6 @@ impl Image {
         }
         if geometry.version == Version::V2 && self.header_u32(header::SNAPSHOT_COUNT_OFFSET) > 0 {
             return refuse("a version 2 image with snapshots cannot be resized");
-        }
-        // The first change makes them stale. A write has to go on all the same; this can be done by who keeps
-        // them.
-        if size > self.virtual_size() && self.header.bitmaps_consistent() {
-            return refuse(
-                "its persistent bitmaps would become stale; `qemu-img resize` keeps them \
-                 (and `qemu-img bitmap --remove` removes one)",
-            );
         }
         let last = self.virtual_size().next_multiple_of(geometry.cluster_size());
         if !self.has_zero_clusters() && self.backing_size().min(size) > last {

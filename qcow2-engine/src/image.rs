@@ -1,6 +1,7 @@
 //! An open image: the state that all lanes share.
 
 use crate::{
+    autoclear::Autoclear,
     cache::slices::SliceCache,
     damage::Damage,
     epoch::Epochs,
@@ -11,7 +12,6 @@ use crate::{
     layer::{Layer, Qcow2Layer},
     locks::Locks,
     meta::Meta,
-    open::Autoclear,
     paging::Paging,
     redo::RedoLog,
     resolve::{Chain, Extents, Stop},

@@ -12,6 +12,7 @@
 const _: () = assert!(usize::BITS >= 64, "lengths of 64 bits index memory");
 
 mod alloc;
+mod autoclear;
 mod backing;
 mod cache;
 pub mod check;

@@ -2,6 +2,7 @@
 
 use crate::{
     alloc::{frees::Frees, refcounts::Refcounts, space::Space},
+    autoclear::Autoclear,
     backing::{self, BackingPolicy, Format, MAX_CHAIN, MAX_CHAIN_L1_BYTES},
     cache::{directory::Shape, slices::SliceCache},
     check::dirty,
@@ -14,27 +15,24 @@ use crate::{
     inspect::ImageFile,
     io::{Access, Io, Storage, whole_sectors},
     l1::{self, L1Table},
-    lane::Lane,
     layer::{Layer, Qcow2Layer, RawLayer},
     leaks::watch::Watch,
     locks::Locks,
     meta::{HeaderPage, Meta},
     opened::Opened,
-    order::{graph::Graph, rules::Page},
+    order::graph::Graph,
     paging::{MAX_PAGE, Paging},
     territory::{SnapshotPlaces, Sources, Territory},
     unpack::Unpacked,
 };
 use parking_lot::Mutex;
-use qcow2_format::{
-    FormatError, Geometry, Header, HostCluster, HostOffset, L1Entry, Snapshot, Version, header, word,
-};
+use qcow2_format::{FormatError, Geometry, Header, HostCluster, HostOffset, L1Entry, Snapshot, header, word};
 use std::{
     ops::Range,
     path::Path,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64},
     },
 };
 
@@ -84,9 +82,6 @@ impl Default for OpenOptions {
         }
     }
 }
-
-/// Whether the autoclear bits have been dealt with.
-pub(crate) struct Autoclear(AtomicBool);
 
 impl Image {
     /// Opens an image and its backing chain.
@@ -165,9 +160,7 @@ impl Image {
             epochs: Arc::clone(&meta.epochs),
             meta: Mutex::new(meta),
             flusher: Flusher::default(),
-            autoclear: Autoclear(AtomicBool::new(
-                header.version == Version::V2 || header.stale_autoclear(0) == 0,
-            )),
+            autoclear: Autoclear::of(header),
             has_told_of_holes: AtomicBool::new(false),
             has_told_of_counts: AtomicBool::new(false),
             read_only: options.read_only,
@@ -252,37 +245,6 @@ impl Meta {
             epochs: Arc::new(Epochs::new()),
             redo: None,
         }
-    }
-}
-
-impl Autoclear {
-    /// Whether there is nothing to clear any more.
-    pub(crate) fn is_clear(&self) -> bool {
-        self.0.load(Ordering::Acquire)
-    }
-}
-
-impl<I: Io> Lane<I> {
-    /// Clears the autoclear bits before the first change, durably: what they vouch for (bitmaps,
-    /// and whatever a later QEMU adds) is not kept true here.
-    pub(crate) async fn clear_autoclear(&self) -> Result<()> {
-        let image = self.image();
-        if image.autoclear.is_clear() {
-            return Ok(());
-        }
-        let _clearing = image.locks.clearing.acquire().await;
-        if image.autoclear.is_clear() {
-            return Ok(());
-        }
-        {
-            let mut meta = image.meta.lock();
-            meta.header.set_u64(header::AUTOCLEAR_OFFSET as usize, 0);
-            meta.graph.touch(Page::Header);
-        }
-        // As a cut: a second barrier beside one might be told of a loss in its place.
-        self.write_back().await?;
-        image.autoclear.0.store(true, Ordering::Release);
-        Ok(())
     }
 }
 

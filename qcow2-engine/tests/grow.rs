@@ -17,7 +17,7 @@ use qcow2_engine::{
     io::{Buf, mem::MemFiles},
 };
 use qcow2_format::{Backing, CreateOptions, Header, Version, header, word};
-use std::{cell::Cell, io, path::Path, process::Command};
+use std::{cell::Cell, io, path::Path};
 
 fn options(cluster_bits: u32, refcount_order: u32, version: Version) -> CreateOptions {
     CreateOptions { virtual_size: 1 << 20, cluster_bits, refcount_order, version, ..CreateOptions::default() }
@@ -271,35 +271,4 @@ fn the_new_size_follows_the_zeros_in_the_new_part() {
     over_sevens(&host.files, 2 << 20, &options(12, 4, Version::V3));
     run(grow(host.clone(), &host.files, Path::new(IMAGE), &OpenOptions::default(), new_size)).expect("grow");
     assert!(host.hook.has_grown.get());
-}
-
-/// The first change of an image makes its bitmaps stale, and whoever keeps backups by them has to make a full
-/// one. To resize is not worth that without a word.
-#[test]
-fn bitmaps_are_not_given_up_for_a_new_size() {
-    let directory = tempfile::tempdir().expect("temporary directory");
-    let path = directory.path().join(IMAGE);
-    let tool = |args: &[&str]| {
-        let output = Command::new("qemu-img").args(args).arg(&path).output();
-        let output = output.expect("qemu-img is installed: cargo xtask setup");
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    };
-    let image = &path.to_string_lossy();
-    tool(&["create", "-q", "-f", "qcow2", "-o", "size=1M"]);
-    let output = Command::new("qemu-img").args(["bitmap", "--add", image, "dirt"]).status();
-    assert!(output.expect("qemu-img").success());
-    let files = MemFiles::default();
-    files.put(IMAGE, std::fs::read(&path).expect("image"));
-    let before = files.get(IMAGE);
-    let resize = |size| run(grow(files.clone(), &files, Path::new(IMAGE), &OpenOptions::default(), size));
-    let error = resize(2 << 20).expect_err("refused");
-    assert!(error.to_string().contains("bitmaps would become stale"), "{error}");
-    resize(1 << 20).expect("the size that it has");
-    assert!(files.get(IMAGE) == before, "it was written to");
-
-    // Once they are stale there is nothing to lose.
-    let mut mirror = Mirror::open(&files, vec![0; 1 << 20]);
-    mirror.write(0, 1, 4096);
-    run(mirror.lane.close()).expect("close");
-    resize(2 << 20).expect("grows");
 }

@@ -146,35 +146,6 @@ fn a_search_stops_when_told_and_begins_anew_at_the_next_opening() {
     assert!(leaks(&files) > 0);
 }
 
-/// The first write makes bitmaps stale: nobody reads them any more, but their clusters stay counted until the
-/// next opening. To qemu-img they are leaks.
-#[test]
-fn stale_bitmaps_are_given_back_at_the_next_opening() {
-    let directory = tempfile::tempdir().expect("temporary directory");
-    let path = directory.path().join(IMAGE);
-    let name = path.to_str().expect("UTF-8");
-    tool("qemu-img", &["create", "-q", "-f", "qcow2", name, "8M"]);
-    tool("qemu-img", &["bitmap", "--add", name, "dirt"]);
-    tool("qemu-io", &["-f", "qcow2", "-c", "write -P 7 0 1M", name]);
-    let files = MemFiles::default();
-    files.put(IMAGE, std::fs::read(&path).expect("image"));
-    let mut bytes = vec![0; DISK];
-    bytes[..1 << 20].fill(7);
-    let mut mirror = Mirror::open(&files, bytes);
-    assert_eq!(leaks(&files), 0);
-    let search = |lane: &Lane<MemFiles>| run(lane.reclaim_leaks(&Idle)).expect("search");
-    assert_eq!(search(&mirror.lane).freed, 0, "bitmaps that are true");
-    mirror.write(1 << 20, 8, 64 << 10);
-    assert_eq!(search(&mirror.lane).freed, 0, "they were true when the image was opened");
-    run(mirror.lane.close()).expect("close");
-    // The directory, the bitmap's table and its bits.
-    assert_eq!(leaks(&files), 3);
-    let mirror = Mirror::open(&files, mirror.bytes);
-    assert_eq!(search(&mirror.lane).freed, 3);
-    mirror.verify();
-    mirror.close_and_judge();
-}
-
 /// Rests without doing anything.
 struct Idle;
 

@@ -12,6 +12,7 @@ use crate::{
     raw::{self, RawBitmap},
     validate::check_table,
 };
+use std::{mem::offset_of, ops::Range};
 
 /// Largest bitmap table in entries, as QEMU.
 pub const MAX_TABLE_ENTRIES: u64 = 0x800_0000;
@@ -53,6 +54,17 @@ impl Bitmap {
     #[must_use]
     pub fn table_bytes(&self) -> u64 {
         u64::from(self.table_entries) * TABLE_ENTRY_BYTES
+    }
+
+    /// Whether it says what it should: nothing is known to be missing from it.
+    #[must_use]
+    pub fn is_true(&self) -> bool {
+        self.flags & FLAG_IN_USE == 0
+    }
+
+    /// Bytes of its directory entry.
+    fn entry_bytes(&self) -> u64 {
+        (FIXED_BYTES + self.extra.len() as u64 + self.name.len() as u64).next_multiple_of(8)
     }
 
     /// Entries of the table of a bitmap of the whole disk.
@@ -123,16 +135,16 @@ pub fn decode_directory(
     let mut at = 0usize;
     for _ in 0..extension.count {
         let start = HostOffset(extension.directory.0.saturating_add(at as u64));
-        let (bitmap, len) = decode_entry(bytes.get(at..).unwrap_or_default(), start)?;
-        if bitmap.flags & FLAG_IN_USE == 0 {
+        let bitmap = decode_entry(bytes.get(at..).unwrap_or_default(), start)?;
+        if bitmap.is_true() {
             let entries = bitmap.entries_for(geometry);
             let field = Field::new("bitmap_table_size", start.0.saturating_add(8));
             in_range(field, bitmap.table_entries.into(), entries, entries)?;
         }
         let field = Field::new("bitmap_table_offset", start.0);
         check_table(field, bitmap.table, bitmap.table_bytes(), geometry.cluster_size(), u64::MAX)?;
+        at += bitmap.entry_bytes() as usize;
         bitmaps.push(bitmap);
-        at += len;
     }
     let rest = bytes.len().saturating_sub(at) as u64;
     let end = Field::new("end of the bitmap directory", extension.directory.0.saturating_add(at as u64));
@@ -140,8 +152,27 @@ pub fn decode_directory(
     Ok(bitmaps)
 }
 
-/// One entry at file offset `start`, and its length with padding.
-fn decode_entry(bytes: &[u8], start: HostOffset) -> Result<(Bitmap, usize), FormatError> {
+/// Marks, in the bytes of a directory, all bitmaps that are to record every write ("auto") as not saved correctly
+/// ("in_use"): for who is going to write and does not record it. The others record nothing and stay what they are.
+/// Returns the bytes that have changed, up to the last of them.
+pub fn mark_in_use(directory: &mut [u8], bitmaps: &[Bitmap]) -> Option<Range<usize>> {
+    let mut changed: Option<Range<usize>> = None;
+    let mut at = 0;
+    for bitmap in bitmaps {
+        let field = at + offset_of!(RawBitmap, flags)..at + offset_of!(RawBitmap, flags) + size_of::<u32>();
+        at += bitmap.entry_bytes() as usize;
+        if let (true, FLAG_AUTO, Some(bytes)) =
+            (bitmap.is_true(), bitmap.flags & FLAG_AUTO, directory.get_mut(field.clone()))
+        {
+            bytes.copy_from_slice(&(bitmap.flags | FLAG_IN_USE).to_be_bytes());
+            changed = Some(changed.map_or(field.start, |part| part.start)..field.end);
+        }
+    }
+    changed
+}
+
+/// One entry at file offset `start`.
+fn decode_entry(bytes: &[u8], start: HostOffset) -> Result<Bitmap, FormatError> {
     let available = bytes.len() as u64;
     let truncated = |needed| FormatError::Truncated { what: "the bitmap directory", needed, available };
     let fixed: RawBitmap = raw::read(bytes).ok_or(truncated(FIXED_BYTES))?;
@@ -165,15 +196,14 @@ fn decode_entry(bytes: &[u8], start: HostOffset) -> Result<(Bitmap, usize), Form
         let at = FIXED_BYTES + extra_len + name_len;
         return Err(FormatError::Reserved { field: field("padding", at), value: u64::from(*byte) });
     }
-    let bitmap = Bitmap {
+    Ok(Bitmap {
         table: HostOffset(fixed.table_offset.get()),
         table_entries: fixed.table_size.get(),
         flags: fixed.flags.get(),
         granularity_bits: fixed.granularity_bits,
         name: name.to_vec(),
         extra: extra.to_vec(),
-    };
-    Ok((bitmap, len as usize))
+    })
 }
 
 #[cfg(test)]

@@ -7,14 +7,12 @@ use crate::{
     command::{TOOL_LIMIT, run},
     device::{Binary, DeviceDisk},
     disk::{Disk, Op, Server},
-    leaks::{self, leaks_in},
-    patience,
     power::host::Loop,
     qemu_img,
     recovery::{only_leaks, wait_until_replaced},
 };
 use anyhow::{Context, Result, ensure};
-use std::{fs::File, os::unix::fs::FileExt, path::Path, process::Command};
+use std::{fs::File, path::Path, process::Command};
 
 /// Bytes of a disk.
 const DISK: u64 = 16 << 20;
@@ -24,9 +22,6 @@ const GROWN: u64 = 48 << 20;
 const HOST: u64 = 64 << 20;
 /// What is written at once.
 const CLUSTER: u64 = 65536;
-/// Where the header has its autoclear features, and the bit that says that bitmaps are true.
-const AUTOCLEAR: u64 = 88;
-const BITMAPS: u64 = 1;
 
 /// An image on a block device, whose server is killed as well.
 ///
@@ -96,8 +91,8 @@ pub fn grown(binary: &Binary, dir: &Path) -> Result<()> {
     disk.detach()
 }
 
-/// An image with a bitmap: marked stale when it is written to, not when it is read; its clusters are given
-/// back later.
+/// An image with a bitmap: marked stale when it is written to, not when it is read; it stays accounted for until
+/// it is removed.
 ///
 /// # Errors
 /// What does not hold.
@@ -115,28 +110,24 @@ pub fn with_bitmaps(binary: &Binary, dir: &Path) -> Result<()> {
     disk.detach()?;
     ensure!(are_bitmaps_true(&image)?, "a bitmap is stale though nothing was written");
 
-    let mut disk = DeviceDisk::open(binary.add(&["--no-reclaim"], &image)?)?;
-    put(&mut disk, CLUSTER, 6)?;
-    disk.detach()?;
-    ensure!(!are_bitmaps_true(&image)?, "a bitmap is said to be true though something was written");
-    leaks_in(&image).context("the bitmap's clusters")?;
-
-    let mut disk = binary.attach(&image, 1)?;
-    patience::until(
-        leaks::SEARCH_LIMIT,
-        || "the bitmap's clusters are not given back".to_owned(),
-        || Ok(disk.device().log()?.contains(leaks::GIVEN_BACK)),
-    )?;
-    holds(&mut disk, 0, 5)?;
-    holds(&mut disk, CLUSTER, 6)?;
-    disk.detach()?;
+    for byte in [6, 7] {
+        let mut disk = binary.attach(&image, 1)?;
+        holds(&mut disk, 0, 5)?;
+        put(&mut disk, CLUSTER, byte)?;
+        disk.detach()?;
+        ensure!(!are_bitmaps_true(&image)?, "a bitmap is said to be true though something was written");
+        qemu_img::check_clean(&image)?;
+    }
+    run(Command::new("qemu-img").args(["bitmap", "--remove"]).arg(&image).arg("bitmap"), TOOL_LIMIT)?
+        .success()?;
     qemu_img::check_clean(&image)
 }
 
 fn are_bitmaps_true(image: &Path) -> Result<bool> {
-    let mut bits = [0; 8];
-    File::open(image)?.read_exact_at(&mut bits, AUTOCLEAR)?;
-    Ok(u64::from_be_bytes(bits) & BITMAPS != 0)
+    let said = run(Command::new("qemu-img").args(["info", "--output=json"]).arg(image), TOOL_LIMIT)?;
+    let text = said.success()?.text();
+    ensure!(text.contains("\"bitmaps\""), "qemu-img finds no bitmaps: {text}");
+    Ok(!text.contains("\"in-use\""))
 }
 
 fn put(disk: &mut DeviceDisk, at: u64, byte: u8) -> Result<()> {
