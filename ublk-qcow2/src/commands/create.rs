@@ -7,7 +7,7 @@ use crate::{cli::parse_size, runfile};
 use clap::Args;
 use options::Options;
 use qcow2_engine::{
-    create,
+    create, has_protocol,
     io::files::{Caching, Locking},
 };
 use qcow2_format::{Blueprint, CreateOptions};
@@ -54,6 +54,7 @@ pub(crate) fn run(args: &CreateArgs) -> Result<(), CommandError> {
         return Ok(io::stdout().lock().write_all(options::LIST.as_bytes())?);
     }
     let file = args.file.as_deref().ok_or_else(|| CommandError::Usage("no file is named".into()))?;
+    refuse_protocol(file)?;
     let backing = options.backing()?;
     let size = options.size(args, file, backing.as_ref())?;
     let (options, preallocation) = options.checked(size, backing)?;
@@ -100,6 +101,17 @@ impl Drop for Place<'_> {
             let _ = fs::remove_file(self.path);
         }
     }
+}
+
+/// What QEMU takes for a protocol would become a file of that name here.
+fn refuse_protocol(file: &Path) -> Result<(), CommandError> {
+    if has_protocol(file.as_os_str().as_bytes()) {
+        let name = file.display();
+        return Err(CommandError::Usage(format!(
+            "'{name}' begins with the name of a protocol, and none is served: './{name}' is a file"
+        )));
+    }
+    Ok(())
 }
 
 /// Overwriting the very file that the image is to overlay would destroy both.

@@ -26,7 +26,7 @@ pub(crate) struct ResizeArgs {
     /// The image.
     image: PathBuf,
     /// The new size of the disk, in bytes or with a suffix K, M, G, T; with a + in front, by how much it
-    /// grows. It cannot be smaller than before.
+    /// grows. It is a multiple of 512, and cannot be smaller than before.
     #[arg(value_name = "[+]SIZE", value_parser = parse_new_size)]
     size: NewSize,
 }
@@ -39,10 +39,14 @@ enum NewSize {
 }
 
 fn parse_new_size(text: &str) -> Result<NewSize, String> {
-    match text.strip_prefix('+') {
-        Some(more) => parse_size(more).map(NewSize::GrowsBy),
-        None => parse_size(text).map(NewSize::Is),
+    let (kind, size): (fn(u64) -> NewSize, _) = match text.strip_prefix('+') {
+        Some(more) => (NewSize::GrowsBy, parse_size(more)?),
+        None => (NewSize::Is, parse_size(text)?),
+    };
+    if size % 512 != 0 {
+        return Err("it must be a multiple of 512".to_owned());
     }
+    Ok(kind(size))
 }
 
 pub(crate) fn run(args: &ResizeArgs) -> Result<(), CommandError> {

@@ -148,3 +148,18 @@ fn preallocated_images_have_the_space_that_qemus_have() {
         }
     }
 }
+
+/// `create file:image` made a file of that name; QEMU's makes `image`.
+#[test]
+fn a_protocol_is_no_part_of_a_file_s_name() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    for name in ["file:image", "nbd:localhost:10809", "a:b"] {
+        let refused = ours(path, &["create", "-q", name, "1M"]);
+        assert_eq!(code(&refused), 1, "{name}: {}", text(&refused));
+        assert!(text(&refused).contains(&format!("'./{name}' is a file")), "{}", text(&refused));
+        assert!(!path.join(name).exists(), "{name}");
+    }
+    succeeds(ours(path, &["create", "-q", "./a:b", "1M"]));
+    assert!(path.join("a:b").exists());
+}

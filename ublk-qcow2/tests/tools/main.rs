@@ -273,6 +273,8 @@ fn resize_takes_what_qemu_img_takes() {
         &["ours", "+"],
         &["ours", "++1M"],
         &["ours", "+15E"],
+        &["ours", "+1"],
+        &["ours", "5242881"],
         &["-f", "raw", "ours", "6M"],
     ] {
         assert_ne!(code(&ours(path, &[&["resize"], bad].concat())), 0, "{bad:?}");
