@@ -45,9 +45,8 @@ impl Mapping {
     ///
     /// Specification, "L2 table entry" and "Standard Cluster Descriptor": bit 62 marks a compressed
     /// cluster; otherwise bit 0 is "reads as zeros" (always 0 with version 2), bits 9 to 55 are the
-    /// cluster-aligned host offset, which may be 0 with bit 63 set only when there is an external
-    /// data file, and the rest is reserved. QEMU reads a set bit 63 without offset as unallocated;
-    /// here it is damage, since what the entry once named is lost.
+    /// cluster-aligned host offset, and the rest is reserved. Bit 63 says nothing where there is no offset, but
+    /// with an external data file.
     ///
     /// # Errors
     /// See [`Corruption`]; every variant that names an L2 entry.
