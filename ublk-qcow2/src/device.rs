@@ -26,6 +26,7 @@ use crate::{
     handover,
     runfile::Phase,
     uapi,
+    wait::Bound,
 };
 use nodes::{open_char, until_let_go};
 use request::{FORGETS_SERVERS, NO_PART_SCAN, RECOVERY, ZERO_COPY};
@@ -54,18 +55,27 @@ pub(crate) enum DeviceError {
     Node { path: PathBuf, source: io::Error, hint: &'static str },
     #[error("{} is mounted or claimed otherwise", .0.display())]
     Claimed(PathBuf),
+    #[error("whether {} is mounted or claimed otherwise cannot be found out: {source}", .path.display())]
+    Unclear { path: PathBuf, source: io::Error },
     #[error("cannot write back what the kernel has in memory for {}, which may be lost: {source}", .path.display())]
     WriteBack { path: PathBuf, source: io::Error },
     #[error(
         "the kernel has not written within {} s what it has in memory for {}", .limit.as_secs(), .path.display()
     )]
     Late { path: PathBuf, limit: Duration },
+    #[error("cannot begin to write back what the kernel has in memory for {}: {source}", .path.display())]
+    NotBegun { path: PathBuf, source: io::Error },
 }
 
 impl DeviceError {
-    /// Whether only the time is up, and the kernel still writes.
-    pub(crate) fn is_late(&self) -> bool {
-        matches!(self, Self::Late { .. } | Self::Deputy(DeputyError::Late(_) | DeputyError::Silent))
+    /// Whether nothing is lost yet: the kernel still writes, or has not begun.
+    pub(crate) fn is_unfinished(&self) -> bool {
+        matches!(
+            self,
+            Self::Late { .. }
+                | Self::NotBegun { .. }
+                | Self::Deputy(DeputyError::Unfinished(_) | DeputyError::Silent)
+        )
     }
 
     /// Whether there is no such device, or not one of ours that could be recovered.
@@ -262,7 +272,7 @@ impl Device {
         }
         let written = self.have(deputy, Job::WriteBack, write_back);
         let Err(error) = unclaimed else { return written };
-        tracing::warn!("{error}, and is taken from under its users: what they write from now on is lost");
+        tracing::warn!("{error}; it is taken from under its users: what they write from now on is lost");
         let synced = self.have(deputy, Job::SyncEverything, sync_everything);
         written.and(synced)
     }
@@ -272,12 +282,12 @@ impl Device {
         &self,
         deputy: &mut Deputy,
         job: Job,
-        work: fn(u32) -> Result<(), DeviceError>,
+        work: fn(u32, Bound) -> Result<(), DeviceError>,
     ) -> Result<(), DeviceError> {
         match deputy.have(job, self.id()) {
             Err(error @ DeputyError::Gone(_)) => {
                 tracing::warn!(id = self.id(), "{error}");
-                work(self.id())
+                work(self.id(), Bound::Here)
             }
             done => Ok(done?),
         }

@@ -15,10 +15,11 @@ use crate::{
     control::Control,
     crew::FORCING_SENT,
     daemon::{self, ServeError},
-    device, orphans,
+    device::{self, DeviceError},
+    orphans,
     processes::Process,
     runfile::{self, Entry, Phase, Record, Refusal, RunFile, TakeOverError},
-    wait,
+    wait::{self, Bound},
 };
 use rustix::process::Signal;
 use std::{
@@ -198,12 +199,16 @@ fn ask_to_stop(record: &Record, users: Users) -> Result<bool, CommandError> {
     server.send(signal).map_err(|source| CommandError::Signal { id, pid, source })
 }
 
-/// Makes sure that nobody has mounted the device or claimed it otherwise.
+/// Makes sure that nobody has mounted the device or claimed it otherwise, as far as users are spared.
 fn check_unclaimed(id: u32, users: Users, first: &'static str) -> Result<(), CommandError> {
-    let is_taken = || users == Users::Spared && device::check_unclaimed(id).is_err();
-    match wait::patiently(CLAIM_WAIT, LOOK, |is_taken| *is_taken, is_taken) {
-        true => Err(CommandError::Claimed { id, first }),
-        false => Ok(()),
+    if users == Users::Ignored {
+        return Ok(());
+    }
+    let look = || device::check_unclaimed(id, Bound::Here);
+    match wait::patiently(CLAIM_WAIT, LOOK, Result::is_err, look) {
+        Ok(()) => Ok(()),
+        Err(DeviceError::Claimed(_)) => Err(CommandError::Claimed { id, first }),
+        Err(unclear) => Err(CommandError::Unclear { id, source: unclear }),
     }
 }
 
@@ -266,13 +271,14 @@ fn delete_foreign(id: u32, users: Users) -> Result<(), CommandError> {
     check_unclaimed(id, users, "unmount it first")?;
     // Where nobody answers, what the kernel has is lost, or it would wait for ever.
     if device::is_live(&info) && Process::with(info.ublksrv_pid).is_ok_and(|server| server.lives()) {
-        match (device::write_back(id), users) {
-            (Err(late), Users::Spared) if late.is_late() => {
-                return Err(CommandError::NotWritten { id, reason: late.to_string() });
+        match (device::write_back(id, Bound::Here), users) {
+            (Err(error), Users::Spared) if error.is_unfinished() => {
+                return Err(CommandError::NotWritten { id, reason: error.to_string() });
             }
             (written, Users::Spared) => written.unwrap_or_else(|error| tracing::warn!("{error}")),
             (written, Users::Ignored) => {
-                written.and(device::sync_everything(id)).unwrap_or_else(|error| tracing::warn!("{error}"));
+                let synced = device::sync_everything(id, Bound::Here);
+                written.and(synced).unwrap_or_else(|error| tracing::warn!("{error}"));
             }
         }
     }

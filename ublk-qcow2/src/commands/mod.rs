@@ -14,6 +14,7 @@ pub(crate) mod resize;
 use crate::{
     control::ControlError,
     daemon::ServeError,
+    device::DeviceError,
     orphans::OrphanError,
     runfile::{self, InUse, RunFileError},
 };
@@ -66,6 +67,8 @@ pub(crate) enum CommandError {
         "/dev/ublkb{id} is mounted or claimed otherwise; {first} (or `ublk-qcow2 del --force -n {id}` to detach it all the same)"
     )]
     Claimed { id: u32, first: &'static str },
+    #[error("{source}; try again, or detach it all the same: `ublk-qcow2 del --force -n {id}`")]
+    Unclear { id: u32, source: DeviceError },
     #[error(
         "device {id} stays as it is: {reason}; try again, or give that up: `ublk-qcow2 del --force -n {id}`"
     )]

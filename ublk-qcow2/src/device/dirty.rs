@@ -23,7 +23,7 @@
 #![allow(unsafe_code, reason = "an ioctl")]
 
 use super::{DeviceError, nodes::block_path};
-use crate::wait;
+use crate::wait::{self, Bound, NoAnswer};
 use nix::unistd::sync;
 use std::{
     fs::{self, File, OpenOptions},
@@ -49,38 +49,93 @@ mod ioctl {
     nix::ioctl_none!(flush_buffers, 0x12, 97);
 }
 
+/// Why what lies in memory for a node is not written.
+#[derive(Debug, thiserror::Error)]
+enum Unwritten {
+    /// Nothing was tried, and nothing is lost yet.
+    #[error("{0}")]
+    NotTried(io::Error),
+    #[error("{0}")]
+    Failed(io::Error),
+}
+
 /// Has the kernel write what it has in memory for a disk, its partitions and what is built on them; waits for
 /// requests to the disk.
-pub(crate) fn write_back(id: u32) -> Result<(), DeviceError> {
+pub(crate) fn write_back(id: u32, bound: Bound) -> Result<(), DeviceError> {
     let path = block_path(id);
-    let disk = format!("ublkb{id}");
-    let fail = |source: io::Error| match source.kind() {
-        io::ErrorKind::TimedOut => DeviceError::Late { path, limit: WRITE_BACK },
-        _ => DeviceError::WriteBack { path, source },
+    let write = move || {
+        let devices = Path::new(BLOCK_DEVICES);
+        write_all(&stack_on(&name_of(id), devices), devices)
     };
-    wait::in_time(WRITE_BACK, move || write_all(&stack_on(&disk, Path::new(BLOCK_DEVICES)))).map_err(fail)
+    match wait::in_time(WRITE_BACK, bound, write) {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(Unwritten::Failed(source))) => Err(DeviceError::WriteBack { path, source }),
+        Ok(Err(Unwritten::NotTried(source))) => Err(DeviceError::NotBegun { path, source }),
+        Err(NoAnswer::Late) => Err(DeviceError::Late { path, limit: WRITE_BACK }),
+        Err(error @ NoAnswer::NotBegun(_)) => {
+            Err(DeviceError::NotBegun { path, source: io::Error::other(error) })
+        }
+    }
 }
 
 /// Has the kernel write all that it has in memory.
-pub(crate) fn sync_everything(id: u32) -> Result<(), DeviceError> {
-    let work = || {
-        sync();
-        Ok(())
-    };
-    wait::in_time(SYNC, work).map_err(|source| DeviceError::WriteBack { path: block_path(id), source })
+pub(crate) fn sync_everything(id: u32, bound: Bound) -> Result<(), DeviceError> {
+    let path = block_path(id);
+    match wait::in_time(SYNC, bound, sync) {
+        Ok(()) => Ok(()),
+        Err(error @ NoAnswer::NotBegun(_)) => {
+            Err(DeviceError::NotBegun { path, source: io::Error::other(error) })
+        }
+        Err(error) => Err(DeviceError::WriteBack { path, source: io::Error::other(error) }),
+    }
 }
 
 /// Makes sure that a device is not mounted or claimed otherwise, nor are its partitions.
-pub(crate) fn check_unclaimed(id: u32) -> Result<(), DeviceError> {
+pub(crate) fn check_unclaimed(id: u32, bound: Bound) -> Result<(), DeviceError> {
     let path = block_path(id);
-    // For a block device O_EXCL means: fail if it is claimed. A device without a server may keep whoever opens
-    // it waiting, but only if it is not claimed.
-    let claimed = path.clone();
-    let claim = move || OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(claimed);
-    match wait::in_time(LOOK, move || claim().map(drop)) {
-        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Err(DeviceError::Claimed(path)),
-        _ => Ok(()),
+    let node = path.clone();
+    // For a block device O_EXCL means: fail if it is claimed.
+    let claim = move || OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(node).map(drop);
+    let is_there = || exists(&name_of(id), Path::new(BLOCK_DEVICES));
+    judge(wait::in_time(LOOK, bound, claim), is_there, path)
+}
+
+/// What an attempt to claim a device says of it.
+fn judge(
+    claimed: Result<io::Result<()>, NoAnswer>,
+    is_there: impl FnOnce() -> bool,
+    path: PathBuf,
+) -> Result<(), DeviceError> {
+    let source = match claimed {
+        // A device without a server may keep whoever opens it waiting, but only if it is not claimed.
+        Ok(Ok(())) | Err(NoAnswer::Late) => return Ok(()),
+        Ok(Err(error)) => error,
+        Err(error) => io::Error::other(error),
+    };
+    match source.raw_os_error() {
+        Some(libc::EBUSY) => Err(DeviceError::Claimed(path)),
+        _ if is_of_nothing(&source, is_there) => Ok(()),
+        _ => Err(DeviceError::Unclear { path, source }),
     }
+}
+
+/// Whether a node could not be opened because its device is stopped or gone; not because this process's /dev does
+/// not have it.
+fn is_of_nothing(error: &io::Error, is_there: impl FnOnce() -> bool) -> bool {
+    match error.raw_os_error() {
+        Some(libc::ENXIO | libc::ENODEV) => true,
+        Some(libc::ENOENT) => !is_there(),
+        _ => false,
+    }
+}
+
+/// Whether there is a block device, unless the kernel tells nothing of any: then there may be.
+fn exists(name: &str, devices: &Path) -> bool {
+    devices.join(name).exists() || !devices.exists()
+}
+
+fn name_of(id: u32) -> String {
+    format!("ublkb{id}")
 }
 
 /// The names of a block device and of what is built on it, the upper ones first.
@@ -106,10 +161,11 @@ fn names_in(directory: &Path) -> impl Iterator<Item = String> {
     entries.filter_map(|entry| entry.file_name().into_string().ok())
 }
 
-/// Goes on after a failure; tells of the first.
-fn write_all(names: &[String]) -> io::Result<()> {
-    let outcomes: Vec<_> = names.iter().map(|name| write(&node_of(name))).collect();
-    outcomes.into_iter().collect()
+/// Goes on after a failure; tells of one that can be made up for, or else of the first.
+fn write_all(names: &[String], devices: &Path) -> Result<(), Unwritten> {
+    let mut failures: Vec<_> = names.iter().filter_map(|name| write(name, devices).err()).collect();
+    failures.sort_by_key(|failure| matches!(failure, Unwritten::Failed(_)));
+    failures.into_iter().next().map_or(Ok(()), Err)
 }
 
 /// In sysfs a name has no slash.
@@ -117,14 +173,17 @@ fn node_of(name: &str) -> PathBuf {
     Path::new("/dev").join(name.replace('!', "/"))
 }
 
-fn write(node: &Path) -> io::Result<()> {
-    let write = || {
-        let device = File::open(node)?;
-        // SAFETY: the command names no memory; the descriptor is open for as long as it runs.
-        unsafe { ioctl::flush_buffers(device.as_raw_fd()) }?;
-        device.sync_all()
+fn write(name: &str, devices: &Path) -> Result<(), Unwritten> {
+    let node = node_of(name);
+    let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", node.display()));
+    let device = match File::open(&node) {
+        // Nor is there anything in memory for it.
+        Err(error) if is_of_nothing(&error, || exists(name, devices)) => return Ok(()),
+        device => device.map_err(|error| Unwritten::NotTried(named(error)))?,
     };
-    write().map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", node.display())))
+    // SAFETY: the command names no memory; the descriptor is open for as long as it runs.
+    let flushed = unsafe { ioctl::flush_buffers(device.as_raw_fd()) }.map_err(io::Error::from);
+    flushed.and_then(|_| device.sync_all()).map_err(|error| Unwritten::Failed(named(error)))
 }
 
 #[cfg(test)]
@@ -159,8 +218,37 @@ mod tests {
 
     #[test]
     fn who_fails_is_named_and_keeps_nobody_from_being_written() {
-        let failed = write_all(&["nowhere!0".to_owned(), "null".to_owned()]).unwrap_err();
-        assert_eq!(failed.kind(), io::ErrorKind::NotFound);
-        assert!(failed.to_string().starts_with("/dev/nowhere/0: "), "{failed}");
+        let devices = tempfile::tempdir().unwrap();
+        let write = |names: &[&str]| {
+            write_all(&names.iter().map(|&name| name.to_owned()).collect::<Vec<_>>(), devices.path())
+        };
+        let failed = write(&["null", "full"]).unwrap_err();
+        assert!(matches!(&failed, Unwritten::Failed(_)), "{failed:?}");
+        assert!(failed.to_string().starts_with("/dev/null: "), "{failed}");
+        assert!(write(&["nowhere!0"]).is_ok(), "there is no such device");
+        fs::create_dir(devices.path().join("nowhere!0")).unwrap();
+        let untried = write(&["null", "nowhere!0"]).unwrap_err();
+        assert!(matches!(&untried, Unwritten::NotTried(_)), "{untried:?}");
+        assert!(untried.to_string().starts_with("/dev/nowhere/0: "), "{untried}");
+    }
+
+    /// Where there was no thread, or the node was not in this /dev, a mounted device counted as free, and was taken
+    /// from under its user.
+    #[test]
+    fn only_what_is_known_to_be_unclaimed_counts_as_such() {
+        let judged = |claimed, is_there| judge(claimed, || is_there, block_path(7));
+        let refused = |errno, is_there| judged(Ok(Err(io::Error::from_raw_os_error(errno))), is_there);
+        assert!(judged(Ok(Ok(())), true).is_ok());
+        assert!(judged(Err(NoAnswer::Late), true).is_ok(), "it has no server");
+        for errno in [libc::ENXIO, libc::ENODEV] {
+            assert!(refused(errno, true).is_ok(), "it is stopped");
+        }
+        assert!(refused(libc::ENOENT, false).is_ok(), "it is gone");
+        assert!(matches!(refused(libc::EBUSY, true), Err(DeviceError::Claimed(_))));
+        let no_thread = judged(Err(NoAnswer::NotBegun(io::ErrorKind::WouldBlock.into())), true);
+        for unclear in [no_thread, refused(libc::ENOENT, true), refused(libc::EPERM, true)] {
+            assert!(matches!(unclear, Err(DeviceError::Unclear { .. })), "{unclear:?}");
+        }
+        assert!(exists("null", Path::new("/nowhere")), "nobody knows");
     }
 }
