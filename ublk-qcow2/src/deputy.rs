@@ -64,8 +64,8 @@ const UNFINISHED: u8 = b'~';
 pub(crate) enum Job {
     /// See [`partitions::scan`].
     Scan,
-    /// See [`device::check_unclaimed`].
-    CheckUnclaimed,
+    /// See [`device::check_unused`].
+    CheckUnused,
     /// See [`device::write_back`].
     WriteBack,
     /// See [`device::sync_everything`].
@@ -125,9 +125,7 @@ impl Deputy {
             serve(socket, |job, id| match (job, &mut control) {
                 (Job::Scan, _) => partitions::scan(device::block_path(id)).map_err(Undone::failed),
                 // The server bounds these, should there be no thread.
-                (Job::CheckUnclaimed, _) => {
-                    device::check_unclaimed(id, Bound::Elsewhere).map_err(Undone::from)
-                }
+                (Job::CheckUnused, _) => device::check_unused(id, Bound::Elsewhere).map_err(Undone::from),
                 (Job::WriteBack, _) => device::write_back(id, Bound::Elsewhere).map_err(Undone::from),
                 (Job::SyncEverything, _) => {
                     device::sync_everything(id, Bound::Elsewhere).map_err(Undone::from)
@@ -217,7 +215,7 @@ fn encode(job: Job, id: u32) -> [u8; 5] {
     let [a, b, c, d] = id.to_ne_bytes();
     let job = match job {
         Job::Scan => b'p',
-        Job::CheckUnclaimed => b'c',
+        Job::CheckUnused => b'c',
         Job::WriteBack => b'w',
         Job::SyncEverything => b'a',
         Job::Stop => b's',
@@ -228,7 +226,7 @@ fn encode(job: Job, id: u32) -> [u8; 5] {
 fn decode([job, a, b, c, d]: [u8; 5]) -> Option<(Job, u32)> {
     let job = match job {
         b'p' => Job::Scan,
-        b'c' => Job::CheckUnclaimed,
+        b'c' => Job::CheckUnused,
         b'w' => Job::WriteBack,
         b'a' => Job::SyncEverything,
         b's' => Job::Stop,
