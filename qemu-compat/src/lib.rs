@@ -8,6 +8,7 @@
 //! fio, fs, kill, refusals, shape          what else a device has to stand
 //! recovery, leaks, server                 what becomes of a device whose server dies, and of its image
 //! stopping                                a device that is stopped by somebody else, or whose server is killed meanwhile
+//! stacked                                 devices below loop devices, or below images that are devices
 //! unsynced                                what the kernel still has to write to a device that is detached
 //! between                                 devices without a server or a record, and who comes to them meanwhile
 //! unheard                                 commands and servers of which nobody hears
@@ -52,6 +53,7 @@ pub mod sequence;
 pub mod server;
 pub mod shape;
 pub mod share;
+pub mod stacked;
 pub mod stopping;
 pub mod suite;
 pub mod unheard;

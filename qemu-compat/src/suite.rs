@@ -19,7 +19,7 @@ use crate::{
     report::Case,
     server, shape,
     share::Share,
-    stopping, unheard, unsynced,
+    stacked, stopping, unheard, unsynced,
 };
 use anyhow::{Context, Result, ensure};
 use std::{
@@ -164,6 +164,10 @@ impl Cases {
         self.add("lifecycle/numbers", 240, move |it, dir| lifecycle::numbers(&it.binary, dir, 3, 4 * times));
         self.add("lifecycle/mounts-let-go", 300, |it, dir| lifecycle::mounts_let_go(&it.binary, dir));
         self.add("lifecycle/mounted", 300, |it, dir| lifecycle::mounted_devices_stay(&it.binary, dir));
+        self.add("lifecycle/mounted-stacks", 240, |it, dir| stacked::lower_devices_stay(&it.binary, dir));
+        self.add("lifecycle/mounted-stacks-all", 240, move |it, dir| {
+            stacked::all_from_the_top(&it.binary, dir, if times > 1 { 12 } else { 4 })
+        });
         self.add("lifecycle/records", 120, |it, dir| lifecycle::records_outlive_devices(&it.binary, dir));
         self.add("lifecycle/images", 120, |it, dir| lifecycle::images_stay(&it.binary, dir));
         self.add("lifecycle/failed-recovery", 120, |it, dir| {

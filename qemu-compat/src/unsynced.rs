@@ -9,7 +9,7 @@ use crate::{
     disk::{Disk, Op, Server},
     fs::{Kind, Mounted},
     patience,
-    power::host::{Mapped, make_file_system},
+    power::host::{Loop, Mapped, make_file_system},
     qemu_img,
     server::partition_table,
 };
@@ -41,6 +41,8 @@ enum Place {
     Partition,
     /// On a device of the device mapper that lies on the partition.
     Mapped,
+    /// On a loop device that lies on the partition.
+    Loop,
 }
 
 /// Ends a server with SIGTERM, as a host does that is shut down, while its device is mounted: a file that was
@@ -54,6 +56,7 @@ pub fn ended_while_mounted(binary: &Binary, dir: &Path, seed: u64) -> Result<()>
         (Place::Disk, &[][..]),
         (Place::Partition, &[]),
         (Place::Mapped, &[]),
+        (Place::Loop, &[]),
         // Stopping such a device has the kernel sync what is mounted, but not through the device mapper.
         (Place::Mapped, &["--no-recovery"]),
     ] {
@@ -161,22 +164,29 @@ fn partitioned(binary: &Binary, options: &[&str], image: &Path) -> Result<Device
 struct Used {
     node: PathBuf,
     mapped: Option<Mapped>,
+    /// Detached when dropped.
+    looped: Option<Loop>,
 }
 
 impl Used {
     fn of(device: &Device, place: Place) -> Result<Self> {
         let partition = PathBuf::from(format!("{}p1", device.path().display()));
         Ok(match place {
-            Place::Disk => Self { node: device.path(), mapped: None },
-            Place::Partition => Self { node: partition, mapped: None },
+            Place::Disk => Self { node: device.path(), mapped: None, looped: None },
+            Place::Partition => Self { node: partition, mapped: None, looped: None },
             Place::Mapped => {
                 let mapped = Mapped::linear(&partition, DISK - BEFORE)?;
-                Self { node: mapped.path(), mapped: Some(mapped) }
+                Self { node: mapped.path(), mapped: Some(mapped), looped: None }
+            }
+            Place::Loop => {
+                let looped = Loop::attach(&partition)?;
+                Self { node: looped.path().to_owned(), mapped: None, looped: Some(looped) }
             }
         })
     }
 
     fn remove(self) -> Result<()> {
+        drop(self.looped);
         self.mapped.map_or(Ok(()), Mapped::remove)
     }
 }

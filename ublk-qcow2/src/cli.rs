@@ -105,7 +105,8 @@ pub(crate) struct RecoverArgs {
 pub(crate) struct DelArgs {
     #[command(flatten)]
     pub(crate) which: Which,
-    /// Even if it is mounted or in use otherwise: its users' writes fail, what they have not flushed is lost.
+    /// Even if it is mounted, or another device is built on it (LUKS, LVM, a loop device, one whose image it is): its
+    /// users' writes fail, what they have not flushed is lost. Who merely has it open is not noticed either way.
     #[arg(short, long)]
     pub(crate) force: bool,
 }

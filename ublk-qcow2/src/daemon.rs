@@ -290,8 +290,8 @@ fn attend(
     until_the_end(|| crew.wait_for_end(), || device.write_back(deputy), go_on, id)
 }
 
-/// A device that is asked to go stays if the kernel does not get done with what it has in memory for it: it
-/// would be lost.
+/// A device that is asked to go stays if the kernel does not get done with what it has in memory for it, or cannot
+/// begin: it would be lost.
 fn until_the_end(
     mut wait: impl FnMut() -> Result<End, ServeError>,
     mut write_back: impl FnMut() -> Result<(), DeviceError>,
@@ -308,7 +308,7 @@ fn until_the_end(
             return Ok(Ok(()));
         }
         match write_back() {
-            Err(error) if end == End::Asked && error.is_late() => go_on(&error),
+            Err(error) if end == End::Asked && error.is_unfinished() => go_on(&error),
             written => return Ok(written.map_err(ServeError::from)),
         }
     }
@@ -414,10 +414,14 @@ mod tests {
     }
 
     /// The image's disk was slow: what lay in the kernel's memory for the device was not written in time, and the
-    /// device was stopped all the same, which lost it.
+    /// device was stopped all the same, which lost it. So it was when there was no thread to begin with it.
     #[test]
     fn a_device_stays_that_is_not_written_back_in_time_unless_it_is_to_go_all_the_same() {
         let late = || Err(DeviceError::Late { path: PathBuf::new(), limit: Duration::ZERO });
+        let not_begun = || {
+            let source = io::ErrorKind::WouldBlock.into();
+            Err(DeviceError::NotBegun { path: PathBuf::new(), source })
+        };
         let failed = || Err(DeviceError::PartScan);
         let ended = |ends: &[End], outcomes: Vec<Result<(), DeviceError>>| {
             let (mut ends, mut outcomes) = (ends.iter(), outcomes.into_iter());
@@ -430,6 +434,7 @@ mod tests {
         assert_eq!(ended(&[End::Asked, End::Asked], vec![late(), Ok(())]), (Some(true), 1));
         assert_eq!(ended(&[End::Asked, End::Forced], vec![late(), late()]), (Some(false), 1));
         assert_eq!(ended(&[End::Asked], vec![late()]), (None, 1), "it goes on, and a queue fails");
+        assert_eq!(ended(&[End::Asked, End::Forced], vec![not_begun(), not_begun()]), (Some(false), 1));
         assert_eq!(ended(&[End::Asked], vec![failed()]), (Some(false), 0), "that is lost in any case");
         assert_eq!(ended(&[End::Stopped], vec![]), (Some(true), 0));
     }

@@ -25,7 +25,13 @@
 
 #![allow(unsafe_code, reason = "fork")]
 
-use crate::{control::Control, detach, device, partitions, safety, wait};
+use crate::{
+    control::Control,
+    detach,
+    device::{self, DeviceError},
+    partitions, safety,
+    wait::{self, Bound},
+};
 use nix::{
     sys::signal::SigSet,
     unistd::{ForkResult, Pid, dup2_stderr, dup2_stdin, dup2_stdout, fork},
@@ -51,15 +57,15 @@ const MAX_TEXT: usize = 1024;
 /// First bytes of answers.
 const DONE: u8 = b'+';
 const FAILED: u8 = b'-';
-const LATE: u8 = b'~';
+const UNFINISHED: u8 = b'~';
 
 /// What waits for requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Job {
     /// See [`partitions::scan`].
     Scan,
-    /// See [`device::check_unclaimed`].
-    CheckUnclaimed,
+    /// See [`device::check_unused`].
+    CheckUnused,
     /// See [`device::write_back`].
     WriteBack,
     /// See [`device::sync_everything`].
@@ -74,9 +80,9 @@ pub(crate) enum DeputyError {
     /// What it said.
     #[error("{0}")]
     Failed(String),
-    /// What it said; the job goes on.
+    /// What it said; the job goes on, or could not be begun.
     #[error("{0}")]
-    Late(String),
+    Unfinished(String),
     #[error("the process that waits for the driver did not answer within {} s", ANSWER.as_secs())]
     Silent,
     #[error("the process that waits for the driver is gone: {0}")]
@@ -86,14 +92,20 @@ pub(crate) enum DeputyError {
 /// What a deputy says of a job that is not done.
 #[derive(Debug)]
 struct Undone {
-    /// Whether only its time is up.
-    is_late: bool,
+    /// Whether only its time is up, or it could not be begun.
+    is_unfinished: bool,
     text: String,
 }
 
 impl Undone {
     fn failed(error: impl fmt::Display) -> Self {
-        Self { is_late: false, text: error.to_string() }
+        Self { is_unfinished: false, text: error.to_string() }
+    }
+}
+
+impl From<DeviceError> for Undone {
+    fn from(error: DeviceError) -> Self {
+        Self { is_unfinished: error.is_unfinished(), text: error.to_string() }
     }
 }
 
@@ -112,10 +124,12 @@ impl Deputy {
             safety::keep_control();
             serve(socket, |job, id| match (job, &mut control) {
                 (Job::Scan, _) => partitions::scan(device::block_path(id)).map_err(Undone::failed),
-                (Job::CheckUnclaimed, _) => device::check_unclaimed(id).map_err(Undone::failed),
-                (Job::WriteBack, _) => device::write_back(id)
-                    .map_err(|error| Undone { is_late: error.is_late(), text: error.to_string() }),
-                (Job::SyncEverything, _) => device::sync_everything(id).map_err(Undone::failed),
+                // The server bounds these, should there be no thread.
+                (Job::CheckUnused, _) => device::check_unused(id, Bound::Elsewhere).map_err(Undone::from),
+                (Job::WriteBack, _) => device::write_back(id, Bound::Elsewhere).map_err(Undone::from),
+                (Job::SyncEverything, _) => {
+                    device::sync_everything(id, Bound::Elsewhere).map_err(Undone::from)
+                }
                 (Job::Stop, Ok(control)) => device::unless_gone(control.stop(id)).map_err(Undone::failed),
                 (Job::Stop, Err(error)) => Err(Undone::failed(error)),
             });
@@ -148,8 +162,8 @@ impl Deputy {
         });
         match answer {
             Ok(Ok(())) => Ok(()),
-            Ok(Err(Undone { is_late: true, text })) => Err(DeputyError::Late(text)),
-            Ok(Err(Undone { is_late: false, text })) => Err(DeputyError::Failed(text)),
+            Ok(Err(Undone { is_unfinished: true, text })) => Err(DeputyError::Unfinished(text)),
+            Ok(Err(Undone { is_unfinished: false, text })) => Err(DeputyError::Failed(text)),
             Err(error) => {
                 // Whatever it says later is not the answer to the next job.
                 let _ = self.socket.shutdown(Shutdown::Both);
@@ -201,7 +215,7 @@ fn encode(job: Job, id: u32) -> [u8; 5] {
     let [a, b, c, d] = id.to_ne_bytes();
     let job = match job {
         Job::Scan => b'p',
-        Job::CheckUnclaimed => b'c',
+        Job::CheckUnused => b'c',
         Job::WriteBack => b'w',
         Job::SyncEverything => b'a',
         Job::Stop => b's',
@@ -212,7 +226,7 @@ fn encode(job: Job, id: u32) -> [u8; 5] {
 fn decode([job, a, b, c, d]: [u8; 5]) -> Option<(Job, u32)> {
     let job = match job {
         b'p' => Job::Scan,
-        b'c' => Job::CheckUnclaimed,
+        b'c' => Job::CheckUnused,
         b'w' => Job::WriteBack,
         b'a' => Job::SyncEverything,
         b's' => Job::Stop,
@@ -225,8 +239,8 @@ fn decode([job, a, b, c, d]: [u8; 5]) -> Option<(Job, u32)> {
 fn send(socket: &mut UnixStream, outcome: &Result<(), Undone>) -> io::Result<()> {
     let (kind, text) = match outcome {
         Ok(()) => (DONE, ""),
-        Err(Undone { is_late: true, text }) => (LATE, &**text),
-        Err(Undone { is_late: false, text }) => (FAILED, &**text),
+        Err(Undone { is_unfinished: true, text }) => (UNFINISHED, &**text),
+        Err(Undone { is_unfinished: false, text }) => (FAILED, &**text),
     };
     let text = &text.as_bytes()[..text.len().min(MAX_TEXT)];
     let mut message = vec![kind];
@@ -242,7 +256,7 @@ fn receive(socket: &mut UnixStream) -> io::Result<Result<(), Undone>> {
     let mut text = vec![0; usize::from(u16::from_ne_bytes([a, b]))];
     socket.read_exact(&mut text)?;
     let text = String::from_utf8_lossy(&text).into_owned();
-    Ok(if kind == DONE { Ok(()) } else { Err(Undone { is_late: kind == LATE, text }) })
+    Ok(if kind == DONE { Ok(()) } else { Err(Undone { is_unfinished: kind == UNFINISHED, text }) })
 }
 
 #[cfg(test)]
@@ -266,7 +280,7 @@ mod tests {
     fn answering() -> Deputy {
         Deputy::fork_for(|socket| {
             serve(socket, |job, id| match job {
-                Job::WriteBack => Err(Undone { is_late: true, text: format!("not {id}") }),
+                Job::WriteBack => Err(Undone { is_unfinished: true, text: format!("not {id}") }),
                 Job::Scan => Err(Undone::failed(id)),
                 _ => Ok(()),
             });
@@ -315,7 +329,7 @@ mod tests {
                 kill(deputy.process, signal).unwrap();
             }
             let said = deputy.have(Job::WriteBack, 70_000).unwrap_err();
-            assert!(matches!(&said, DeputyError::Late(text) if text == "not 70000"), "{said:?}");
+            assert!(matches!(&said, DeputyError::Unfinished(text) if text == "not 70000"), "{said:?}");
             let said = deputy.have(Job::Scan, 70_000).unwrap_err();
             assert!(matches!(&said, DeputyError::Failed(text) if text == "70000"), "{said:?}");
             assert!(deputy.have(Job::Stop, 3).is_ok(), "after a failure");

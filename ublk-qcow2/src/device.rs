@@ -13,12 +13,14 @@ mod nodes;
 mod removal;
 mod request;
 mod shape;
+mod stack;
 
-pub(crate) use dirty::{check_unclaimed, sync_everything, write_back};
+pub(crate) use dirty::{check_unused, sync_everything, write_back};
 pub(crate) use nodes::{block_path, numbers};
 pub(crate) use removal::{delete_left, delete_orphan, unless_gone};
 pub(crate) use request::{DataPath, MAX_DEPTH, Request};
 pub(crate) use shape::Shape;
+pub(crate) use stack::{Machine, User};
 
 use crate::{
     control::{Command, Control, ControlError},
@@ -26,6 +28,7 @@ use crate::{
     handover,
     runfile::Phase,
     uapi,
+    wait::Bound,
 };
 use nodes::{open_char, until_let_go};
 use request::{FORGETS_SERVERS, NO_PART_SCAN, RECOVERY, ZERO_COPY};
@@ -52,20 +55,29 @@ pub(crate) enum DeviceError {
     Params(String),
     #[error("cannot open {}: {source}{hint}", .path.display())]
     Node { path: PathBuf, source: io::Error, hint: &'static str },
-    #[error("{} is mounted or claimed otherwise", .0.display())]
-    Claimed(PathBuf),
+    #[error("{} is {by}", .path.display())]
+    Used { path: PathBuf, by: User },
+    #[error("whether {} is mounted or claimed otherwise cannot be found out: {source}", .path.display())]
+    Unclear { path: PathBuf, source: io::Error },
     #[error("cannot write back what the kernel has in memory for {}, which may be lost: {source}", .path.display())]
     WriteBack { path: PathBuf, source: io::Error },
     #[error(
         "the kernel has not written within {} s what it has in memory for {}", .limit.as_secs(), .path.display()
     )]
     Late { path: PathBuf, limit: Duration },
+    #[error("cannot begin to write back what the kernel has in memory for {}: {source}", .path.display())]
+    NotBegun { path: PathBuf, source: io::Error },
 }
 
 impl DeviceError {
-    /// Whether only the time is up, and the kernel still writes.
-    pub(crate) fn is_late(&self) -> bool {
-        matches!(self, Self::Late { .. } | Self::Deputy(DeputyError::Late(_) | DeputyError::Silent))
+    /// Whether nothing is lost yet: the kernel still writes, or has not begun.
+    pub(crate) fn is_unfinished(&self) -> bool {
+        matches!(
+            self,
+            Self::Late { .. }
+                | Self::NotBegun { .. }
+                | Self::Deputy(DeputyError::Unfinished(_) | DeputyError::Silent)
+        )
     }
 
     /// Whether there is no such device, or not one of ours that could be recovered.
@@ -254,15 +266,15 @@ impl Device {
 
     /// Has the kernel write what it has in memory for the device and what is built on it. A device for recovery
     /// fails whatever comes after the beginning of [`Self::stop`]; for another one the stop does the same, but
-    /// not for what has claimed it, beside a file system.
+    /// not for what is built on it, beside a file system.
     pub(crate) fn write_back(&self, deputy: &mut Deputy) -> Result<(), DeviceError> {
-        let unclaimed = self.have(deputy, Job::CheckUnclaimed, check_unclaimed);
-        if unclaimed.is_ok() && !self.is_recoverable() {
+        let unused = self.have(deputy, Job::CheckUnused, check_unused);
+        if unused.is_ok() && !self.is_recoverable() {
             return Ok(());
         }
         let written = self.have(deputy, Job::WriteBack, write_back);
-        let Err(error) = unclaimed else { return written };
-        tracing::warn!("{error}, and is taken from under its users: what they write from now on is lost");
+        let Err(error) = unused else { return written };
+        tracing::warn!("{error}; it is taken from under its users: what they write from now on is lost");
         let synced = self.have(deputy, Job::SyncEverything, sync_everything);
         written.and(synced)
     }
@@ -272,12 +284,12 @@ impl Device {
         &self,
         deputy: &mut Deputy,
         job: Job,
-        work: fn(u32) -> Result<(), DeviceError>,
+        work: fn(u32, Bound) -> Result<(), DeviceError>,
     ) -> Result<(), DeviceError> {
         match deputy.have(job, self.id()) {
             Err(error @ DeputyError::Gone(_)) => {
                 tracing::warn!(id = self.id(), "{error}");
-                work(self.id())
+                work(self.id(), Bound::Here)
             }
             done => Ok(done?),
         }

@@ -8,7 +8,7 @@
 
 #![allow(unsafe_code, reason = "an ioctl")]
 
-use crate::wait;
+use crate::wait::{self, Bound};
 use nix::errno::Errno;
 use std::{
     fs::File,
@@ -33,7 +33,8 @@ mod ioctl {
 
 /// Has the kernel look for partitions, and waits until it has.
 pub(crate) fn scan(device: PathBuf) -> io::Result<()> {
-    wait::in_time(LIMIT, move || reread(&device))
+    wait::in_time(LIMIT, Bound::Here, move || reread(&device))
+        .unwrap_or_else(|error| Err(io::Error::other(error)))
 }
 
 fn reread(path: &Path) -> io::Result<()> {

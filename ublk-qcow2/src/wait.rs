@@ -12,16 +12,37 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// Who bounds a wait when there is no thread left for it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Bound {
+    /// Nobody: it is not begun.
+    Here,
+    /// Whoever waits for this process: it is done by the caller's thread.
+    Elsewhere,
+}
+
+/// Why it is not known how something went.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NoAnswer {
+    #[error("there is no thread for it: {0}")]
+    NotBegun(io::Error),
+    #[error("it takes too long")]
+    Late,
+}
+
 /// Does what waits for requests to a device, which may hang. It goes on when its time is up, on its thread.
-pub(crate) fn in_time(
+pub(crate) fn in_time<T: Send + 'static>(
     limit: Duration,
-    work: impl FnOnce() -> io::Result<()> + Send + 'static,
-) -> io::Result<()> {
+    bound: Bound,
+    work: impl FnOnce() -> T + Clone + Send + 'static,
+) -> Result<T, NoAnswer> {
     let (done, outcome) = mpsc::channel();
-    // There may be no thread left for it.
-    thread::Builder::new().name("waiting".to_owned()).spawn(move || done.send(work()))?;
-    let late = |_| Err(io::Error::new(io::ErrorKind::TimedOut, "it takes too long"));
-    outcome.recv_timeout(limit).unwrap_or_else(late)
+    let kept = work.clone();
+    match (thread::Builder::new().name("waiting".to_owned()).spawn(move || done.send(work())), bound) {
+        (Ok(_), _) => outcome.recv_timeout(limit).map_err(|_| NoAnswer::Late),
+        (Err(_), Bound::Elsewhere) => Ok(kept()),
+        (Err(error), Bound::Here) => Err(NoAnswer::NotBegun(error)),
+    }
 }
 
 /// Tries until the outcome is none that passes with time, but not longer than that: then the last one counts.
@@ -75,14 +96,23 @@ mod tests {
         assert!(attempts(u32::MAX, Duration::from_millis(20)) > 1);
     }
 
-    /// `del` found no thread left for it (`ulimit -u`), and aborted.
+    /// `del` found no thread left for it (`ulimit -u`), and aborted. Later it took that for an answer: a mounted
+    /// device for one that nobody uses, and what had not been written back for lost.
     #[test]
-    fn what_cannot_have_a_thread_fails() {
-        alone::run("wait::tests::what_cannot_have_a_thread_fails", || {
+    fn what_cannot_have_a_thread_is_not_begun_or_done_where_somebody_else_bounds_it() {
+        let test = "what_cannot_have_a_thread_is_not_begun_or_done_where_somebody_else_bounds_it";
+        alone::run(&format!("wait::tests::{test}"), || {
             // No memory for its stack: a limit on threads is none for root.
             setrlimit(Resource::RLIMIT_AS, 0, 0).unwrap();
-            let outcome = in_time(Duration::from_secs(60), || Ok(()));
-            assert_eq!(outcome.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+            let outcome = |bound| in_time(Duration::from_secs(60), bound, || 7);
+            assert!(matches!(outcome(Bound::Here), Err(NoAnswer::NotBegun(_))));
+            assert!(matches!(outcome(Bound::Elsewhere), Ok(7)));
         });
+    }
+
+    #[test]
+    fn what_takes_too_long_is_late() {
+        let outcome = in_time(Duration::ZERO, Bound::Elsewhere, || sleep(Duration::from_secs(1)));
+        assert!(matches!(outcome, Err(NoAnswer::Late)));
     }
 }

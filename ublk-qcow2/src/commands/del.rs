@@ -6,8 +6,10 @@
 //! where there is none, the device is stopped and deleted from here, and what that server had acknowledged is
 //! written to the image. Who has the lock of the run file does it: another `del` may be at work. Nothing
 //! else's devices are touched, unless named by `-n`: then the kernel writes back before, if somebody serves
-//! them. A device that is mounted, or claimed in another way, is not taken from under its user without
-//! `--force`.
+//! them. A device that is mounted, or claimed in another way, or on which another one is built, is not taken from
+//! under its user without `--force`. Who detaches all of them begins with the upper ones.
+
+mod order;
 
 use super::{CommandError, complain};
 use crate::{
@@ -15,15 +17,16 @@ use crate::{
     control::Control,
     crew::FORCING_SENT,
     daemon::{self, ServeError},
-    device, orphans,
+    device::{self, DeviceError, Machine},
+    orphans,
     processes::Process,
     runfile::{self, Entry, Phase, Record, Refusal, RunFile, TakeOverError},
-    wait,
+    wait::{self, Bound},
 };
+use order::{Task, for_each};
 use rustix::process::Signal;
 use std::{
     collections::BTreeSet,
-    sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -37,8 +40,6 @@ const END_WAIT: Duration = Duration::from_secs(60);
 const START_WAIT: Duration = Duration::from_secs(30);
 /// How often to look whether it has.
 const LOOK: Duration = Duration::from_millis(10);
-/// Devices that are detached at the same time.
-const AT_ONCE: usize = 16;
 /// How long a device may be claimed by somebody who only has a look at it, as udev does.
 const CLAIM_WAIT: Duration = Duration::from_secs(2);
 
@@ -63,7 +64,15 @@ pub(crate) fn run(args: &DelArgs) -> Result<(), CommandError> {
 
 /// Goes on after a failure; returns it if it is the only one.
 fn detach_all(users: Users) -> Result<(), CommandError> {
-    let mut failures = for_each(runfile::load_each()?, |entry| detach(entry?, users));
+    let machine = Machine::look(Entry::needs_its_image);
+    let task = |entry: Result<Entry, _>| match &entry {
+        Ok(Entry { record: Record { id, .. }, .. }) => {
+            Task { id: Some(*id), after: machine.servers_on(*id), item: entry }
+        }
+        Err(_) => Task { id: None, after: BTreeSet::new(), item: entry },
+    };
+    let tasks = runfile::load_each()?.into_iter().map(task).collect();
+    let mut failures = for_each(tasks, |entry| detach(entry?, users));
     if let Err(error) = orphans::remove_all() {
         failures.push(error.into());
     }
@@ -74,28 +83,6 @@ fn detach_all(users: Users) -> Result<(), CommandError> {
         complain(failure);
     }
     Err(CommandError::Several(failures.len()))
-}
-
-/// Does this to each of them, to some at a time: none waits for one that hangs. Returns what failed.
-fn for_each<T: Send, E: Send>(items: Vec<T>, work: impl Fn(T) -> Result<(), E> + Sync) -> Vec<E> {
-    let others = items.len().min(AT_ONCE).saturating_sub(1);
-    let (left, failures) = (Mutex::new(items.into_iter()), Mutex::new(Vec::new()));
-    let next = || left.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let work_on = || {
-        while let Some(item) = next() {
-            if let Err(error) = work(item) {
-                failures.lock().unwrap_or_else(PoisonError::into_inner).push(error);
-            }
-        }
-    };
-    thread::scope(|scope| {
-        for _ in 0..others {
-            // Where there is no thread left for it this takes longer.
-            let _ = thread::Builder::new().spawn_scoped(scope, work_on);
-        }
-        work_on();
-    });
-    failures.into_inner().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Detaches a device, until nobody is left who holds its image's file system.
@@ -136,7 +123,7 @@ fn take_away(first: Entry, users: Users, served_by: &mut BTreeSet<Process>) -> R
             (true, _) => match asked.filter(|asked| asked.pid == pid) {
                 Some(asked) => asked.check(&entry.record, users)?,
                 None => {
-                    check_unclaimed(id, users, "unmount it first")?;
+                    check_unused(id, users, "")?;
                     if ask_to_stop(&entry.record, users)? {
                         asked = Some(Asked::of(&entry.record));
                     }
@@ -159,9 +146,8 @@ fn take_away(first: Entry, users: Users, served_by: &mut BTreeSet<Process>) -> R
 /// Whether a server is on its way, in a dead one's place perhaps, or a supervisor there that will start one.
 /// It can have the kernel write what that has in memory for the device; without a server that would be lost.
 fn is_about_to_serve(entry: &Entry) -> bool {
-    let Record { phase, config, processes, error, .. } = &entry.record;
-    let somebody_will = entry.is_alive || error.is_none() && processes.iter().any(|process| process.lives());
-    config.recovery && *phase != Phase::Removing && !entry.serves() && somebody_will
+    let Record { phase, config, .. } = &entry.record;
+    config.recovery && *phase != Phase::Removing && !entry.serves() && entry.is_looked_after()
 }
 
 /// A server that was asked to end.
@@ -198,12 +184,17 @@ fn ask_to_stop(record: &Record, users: Users) -> Result<bool, CommandError> {
     server.send(signal).map_err(|source| CommandError::Signal { id, pid, source })
 }
 
-/// Makes sure that nobody has mounted the device or claimed it otherwise.
-fn check_unclaimed(id: u32, users: Users, first: &'static str) -> Result<(), CommandError> {
-    let is_taken = || users == Users::Spared && device::check_unclaimed(id).is_err();
-    match wait::patiently(CLAIM_WAIT, LOOK, |is_taken| *is_taken, is_taken) {
-        true => Err(CommandError::Claimed { id, first }),
-        false => Ok(()),
+/// Makes sure that nobody has mounted the device or claimed it otherwise, nor built another one on it, as far as users
+/// are spared. What the user is to do about it comes after `before`.
+fn check_unused(id: u32, users: Users, before: &'static str) -> Result<(), CommandError> {
+    if users == Users::Ignored {
+        return Ok(());
+    }
+    let look = || device::check_unused(id, Bound::Here);
+    match wait::patiently(CLAIM_WAIT, LOOK, Result::is_err, look) {
+        Ok(()) => Ok(()),
+        Err(DeviceError::Used { by, .. }) => Err(CommandError::Used { id, by, before }),
+        Err(unclear) => Err(CommandError::Unclear { id, source: unclear }),
     }
 }
 
@@ -220,7 +211,7 @@ fn clean_up(record: &Record, users: Users) -> Result<Cleaned, CommandError> {
     let id = record.id;
     if record.config.recovery {
         // Its users wait, and lose nothing if it is recovered. They have lost all already if it cannot be.
-        check_unclaimed(id, users, "`ublk-qcow2 recover` and unmount it first")?;
+        check_unused(id, users, "`ublk-qcow2 recover` and ")?;
     }
     let mut run_file = match RunFile::take_over(id) {
         Err(TakeOverError::Alive(_) | TakeOverError::Missing(_)) => return Ok(Cleaned::Not),
@@ -263,16 +254,17 @@ fn delete_foreign(id: u32, users: Users) -> Result<(), CommandError> {
         Err(error) if error.errno() == Some(libc::ENODEV) => return Err(CommandError::NoDevice(id)),
         info => info?,
     };
-    check_unclaimed(id, users, "unmount it first")?;
+    check_unused(id, users, "")?;
     // Where nobody answers, what the kernel has is lost, or it would wait for ever.
     if device::is_live(&info) && Process::with(info.ublksrv_pid).is_ok_and(|server| server.lives()) {
-        match (device::write_back(id), users) {
-            (Err(late), Users::Spared) if late.is_late() => {
-                return Err(CommandError::NotWritten { id, reason: late.to_string() });
+        match (device::write_back(id, Bound::Here), users) {
+            (Err(error), Users::Spared) if error.is_unfinished() => {
+                return Err(CommandError::NotWritten { id, reason: error.to_string() });
             }
             (written, Users::Spared) => written.unwrap_or_else(|error| tracing::warn!("{error}")),
             (written, Users::Ignored) => {
-                written.and(device::sync_everything(id)).unwrap_or_else(|error| tracing::warn!("{error}"));
+                let synced = device::sync_everything(id, Bound::Here);
+                written.and(synced).unwrap_or_else(|error| tracing::warn!("{error}"));
             }
         }
     }
@@ -282,28 +274,7 @@ fn delete_foreign(id: u32, users: Users) -> Result<(), CommandError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{os::unix::process::ExitStatusExt, process::Command, sync::mpsc};
-
-    /// `del --all` waited ten minutes for a server that hung before it asked the next one to stop.
-    #[test]
-    fn devices_do_not_wait_for_each_other() {
-        let (begun, other) = mpsc::channel();
-        let ends = Mutex::new((Some(begun), Some(other)));
-        let failed = for_each(vec![2, 1], |device| {
-            let taken = ends
-                .lock()
-                .map(|mut ends| (ends.0.take_if(|_| device == 1), ends.1.take_if(|_| device == 2)));
-            match taken.unwrap() {
-                (_, Some(other)) => {
-                    other.recv_timeout(Duration::from_secs(10)).map_err(|_| "the other waits")
-                }
-                (begun, _) => begun.unwrap().send(()).map_err(|_| "the other is through"),
-            }
-        });
-        assert!(failed.is_empty(), "{failed:?}");
-        assert_eq!(for_each(vec![1; 40], Err).len(), 40);
-        assert_eq!(for_each(Vec::new(), Err::<(), ()>), []);
-    }
+    use std::{os::unix::process::ExitStatusExt, process::Command};
 
     /// A server was killed while it stopped. `del` removed the device at once, or asked the next server before
     /// it served: what the kernel had in memory for the device was lost.

@@ -14,6 +14,7 @@ pub(crate) mod resize;
 use crate::{
     control::ControlError,
     daemon::ServeError,
+    device::{DeviceError, User},
     orphans::OrphanError,
     runfile::{self, InUse, RunFileError},
 };
@@ -63,9 +64,11 @@ pub(crate) enum CommandError {
     #[error("there is no device {0}")]
     NoDevice(u32),
     #[error(
-        "/dev/ublkb{id} is mounted or claimed otherwise; {first} (or `ublk-qcow2 del --force -n {id}` to detach it all the same)"
+        "/dev/ublkb{id} is {by}; {before}{} first (or `ublk-qcow2 del --force -n {id}` to detach it all the same)", .by.way_out()
     )]
-    Claimed { id: u32, first: &'static str },
+    Used { id: u32, by: User, before: &'static str },
+    #[error("{source}; try again, or detach it all the same: `ublk-qcow2 del --force -n {id}`")]
+    Unclear { id: u32, source: DeviceError },
     #[error(
         "device {id} stays as it is: {reason}; try again, or give that up: `ublk-qcow2 del --force -n {id}`"
     )]

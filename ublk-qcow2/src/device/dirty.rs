@@ -14,22 +14,30 @@
 //! the file system by the claim: syncfs takes a way to it, and this process has none, because mounts that
 //! others make do not reach its namespace. The fsync after it tells of errors, and has the disk flush.
 //!
-//! Of two kinds of users neither the claims nor sysfs tell: a file system that has claimed its disks without
-//! saying so (Btrfs, of which one may have many), and one on a loop device whose file is on the disk.
+//! Of two kinds of users neither the claims nor [`stack`](super::stack) tell: a file system that has claimed its
+//! disks without saying so (Btrfs, of which one may have many), and one on a loop device whose file is in a file
+//! system on the disk.
 //! [`sync_everything`] is sync(2), which reaches all there is, and waits for all there is: for a file server
 //! that is gone, or another device of ours that waits to be recovered. So nobody's wish to detach a free disk
 //! depends on it: it is for disks that are taken from under their users, when the rest has been done.
 
 #![allow(unsafe_code, reason = "an ioctl")]
 
-use super::{DeviceError, nodes::block_path};
-use crate::wait;
+use super::{
+    DeviceError,
+    nodes::block_path,
+    stack::{Layer, Machine, User, name_of},
+};
+use crate::{
+    runfile::Entry,
+    wait::{self, Bound, NoAnswer},
+};
 use nix::unistd::sync;
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{File, OpenOptions},
     io,
     os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
-    path::{Path, PathBuf},
+    path::PathBuf,
     time::Duration,
 };
 
@@ -39,128 +47,161 @@ const WRITE_BACK: Duration = Duration::from_secs(300);
 const SYNC: Duration = Duration::from_secs(60);
 /// How long opening a device may take.
 const LOOK: Duration = Duration::from_secs(2);
-/// Devices on devices on devices, at the most: partitions, LUKS, LVM.
-const MAX_STACK: usize = 16;
-/// Where the kernel tells of block devices.
-const BLOCK_DEVICES: &str = "/sys/class/block";
 
 mod ioctl {
     // `BLKFLSBUF`: sync, and let go of clean pages.
     nix::ioctl_none!(flush_buffers, 0x12, 97);
 }
 
+/// Why what lies in memory for a node is not written.
+#[derive(Debug, thiserror::Error)]
+enum Unwritten {
+    /// Nothing was tried, and nothing is lost yet.
+    #[error("{0}")]
+    NotTried(io::Error),
+    #[error("{0}")]
+    Failed(io::Error),
+}
+
 /// Has the kernel write what it has in memory for a disk, its partitions and what is built on them; waits for
 /// requests to the disk.
-pub(crate) fn write_back(id: u32) -> Result<(), DeviceError> {
+pub(crate) fn write_back(id: u32, bound: Bound) -> Result<(), DeviceError> {
     let path = block_path(id);
-    let disk = format!("ublkb{id}");
-    let fail = |source: io::Error| match source.kind() {
-        io::ErrorKind::TimedOut => DeviceError::Late { path, limit: WRITE_BACK },
-        _ => DeviceError::WriteBack { path, source },
+    let write = move || {
+        // A device of ours on it to which no server comes back would keep us waiting for nothing.
+        let machine = Machine::look(Entry::is_looked_after);
+        write_all(&machine.stack_on(id), &machine)
     };
-    wait::in_time(WRITE_BACK, move || write_all(&stack_on(&disk, Path::new(BLOCK_DEVICES)))).map_err(fail)
+    match wait::in_time(WRITE_BACK, bound, write) {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(Unwritten::Failed(source))) => Err(DeviceError::WriteBack { path, source }),
+        Ok(Err(Unwritten::NotTried(source))) => Err(DeviceError::NotBegun { path, source }),
+        Err(NoAnswer::Late) => Err(DeviceError::Late { path, limit: WRITE_BACK }),
+        Err(error @ NoAnswer::NotBegun(_)) => {
+            Err(DeviceError::NotBegun { path, source: io::Error::other(error) })
+        }
+    }
 }
 
 /// Has the kernel write all that it has in memory.
-pub(crate) fn sync_everything(id: u32) -> Result<(), DeviceError> {
-    let work = || {
-        sync();
-        Ok(())
-    };
-    wait::in_time(SYNC, work).map_err(|source| DeviceError::WriteBack { path: block_path(id), source })
-}
-
-/// Makes sure that a device is not mounted or claimed otherwise, nor are its partitions.
-pub(crate) fn check_unclaimed(id: u32) -> Result<(), DeviceError> {
+pub(crate) fn sync_everything(id: u32, bound: Bound) -> Result<(), DeviceError> {
     let path = block_path(id);
-    // For a block device O_EXCL means: fail if it is claimed. A device without a server may keep whoever opens
-    // it waiting, but only if it is not claimed.
-    let claimed = path.clone();
-    let claim = move || OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(claimed);
-    match wait::in_time(LOOK, move || claim().map(drop)) {
-        Err(error) if error.raw_os_error() == Some(libc::EBUSY) => Err(DeviceError::Claimed(path)),
-        _ => Ok(()),
-    }
-}
-
-/// The names of a block device and of what is built on it, the upper ones first.
-fn stack_on(disk: &str, devices: &Path) -> Vec<String> {
-    let mut found = Vec::new();
-    gather(disk, devices, MAX_STACK, &mut found);
-    found
-}
-
-fn gather(name: &str, devices: &Path, depth: usize, found: &mut Vec<String>) {
-    let directory = devices.join(name);
-    let partitions = names_in(&directory).filter(|name| directory.join(name).join("partition").exists());
-    for above in partitions.chain(names_in(&directory.join("holders"))) {
-        if depth > 0 && !found.contains(&above) {
-            gather(&above, devices, depth - 1, found);
+    match wait::in_time(SYNC, bound, sync) {
+        Ok(()) => Ok(()),
+        Err(error @ NoAnswer::NotBegun(_)) => {
+            Err(DeviceError::NotBegun { path, source: io::Error::other(error) })
         }
+        Err(error) => Err(DeviceError::WriteBack { path, source: io::Error::other(error) }),
     }
-    found.push(name.to_owned());
 }
 
-fn names_in(directory: &Path) -> impl Iterator<Item = String> {
-    let entries = fs::read_dir(directory).into_iter().flatten().flatten();
-    entries.filter_map(|entry| entry.file_name().into_string().ok())
+/// Makes sure that a device is not mounted or claimed otherwise, nor are its partitions, and that no other device is
+/// built on it.
+pub(crate) fn check_unused(id: u32, bound: Bound) -> Result<(), DeviceError> {
+    let path = block_path(id);
+    let machine = Machine::look(Entry::needs_its_image);
+    if let Some(by) = machine.stack_on(id).into_iter().find_map(|layer| layer.user) {
+        return Err(DeviceError::Used { path, by });
+    }
+    let node = path.clone();
+    // For a block device O_EXCL means: fail if it is claimed.
+    let claim = move || OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(node).map(drop);
+    judge(wait::in_time(LOOK, bound, claim), || machine.has(&name_of(id)), path)
 }
 
-/// Goes on after a failure; tells of the first.
-fn write_all(names: &[String]) -> io::Result<()> {
-    let outcomes: Vec<_> = names.iter().map(|name| write(&node_of(name))).collect();
-    outcomes.into_iter().collect()
-}
-
-/// In sysfs a name has no slash.
-fn node_of(name: &str) -> PathBuf {
-    Path::new("/dev").join(name.replace('!', "/"))
-}
-
-fn write(node: &Path) -> io::Result<()> {
-    let write = || {
-        let device = File::open(node)?;
-        // SAFETY: the command names no memory; the descriptor is open for as long as it runs.
-        unsafe { ioctl::flush_buffers(device.as_raw_fd()) }?;
-        device.sync_all()
+/// What an attempt to claim a device says of it.
+fn judge(
+    claimed: Result<io::Result<()>, NoAnswer>,
+    is_there: impl FnOnce() -> bool,
+    path: PathBuf,
+) -> Result<(), DeviceError> {
+    let source = match claimed {
+        // A device without a server may keep whoever opens it waiting, but only if it is not claimed.
+        Ok(Ok(())) | Err(NoAnswer::Late) => return Ok(()),
+        Ok(Err(error)) => error,
+        Err(error) => io::Error::other(error),
     };
-    write().map_err(|error| io::Error::new(error.kind(), format!("{}: {error}", node.display())))
+    match source.raw_os_error() {
+        Some(libc::EBUSY) => Err(DeviceError::Used { path, by: User::Claim }),
+        _ if is_of_nothing(&source, is_there) => Ok(()),
+        _ => Err(DeviceError::Unclear { path, source }),
+    }
+}
+
+/// Whether a node could not be opened because its device is stopped or gone; not because this process's /dev does
+/// not have it.
+fn is_of_nothing(error: &io::Error, is_there: impl FnOnce() -> bool) -> bool {
+    match error.raw_os_error() {
+        Some(libc::ENXIO | libc::ENODEV) => true,
+        Some(libc::ENOENT) => !is_there(),
+        _ => false,
+    }
+}
+
+/// Goes on after a failure; tells of one that can be made up for, or else of the first.
+fn write_all(layers: &[Layer], machine: &Machine) -> Result<(), Unwritten> {
+    let mut failures: Vec<_> = layers.iter().filter_map(|layer| write(&layer.name, machine).err()).collect();
+    failures.sort_by_key(|failure| matches!(failure, Unwritten::Failed(_)));
+    failures.into_iter().next().map_or(Ok(()), Err)
+}
+
+fn write(name: &str, machine: &Machine) -> Result<(), Unwritten> {
+    let node = machine.node_of(name);
+    let named = |error: io::Error| io::Error::new(error.kind(), format!("{}: {error}", node.display()));
+    let device = match File::open(&node) {
+        // Nor is there anything in memory for it.
+        Err(error) if is_of_nothing(&error, || machine.has(name)) => return Ok(()),
+        device => device.map_err(|error| Unwritten::NotTried(named(error)))?,
+    };
+    // SAFETY: the command names no memory; the descriptor is open for as long as it runs.
+    let flushed = unsafe { ioctl::flush_buffers(device.as_raw_fd()) }.map_err(io::Error::from);
+    flushed.and_then(|_| device.sync_all()).map_err(|error| Unwritten::Failed(named(error)))
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use std::os::unix::fs::symlink;
-
-    /// Partitions, and what is built on them, lost what lay in memory for them when their disk was detached:
-    /// only the disk's own pages were written back.
-    #[test]
-    fn all_that_is_built_on_a_disk_is_written_before_what_it_is_built_on() {
-        let dir = tempfile::tempdir().unwrap();
-        let make = |path: &str| fs::create_dir_all(dir.path().join(path)).unwrap();
-        for device in ["ublkb0/ublkb0p1", "ublkb0/ublkb0p2", "ublkb0/queue", "dm-0", "dm-1", "dm-2"] {
-            make(&format!("{device}/holders"));
-        }
-        for partition in ["ublkb0p1", "ublkb0p2"] {
-            let directory = dir.path().join("ublkb0").join(partition);
-            fs::write(directory.join("partition"), "1").unwrap();
-            symlink(directory, dir.path().join(partition)).unwrap();
-        }
-        // A file system's volume on both partitions, encrypted.
-        for (below, above) in [("ublkb0p1", "dm-0"), ("ublkb0p2", "dm-0"), ("dm-0", "dm-1")] {
-            symlink("anywhere", dir.path().join(below).join("holders").join(above)).unwrap();
-        }
-        let mut found = stack_on("ublkb0", dir.path());
-        assert_eq!(found[..2], ["dm-1", "dm-0"]);
-        assert_eq!(found[4], "ublkb0");
-        found[2..4].sort();
-        assert_eq!(found[2..4], ["ublkb0p1", "ublkb0p2"]);
-    }
+    use super::{super::stack::tests::machine, *};
+    use std::{fs, os::unix::fs::symlink};
 
     #[test]
     fn who_fails_is_named_and_keeps_nobody_from_being_written() {
-        let failed = write_all(&["nowhere!0".to_owned(), "null".to_owned()]).unwrap_err();
-        assert_eq!(failed.kind(), io::ErrorKind::NotFound);
-        assert!(failed.to_string().starts_with("/dev/nowhere/0: "), "{failed}");
+        let dir = tempfile::tempdir().unwrap();
+        for directory in ["sys/nowhere!1", "dev"] {
+            fs::create_dir_all(dir.path().join(directory)).unwrap();
+        }
+        for name in ["null", "full"] {
+            symlink(format!("/dev/{name}"), dir.path().join("dev").join(name)).unwrap();
+        }
+        let machine = machine(dir.path(), Vec::new());
+        let write = |names: &[&str]| {
+            let layer = |name: &&str| Layer { name: (*name).to_owned(), user: None };
+            write_all(&names.iter().map(layer).collect::<Vec<_>>(), &machine)
+        };
+        let failed = write(&["null", "full"]).unwrap_err();
+        assert!(matches!(&failed, Unwritten::Failed(_)), "{failed:?}");
+        assert!(failed.to_string().contains("/dev/null: "), "{failed}");
+        assert!(write(&["nowhere!0"]).is_ok(), "there is no such device");
+        let untried = write(&["null", "nowhere!1"]).unwrap_err();
+        assert!(matches!(&untried, Unwritten::NotTried(_)), "{untried:?}");
+        assert!(untried.to_string().contains("/dev/nowhere/1: "), "{untried}");
+    }
+
+    /// Where there was no thread, or the node was not in this /dev, a mounted device counted as free, and was taken
+    /// from under its user.
+    #[test]
+    fn only_what_is_known_to_be_unclaimed_counts_as_such() {
+        let judged = |claimed, is_there| judge(claimed, || is_there, block_path(7));
+        let refused = |errno, is_there| judged(Ok(Err(io::Error::from_raw_os_error(errno))), is_there);
+        assert!(judged(Ok(Ok(())), true).is_ok());
+        assert!(judged(Err(NoAnswer::Late), true).is_ok(), "it has no server");
+        for errno in [libc::ENXIO, libc::ENODEV] {
+            assert!(refused(errno, true).is_ok(), "it is stopped");
+        }
+        assert!(refused(libc::ENOENT, false).is_ok(), "it is gone");
+        assert!(matches!(refused(libc::EBUSY, true), Err(DeviceError::Used { by: User::Claim, .. })));
+        let no_thread = judged(Err(NoAnswer::NotBegun(io::ErrorKind::WouldBlock.into())), true);
+        for unclear in [no_thread, refused(libc::ENOENT, true), refused(libc::EPERM, true)] {
+            assert!(matches!(unclear, Err(DeviceError::Unclear { .. })), "{unclear:?}");
+        }
     }
 }

@@ -81,6 +81,18 @@ pub(crate) struct Entry {
 }
 
 impl Entry {
+    /// Whether there is somebody who has its image, or is to have it.
+    pub(crate) fn needs_its_image(&self) -> bool {
+        let is_of_this_boot = || super::boot().is_ok_and(|boot| self.record.boot == boot);
+        self.is_alive || self.record.config.recovery && is_of_this_boot()
+    }
+
+    /// Whether it has a server, or a supervisor that will start one.
+    pub(crate) fn is_looked_after(&self) -> bool {
+        let Record { processes, error, .. } = &self.record;
+        self.is_alive || error.is_none() && processes.iter().any(|process| process.lives())
+    }
+
     /// Whether its server serves it.
     pub(crate) fn serves(&self) -> bool {
         self.is_alive && self.record.phase == Phase::Serving && !self.record.is_inherited
