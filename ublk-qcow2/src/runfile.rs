@@ -23,7 +23,7 @@ pub(crate) use {
     },
     making::{Making, lacks_record, new_cookie},
     record::{Entry, Phase, Record, Refusal},
-    users::{InUse, refuse_awaited, refuse_changed_by_others, refuse_served},
+    users::{InUse, refuse_awaited, refuse_clashes, refuse_served},
 };
 
 use crate::{
