@@ -126,7 +126,7 @@ fn make(
     let shape = shape_of(&image, config)?;
     let &Config { queues, depth, recovery, part_scan, zero_copy, .. } = config;
     let boot = runfile::boot()?;
-    let known = KnownFile::of_chain(&image, &files).map_err(ServeError::SetUp)?;
+    let known = KnownFile::of_chain(&image, &files, config).map_err(ServeError::SetUp)?;
     let request = device::Request { id, queues, depth, recovery, part_scan, zero_copy, cookie };
     // In this order, so that a device goes before its record does, should anything fail from here on.
     let (run_file, mut device) = add_device(&request, |device| Record {
@@ -146,7 +146,7 @@ fn make(
         refusal: None,
     })?;
     if !config.force_share {
-        runfile::refuse_changed_by_others(&files.paths(), cookie)?;
+        runfile::refuse_clashes(config, &files.paths(), cookie)?;
     }
     device.describe(&shape)?;
     let witness = keep_new_log(&device, &image, config)?;

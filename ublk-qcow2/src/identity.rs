@@ -3,14 +3,24 @@
 //! A name may lead to another file by then: a backup was moved there, or a file system is not mounted. A
 //! successor that took it for the same would serve another disk to users who have the first one half in their
 //! memory. So a record says which files they were ([`KnownFile`]), and a redo log which file its image is
-//! ([`Identity`]).
+//! ([`Identity`]). Another disk it is as well when somebody has changed a file below the image meanwhile, hence the
+//! [`State`].
 
-use qcow2_engine::{Image, io::Files};
+mod state;
+
+pub(crate) use state::State;
+
+use crate::config::Config;
+use qcow2_engine::{
+    Image,
+    io::{FileId, Files},
+};
 use serde::{Deserialize, Serialize};
 use std::{
     fs::Metadata,
     io,
     os::unix::fs::{FileTypeExt, MetadataExt},
+    path::Path,
     time::UNIX_EPOCH,
 };
 
@@ -43,6 +53,9 @@ pub(crate) struct KnownFile {
     /// device.
     device: u64,
     identity: Identity,
+    /// As it must be as long as it is served, unless it may change.
+    #[serde(default)]
+    state: State,
 }
 
 /// Why files are not those that a dead server had open.
@@ -54,6 +67,11 @@ pub(crate) enum OtherFiles {
     )]
     Replaced { now: String, then: String, id: u32 },
     #[error(
+        "{name} was changed by somebody else since /dev/ublkb{id} was made ({then}; now {now}): put it back as it was, \
+         its times too, or `ublk-qcow2 del -n {id}` and attach the image anew"
+    )]
+    Changed { name: String, now: State, then: State, id: u32 },
+    #[error(
         "the image's chain has {now} files, and had {then} when its server died: put them back, or \
          `ublk-qcow2 del -n {id}` and attach the image anew"
     )]
@@ -61,15 +79,26 @@ pub(crate) enum OtherFiles {
 }
 
 impl KnownFile {
+    /// One that may change.
     pub(crate) fn of(name: String, it: &Metadata) -> Self {
         let device = if it.file_type().is_block_device() { 0 } else { it.dev() };
-        Self { name, device, identity: Identity::of(it) }
+        Self { name, device, identity: Identity::of(it), state: State::Unknown }
     }
 
-    /// The files of an image that is open, the image itself first.
-    pub(crate) fn of_chain(image: &Image, files: &Files) -> io::Result<Vec<Self>> {
-        let known = image.chain().zip(image.files());
-        known.map(|(name, file)| Ok(Self::of(name.to_owned(), &files.metadata(file)?))).collect()
+    /// The files of an image that is open as `config` says, the image itself first.
+    pub(crate) fn of_chain(image: &Image, files: &Files, config: &Config) -> io::Result<Vec<Self>> {
+        let known = |(depth, (name, file)): (usize, (&str, FileId))| {
+            let it = files.metadata(file)?;
+            let known = Self::of(name.to_owned(), &it);
+            let may_change = config.force_share || (depth == 0 && !config.read_only);
+            Ok(if may_change { known } else { known.in_state(&files.path(file)?, &it) })
+        };
+        image.chain().zip(image.files()).enumerate().map(known).collect()
+    }
+
+    fn in_state(self, path: &Path, it: &Metadata) -> Self {
+        // Of a device that cannot be written to, say: nothing is known.
+        Self { state: State::written(path, it).unwrap_or_default(), ..self }
     }
 
     /// Whether it is the same file, at the same time.
@@ -78,7 +107,8 @@ impl KnownFile {
     }
 }
 
-/// Makes sure that the files `now` are those that device `id` was served from `then`, as far as that is known.
+/// Makes sure that the files `now` are those that device `id` was served from `then`, and as they were, as far as
+/// that is known.
 pub(crate) fn check_same(then: &[KnownFile], now: &[KnownFile], id: u32) -> Result<(), OtherFiles> {
     // A version of before has noted none.
     if then.is_empty() {
@@ -91,13 +121,51 @@ pub(crate) fn check_same(then: &[KnownFile], now: &[KnownFile], id: u32) -> Resu
     if then.len() != now.len() {
         return Err(OtherFiles::Rebased { now: now.len(), then: then.len(), id });
     }
-    Ok(())
+    let mut pairs = then.iter().zip(now);
+    match pairs.find(|(then, now)| !now.state.is_still(then.state)) {
+        Some((then, now)) => {
+            Err(OtherFiles::Changed { name: now.name.clone(), now: now.state, then: then.state, id })
+        }
+        None => Ok(()),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
+    use std::{
+        fs::{self, File, FileTimes, Permissions},
+        os::unix::fs::PermissionsExt,
+        thread::sleep,
+        time::Duration,
+    };
+
+    /// A backing file was changed, and its overlay's server killed: the successor served the other disk.
+    #[test]
+    fn who_reads_a_file_finds_what_was_read_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("base");
+        fs::write(&path, "base").unwrap();
+        let it = || fs::metadata(&path).unwrap();
+        let now = || [KnownFile::of("base".to_owned(), &it()).in_state(&path, &it())];
+        let (then, times) = (now(), FileTimes::new().set_modified(it().modified().unwrap()));
+        fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+        fs::read(&path).unwrap();
+        check_same(&then, &now(), 7).unwrap();
+        sleep(Duration::from_millis(20));
+        fs::write(&path, "else").unwrap();
+        let refused = check_same(&then, &now(), 7).unwrap_err().to_string();
+        for part in ["base was changed", "4 bytes, modified @", "put it back", "del -n 7"] {
+            assert!(refused.contains(part), "{part}: {refused}");
+        }
+        let may_change = [KnownFile::of("base".to_owned(), &it())];
+        check_same(&may_change, &now(), 7).unwrap();
+        File::options().write(true).open(&path).unwrap().set_times(times).unwrap();
+        check_same(&then, &now(), 7).unwrap();
+        fs::write(&path, "longer").unwrap();
+        File::options().write(true).open(&path).unwrap().set_times(times).unwrap();
+        assert!(check_same(&then, &now(), 7).is_err());
+    }
 
     #[test]
     fn a_file_is_known_by_what_it_is_and_not_by_its_name() {

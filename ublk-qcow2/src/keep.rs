@@ -19,7 +19,8 @@ pub(crate) struct Kept {
 impl Kept {
     /// Those of device `id`.
     pub(crate) fn of(id: u32) -> Self {
-        let files = [runfile::path_of(id), runfile::redo_path(id), runfile::log_path(id)];
+        let record = [runfile::path_of(id), runfile::spare_path(id)];
+        let files = [&record[..], &[runfile::redo_path(id), runfile::log_path(id)]].concat();
         let keep = |path: &Path| match keep(path) {
             Ok(map) => map,
             Err(error) => {
@@ -33,7 +34,7 @@ impl Kept {
         Self { id, _maps: files.iter().filter_map(|path| keep(path)).collect() }
     }
 
-    /// Servers replace the record and append to the log.
+    /// Servers replace the record, by its spare, and append to the log.
     pub(crate) fn renew(&mut self) {
         *self = Self::of(self.id); // what is there twice stays locked
     }

@@ -24,16 +24,18 @@
 
 #![allow(unsafe_code, reason = "a mapping seen as atomic words")]
 
-mod state;
 mod witness;
 
 pub(crate) use witness::Witness;
 
-use crate::{config::Config, identity::Identity, runfile};
+use crate::{
+    config::Config,
+    identity::{Identity, State},
+    runfile,
+};
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, fallocate};
 use qcow2_engine::{REDO_BYTES, RedoLog, RedoMemory};
-use state::State;
 use std::{
     fs::{File, OpenOptions},
     io,

@@ -6,7 +6,8 @@
 //! image and says so in `error`. Whoever recovers the device, or takes it away, takes the file over: locked
 //! first, then rewritten with the new process in it. So of a successor and `del` one comes first, and a new
 //! device of the same number waits until nobody works with the old one's files, and is not made while a
-//! record of this boot is all that leads to writes which are in no image yet.
+//! record of this boot is all that leads to writes which are in no image yet. To rewrite a file takes no room
+//! (`lock.rs`).
 
 mod directory;
 mod lock;
@@ -19,11 +20,11 @@ pub(crate) use {directory::DIRECTORY_VARIABLE, record::example};
 pub(crate) use {
     directory::{
         check_directory, directory, load, load_all, load_each, load_made, log_path, make_directory, open_log,
-        path_of, redo_path,
+        path_of, redo_path, spare_path,
     },
     making::{Making, lacks_record, new_cookie},
     record::{Entry, Phase, Record, Refusal},
-    users::{InUse, refuse_awaited, refuse_changed_by_others, refuse_served},
+    users::{InUse, refuse_awaited, refuse_clashes, refuse_served},
 };
 
 use crate::{
@@ -31,7 +32,7 @@ use crate::{
     processes::{self, Process},
 };
 use directory::remove_files;
-use lock::{Dead, lock_dead, write_locked};
+use lock::{Dead, GLANCE, lock_dead, write_locked};
 use nix::fcntl::Flock;
 use std::{
     fs::{self, File},
@@ -40,8 +41,6 @@ use std::{
     time::Duration,
 };
 
-/// How long a file may be locked by somebody who only looks whether somebody else has it locked.
-const GLANCE: Duration = Duration::from_secs(1);
 /// How long the one before may still be busy with its files, when its device is gone already and its very
 /// number is wanted: what it had acknowledged may have to be written to its image.
 const PREDECESSOR_WAIT: Duration = Duration::from_secs(60);

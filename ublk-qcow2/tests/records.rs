@@ -1,5 +1,6 @@
 //! What the real binary makes of the records in its run directory, where it has no device.
 
+use serde_json::json;
 use std::{
     fs,
     os::unix::{
@@ -8,6 +9,7 @@ use std::{
     },
     path::Path,
     process::{Command, Output},
+    time::UNIX_EPOCH,
 };
 
 fn run_with(directory: &str, cwd: &Path, args: &[&str]) -> Output {
@@ -80,4 +82,64 @@ fn records_are_root_s() {
     let resized = as_stranger(&["resize", "image", "2M"]);
     assert!(resized.status.success(), "{}", told(&resized));
     assert_eq!(told(&resized).matches("is not known").count(), 1, "{}", told(&resized));
+}
+
+/// Only the topmost file of a chain was known to be in use: our own commands wrote to a file below it, and a successor
+/// served the result to those who had the disk half in their memory.
+#[test]
+fn no_file_of_a_chain_that_waits_for_a_server_is_written_to() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let at = |name: &str| dir.path().join(name);
+    let run_dir = at("run");
+    fs::create_dir(&run_dir).expect("a run directory");
+    let ours = |args: &[&str]| run_with(&run_dir.to_string_lossy(), dir.path(), args);
+    let made = |args: &[&str]| {
+        let made = ours(&[&["create", "-q"], args].concat());
+        assert!(made.status.success(), "{}", told(&made));
+    };
+    made(&["base", "1M"]);
+    made(&["-b", "base", "-F", "qcow2", "top"]);
+    fs::write(run_dir.join("7.json"), dead_record(&at("top"), &[&at("top"), &at("base")])).expect("a record");
+    for (file, says) in [("top", "whose server has died"), ("base", "a backing file of /dev/ublkb7")] {
+        let before = fs::read(at(file)).expect("an image");
+        for args in [
+            &["io", "-c", "write 0 512", file][..],
+            &["resize", file, "2M"],
+            &["check", "--repair", "all", file],
+            &["create", "-q", file, "4M"],
+        ] {
+            let refused = ours(args);
+            assert!(!refused.status.success(), "{args:?}");
+            for part in [file, says, "ublk-qcow2 del -n 7"] {
+                assert!(told(&refused).contains(part), "{args:?}, {part}: {}", told(&refused));
+            }
+        }
+        assert!(fs::read(at(file)).expect("an image") == before, "{file}");
+    }
+    let read = ours(&["io", "-r", "-c", "read 0 512", "base"]);
+    assert!(read.status.success(), "it may be read: {}", told(&read));
+    made(&["-b", "base", "-F", "qcow2", "other"]);
+    let written = ours(&["io", "-c", "write 0 512", "other"]);
+    assert!(written.status.success(), "another one may be built on it: {}", told(&written));
+}
+
+/// The record of device 7, whose server has died and is to be replaced.
+fn dead_record(image: &Path, files: &[&Path]) -> String {
+    let known = |path: &&Path| {
+        let it = fs::metadata(path).expect("a file");
+        let born =
+            it.created().map_or(0, |time| time.duration_since(UNIX_EPOCH).map_or(0, |it| it.as_nanos()));
+        json!({"name": path, "device": it.dev(), "identity": {"inode": it.ino(), "born": born as u64}})
+    };
+    let config = json!({
+        "image": image, "queues": 1, "depth": 64, "read_only": false, "force_share": false, "cache_bytes": 1 << 25,
+        "io": "auto", "zero_copy": "auto", "backing_format": null, "backing_policy": "Any", "reclaims": true,
+        "recovery": true, "part_scan": true
+    });
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").expect("a boot");
+    let record = json!({
+        "id": 7, "pid": 1, "size": 1 << 20, "queues": 1, "depth": 64, "phase": "serving", "config": config,
+        "cookie": 5, "files": files.iter().map(known).collect::<Vec<_>>(), "boot": boot.trim()
+    });
+    record.to_string()
 }

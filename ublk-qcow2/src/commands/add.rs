@@ -34,7 +34,7 @@ pub(crate) fn run(args: &AddArgs) -> Result<(), CommandError> {
         .map_err(|source| CommandError::Path { path: args.image.display().to_string(), source })?;
     // Who is not root need not read of all that he cannot do, and see.
     Control::probe()?;
-    runfile::refuse_awaited(&config.image)?;
+    runfile::refuse_awaited(&config)?;
     let care = care(args.foreground, args.no_supervisor || args.no_recovery);
     let cookie = runfile::new_cookie()?;
     begin(&Start::New { id: args.id, config, cookie }, care)

@@ -137,7 +137,7 @@ fn open_when_let_go(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, S
 
 /// Makes sure that a dead server's device goes on with the files that it had.
 fn check_files(record: &Record, image: &Image, files: &Files) -> Result<(), ServeError> {
-    let now = KnownFile::of_chain(image, files).map_err(ServeError::SetUp)?;
+    let now = KnownFile::of_chain(image, files, &record.config).map_err(ServeError::SetUp)?;
     Ok(identity::check_same(&record.files, &now, record.id)?)
 }
 
@@ -209,7 +209,7 @@ mod tests {
             (open_when_let_go(&record.config, &files).unwrap(), files)
         };
         let (opened, files) = open();
-        let known = KnownFile::of_chain(&opened, &files).unwrap();
+        let known = KnownFile::of_chain(&opened, &files, &record.config).unwrap();
         drop((opened, files));
         let check = |record: &Record| {
             let (opened, files) = open();
@@ -217,6 +217,9 @@ mod tests {
         };
         let record = Record { files: known, ..record.clone() };
         check(&record).unwrap();
+        fs::OpenOptions::new().append(true).open(&base).unwrap().set_len(8192).unwrap();
+        let refused = check(&record).unwrap_err().to_string();
+        assert!(refused.contains("base was changed by somebody else"), "{refused}");
         fs::write(dir.path().join("copy"), [1; 4096]).unwrap();
         fs::rename(dir.path().join("copy"), &base).unwrap();
         let refused = check(&record).unwrap_err().to_string();

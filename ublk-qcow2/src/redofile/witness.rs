@@ -1,16 +1,16 @@
 //! Who notes beside a redo log which file its image is, and that it is ours.
 
-use super::{Mapped, RedoFileError, state::State};
+use super::{Mapped, RedoFileError};
 use crate::{
     config::{Config, locking},
-    identity::Identity,
+    identity::{Identity, State},
     safety, wait,
 };
 use qcow2_engine::io::{Access, Files, Storage, files::Caching};
 use std::{
     fs::{File, Metadata, OpenOptions},
     io,
-    os::unix::fs::{FileTypeExt, OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     path::Path,
     sync::{
         Arc,
@@ -133,12 +133,8 @@ pub(super) fn look_at(image: &Path) -> Result<Seen, RedoFileError> {
 }
 
 fn look(image: &Path) -> io::Result<Seen> {
-    let metadata = open_path(image)?.metadata()?;
-    if metadata.file_type().is_block_device() {
-        // What still lies in memory for it was changed as well, and counts when it is written.
-        File::open(image)?.sync_all()?;
-    }
-    Ok(Seen::of(&metadata))
+    let it = open_path(image)?.metadata()?;
+    Ok(Seen { identity: Identity::of(&it), state: State::written(image, &it)? })
 }
 
 /// What a dead server has left. What it had begun may end later than it: then it has the image locked until
@@ -159,7 +155,7 @@ pub(super) fn cannot_look_at(image: &Path, source: io::Error) -> RedoFileError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{fs, path::PathBuf};
+    use std::{fs, os::unix::fs::FileTypeExt, path::PathBuf};
 
     /// udev sets owner and mode of a block device's node at every event, which counts as a modification of
     /// it: its image could neither be recovered nor settled.

@@ -2,7 +2,7 @@
 
 use super::{
     Entry, Record, RunFileError,
-    lock::{Named, lock_named},
+    lock::{self, Named, lock_named, read_held},
 };
 use nix::fcntl::FlockArg;
 use std::{
@@ -56,6 +56,11 @@ pub(crate) fn open_log(path: &Path) -> io::Result<File> {
 /// The run file of device `id`.
 pub(crate) fn path_of(id: u32) -> PathBuf {
     directory().join(format!("{id}.json"))
+}
+
+/// Where the next run file of device `id` is written.
+pub(crate) fn spare_path(id: u32) -> PathBuf {
+    lock::spare_path(&path_of(id))
 }
 
 /// Where a server keeps its redo log.
@@ -121,12 +126,15 @@ pub(super) fn load_each_in(directory: &Path) -> Result<Vec<Result<Entry, RunFile
 }
 
 pub(super) fn load_path(path: &Path) -> Result<Option<Entry>, RunFileError> {
-    let read = || {
-        Ok(match lock_named(path, FlockArg::LockSharedNonblock)? {
+    let read = || loop {
+        return Ok(match lock_named(path, FlockArg::LockSharedNonblock)? {
             Named::Missing => None,
-            Named::Held(file) => Some(Entry { record: serde_json::from_reader(file)?, is_alive: true }),
+            Named::Held(file) => match read_held(&file, path)? {
+                Some(text) => Some(Entry { record: serde_json::from_str(&text)?, is_alive: true }),
+                None => continue,
+            },
             Named::Locked(file) => Some(Entry { record: serde_json::from_reader(&*file)?, is_alive: false }),
-        })
+        });
     };
     read().map_err(|source| RunFileError { what: "cannot read", path: path.to_owned(), source })
 }
@@ -134,8 +142,9 @@ pub(super) fn load_path(path: &Path) -> Result<Option<Entry>, RunFileError> {
 /// Removes what a server has in the run directory. The run file must be locked, or a new device of the same
 /// number loses its.
 pub(super) fn remove_files(id: u32) {
-    // The log first: it is of no use without the run file, but not the other way round.
-    for path in [redo_path(id), log_path(id), path_of(id)] {
+    // The log first: it is of no use without the run file, but not the other way round. The run file last: the spare
+    // is that of a new device's from then on.
+    for path in [redo_path(id), log_path(id), spare_path(id), path_of(id)] {
         let _ = fs::remove_file(path);
     }
 }

@@ -1,14 +1,23 @@
 use super::{
     directory::{load_each_in, load_made_in, load_path},
-    lock::{Named, has_name, lock_named},
+    lock::{Named, has_name, lock_named, read_held, spare_path as spare_of},
     *,
 };
-use crate::alone;
+use crate::{
+    alone,
+    namespace::{self, Namespace},
+};
 use nix::{
     fcntl::FlockArg,
+    mount::{MsFlags, mount},
     sys::stat::{Mode, umask},
 };
-use std::{os::unix::fs::PermissionsExt, thread::sleep};
+use std::{
+    io::Write,
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    sync::atomic::{AtomicBool, Ordering},
+    thread::{self, sleep},
+};
 
 /// `del` had removed a device and could not write to its image; the next `add` got the number, and emptied
 /// the log.
@@ -80,7 +89,7 @@ fn a_record_survives_and_the_lock_tells_who_lives() {
     assert_eq!(load_path(&path).unwrap(), Some(Entry { record: record.clone(), is_alive: false }));
     let Dead::Locked(_lock) = lock_dead(&path, Duration::ZERO).unwrap() else { panic!("it is dead") };
     assert!(matches!(lock_dead(&path, Duration::ZERO).unwrap(), Dead::Alive), "one of two takes it over");
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "no temporary file is left");
+    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 2, "it and its spare");
     assert_eq!(load_path(&dir.path().join("8.json")).unwrap(), None);
 }
 
@@ -111,21 +120,119 @@ fn nobody_else_may_change_or_lock_what_servers_leave() {
         let (record, log) = (directory.join("7.json"), directory.join("7.log"));
         write_locked(&record, &example()).unwrap();
         open_log(&log).unwrap();
-        for (path, mode) in [(above, 0o755), (directory, 0o755), (record, 0o600), (log, 0o644)] {
+        let spare = spare_of(&record);
+        fs::set_permissions(&record, fs::Permissions::from_mode(0o644)).unwrap();
+        for _ in 0..2 {
+            write_locked(&record, &example()).unwrap();
+        }
+        let modes = [(above, 0o755), (directory, 0o755), (record, 0o600), (spare, 0o600), (log, 0o644)];
+        for (path, mode) in modes {
             let found = fs::metadata(&path).unwrap().permissions().mode() & 0o7777;
             assert_eq!(found, mode, "{}: {found:o}", path.display());
         }
     });
 }
 
+/// The run directory was full when a server died: its device could be neither recovered nor removed.
 #[test]
-fn a_record_that_cannot_be_written_leaves_nothing() {
+fn a_full_directory_has_room_for_what_becomes_of_its_devices() {
+    let test = "runfile::tests::a_full_directory_has_room_for_what_becomes_of_its_devices";
+    alone::in_a_directory(test, |directory| {
+        // Its owner must be privileged.
+        if namespace::leave(None).0 == Namespace::Shared {
+            return;
+        }
+        let (kind, flags) = (Some("tmpfs"), MsFlags::empty());
+        mount(None::<&str>, directory, kind, flags, Some("size=64k,nr_inodes=8")).unwrap();
+        let fill = || {
+            let mut file = File::create(directory.join("fill")).unwrap();
+            while file.write_all(&[0; 4096]).is_ok() {}
+            (0..8).for_each(|number| drop(File::create(directory.join(format!("fill{number}")))));
+        };
+        let files = || fs::read_dir(directory).unwrap().count();
+        fill();
+        let full = files();
+        assert!(RunFile::create(example(), Choice::Any, |_| false).is_err());
+        assert_eq!(files(), full, "nothing half-made is left");
+        for file in fs::read_dir(directory).unwrap() {
+            fs::remove_file(file.unwrap().path()).unwrap();
+        }
+
+        RunFile::create(example(), Choice::Any, |_| false).unwrap().leave();
+        fill();
+        for _ in 0..3 {
+            let mut file = RunFile::take_over(7).unwrap();
+            assert!(matches!(RunFile::take_over(7), Err(TakeOverError::Alive(7))), "one of two");
+            for phase in [Phase::Preparing, Phase::Fetching, Phase::Fetched, Phase::Serving] {
+                file.enter(phase).unwrap();
+                assert!(load(7).unwrap().is_some_and(|it| it.is_alive && it.record.phase == phase));
+            }
+            file.refuse("r".repeat(1000)).unwrap();
+            assert!(load(7).unwrap().unwrap().record.refusal.is_some());
+            file.fail("e".repeat(500));
+            let entry = load(7).unwrap().unwrap();
+            assert!(!entry.is_alive && entry.record.error.is_some());
+        }
+        drop(RunFile::take_over(7).unwrap());
+        assert!(!fs::exists(path_of(7)).unwrap() && !fs::exists(spare_path(7)).unwrap());
+    });
+}
+
+/// A file that was replaced is written to again: who was reading it then read half of each content.
+#[test]
+fn who_looks_while_a_record_is_written_sees_one_content_whole() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("7.json");
-    // A directory cannot be replaced by a file.
-    fs::create_dir(&path).unwrap();
-    assert!(write_locked(&path, &example()).is_err());
-    assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    let text = |number: u32| format!("{number:0>width$}", width = 200 + number as usize % 7 * 100);
+    let record = |number| Record { error: Some(text(number)), ..example() };
+    let mut lock = write_locked(&path, &record(0)).unwrap();
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let looker = scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                let entry = load_path(&path).unwrap().unwrap();
+                assert!(entry.is_alive);
+                let error = entry.record.error.clone().unwrap();
+                assert_eq!(error, text(error.parse().unwrap()));
+            }
+        });
+        for number in 1..300 {
+            lock = write_locked(&path, &record(number)).unwrap();
+        }
+        is_over.store(true, Ordering::Relaxed);
+        looker.join().unwrap();
+    });
+    let before = File::open(&path).unwrap();
+    assert!(read_held(&before, &path).unwrap().is_some());
+    lock = write_locked(&path, &record(0)).unwrap();
+    assert_eq!(read_held(&before, &path).unwrap(), None, "it is about to be written to");
+    drop(lock);
+}
+
+/// Who has found a file by its name may still have it locked when it is the spare already.
+#[test]
+fn a_spare_that_somebody_has_locked_is_waited_for_and_then_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("7.json");
+    drop(write_locked(&path, &example()).unwrap());
+    let look = || {
+        let spare = File::open(spare_of(&path)).unwrap();
+        Flock::lock(spare, FlockArg::LockSharedNonblock).unwrap()
+    };
+    let glance = look();
+    let inode = glance.metadata().unwrap().ino();
+    let named = || fs::metadata(&path).unwrap().ino();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            sleep(Duration::from_millis(100));
+            drop(glance);
+        });
+        drop(write_locked(&path, &example()).unwrap());
+        assert_eq!(named(), inode, "it was waited for");
+    });
+    let stopped = look();
+    drop(write_locked(&path, &example()).unwrap());
+    assert_ne!(named(), stopped.metadata().unwrap().ino());
 }
 
 /// `list` waited for somebody to write to a FIFO of a record's name.

@@ -1,8 +1,12 @@
-//! What shows that somebody has changed an image.
+//! What shows that somebody has changed a file.
 
+use serde::{Deserialize, Serialize};
 use std::{
-    fs::{self, Metadata},
+    fmt,
+    fs::{self, File, Metadata},
+    io,
     os::unix::fs::{FileTypeExt, MetadataExt},
+    path::Path,
 };
 
 /// Nanoseconds.
@@ -12,10 +16,12 @@ const COARSEST: u64 = 2 * SECOND;
 /// Sectors written, and sectors discarded, among the kernel's numbers on a block device.
 const CHANGED_SECTORS: [usize; 2] = [6, 13];
 
-/// What is seen of an image without looking into it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum State {
-    /// Of a block device that tells nothing.
+/// What is seen of a file without looking into it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum State {
+    /// Of a block device that tells nothing, or of what may change.
+    #[default]
     Unknown,
     /// Of a file: when its content was last modified, in nanoseconds, and its bytes. (When its inode was last
     /// changed says nothing: to rename a file or to link to it, to give it away or to label it is to change
@@ -26,7 +32,7 @@ pub(super) enum State {
 }
 
 impl State {
-    pub(super) fn of(it: &Metadata) -> Self {
+    pub(crate) fn of(it: &Metadata) -> Self {
         if it.file_type().is_block_device() {
             // When its node was modified says nothing of what is in the device, only when udev has set its owner
             // and mode, which it does at every event.
@@ -38,8 +44,17 @@ impl State {
         Self::File { modified, len: it.len() }
     }
 
-    /// Whether the image is as it was left, as far as can be seen.
-    pub(super) fn is_still(self, left: Self) -> bool {
+    /// Of the file at `path`, with what lies in memory for a block device: that was changed as well, and counts
+    /// when it is written.
+    pub(crate) fn written(path: &Path, it: &Metadata) -> io::Result<Self> {
+        if it.file_type().is_block_device() {
+            File::open(path)?.sync_all()?;
+        }
+        Ok(Self::of(it))
+    }
+
+    /// Whether the file is as it was left, as far as can be seen.
+    pub(crate) fn is_still(self, left: Self) -> bool {
         match (left, self) {
             (Self::File { modified: left, len: left_len }, Self::File { modified, len }) => {
                 // A little earlier is what a file system makes of a time that keeps whole seconds on its disk.
@@ -52,12 +67,12 @@ impl State {
     }
 
     /// When it was last modified, in seconds; 0 where that is not known.
-    pub(super) fn modified_seconds(self) -> u64 {
+    pub(crate) fn modified_seconds(self) -> u64 {
         if let Self::File { modified, .. } = self { modified / SECOND } else { 0 }
     }
 
     /// As it is written down: 0 first where there is nothing.
-    pub(super) fn to_words(self) -> [u64; 3] {
+    pub(crate) fn to_words(self) -> [u64; 3] {
         match self {
             Self::Unknown => [0; 3],
             Self::File { modified, len } => [1, modified, len],
@@ -65,11 +80,24 @@ impl State {
         }
     }
 
-    pub(super) fn from_words(words: [u64; 3]) -> Self {
+    pub(crate) fn from_words(words: [u64; 3]) -> Self {
         match words {
             [1, modified, len] => Self::File { modified, len },
             [2, changed, _] => Self::Device { changed },
             _ => Self::Unknown,
+        }
+    }
+}
+
+impl fmt::Display for State {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unknown => write!(f, "unknown"),
+            // As `touch -d` takes it.
+            Self::File { modified, len } => {
+                write!(f, "{len} bytes, modified @{}.{:09}", modified / SECOND, modified % SECOND)
+            }
+            Self::Device { changed } => write!(f, "{changed} sectors changed by this host"),
         }
     }
 }
