@@ -8,6 +8,7 @@ use common::{
     hooked::{Hook, Hooked, Operation},
     image_len, run,
 };
+use futures_util::future::join;
 use qcow2_engine::{
     ErrorKind, Lane, OpenOptions,
     io::{Buf, FileId, Io, mem::MemFiles},
@@ -15,8 +16,10 @@ use qcow2_engine::{
 use qcow2_format::CreateOptions;
 use std::{
     cell::{Cell, RefCell},
+    future::poll_fn,
     io,
     path::Path,
+    task::Poll,
 };
 
 /// A host that cannot punch holes because it is full.
@@ -163,6 +166,60 @@ fn a_full_host_is_filled_whichever_queue_has_the_room() {
     assert_eq!(refused.kind(), ErrorKind::NoSpace, "{refused}");
     run(other.close()).expect("close");
     assert_eq!(findings(&host.files), Vec::<String>::new());
+}
+
+/// A full host that takes its time to allocate.
+struct FullAndSlow(Full);
+
+impl Hook for FullAndSlow {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        if matches!(operation, Operation::Allocate { .. }) {
+            let mut polls = 4;
+            poll_fn(|_| {
+                polls -= 1;
+                if polls == 0 { Poll::Ready(()) } else { Poll::Pending }
+            })
+            .await;
+        }
+        self.0.before(operation).await
+    }
+}
+
+/// While the file was being extended for one queue another one claimed what comes next, and could not have it:
+/// the file had to reach over all that the first one had claimed, and gave up for want of room.
+#[test]
+fn a_full_host_is_filled_by_queues_that_look_for_room_at_once() {
+    for room in 0..20 {
+        let host = Hooked::new(&MemFiles::default(), FullAndSlow(Full::with_room(u64::MAX)));
+        let options = CreateOptions { virtual_size: 64 * 512, cluster_bits: 9, ..CreateOptions::default() };
+        create(&host.files, IMAGE, &options);
+        let image = host.open(16 * 512);
+        let (lane, other) = (host.lane(&image), host.lane(&image));
+        // An extent of 16, with the L2 table.
+        run(lane.write(0, Buf::from_bytes(&[1; 15 * 512]))).expect("write");
+        host.hook.0.room.set(image_len(&host.files) + room * 512);
+        let write = |lane: &Lane<Hooked<FullAndSlow>>, at: u64| {
+            let lane = lane.clone();
+            async move { lane.write(at * 512, Buf::from_bytes(&[2; 512])).await }
+        };
+        let mut written = 0;
+        loop {
+            let left = room - written;
+            let (one, two) = run(join(write(&lane, 15 + written), write(&other, 16 + written)));
+            let done = u64::from(one.is_ok()) + u64::from(two.is_ok());
+            assert_eq!(done, left.min(2), "{left} of {room} left: {one:?}, {two:?}");
+            for error in [one, two].into_iter().filter_map(Result::err) {
+                assert_eq!(error.kind(), ErrorKind::NoSpace, "{error}");
+            }
+            if done < 2 {
+                break;
+            }
+            written += done;
+        }
+        assert_eq!(image_len(&host.files), host.hook.0.room.get(), "{room}");
+        run(lane.close()).expect("close");
+        assert_eq!(findings(&host.files), Vec::<String>::new(), "{room}");
+    }
 }
 
 /// A host whose file grows by a half of what is asked for, as ext4's does when it has no room for the rest.
