@@ -182,7 +182,7 @@ impl<I: Io> Lane<I> {
                     image.meta.lock().fill_lane(self.number(), run);
                     return Ok(None);
                 }
-                Err(error) if matches!(error.kind(), ErrorKind::NoSpace | ErrorKind::TooLarge) => {
+                Err(error) if error.is_full() => {
                     if let Some(run) = image.meta.lock().take_from_any(max) {
                         return Ok(Some(run));
                     }
@@ -194,18 +194,6 @@ impl<I: Io> Lane<I> {
                 Err(error) => return Err(error),
             }
         }
-    }
-
-    /// Has no request wait for its place where what was freed could be its place. False if that cannot be
-    /// yet.
-    async fn give_back_now(&self) -> Result<bool> {
-        let image = self.image();
-        if !image.can_free(&image.meta.lock()) {
-            return Ok(false);
-        }
-        self.write_back().await?;
-        self.reclaim().await?;
-        Ok(true)
     }
 
     /// Reserves exactly `count` clusters in a row, for a table.
