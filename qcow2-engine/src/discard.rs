@@ -77,7 +77,7 @@ impl<I: Io> Lane<I> {
         let mut at = range.start;
         while at < range.end {
             let end = range.end.min((at / cluster + 1) * cluster);
-            self.in_flight(self.write_zeros_in_cluster(at..end)).await?;
+            self.change(async || self.write_zeros_in_cluster(at..end).await).await?;
             at = end;
         }
         Ok(())
@@ -99,7 +99,7 @@ impl<I: Io> Lane<I> {
         let mut first = clusters.start;
         while first < clusters.end {
             let end = clusters.end.min(self.image().top().slice_end(first));
-            self.in_flight(self.zero_in_slice(first..end, mode)).await?;
+            self.change(async || self.zero_in_slice(first..end, mode).await).await?;
             first = end;
             self.relieve().await?;
         }

@@ -236,6 +236,11 @@ impl Error {
         }
     }
 
+    /// Whether it says that there is no room, and giving some back would help.
+    pub(crate) fn is_full(&self) -> bool {
+        matches!(self.kind(), ErrorKind::NoSpace | ErrorKind::TooLarge)
+    }
+
     /// Whether it says that the tables of the image `top` are damaged, so that no change to it is safe.
     pub(crate) fn condemns(&self, top: &Arc<str>) -> bool {
         match self {

@@ -2,7 +2,8 @@
 //!
 //! A lane joins an [`Image`], which all threads share, to the [`Io`] of one thread, and counts the
 //! requests that this thread has in flight. The operations themselves are in the modules named
-//! after them; each runs between [`Lane::begin`] and [`Lane::end`], or inside [`Lane::in_flight`].
+//! after them; each runs between [`Lane::begin`] and [`Lane::end`], or inside [`Lane::in_flight`]
+//! or [`Lane::change`].
 
 use crate::{
     alloc::reserve::LaneSpace,
@@ -115,6 +116,26 @@ impl<I: Io> Lane<I> {
         let output = request.await;
         self.end(flight);
         output
+    }
+
+    /// Carries a change out as a request in flight; and where there is no room for it, once more when what was
+    /// freed before has been given back. To do a part of it twice is harmless, as it has not been answered.
+    pub(crate) async fn change(&self, change: impl AsyncFn() -> Result<()>) -> Result<()> {
+        let mut is_repeated = false;
+        loop {
+            let flight = self.begin().await;
+            let outcome = change().await;
+            self.end(flight);
+            match outcome {
+                Err(error) if error.is_full() && !is_repeated => {
+                    if !self.await_frees().await? {
+                        return Err(error);
+                    }
+                    is_repeated = true;
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     /// Begins a request. [`Self::in_flight`] for requests whose future should not be moved, as that

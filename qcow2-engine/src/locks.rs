@@ -18,7 +18,7 @@ use std::{
 pub(crate) struct Locks {
     /// Clearing the autoclear bits; nothing but a cut is waited for under it.
     pub(crate) clearing: OneAtATime,
-    /// Searching for leaks; no request's lock (the next three) is taken under it.
+    /// Searching for leaks; no request's lock (the next four) is taken under it.
     pub(crate) searching: OneAtATime,
     /// Guest clusters whose mapping is being changed.
     pub(crate) mappings: RangeLocks<GuestCluster>,
@@ -26,10 +26,10 @@ pub(crate) struct Locks {
     pub(crate) tables: RangeLocks<u64>,
     /// Lanes that look for an extent.
     pub(crate) refills: RangeLocks<u64>,
-    /// Giving freed clusters back; the file does not grow by it.
-    pub(crate) reclaiming: OneAtATime,
-    /// Growing the file.
+    /// Claiming free clusters, and growing the file over them.
     pub(crate) growth: OneAtATime,
+    /// Giving freed clusters back.
+    pub(crate) reclaiming: OneAtATime,
     /// Metadata pages that are being read from the file, as `load.rs` numbers them.
     pub(crate) loads: RangeLocks<u64>,
 }

@@ -21,6 +21,9 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
+/// Pauses, a second in all, in which who finds no room waits for some that is about to be free.
+const MAX_PAUSES: u32 = 100;
+
 /// References that are being given back. What is left of them when it is dropped goes back into the queue.
 struct Batch<'a> {
     image: &'a Image,
@@ -84,6 +87,40 @@ impl<I: Io> Lane<I> {
             self.give_back(&mut batch).await?;
         }
         Ok(())
+    }
+
+    /// Has no request wait for its place where what was freed could be its place. False if that cannot be
+    /// yet.
+    pub(crate) async fn give_back_now(&self) -> Result<bool> {
+        let image = self.image();
+        let (can_free, is_giving_back) = {
+            let meta = image.meta.lock();
+            (image.can_free(&meta), meta.frees.is_giving_back())
+        };
+        if can_free {
+            self.write_back().await?;
+        }
+        if can_free || is_giving_back {
+            // After whoever is at it.
+            self.reclaim().await?;
+        }
+        Ok(can_free || is_giving_back)
+    }
+
+    /// Whether something has been given back that requests in flight may have touched: waits for these, a
+    /// second at the most. Who waits here is in flight no more and holds no lock, so that nobody who finds no
+    /// room waits for another one who finds none.
+    pub(crate) async fn await_frees(&self) -> Result<bool> {
+        let first_cut = || self.image().meta.lock().frees.first_due().map(|due| due.cut);
+        let Some(cut) = first_cut() else { return self.give_back_now().await };
+        for _ in 0..MAX_PAUSES {
+            self.give_back_now().await?;
+            if first_cut().is_none_or(|first| first > cut) {
+                return Ok(true);
+            }
+            self.io().pause().await;
+        }
+        Ok(false)
     }
 
     async fn give_back(&self, batch: &mut Batch<'_>) -> Result<()> {

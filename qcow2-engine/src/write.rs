@@ -69,9 +69,7 @@ impl<I: Io> Lane<I> {
     /// operation on an image file. Sectors of the range then hold their old or the new data.
     pub async fn write(&self, at: u64, buf: Buf) -> Result<()> {
         self.check_range(at, buf.len() as u64)?;
-        let flight = self.begin().await;
-        let result = self.mutate(at, buf).await;
-        self.end(flight);
+        let result = self.change(async || self.mutate(at, buf.clone()).await).await;
         self.settle(result).await
     }
 

@@ -8,15 +8,18 @@ use common::{
     hooked::{Hook, Hooked, Operation},
     image_len, run,
 };
+use futures_util::future::{join, join_all};
 use qcow2_engine::{
-    ErrorKind, Lane, OpenOptions,
+    Error, ErrorKind, Lane, OpenOptions,
     io::{Buf, FileId, Io, mem::MemFiles},
 };
 use qcow2_format::CreateOptions;
 use std::{
     cell::{Cell, RefCell},
+    future::poll_fn,
     io,
     path::Path,
+    task::Poll,
 };
 
 /// A host that cannot punch holes because it is full.
@@ -162,6 +165,110 @@ fn a_full_host_is_filled_whichever_queue_has_the_room() {
     let refused = run(lane.write(15 * 512, Buf::from_bytes(&[15; 512]))).expect_err("nobody has any");
     assert_eq!(refused.kind(), ErrorKind::NoSpace, "{refused}");
     run(other.close()).expect("close");
+    assert_eq!(findings(&host.files), Vec::<String>::new());
+}
+
+/// A full host that takes its time to allocate, and for the next read.
+struct FullAndSlow {
+    full: Full,
+    polls_to_read: Cell<u32>,
+}
+
+impl Hook for FullAndSlow {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        let mut polls = match operation {
+            Operation::Allocate { .. } => 4,
+            Operation::Read { .. } => self.polls_to_read.take(),
+            _ => 0,
+        };
+        poll_fn(|_| {
+            polls = polls.saturating_sub(1);
+            if polls == 0 { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+        self.full.before(operation).await
+    }
+}
+
+/// Such a host, and two queues of an image whose first extent of 16 is in use: for the L2 table and the first 15
+/// clusters. There is room for some more.
+fn full_and_slow(room: u64) -> (Hooked<FullAndSlow>, [Lane<Hooked<FullAndSlow>>; 2]) {
+    let slow = FullAndSlow { full: Full::with_room(u64::MAX), polls_to_read: Cell::new(0) };
+    let host = Hooked::new(&MemFiles::default(), slow);
+    let options = CreateOptions { virtual_size: 64 * 512, cluster_bits: 9, ..CreateOptions::default() };
+    create(&host.files, IMAGE, &options);
+    let image = host.open(16 * 512);
+    let lanes = [host.lane(&image), host.lane(&image)];
+    run(lanes[0].write(0, Buf::from_bytes(&[1; 15 * 512]))).expect("write");
+    host.hook.full.room.set(image_len(&host.files) + room * 512);
+    (host, lanes)
+}
+
+async fn write_cluster(lane: &Lane<Hooked<FullAndSlow>>, cluster: u64) -> Result<(), Error> {
+    lane.write(cluster * 512, Buf::from_bytes(&[2; 512])).await
+}
+
+/// While the file was being extended for one queue another one claimed what comes next, and could not have it:
+/// the file had to reach over all that the first one had claimed, and gave up for want of room.
+#[test]
+fn a_full_host_is_filled_by_queues_that_look_for_room_at_once() {
+    for room in 0..20 {
+        let (host, [lane, other]) = full_and_slow(room);
+        let mut written = 0;
+        loop {
+            let left = room - written;
+            let (one, two) =
+                run(join(write_cluster(&lane, 15 + written), write_cluster(&other, 16 + written)));
+            let done = u64::from(one.is_ok()) + u64::from(two.is_ok());
+            assert_eq!(done, left.min(2), "{left} of {room} left: {one:?}, {two:?}");
+            if done < 2 {
+                break;
+            }
+            written += done;
+        }
+        assert_eq!(image_len(&host.files), host.hook.full.room.get(), "{room}");
+        run(lane.close()).expect("close");
+        assert_eq!(findings(&host.files), Vec::<String>::new(), "{room}");
+    }
+}
+
+/// A cluster was discarded and flushed, and a read that may still look at it was slow: the next write was refused
+/// at once. One that hangs is not waited for.
+#[test]
+fn what_a_slow_request_holds_back_is_waited_for() {
+    for (polls, ends_in_time) in [(3, true), (50, true), (1000, false)] {
+        let (host, [lane, other]) = full_and_slow(0);
+        host.hook.polls_to_read.set(polls);
+        let is_read = Cell::new(false);
+        let read = async {
+            other.read(0, Buf::zeroed(512)).await.expect("read");
+            is_read.set(true);
+        };
+        let write = async {
+            lane.discard(0, 2 * 512).await.expect("discard");
+            lane.flush().await.expect("flush");
+            let written = write_cluster(&lane, 20).await;
+            assert_eq!((written.is_ok(), is_read.get()), (ends_in_time, ends_in_time), "{written:?}");
+        };
+        run(join(read, write));
+        run(write_cluster(&lane, 21)).expect("the read is over");
+        run(lane.close()).expect("close");
+        assert_eq!(findings(&host.files), Vec::<String>::new(), "{polls}");
+    }
+}
+
+/// Requests that found no room while clusters were being discarded kept each other from those.
+#[test]
+fn requests_that_wait_for_room_do_not_wait_for_each_other() {
+    let (host, lanes) = full_and_slow(0);
+    let writes = (20..24).map(|cluster| write_cluster(&lanes[cluster as usize % 2], cluster));
+    let (written, discarded) = run(join(join_all(writes), lanes[0].discard(0, 4 * 512)));
+    discarded.expect("discard");
+    assert!(
+        written.iter().all(Result::is_ok),
+        "there is room where the discarded clusters were: {written:?}"
+    );
+    run(lanes[0].close()).expect("close");
     assert_eq!(findings(&host.files), Vec::<String>::new());
 }
 

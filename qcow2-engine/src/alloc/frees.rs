@@ -173,6 +173,11 @@ impl Frees {
         rest
     }
 
+    /// Whether somebody is giving some back.
+    pub(crate) fn is_giving_back(&self) -> bool {
+        !self.taken.is_empty()
+    }
+
     /// What has to be over before any of it can be given back.
     pub(crate) fn first_due(&self) -> Option<Due> {
         self.waiting.front().map(|batch| batch.due)

@@ -151,7 +151,6 @@ impl<I: Io> Lane<I> {
     pub(crate) async fn reserve(&self, max: u64) -> Result<Reservation<'_>> {
         let image = self.image();
         let lane = self.number();
-        let mut has_freed = false;
         let run = loop {
             let taken = image.meta.lock().lanes[lane].take(max);
             if let Some(run) = taken {
@@ -161,11 +160,31 @@ impl<I: Io> Lane<I> {
             if image.meta.lock().lanes[lane].extent.is_some() {
                 continue;
             }
+            if let Some(run) = self.refill(max).await? {
+                break run;
+            }
+        };
+        Ok(Reservation { image, lane, run, stage: Stage::Untouched })
+    }
+
+    /// Gets the lane an extent; or, where there is none to be had, up to `max` clusters of another lane's.
+    ///
+    /// One lane at a time, from the claim until the file reaches over what is left of it: of a full host's room
+    /// nothing is then hidden under a claim that is about to be given up.
+    async fn refill(&self, max: u64) -> Result<Option<Run>> {
+        self.relieve().await?;
+        let image = self.image();
+        let _growing = image.locks.growth.acquire().await;
+        let mut has_freed = false;
+        loop {
             match self.find_extent(max).await {
-                Ok(run) => image.meta.lock().fill_lane(lane, run),
-                Err(error) if matches!(error.kind(), ErrorKind::NoSpace | ErrorKind::TooLarge) => {
+                Ok(run) => {
+                    image.meta.lock().fill_lane(self.number(), run);
+                    return Ok(None);
+                }
+                Err(error) if error.is_full() => {
                     if let Some(run) = image.meta.lock().take_from_any(max) {
-                        break run;
+                        return Ok(Some(run));
                     }
                     if has_freed || !self.give_back_now().await? {
                         return Err(error);
@@ -174,25 +193,13 @@ impl<I: Io> Lane<I> {
                 }
                 Err(error) => return Err(error),
             }
-        };
-        Ok(Reservation { image, lane, run, stage: Stage::Untouched })
-    }
-
-    /// Has no request wait for its place where what was freed could be its place. False if that cannot be
-    /// yet.
-    async fn give_back_now(&self) -> Result<bool> {
-        let image = self.image();
-        if !image.can_free(&image.meta.lock()) {
-            return Ok(false);
         }
-        self.write_back().await?;
-        self.reclaim().await?;
-        Ok(true)
     }
 
     /// Reserves exactly `count` clusters in a row, for a table.
     pub(crate) async fn reserve_row(&self, count: u64) -> Result<Reservation<'_>> {
         let image = self.image();
+        let _growing = image.locks.growth.acquire().await;
         let mut from = HostCluster(0);
         let run = self.take(|meta| meta.next_row(count, &mut from)).await?;
         Ok(Reservation { image, lane: self.number(), run, stage: Stage::Written })
@@ -215,7 +222,6 @@ impl<I: Io> Lane<I> {
     /// no room for a whole one.
     async fn find_extent(&self, max: u64) -> Result<Run> {
         let image = self.image();
-        self.relieve().await?;
         let mut run = self.take(|meta| meta.next_run(image.extent_clusters)).await?;
         loop {
             let Range { start, end } = run.clusters;
@@ -272,11 +278,11 @@ impl<I: Io> Lane<I> {
         Ok(())
     }
 
-    /// Makes the file reach the end of the clusters, with space allocated where the host can.
+    /// Makes the file reach the end of the clusters, with space allocated where the host can. The caller holds
+    /// `growth`.
     async fn extend_file(&self, clusters: &Range<HostCluster>) -> Result<()> {
         let image = self.image();
         let geometry = image.geometry();
-        let _growing = image.locks.growth.acquire().await;
         let (at, claimed) = {
             let space = &image.meta.lock().space;
             (space.file_end, geometry.host_offset(space.fresh_from).0)
@@ -287,8 +293,8 @@ impl<I: Io> Lane<I> {
         }
         // Up to here there are clusters already: the last one may be cut short by the end of the file.
         let taken = geometry.host_offset(HostCluster(geometry.clusters_for(at))).0.min(start);
-        // What others have claimed and not reached yet is reached now: they find that the file is long
-        // enough.
+        // What was claimed once and not reached, as its owner was gone or its count could not be lowered, is
+        // reached now: whoever is given it later finds that the file is long enough.
         let behind_claims = start.max(claimed).max(at).min(end);
         for part in [at..claimed.min(end), behind_claims..end] {
             if !part.is_empty() {

@@ -19,7 +19,12 @@ pub use buf::{ALIGNMENT, Buf, Pages, Pool};
 pub use files::Files;
 
 use crate::order::rules::RuleName;
-use std::{future::Future, io, path::Path};
+use std::{
+    future::{Future, poll_fn},
+    io,
+    path::Path,
+    task::Poll,
+};
 
 /// The unit of every transfer, in bytes: what direct I/O asks for at most.
 pub(crate) const SECTOR: u64 = 512;
@@ -93,4 +98,17 @@ pub trait Io {
 
     /// Sets the file's length.
     fn set_len(&self, file: FileId, len: u64) -> impl Future<Output = io::Result<()>>;
+
+    /// Lets some ten milliseconds pass. Where time is nothing to go by, others have their turn.
+    fn pause(&self) -> impl Future<Output = ()> {
+        let mut is_over = false;
+        poll_fn(move |context| {
+            if is_over {
+                return Poll::Ready(());
+            }
+            is_over = true;
+            context.waker().wake_by_ref();
+            Poll::Pending
+        })
+    }
 }

@@ -9,7 +9,7 @@ use super::{
 };
 use crate::{
     Direct, Error, Lane, Pace, Run, Verdict, ZeroMode,
-    io::{Buf, FileId, Io},
+    io::{Buf, Io},
 };
 use futures_util::future::join_all;
 use std::{
@@ -232,8 +232,7 @@ struct Leisure(Disk);
 impl Pace for Leisure {
     fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
         Box::pin(async {
-            // A fault may hit the rest; it is over all the same.
-            let _ = self.0.read(FileId(0), 0, Buf::zeroed(SECTOR)).await;
+            self.0.pause().await;
             true
         })
     }

@@ -7,6 +7,8 @@ use std::{io, time::Duration};
 
 /// The longest transfer that one operation asks for: what Linux moves at most, in bytes.
 const MAX_TRANSFER: usize = 0x7fff_f000;
+/// What a pause is.
+const PAUSE: Duration = Duration::from_millis(10);
 
 /// What a submission has to know of a file.
 #[derive(Clone, Copy)]
@@ -131,5 +133,10 @@ impl Io for Uring {
         }
         let entry = entry_for!(self.target(file)?, |fd| opcode::Ftruncate::new(fd, len).build());
         self.run(Prepared::Other(entry), None).await.map(drop)
+    }
+
+    async fn pause(&self) {
+        // A ring that has failed says so to the next operation.
+        let _ = self.sleep(PAUSE).await;
     }
 }
