@@ -46,6 +46,8 @@ pub struct Image {
     pub(crate) has_told_of_holes: AtomicBool,
     /// A count of freed clusters could not be read, and that was said.
     pub(crate) has_told_of_counts: AtomicBool,
+    /// An entry that made no sense was thrown away, and that was said.
+    pub(crate) has_told_of_entries: AtomicBool,
     /// Which clusters may hold metadata.
     pub(crate) sieve: Arc<Sieve>,
     pub(crate) damage: Damage,

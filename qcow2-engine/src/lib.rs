@@ -38,6 +38,7 @@ mod leaks;
 mod load;
 mod locks;
 mod meta;
+mod old;
 mod open;
 mod opened;
 mod order;
