@@ -51,6 +51,8 @@ pub struct Image {
     /// Which clusters may hold metadata.
     pub(crate) sieve: Arc<Sieve>,
     pub(crate) damage: Damage,
+    /// There are snapshots whose tables cannot be found: what they refer to is not known.
+    pub(crate) has_lost_snapshots: bool,
     /// A bit for each L1 entry whose table is known to be the active mapping's alone.
     pub(crate) vouched: Box<[AtomicU64]>,
     pub(crate) unpacked: Unpacked,
