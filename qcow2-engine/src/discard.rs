@@ -8,6 +8,7 @@ use crate::{
     image::Image,
     io::{Buf, Io},
     lane::Lane,
+    old::Old,
     resolve::Extent,
 };
 use qcow2_format::{Clusters, GuestCluster, L1Entry, Mapping};
@@ -116,9 +117,9 @@ impl<I: Io> Lane<I> {
         }
         let mut old = Vec::with_capacity(clusters.cluster_count() as usize);
         for cluster in clusters.clone().each() {
-            old.push(self.mapping(cluster).await?);
+            old.push(self.old(cluster).await?);
         }
-        let new: Vec<_> = old.iter().map(|&mapping| image.zeroed(mapping, mode)).collect();
+        let new: Vec<_> = old.iter().map(|&old| image.zeroed(old, mode)).collect();
         if new.iter().all(Option::is_none) {
             return Ok(());
         }
@@ -142,13 +143,12 @@ impl Image {
     }
 
     /// The mapping that makes a cluster read as zeros, or `None` where it does already.
-    fn zeroed(&self, old: Mapping, mode: ZeroMode) -> Option<Mapping> {
+    fn zeroed(&self, old: Old, mode: ZeroMode) -> Option<Mapping> {
         match (old, mode) {
-            (Mapping::Unallocated, _) if self.layers.len() == 1 => None,
-            (Mapping::Zero { host: None, .. }, _) | (Mapping::Zero { copied: true, .. }, ZeroMode::Keep) => {
-                None
-            }
-            (Mapping::Data { host, copied: true }, ZeroMode::Keep) => {
+            (Old::Mapping(Mapping::Unallocated), _) if self.layers.len() == 1 => None,
+            (Old::Mapping(Mapping::Zero { host: None, .. }), _)
+            | (Old::Mapping(Mapping::Zero { copied: true, .. }), ZeroMode::Keep) => None,
+            (Old::Mapping(Mapping::Data { host, copied: true }), ZeroMode::Keep) => {
                 Some(Mapping::Zero { host: Some(host), copied: true })
             }
             // Version 2 has no zero flag, and comes here only without a backing file.

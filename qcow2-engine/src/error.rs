@@ -61,6 +61,17 @@ pub enum Error {
         /// What is in the way.
         reason: String,
     },
+    /// A snapshot's L1 table is where the file does not reach yet.
+    #[error(
+        "{file}: {source}; a file that grows would be taken for that table: open it read-only (--read-only), \
+         and copy the disk"
+    )]
+    SnapshotBeyondFile {
+        /// The file's name.
+        file: Arc<str>,
+        /// Which snapshot.
+        source: Arc<FormatError>,
+    },
     /// The backing chain cannot be followed.
     #[error("{file}: {reason}")]
     Backing {
@@ -224,6 +235,7 @@ impl Error {
             | Self::Refcount { .. }
             | Self::Conflict { .. }
             | Self::Condemned { .. }
+            | Self::SnapshotBeyondFile { .. }
             | Self::Dirty { .. }
             | Self::Decompress { .. } => ErrorKind::Corrupt,
             Self::Unsupported { .. } | Self::Backing { .. } | Self::NotSupported { .. } => {

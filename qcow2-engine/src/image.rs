@@ -46,9 +46,13 @@ pub struct Image {
     pub(crate) has_told_of_holes: AtomicBool,
     /// A count of freed clusters could not be read, and that was said.
     pub(crate) has_told_of_counts: AtomicBool,
+    /// An entry that made no sense was thrown away, and that was said.
+    pub(crate) has_told_of_entries: AtomicBool,
     /// Which clusters may hold metadata.
     pub(crate) sieve: Arc<Sieve>,
     pub(crate) damage: Damage,
+    /// There are snapshots whose tables cannot be found: what they refer to is not known.
+    pub(crate) has_lost_snapshots: bool,
     /// A bit for each L1 entry whose table is known to be the active mapping's alone.
     pub(crate) vouched: Box<[AtomicU64]>,
     pub(crate) unpacked: Unpacked,

@@ -54,11 +54,11 @@ pub(crate) fn size_below(virtual_size: u64) -> u64 {
 
 /// What a look-up in one layer gives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Lookup {
+pub(crate) enum Lookup<E = Mapping> {
     /// The L1 table has no L2 table for the offset.
     NoTable,
-    /// The cluster's mapping.
-    Entry(Mapping),
+    /// The cluster's mapping, or its entry as it is.
+    Entry(E),
     /// This slice has to be loaded first.
     Miss(SliceKey),
 }
@@ -174,11 +174,21 @@ impl Qcow2Layer {
     /// Looks the mapping of a guest offset up.
     #[inline]
     pub(crate) fn look_up(&self, cache: &SliceCache, guest: u64) -> Result<Lookup> {
+        Ok(match self.find(cache, guest)? {
+            Lookup::NoTable => Lookup::NoTable,
+            Lookup::Miss(key) => Lookup::Miss(key),
+            Lookup::Entry(raw) => Mapping::decode(raw, &self.geometry)
+                .map(Lookup::Entry)
+                .map_err(|source| self.corrupt("L2", guest, source))?,
+        })
+    }
+
+    /// [`Self::look_up`] of the entry as it is, whatever it means.
+    #[inline]
+    pub(crate) fn find(&self, cache: &SliceCache, guest: u64) -> Result<Lookup<u64>> {
         let (key, index) = self.slice_at(guest);
         if let Some(raw) = cache.entry(key, index) {
-            return Mapping::decode(raw, &self.geometry)
-                .map(Lookup::Entry)
-                .map_err(|source| self.corrupt("L2", guest, source));
+            return Ok(Lookup::Entry(raw));
         }
         Ok(match self.l1_entry(guest)? {
             L1Entry::Unallocated => Lookup::NoTable,

@@ -39,6 +39,7 @@ mod leaks;
 mod load;
 mod locks;
 mod meta;
+mod old;
 mod open;
 mod opened;
 mod order;

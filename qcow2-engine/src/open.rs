@@ -26,7 +26,7 @@ use crate::{
     unpack::Unpacked,
 };
 use parking_lot::Mutex;
-use qcow2_format::{FormatError, Geometry, Header, HostCluster, HostOffset, L1Entry, Snapshot, header, word};
+use qcow2_format::{FormatError, Geometry, Header, HostCluster, HostOffset, L1Entry, header, word};
 use std::{
     ops::Range,
     path::Path,
@@ -114,7 +114,7 @@ impl Image {
         open_below(io, storage, path, options, &header, &mut layers).await?;
         l1::load_all(io, &layers).await?;
         let parts = if options.read_only {
-            Changeable { refcount_table: Vec::new(), territory: Territory::none(), damage: Damage::default() }
+            Changeable::nothing()
         } else {
             Changeable::read(io, storage, &top, &header, &layers).await?
         };
@@ -129,7 +129,7 @@ impl Image {
         parts: Changeable,
         options: &OpenOptions,
     ) -> Self {
-        let Changeable { refcount_table, territory, damage } = parts;
+        let Changeable { refcount_table, territory, damage, has_lost_snapshots } = parts;
         let geometry = header.geometry();
         let flat = Flat::over(&layers);
         let shapes: Vec<Shape> =
@@ -154,6 +154,7 @@ impl Image {
             flat,
             sieve: Arc::clone(meta.territory.sieve()),
             damage,
+            has_lost_snapshots,
             unpacked: Unpacked::default(),
             workers: OnceLock::new(),
             vouched: (0..l1_entries.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
@@ -163,6 +164,7 @@ impl Image {
             autoclear: Autoclear::of(header),
             has_told_of_holes: AtomicBool::new(false),
             has_told_of_counts: AtomicBool::new(false),
+            has_told_of_entries: AtomicBool::new(false),
             read_only: options.read_only,
             header: header.clone(),
             opened_len: top.len,
@@ -280,9 +282,20 @@ struct Changeable {
     refcount_table: Vec<u64>,
     territory: Territory,
     damage: Damage,
+    has_lost_snapshots: bool,
 }
 
 impl Changeable {
+    /// Of an image that is not changed.
+    fn nothing() -> Self {
+        Self {
+            refcount_table: Vec::new(),
+            territory: Territory::none(),
+            damage: Damage::default(),
+            has_lost_snapshots: false,
+        }
+    }
+
     async fn read(
         io: &impl Io,
         storage: &(impl Storage + ?Sized),
@@ -305,11 +318,14 @@ impl Changeable {
             Ok(()) => Damage::seen(damage),
             Err(source) => Damage::marked(top.unsupported(source)),
         };
-        Ok(Self { refcount_table, territory, damage })
+        Ok(Self { refcount_table, territory, damage, has_lost_snapshots: snapshots.are_some_lost })
     }
 }
 
-/// Where the snapshots' tables are. One that cannot be found could not be kept intact.
+/// Where the snapshots' tables are. One whose L1 table cannot be where its entry says, however long the file,
+/// is lost, and its tables are not watched over: what it has is counted, and so is copied before it changes. A
+/// place that the file only does not have yet is refused: grown over, it would be taken for the L1 table, and
+/// what the snapshot has for leaks.
 async fn snapshot_places(
     io: &impl Io,
     storage: &(impl Storage + ?Sized),
@@ -322,18 +338,32 @@ async fn snapshot_places(
     let file = ImageFile::around(io, storage, top.file, Arc::clone(&top.name), header.clone(), top.len);
     let (snapshots, len) = file.snapshot_table().await?;
     file.check_has_table(len)?;
-    let table = header.snapshot_table;
+    let (table, mut l1_tables, mut are_some_lost) = (header.snapshot_table, Vec::new(), false);
     for (index, snapshot) in (0..).zip(&snapshots) {
-        match snapshot.check(index, table, &header.geometry(), top.len) {
+        let check = |file_len| snapshot.check(index, table, &header.geometry(), file_len);
+        match check(top.len) {
             // QEMU takes entries of old images without it, and writes it when it writes the table.
-            Ok(()) | Err(FormatError::SnapshotExtraData { .. }) => {}
-            Err(source) => return Err(top.damaged(source)),
+            Ok(()) | Err(FormatError::SnapshotExtraData { .. }) => {
+                l1_tables.push(snapshot.l1_table.bytes(u64::from(snapshot.l1_entries) * 8));
+            }
+            Err(source) if matches!(check(u64::MAX), Err(FormatError::SnapshotL1 { .. })) => {
+                if !are_some_lost {
+                    tracing::warn!(
+                        "{}: {source}: its tables are not watched over, and no leaks are given back",
+                        top.name
+                    );
+                }
+                are_some_lost = true;
+            }
+            Err(source) => {
+                let source = Arc::new(source);
+                return Err(Error::SnapshotBeyondFile { file: Arc::clone(&top.name), source });
+            }
         }
     }
-    let l1 = |snapshot: &Snapshot| snapshot.l1_table.bytes(u64::from(snapshot.l1_entries) * 8);
-    let l1_tables: Vec<_> = snapshots.iter().filter(|snapshot| snapshot.l1_entries > 0).map(l1).collect();
+    l1_tables.retain(|table| !table.is_empty());
     let l2_tables = snapshot_l2s(&file, &l1_tables).await;
-    Ok(SnapshotPlaces { table: table.bytes(len), l1_tables, l2_tables })
+    Ok(SnapshotPlaces { table: table.bytes(len), l1_tables, l2_tables, are_some_lost })
 }
 
 /// The L2 tables that snapshots' L1 tables name, the newest snapshots' first, up to

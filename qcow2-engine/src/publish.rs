@@ -10,6 +10,7 @@ use crate::{
     io::{Buf, Io, exact},
     lane::Lane,
     meta::Meta,
+    old::Old,
     order::rules::{Page, Rule},
     owner::Owner,
     redo::Record,
@@ -35,7 +36,7 @@ struct Change {
     cluster: GuestCluster,
     /// Where in the slice it is.
     index: usize,
-    old: Mapping,
+    old: Old,
     new: Mapping,
 }
 
@@ -199,7 +200,7 @@ impl Image {
         change: impl Fn(GuestCluster) -> Option<Mapping>,
     ) -> Result<Attempt> {
         let mut meta = self.meta.lock();
-        let Some(changes) = self.changes(&meta, key, guest, change)? else { return Ok(Attempt::Miss) };
+        let Some(changes) = self.changes(&meta, guest, change)? else { return Ok(Attempt::Miss) };
         if changes.is_empty() {
             return Ok(Attempt::Done);
         }
@@ -208,9 +209,18 @@ impl Image {
         }
         self.enter(&mut meta, key, &changes);
         self.record_rules(&mut meta, key.slice, referred);
-        for Change { old, new, .. } in changes {
-            if old.host().is_none() || old.host() != new.host() {
-                meta.unmapped(self.referred_by(old));
+        for &Change { old, new, .. } in &changes {
+            match old {
+                Old::Mapping(old) if old.host().is_some() && old.host() == new.host() => {}
+                Old::Mapping(old) => meta.unmapped(self.referred_by(old)),
+                // A search for leaks takes it up when the entry is durably gone.
+                Old::Senseless { named, .. } => meta.watch.going(named.row(1)),
+            }
+        }
+        drop(meta);
+        for Change { cluster, old, .. } in changes {
+            if let Old::Senseless { source, .. } = old {
+                self.tell_of_senseless(cluster, source);
             }
         }
         Ok(Attempt::Done)
@@ -221,7 +231,6 @@ impl Image {
     fn changes(
         &self,
         meta: &Meta,
-        key: SliceKey,
         guest: Range<GuestCluster>,
         change: impl Fn(GuestCluster) -> Option<Mapping>,
     ) -> Result<Option<Vec<Change>>> {
@@ -229,13 +238,13 @@ impl Image {
         let mut changes = Vec::with_capacity(guest.cluster_count() as usize);
         for cluster in guest.each() {
             let at = layer.geometry.guest_offset(cluster);
-            let (_, index) = layer.slice_at(at);
-            let Some(raw) = self.cache.entry(key, index) else { return Ok(None) };
-            let old =
-                Mapping::decode(raw, &layer.geometry).map_err(|source| layer.corrupt("L2", at, source))?;
-            if let Some(new) = change(cluster).filter(|&new| new != old) {
-                self.check_replaced(meta, at, old)?;
-                changes.push(Change { cluster, index, old, new });
+            // Whoever would have content in place of one that makes no sense was refused when it looked.
+            let Some(old) = self.old(meta, cluster)? else { return Ok(None) };
+            if let Some(new) = change(cluster).filter(|&new| old != Old::Mapping(new)) {
+                if let Old::Mapping(old) = old {
+                    self.check_replaced(meta, at, old)?;
+                }
+                changes.push(Change { cluster, index: layer.slice_at(at).1, old, new });
             }
         }
         Ok(Some(changes))
@@ -269,7 +278,7 @@ impl Image {
     /// that goes for where it begins: a descriptor counts whole sectors, of which the last need not be there.
     /// Data that is also counted as somebody else's may be a snapshot's L2 table, which is what a repair makes
     /// of it: the table stays as it is, and loses a reference, as long as it has another one.
-    fn check_replaced(&self, meta: &Meta, guest: u64, old: Mapping) -> Result<()> {
+    pub(crate) fn check_replaced(&self, meta: &Meta, guest: u64, old: Mapping) -> Result<()> {
         let named = self.referred_by(old);
         let is_shared = matches!(old, Mapping::Data { copied: false, .. });
         let is_rest = |cluster| matches!(old, Mapping::Compressed(_)) && cluster > named.start;

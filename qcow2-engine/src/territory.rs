@@ -141,6 +141,8 @@ pub(crate) struct SnapshotPlaces {
     pub(crate) l1_tables: Vec<Range<HostOffset>>,
     /// Their L2 tables, sorted, as far as they have been looked for.
     pub(crate) l2_tables: Arc<[HostCluster]>,
+    /// There are snapshots whose tables cannot be found.
+    pub(crate) are_some_lost: bool,
 }
 
 impl Territory {

@@ -12,14 +12,14 @@ mod repaired;
 use common::{IMAGE, run};
 use damaged::{COPIED, Parts};
 use qcow2_engine::{
-    ErrorKind, Repair,
+    ErrorKind, Pace, Repair, Verdict, ZeroMode,
     check::{Problem, Remedy},
     inspect::ImageFile,
     io::{Access, Buf, mem::MemFiles},
 };
 use qcow2_format::{HostOffset, Snapshot, Version, header, snapshot};
 use repaired::{SHAPES, assert_repaired, is_same, open, put, qemu_img, repaired};
-use std::path::Path;
+use std::{future::Future, path::Path, pin::Pin};
 
 /// The snapshots of an image.
 fn snapshots(parts: &Parts) -> Vec<Snapshot> {
@@ -309,4 +309,91 @@ fn a_snapshot_table_that_is_cut_off_or_over_another_is_read_past() {
     assert!(error.to_string().contains("snapshots_offset"), "{error}");
     let (report, _) = repaired(&over.bytes, Repair::All);
     assert!(report.remaining.corruptions > 0);
+}
+
+/// A snapshot whose L1 table is nowhere kept the disk from being written to, and no command changes its entry.
+/// QEMU writes (iotest 080, "Invalid snapshot L1 table"). What the snapshot has is still counted: with its
+/// entry mended it is what it was.
+#[test]
+fn a_snapshot_whose_l1_table_is_nowhere_costs_no_write_and_loses_nothing() {
+    for shape in SHAPES {
+        let sound = Parts::with_snapshot(shape);
+        let (at, one) = (sound.header.snapshot_table.0, snapshots(&sound).remove(0));
+        let place = |offset: u64| [&offset.to_be_bytes()[..], &one.l1_entries.to_be_bytes()].concat();
+        let long = [&one.l1_table.0.to_be_bytes()[..], &0x1000_0000_u32.to_be_bytes()].concat();
+        let leaked = sound.data(11 * sound.cluster());
+        let mut expected = sound.clone();
+        expected.bytes = changed(&expected.bytes, false);
+        for (name, fields) in [
+            ("at no cluster's boundary", place(one.l1_table.0 + 0x200)),
+            ("that, and beyond the end", place(0x40_0200)),
+            ("in the header", place(0)),
+            ("too far for anything", place(1 << 63)),
+            ("too large", long),
+        ] {
+            let what = format!("{shape}: {name}");
+            let mut damaged = sound.clone();
+            damaged.bytes[at as usize..][..12].copy_from_slice(&fields);
+            let mut after = changed(&damaged.bytes, true);
+            assert_eq!(after[at as usize..][..12], fields, "{what}");
+            let (report, unchanged) = repaired(&after, Repair::Leaks);
+            assert!(report.remaining.corruptions > 0, "{what}");
+            assert!(after == unchanged, "{what}: freeing leaks changed it");
+            after[at as usize..][..12].copy_from_slice(&place(one.l1_table.0));
+            let (code, text, _) = qemu_img(&after, &["check", "-f", "qcow2"]);
+            assert_eq!(code, 0, "{what}: {text}");
+            assert!(is_same(&after, &expected.bytes, true), "{what}: the disk or the snapshot has changed");
+
+            // Nor does a search for leaks take anything, where there are some.
+            damaged.set_count(leaked, 2);
+            let after = changed(&damaged.bytes, true);
+            let (report, _) = repaired(&after, Repair::None);
+            assert!(report.found.leaks > 0 && report.found.corruptions > 0, "{what}");
+        }
+    }
+}
+
+/// The image after requests of every kind on what it shares with its snapshot, on what it does not, and with
+/// room for the file to grow.
+fn changed(bytes: &[u8], is_lost: bool) -> Vec<u8> {
+    let (lane, files) = open(bytes, false).expect("opens");
+    let cluster = lane.image().geometry().cluster_size();
+    let table = lane.image().geometry().l2_coverage_bytes();
+    let write = |at, byte, len: u64| run(lane.write(at, Buf::from_bytes(&vec![byte; len as usize])));
+    write(0, 0x31, 512).expect("writes");
+    write(table, 0x32, cluster).expect("writes");
+    write(8 * cluster, 0x33, cluster).expect("writes");
+    run(lane.discard(2 * cluster, cluster)).expect("discards");
+    run(lane.discard(9 * cluster, cluster)).expect("discards");
+    run(lane.flush()).expect("flushes");
+    write(32 * cluster, 0x34, 5 << 20).expect("writes");
+    run(lane.write_zeroes(3 * cluster, 512, ZeroMode::Unmap)).expect("zeroes");
+    run(lane.maintain()).expect("maintains");
+    let found = run(lane.reclaim_leaks(&Idle)).expect("searches");
+    assert_eq!(matches!(found.verdict, Verdict::Doubt(_)), is_lost, "{found:?}");
+    assert_eq!((found.freed, found.lowered), (0, 0));
+    run(lane.close()).expect("closes");
+    files.get(IMAGE).expect("kept")
+}
+
+/// When the file has grown over it, what lies there would be taken for the table, and what the snapshot has
+/// for leaks.
+#[test]
+fn a_snapshot_whose_l1_table_is_beyond_the_end_keeps_the_file_from_growing() {
+    let mut damaged = Parts::with_snapshot("compat=1.1,cluster_size=4k");
+    let end = (damaged.bytes.len() as u64).next_multiple_of(4096);
+    damaged.set(damaged.header.snapshot_table.0, end);
+    let error = open(&damaged.bytes, false).err().expect("refused");
+    assert_eq!(error.kind(), ErrorKind::Corrupt);
+    assert!(error.to_string().contains("snapshot 0") && error.to_string().contains("--read-only"), "{error}");
+    run(open(&damaged.bytes, true).expect("opens").0.read(0, Buf::zeroed(512))).expect("reads");
+}
+
+/// Rests without doing anything.
+struct Idle;
+
+impl Pace for Idle {
+    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
+        Box::pin(std::future::ready(true))
+    }
 }

@@ -4,7 +4,7 @@
 //! inlined, and tests for damage with one mask. Extended entries are in
 //! [`subcluster`](crate::subcluster), compressed descriptors in [`compressed`](crate::compressed).
 
-use crate::{CompressedRange, Corruption, Geometry, HostOffset, Version, error::EntryKind};
+use crate::{CompressedRange, Corruption, Geometry, HostCluster, HostOffset, Version, error::EntryKind};
 
 /// Bit 63: a standard cluster whose refcount is exactly one, so it may be written in place.
 pub const COPIED: u64 = 1 << 63;
@@ -118,6 +118,18 @@ impl Mapping {
     }
 }
 
+/// The host cluster that an entry which does not decode names without what is wrong with it: its reserved
+/// bits, its place inside the cluster, the copied flag of compressed data. `None` where it names none.
+#[must_use]
+pub fn named_by_damaged(raw: u64, geometry: &Geometry) -> Option<HostCluster> {
+    let host = if raw & COMPRESSED != 0 {
+        CompressedRange::decode(raw & !COPIED, geometry).ok()?.offset
+    } else {
+        raw & OFFSET
+    };
+    Some(geometry.host_cluster(HostOffset(host))).filter(|&cluster| cluster != HostCluster(0))
+}
+
 /// Offset and copied bit of an entry that names a whole cluster.
 #[inline]
 fn standard(host: HostOffset, copied: bool, geometry: &Geometry) -> u64 {
@@ -176,6 +188,20 @@ mod tests {
         let g = geometry(16);
         assert_eq!(Mapping::decode(COPIED, &g), Ok(Mapping::Unallocated));
         assert_eq!(Mapping::decode(COPIED | ZERO, &g), Ok(Mapping::Zero { host: None, copied: false }));
+    }
+
+    #[test]
+    fn what_a_damaged_entry_names_is_found() {
+        let g = geometry(16);
+        let five = Some(HostCluster(5));
+        for raw in [0x5_2a00, COPIED | 0x5_8000, 1 << 61 | 0x5_0000, 0x5_0002, COMPRESSED | COPIED | 0x5_0000]
+        {
+            assert!(Mapping::decode(raw, &g).is_err(), "{raw:#x}");
+            assert_eq!(named_by_damaged(raw, &g), five, "{raw:#x}");
+        }
+        for raw in [2, 1 << 57, COPIED | 0x2a00, COMPRESSED | 0x200] {
+            assert_eq!(named_by_damaged(raw, &g), None, "{raw:#x}");
+        }
     }
 
     #[test]

@@ -402,6 +402,10 @@ impl Image {
 
     /// Why clusters may be in use though nothing that is known here refers to them.
     fn may_hide_references(&self) -> Option<&'static str> {
+        // The search might see it otherwise: it has a longer file before it.
+        if self.has_lost_snapshots {
+            return Some("there are snapshots whose L1 tables cannot be found");
+        }
         let unknown_bits = self.header.autoclear & !qcow2_format::header::KNOWN_AUTOCLEAR != 0;
         (unknown_bits || !self.header.unknown_extensions.is_empty()).then_some(
             "it has header extensions that are not known here, which may have clusters of their own",

@@ -153,3 +153,32 @@ fn a_session_that_cannot_read_its_commands_closes_its_image() {
     assert!(text(&said).contains("ublk-qcow2: standard input: "), "{}", text(&said));
     succeeds(run("qemu-io", path, &["-r", "-c", "read -P 3 0 64k", "image"]));
 }
+
+/// An fstrim over one mapping entry that makes no sense had the whole disk read-only for good. (QEMU's iotest
+/// 060, "non-fatal corruption on freeing".)
+#[test]
+fn a_discard_over_an_entry_that_makes_no_sense_goes_on_as_in_qemu() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    for discard in ["discard 0 64k", "write -z 0 64k", "write -z -u 0 64k"] {
+        // After zeros QEMU cannot read there: it keeps the place, as it is.
+        let theirs = (discard == "discard 0 64k").then_some(("qemu-io", &["-f", "qcow2"][..]));
+        for (program, args) in [(OURS, &["io"][..])].into_iter().chain(theirs) {
+            succeeds(run("qemu-img", path, &["create", "-q", "-f", "qcow2", "image", "64M"]));
+            succeeds(run("qemu-io", path, &["-f", "qcow2", "-c", "write -P 0x2a 0 64k", "image"]));
+            let image = fs::File::options().write(true).open(path.join("image")).expect("opens");
+            image.write_all_at(&0x8000_0000_0005_2a00_u64.to_be_bytes(), 0x4_0000).expect("damage");
+            let commands = ["-c", discard, "-c", "read -P 0 0 64k", "-c", "write -P 9 1M 64k"];
+            let said = succeeds(run(program, path, &[args, &commands, &["image"]].concat()));
+            if program == OURS {
+                let warned = said.matches("not cluster-aligned: a discard or zeros have replaced it").count();
+                assert_eq!(warned, 1, "{discard}: {said}");
+            }
+            let check = ["check", "-f", "qcow2", "image"];
+            let theirs = run("qemu-img", path, &check);
+            assert_eq!(code(&theirs), 3, "{program}: {discard}: {}", text(&theirs));
+            let ours = ours(path, &["check", "image"]);
+            assert_eq!(code(&ours), 3, "{program}: {discard}: {}", text(&ours));
+        }
+    }
+}
