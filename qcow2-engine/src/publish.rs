@@ -21,6 +21,14 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
+/// What becomes of an entry that is to have the value that it has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Equal {
+    LeftAlone,
+    /// What is read may be in the host's memory only.
+    WrittenAnew,
+}
+
 /// How an attempt at a change went.
 enum Attempt {
     Done,
@@ -93,12 +101,8 @@ impl<I: Io> Lane<I> {
     /// Replaces a table that a snapshot shares by a copy.
     async fn copy_table(&self, index: u64, shared: HostOffset) -> Result<()> {
         let image = self.image();
-        let file = image.top().file;
         let mut reservation = self.reserve(1).await?;
-        let table = Buf::zeroed(image.geometry().cluster_size() as usize);
-        exact::read_zero_extended(self.io(), file, shared.0, &table)
-            .await
-            .map_err(|source| image.io_error("read of a shared L2 table", file, shared.0, source))?;
+        let table = self.shared_table(shared).await?;
         reservation.begin_writing();
         let written = self.write_table(reservation.clusters().start, &table).await;
         reservation.end_writing();
@@ -124,7 +128,17 @@ impl<I: Io> Lane<I> {
         }
     }
 
-    async fn write_table(&self, cluster: HostCluster, bytes: &Buf) -> Result<()> {
+    /// The content of a table that a snapshot shares.
+    pub(crate) async fn shared_table(&self, at: HostOffset) -> Result<Buf> {
+        let (image, file) = (self.image(), self.image().top().file);
+        let table = Buf::zeroed(image.geometry().cluster_size() as usize);
+        exact::read_zero_extended(self.io(), file, at.0, &table)
+            .await
+            .map_err(|source| image.io_error("read of a shared L2 table", file, at.0, source))?;
+        Ok(table)
+    }
+
+    pub(crate) async fn write_table(&self, cluster: HostCluster, bytes: &Buf) -> Result<()> {
         let image = self.image();
         let (file, at) = (image.top().file, image.geometry().host_offset(cluster).0);
         exact::write_all(self.io(), file, at, bytes)
@@ -142,10 +156,30 @@ impl<I: Io> Lane<I> {
         referred: Option<Range<HostCluster>>,
         change: impl Fn(GuestCluster) -> Option<Mapping>,
     ) -> Result<()> {
+        self.publish_as(guest, referred, Equal::LeftAlone, change).await
+    }
+
+    /// As [`Self::publish`], of one cluster, for a replay: also what is there already is written.
+    pub(crate) async fn publish_anew(
+        &self,
+        guest: GuestCluster,
+        referred: Option<Range<HostCluster>>,
+        mapping: Mapping,
+    ) -> Result<()> {
+        self.publish_as(guest.row(1), referred, Equal::WrittenAnew, |_| Some(mapping)).await
+    }
+
+    async fn publish_as(
+        &self,
+        guest: Range<GuestCluster>,
+        referred: Option<Range<HostCluster>>,
+        equal: Equal,
+        change: impl Fn(GuestCluster) -> Option<Mapping>,
+    ) -> Result<()> {
         let image = self.image();
         let key = image.top().slice_at(image.geometry().guest_offset(guest.start)).0;
         loop {
-            match image.try_publish(key, guest.clone(), referred.clone(), &change)? {
+            match image.try_publish(key, guest.clone(), referred.clone(), equal, &change)? {
                 Attempt::Done => return Ok(()),
                 Attempt::Miss => self.load_slice(key).await?,
                 Attempt::NoRoom => self.write_back().await?,
@@ -196,10 +230,11 @@ impl Image {
         key: SliceKey,
         guest: Range<GuestCluster>,
         referred: Option<Range<HostCluster>>,
+        equal: Equal,
         change: impl Fn(GuestCluster) -> Option<Mapping>,
     ) -> Result<Attempt> {
         let mut meta = self.meta.lock();
-        let Some(changes) = self.changes(&meta, key, guest, change)? else { return Ok(Attempt::Miss) };
+        let Some(changes) = self.changes(&meta, key, guest, equal, change)? else { return Ok(Attempt::Miss) };
         if changes.is_empty() {
             return Ok(Attempt::Done);
         }
@@ -209,7 +244,7 @@ impl Image {
         self.enter(&mut meta, key, &changes);
         self.record_rules(&mut meta, key.slice, referred);
         for Change { old, new, .. } in changes {
-            if old.host().is_none() || old.host() != new.host() {
+            if old != new && (old.host().is_none() || old.host() != new.host()) {
                 meta.unmapped(self.referred_by(old));
             }
         }
@@ -223,6 +258,7 @@ impl Image {
         meta: &Meta,
         key: SliceKey,
         guest: Range<GuestCluster>,
+        equal: Equal,
         change: impl Fn(GuestCluster) -> Option<Mapping>,
     ) -> Result<Option<Vec<Change>>> {
         let layer = self.top();
@@ -233,8 +269,10 @@ impl Image {
             let Some(raw) = self.cache.entry(key, index) else { return Ok(None) };
             let old =
                 Mapping::decode(raw, &layer.geometry).map_err(|source| layer.corrupt("L2", at, source))?;
-            if let Some(new) = change(cluster).filter(|&new| new != old) {
-                self.check_replaced(meta, at, old)?;
+            if let Some(new) = change(cluster).filter(|&new| new != old || equal == Equal::WrittenAnew) {
+                if new != old {
+                    self.check_replaced(meta, at, old)?;
+                }
                 changes.push(Change { cluster, index, old, new });
             }
         }
