@@ -19,7 +19,7 @@
 use crate::{
     alloc::refcounts::Place,
     error::{Error, Result},
-    image::Image,
+    image::{FAILED_BEFORE, Image},
     io::{Buf, Io},
     lane::Lane,
     order::rules::Page,
@@ -54,9 +54,15 @@ impl<I: Io> Lane<I> {
     ///
     /// # Errors
     /// As for a write and a flush; a log that is damaged or does not belong to this image. The image
-    /// is then as after a crash, and the log can be replayed again.
+    /// is then as after a crash, and the log can be replayed again. A log in which a barrier has failed: it never
+    /// can.
     pub async fn replay(&self, log: &RedoLog) -> Result<usize> {
         let image = self.image();
+        if log.has_failed() {
+            return Err(image.poisoned_by(FAILED_BEFORE));
+        }
+        // What the dead process has written is covered by our barriers, too, and lost if they fail.
+        image.flusher.note_in(log.barriers());
         let records = log.records().map_err(|error| image.bad_log(error.to_string()))?;
         if records.is_empty() {
             return Ok(0);

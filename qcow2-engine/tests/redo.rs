@@ -9,11 +9,13 @@ use common::{
     run,
 };
 use qcow2_engine::{
-    CheckOptions, Error, Image, Lane, MIN_REDO_BYTES, OpenOptions, RedoLog, RedoMemory, ZeroMode, check,
+    CheckOptions, Error, ErrorKind, Image, Lane, MIN_REDO_BYTES, OpenOptions, RedoLog, RedoMemory, ZeroMode,
+    check,
     io::{Buf, FileId, Io, mem::MemFiles},
 };
 use qcow2_format::{CreateOptions, header};
 use std::{
+    cell::Cell,
     collections::BTreeSet,
     io,
     path::Path,
@@ -259,6 +261,91 @@ fn a_replay_does_not_believe_that_what_it_reads_is_on_disk() {
         }
     }
     panic!("the table has not moved");
+}
+
+/// A disk on which barriers may fail.
+#[derive(Default)]
+struct Barriers {
+    fail: Cell<bool>,
+    issued: Cell<usize>,
+}
+
+impl Hook for Barriers {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        if let Operation::Sync(_) = operation {
+            self.issued.set(self.issued.get() + 1);
+            if self.fail.get() {
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An fdatasync failed, and the server was killed. The kernel tells of that once: the next one's flushes
+/// succeeded, over what had never reached the disk.
+#[test]
+fn the_next_process_knows_of_a_failed_fdatasync() {
+    let memory = memory();
+    let files = empty(8 << 20, 16);
+    let host = Hooked::new(&files, Barriers::default());
+    let page = |byte| Buf::from_bytes(&[byte; 4096]);
+    let log = || RedoLog::open(Arc::clone(&memory)).expect("sound");
+    {
+        let image = host.open(1 << 20);
+        image.keep_redo_log(RedoLog::create(Arc::clone(&memory)).expect("large enough"));
+        let lane = host.lane(&image);
+        run(lane.write(0, page(1))).expect("writes");
+        run(lane.flush()).expect("flushes");
+        run(lane.write(1 << 20, page(2))).expect("writes");
+        assert!(!log().has_failed());
+        host.hook.fail.set(true);
+        run(lane.flush()).expect_err("its fdatasync fails");
+    }
+    host.hook.fail.set(false);
+    let issued = host.hook.issued.get();
+    for _ in 0..2 {
+        assert!(log().has_failed() && !log().is_at_barrier());
+        let image = host.open(1 << 20);
+        let lane = host.lane(&image);
+        let poisoned = |outcome: qcow2_engine::Result<()>| {
+            assert_eq!(outcome.map_err(|error| error.kind()), Err(ErrorKind::Poisoned));
+        };
+        poisoned(run(lane.replay(&log())).map(drop));
+        image.keep_redo_log(log());
+        poisoned(run(lane.flush()));
+        poisoned(run(lane.write(0, page(3))));
+        poisoned(run(lane.discard(0, 65536)));
+        poisoned(run(lane.close()));
+        assert!(lane.direct_write(0, 4096).is_none(), "the short cut accepts nothing either");
+        let read = Buf::zeroed(4096);
+        run(lane.read(0, read.clone())).expect("reads go on");
+        assert_eq!(read.to_vec(), [1; 4096]);
+    }
+    assert_eq!(host.hook.issued.get(), issued, "no barrier is tried again");
+    // Opened anew it is as after a loss of power.
+    let image = host.open(1 << 20);
+    image.keep_redo_log(RedoLog::create(Arc::clone(&memory)).expect("large enough"));
+    let lane = host.lane(&image);
+    run(lane.write(0, page(4))).expect("writes");
+    run(lane.flush()).expect("flushes");
+    assert!(!log().has_failed());
+}
+
+/// What the dead process had written is lost as well when the barrier fails that is to make its replay durable.
+#[test]
+fn a_barrier_that_fails_under_a_replay_is_known_to_the_next_process() {
+    let memory = memory();
+    let mut mirror = first_process(&empty(8 << 20, 16), &memory, 8 << 20);
+    mirror.write(0, 1, 4096);
+    let host = Hooked::new(&mirror.files, Barriers::default());
+    host.hook.fail.set(true);
+    let log = || RedoLog::open(Arc::clone(&memory)).expect("sound");
+    let replay = || run(host.lane(&host.open(1 << 20)).replay(&log()));
+    let failed = replay().expect_err("its fdatasync fails").kind();
+    assert_eq!(failed, ErrorKind::Io(Some(libc::EIO)));
+    host.hook.fail.set(false);
+    assert_eq!(replay().expect_err("refused").kind(), ErrorKind::Poisoned);
 }
 
 #[test]

@@ -16,7 +16,7 @@ mod setbacks;
 
 use crate::{
     control::Control,
-    daemon::{self, ServeError, Start},
+    daemon::{self, ServeError, Settled, Start},
     detach::{self, Reporter, Side, Unserved},
     device,
     keep::Kept,
@@ -284,7 +284,12 @@ fn remove(record: &Record) -> Result<(), ServeError> {
     device::delete_left(&mut Control::open()?, record.id, record.cookie)?;
     match record.phase {
         // Somebody may have found it by himself, and have written to it.
-        Phase::Serving if record.config.recovery => daemon::settle(record),
+        Phase::Serving if record.config.recovery => {
+            if let Settled::Lost(what) = daemon::settle(record)? {
+                tracing::error!(id = record.id, "{what}");
+            }
+            Ok(())
+        }
         _ => Ok(()),
     }
 }
