@@ -186,9 +186,10 @@ impl Life<'_> {
         self.drive(vec![task], false)
     }
 
-    /// Whoever attaches it anew finds an image as after a loss of power, and no log.
+    /// Whoever attaches it anew finds an image as after a loss of power, and begins a log of its own.
     fn attach_anew(&mut self) -> Result<(), String> {
         let image = self.open().map_err(|error| format!("it does not open anew: {error}"))?;
+        image.keep_redo_log(self.redo.create().map_err(|error| error.to_string())?);
         let lane = Lane::new(&image, self.disk.clone(), 1);
         let found = self.read_all(&lane)?;
         self.serve_on(&image, &lane, &found).map_err(|error| format!("attached anew: {error}"))
