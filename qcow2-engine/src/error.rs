@@ -183,7 +183,10 @@ pub enum Error {
         reason: String,
     },
     /// An earlier fdatasync failed: what is on disk is no longer known.
-    #[error("{file}: an earlier flush failed ({cause}); close and reopen the image")]
+    #[error(
+        "{file}: an earlier flush failed ({cause}), and what was written since the one before may be lost; \
+         close and reopen the image"
+    )]
     Poisoned {
         /// The file's name.
         file: Arc<str>,

@@ -17,7 +17,7 @@ use crate::{
         graph::Plan,
         rules::{Page, RuleName},
     },
-    redo::RedoLog,
+    redo::{Barriers, RedoLog},
 };
 use futures_util::future::join_all;
 use parking_lot::Mutex;
@@ -41,6 +41,8 @@ pub(crate) struct Flusher {
     state: Mutex<State>,
     /// After this nothing more is accepted. Every write asks for it, and is not to take a lock for that.
     poisoned: OnceLock<Error>,
+    /// Where the next process reads how barriers have ended.
+    barriers: Mutex<Option<Barriers>>,
 }
 
 #[derive(Default)]
@@ -84,6 +86,11 @@ impl Flusher {
 
     pub(crate) fn poison(&self, error: Error) {
         self.poisoned.get_or_init(|| error);
+    }
+
+    /// From now on the end of each barrier is noted there.
+    pub(crate) fn note_in(&self, barriers: Barriers) {
+        *self.barriers.lock() = Some(barriers);
     }
 
     pub(crate) fn durable_cut(&self) -> u64 {
@@ -210,12 +217,18 @@ impl<I: Io> Lane<I> {
     pub(crate) async fn barrier(&self) -> Result<()> {
         let image = self.image();
         let file = image.top().file;
-        self.io().sync(file).await.map_err(|source| {
+        let noted = image.flusher.barriers.lock().clone();
+        if let Some(barriers) = &noted {
+            barriers.begin();
+        }
+        // A barrier that is dropped here has not ended: its kernel may tell nobody how it does.
+        let synced = self.io().sync(file).await;
+        if let Some(barriers) = &noted {
+            barriers.end(synced.is_ok());
+        }
+        synced.map_err(|source| {
             let error = image.io_error("fdatasync", file, 0, source);
-            image.flusher.poison(Error::Poisoned {
-                file: Arc::clone(&image.top().name),
-                cause: error.to_string().into(),
-            });
+            image.flusher.poison(image.poisoned_by(&error.to_string()));
             error
         })?;
         // Of several at a time only one may have been told what all of them lost.
@@ -224,6 +237,10 @@ impl<I: Io> Lane<I> {
 }
 
 impl Image {
+    pub(crate) fn poisoned_by(&self, cause: &str) -> Error {
+        Error::Poisoned { file: Arc::clone(&self.top().name), cause: cause.into() }
+    }
+
     fn dirty_limit(&self) -> usize {
         MAX_DIRTY_PAGES.min(self.cache.slot_count() / 2)
     }

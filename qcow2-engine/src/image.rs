@@ -69,6 +69,9 @@ pub struct Image {
     pub(crate) locks: Locks,
 }
 
+/// What is known of a barrier that has failed in another process.
+pub(crate) const FAILED_BEFORE: &str = "fdatasync in a process that has ended";
+
 impl Image {
     /// Size of the virtual disk in bytes.
     #[must_use]
@@ -113,8 +116,13 @@ impl Image {
     }
 
     /// From now on changes of the mapping are remembered in `log`, which is empty: what it held has
-    /// been replayed. To be called before the first request.
+    /// been replayed. If it says that a barrier of another process has failed the image accepts nothing, as it
+    /// did not there. To be called before the first request.
     pub fn keep_redo_log(&self, log: RedoLog) {
+        if log.has_failed() {
+            self.flusher.poison(self.poisoned_by(FAILED_BEFORE));
+        }
+        self.flusher.note_in(log.barriers());
         self.meta.lock().redo = Some(log);
     }
 

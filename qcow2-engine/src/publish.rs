@@ -22,6 +22,14 @@ use std::{
     sync::{Arc, atomic::Ordering},
 };
 
+/// What becomes of an entry that is to have the value that it has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Equal {
+    LeftAlone,
+    /// What is read may be in the host's memory only.
+    WrittenAnew,
+}
+
 /// How an attempt at a change went.
 enum Attempt {
     Done,
@@ -94,12 +102,8 @@ impl<I: Io> Lane<I> {
     /// Replaces a table that a snapshot shares by a copy.
     async fn copy_table(&self, index: u64, shared: HostOffset) -> Result<()> {
         let image = self.image();
-        let file = image.top().file;
         let mut reservation = self.reserve(1).await?;
-        let table = Buf::zeroed(image.geometry().cluster_size() as usize);
-        exact::read_zero_extended(self.io(), file, shared.0, &table)
-            .await
-            .map_err(|source| image.io_error("read of a shared L2 table", file, shared.0, source))?;
+        let table = self.shared_table(shared).await?;
         reservation.begin_writing();
         let written = self.write_table(reservation.clusters().start, &table).await;
         reservation.end_writing();
@@ -125,7 +129,17 @@ impl<I: Io> Lane<I> {
         }
     }
 
-    async fn write_table(&self, cluster: HostCluster, bytes: &Buf) -> Result<()> {
+    /// The content of a table that a snapshot shares.
+    pub(crate) async fn shared_table(&self, at: HostOffset) -> Result<Buf> {
+        let (image, file) = (self.image(), self.image().top().file);
+        let table = Buf::zeroed(image.geometry().cluster_size() as usize);
+        exact::read_zero_extended(self.io(), file, at.0, &table)
+            .await
+            .map_err(|source| image.io_error("read of a shared L2 table", file, at.0, source))?;
+        Ok(table)
+    }
+
+    pub(crate) async fn write_table(&self, cluster: HostCluster, bytes: &Buf) -> Result<()> {
         let image = self.image();
         let (file, at) = (image.top().file, image.geometry().host_offset(cluster).0);
         exact::write_all(self.io(), file, at, bytes)
@@ -143,10 +157,30 @@ impl<I: Io> Lane<I> {
         referred: Option<Range<HostCluster>>,
         change: impl Fn(GuestCluster) -> Option<Mapping>,
     ) -> Result<()> {
+        self.publish_as(guest, referred, Equal::LeftAlone, change).await
+    }
+
+    /// As [`Self::publish`], of one cluster, for a replay: also what is there already is written.
+    pub(crate) async fn publish_anew(
+        &self,
+        guest: GuestCluster,
+        referred: Option<Range<HostCluster>>,
+        mapping: Mapping,
+    ) -> Result<()> {
+        self.publish_as(guest.row(1), referred, Equal::WrittenAnew, |_| Some(mapping)).await
+    }
+
+    async fn publish_as(
+        &self,
+        guest: Range<GuestCluster>,
+        referred: Option<Range<HostCluster>>,
+        equal: Equal,
+        change: impl Fn(GuestCluster) -> Option<Mapping>,
+    ) -> Result<()> {
         let image = self.image();
         let key = image.top().slice_at(image.geometry().guest_offset(guest.start)).0;
         loop {
-            match image.try_publish(key, guest.clone(), referred.clone(), &change)? {
+            match image.try_publish(key, guest.clone(), referred.clone(), equal, &change)? {
                 Attempt::Done => return Ok(()),
                 Attempt::Miss => self.load_slice(key).await?,
                 Attempt::NoRoom => self.write_back().await?,
@@ -197,10 +231,11 @@ impl Image {
         key: SliceKey,
         guest: Range<GuestCluster>,
         referred: Option<Range<HostCluster>>,
+        equal: Equal,
         change: impl Fn(GuestCluster) -> Option<Mapping>,
     ) -> Result<Attempt> {
         let mut meta = self.meta.lock();
-        let Some(changes) = self.changes(&meta, guest, change)? else { return Ok(Attempt::Miss) };
+        let Some(changes) = self.changes(&meta, guest, equal, change)? else { return Ok(Attempt::Miss) };
         if changes.is_empty() {
             return Ok(Attempt::Done);
         }
@@ -211,7 +246,7 @@ impl Image {
         self.record_rules(&mut meta, key.slice, referred);
         for &Change { old, new, .. } in &changes {
             match old {
-                Old::Mapping(old) if old.host().is_some() && old.host() == new.host() => {}
+                Old::Mapping(old) if old == new || (old.host().is_some() && old.host() == new.host()) => {}
                 Old::Mapping(old) => meta.unmapped(self.referred_by(old)),
                 // A search for leaks takes it up when the entry is durably gone.
                 Old::Senseless { named, .. } => meta.watch.going(named.row(1)),
@@ -232,6 +267,7 @@ impl Image {
         &self,
         meta: &Meta,
         guest: Range<GuestCluster>,
+        equal: Equal,
         change: impl Fn(GuestCluster) -> Option<Mapping>,
     ) -> Result<Option<Vec<Change>>> {
         let layer = self.top();
@@ -240,8 +276,11 @@ impl Image {
             let at = layer.geometry.guest_offset(cluster);
             // Whoever would have content in place of one that makes no sense was refused when it looked.
             let Some(old) = self.old(meta, cluster)? else { return Ok(None) };
-            if let Some(new) = change(cluster).filter(|&new| old != Old::Mapping(new)) {
-                if let Old::Mapping(old) = old {
+            let is_change = |new: &Mapping| old != Old::Mapping(*new) || equal == Equal::WrittenAnew;
+            if let Some(new) = change(cluster).filter(is_change) {
+                if let Old::Mapping(old) = old
+                    && old != new
+                {
                     self.check_replaced(meta, at, old)?;
                 }
                 changes.push(Change { cluster, index: layer.slice_at(at).1, old, new });

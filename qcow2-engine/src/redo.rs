@@ -9,8 +9,8 @@
 //! from those ([`crate::replay`]).
 //!
 //! ```text
-//! words   0      1     2     3..8   8 ...
-//!         magic  head  tail  –      records, two words each, a ring
+//! words   0      1     2     3       4         5..8   8 ...
+//!         magic  head  tail  failed  barriers  –      records, two words each, a ring
 //! ```
 //!
 //! `head` and `tail` count records since the beginning. The records between them are all that no
@@ -19,6 +19,11 @@
 //! a log that tells the truth: its unfinished record has not been acknowledged. What a record says is
 //! idempotent, and only the last one for each entry counts, so a log that is replayed twice, or whose
 //! head is behind, does no harm.
+//!
+//! All of that goes by the file as it is read. Once a barrier has failed that need not be what is on disk, and
+//! the kernel has told the process that asked, once. So `failed` says that one has, and `barriers` how many are
+//! under way: of those of a process that was killed nobody has heard the end. Records of a log in which one has
+//! failed are not replayed: the payload that they publish may be lost.
 
 use qcow2_format::{GuestCluster, HostCluster};
 use std::{
@@ -34,6 +39,10 @@ const MAGIC: u64 = u64::from_be_bytes(*b"QCOW2RD\x01");
 const HEAD: usize = 1;
 /// The number of the record after the last one.
 pub(crate) const TAIL: usize = 2;
+/// Whether a barrier has failed.
+const FAILED: usize = 3;
+/// Barriers that have begun and not ended.
+const BARRIERS: usize = 4;
 /// Words before the records.
 pub(crate) const HEADER_WORDS: usize = 8;
 /// Bits of a record's first word below its kind.
@@ -56,6 +65,10 @@ pub struct RedoLog {
     capacity: u64,
     is_muted: bool,
 }
+
+/// Notes in a log how the barriers of its process end.
+#[derive(Clone)]
+pub(crate) struct Barriers(RedoMemory);
 
 /// One change, as the value after it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -107,8 +120,9 @@ impl RedoLog {
     pub fn create(memory: RedoMemory) -> Result<Self, RedoError> {
         let log = Self::in_memory(memory)?;
         log.word(0).store(0, Ordering::Relaxed);
-        log.word(HEAD).store(0, Ordering::Relaxed);
-        log.word(TAIL).store(0, Ordering::Relaxed);
+        for word in [HEAD, TAIL, FAILED, BARRIERS] {
+            log.word(word).store(0, Ordering::Relaxed);
+        }
         log.word(0).store(MAGIC, Ordering::Release);
         Ok(log)
     }
@@ -145,6 +159,29 @@ impl RedoLog {
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.head() == self.tail()
+    }
+
+    /// Whether a barrier has failed: what is read of the image need not be on disk.
+    #[must_use]
+    pub fn has_failed(&self) -> bool {
+        self.word(FAILED).load(Ordering::Acquire) != 0
+    }
+
+    /// Whether its process was killed, or gave up, while a barrier was under way: how that ended nobody has
+    /// heard.
+    #[must_use]
+    pub fn is_at_barrier(&self) -> bool {
+        self.word(BARRIERS).load(Ordering::Acquire) != 0
+    }
+
+    /// Notes that a barrier has failed.
+    pub fn note_failure(&self) {
+        self.barriers().note_failure();
+    }
+
+    /// Notes what becomes of barriers from now on.
+    pub(crate) fn barriers(&self) -> Barriers {
+        Barriers(Arc::clone(&self.memory))
     }
 
     /// The records that no durable cut has covered, oldest first.
@@ -216,6 +253,28 @@ impl RedoLog {
     fn slot(&self, at: u64) -> [&AtomicU64; 2] {
         let first = HEADER_WORDS + 2 * (at % self.capacity) as usize;
         [self.word(first), self.word(first + 1)]
+    }
+}
+
+impl Barriers {
+    pub(crate) fn begin(&self) {
+        self.word(BARRIERS).fetch_add(1, Ordering::AcqRel);
+    }
+
+    /// One has ended, and its process has heard how.
+    pub(crate) fn end(&self, is_durable: bool) {
+        if !is_durable {
+            self.note_failure();
+        }
+        self.word(BARRIERS).fetch_sub(1, Ordering::AcqRel);
+    }
+
+    fn note_failure(&self) {
+        self.word(FAILED).store(1, Ordering::Release);
+    }
+
+    fn word(&self, index: usize) -> &AtomicU64 {
+        &(*self.0).as_ref()[index]
     }
 }
 
@@ -307,6 +366,26 @@ mod tests {
         log.word(0).store(0, Ordering::Relaxed);
         assert!(RedoLog::open(Arc::clone(&memory)).unwrap().is_empty());
         assert!(RedoLog::open(memory).unwrap().is_empty(), "it is whole by now");
+    }
+
+    #[test]
+    fn how_barriers_have_ended_outlives_the_process() {
+        let memory = memory(MIN_RECORDS);
+        let next = || RedoLog::open(Arc::clone(&memory)).unwrap();
+        let seen = || (next().is_at_barrier(), next().has_failed());
+        let barriers = RedoLog::create(Arc::clone(&memory)).unwrap().barriers();
+        assert_eq!(seen(), (false, false), "whatever the memory held");
+        barriers.begin();
+        barriers.begin();
+        barriers.end(true);
+        assert_eq!(seen(), (true, false));
+        barriers.end(false);
+        assert_eq!(seen(), (false, true));
+        barriers.begin();
+        barriers.end(true);
+        assert_eq!(seen(), (false, true), "another one that succeeds brings nothing back");
+        RedoLog::create(Arc::clone(&memory)).unwrap();
+        assert_eq!(seen(), (false, false));
     }
 
     #[test]

@@ -2,10 +2,15 @@
 //!
 //! Used once, on an image that was just opened and serves nobody yet. [`Outcome`] condenses the log
 //! to its last word on each entry; that is carried out in the order in which the pieces build on each
-//! other: the refcount table's place, refcount blocks, counts, L2 tables, mappings. What is there
-//! already is left alone, so a replay that was itself cut short is simply done again. The changes go
+//! other: the refcount table's place, refcount blocks, counts, L2 tables, mappings. The changes go
 //! through the same publication as a request's, with the same rules, so a crash during a replay
-//! leaves an image as sound as any other. At the end a cut makes everything durable.
+//! leaves an image as sound as any other. At the end a cut makes everything durable. A replay that was
+//! itself cut short is simply done again.
+//!
+//! What is there already is written all the same. It may be in the host's memory only: after a write-back that
+//! has failed the page cache passes what the disk has not taken off as clean, and only the dead process was told.
+//! L2 tables that the image does not name yet are made anew for the same reason: the log has every entry that
+//! was set in them.
 //!
 //! Counts are not logged: what the log's entries refer to counts once, because only clusters that the
 //! image owns alone are ever published. What the dead process had counted ahead and not used, or freed
@@ -14,9 +19,10 @@
 use crate::{
     alloc::refcounts::Place,
     error::{Error, Result},
-    image::Image,
-    io::Io,
+    image::{FAILED_BEFORE, Image},
+    io::{Buf, Io},
     lane::Lane,
+    order::rules::Page,
     redo::{Record, RedoLog},
 };
 use qcow2_format::{
@@ -48,9 +54,15 @@ impl<I: Io> Lane<I> {
     ///
     /// # Errors
     /// As for a write and a flush; a log that is damaged or does not belong to this image. The image
-    /// is then as after a crash, and the log can be replayed again.
+    /// is then as after a crash, and the log can be replayed again. A log in which a barrier has failed: it never
+    /// can.
     pub async fn replay(&self, log: &RedoLog) -> Result<usize> {
         let image = self.image();
+        if log.has_failed() {
+            return Err(image.poisoned_by(FAILED_BEFORE));
+        }
+        // What the dead process has written is covered by our barriers, too, and lost if they fail.
+        image.flusher.note_in(log.barriers());
         let records = log.records().map_err(|error| image.bad_log(error.to_string()))?;
         if records.is_empty() {
             return Ok(0);
@@ -62,7 +74,9 @@ impl<I: Io> Lane<I> {
         for cluster in clusters {
             self.restore_count(cluster).await?;
         }
-        image.restore_tables(&outcome)?;
+        for (&index, &cluster) in &outcome.tables {
+            self.restore_table(index, cluster).await?;
+        }
         for (&cluster, &entry) in &outcome.mappings {
             self.restore_mapping(cluster, entry).await?;
         }
@@ -77,13 +91,31 @@ impl<I: Io> Lane<I> {
             if !matches!(meta.refcounts.place(cluster)?, Place::Page(_)) {
                 return Err(image.bad_log(format!("no refcount block counts cluster {}", cluster.0)));
             }
-            Ok(meta.refcounts.get(cluster)?.map(|count| {
-                if count != 1 {
-                    meta.set_count(cluster, 1);
-                }
-            }))
+            Ok(meta.refcounts.get(cluster)?.map(|_| meta.set_count(cluster, 1)))
         })
         .await
+    }
+
+    /// Points an L1 entry at its table. One that does not name it yet has nothing durable in it: a new table
+    /// was empty, or a copy of the one that is named still.
+    async fn restore_table(&self, index: u64, cluster: HostCluster) -> Result<()> {
+        let image = self.image();
+        let (content, old) = match image.named_table(index)? {
+            L1Entry::Table { offset, copied: true } if image.geometry().host_cluster(offset) == cluster => {
+                let mut meta = image.meta.lock();
+                let page = image.l1_page(index);
+                meta.graph.touch(page);
+                meta.refer(cluster.row(1), page);
+                return Ok(());
+            }
+            L1Entry::Table { offset, .. } => {
+                (self.shared_table(offset).await?, image.geometry().host_cluster(offset).row(1))
+            }
+            L1Entry::Unallocated => (Buf::zeroed(image.geometry().cluster_size() as usize), Range::default()),
+        };
+        self.write_table(cluster, &content).await?;
+        image.publish_table(&mut image.meta.lock(), index, cluster, old);
+        Ok(())
     }
 
     async fn restore_mapping(&self, cluster: GuestCluster, entry: u64) -> Result<()> {
@@ -95,7 +127,7 @@ impl<I: Io> Lane<I> {
         }
         let mapping = image.logged_mapping(cluster, entry)?;
         let referred = mapping.host().map(|host| layer.geometry.host_cluster(host).row(1));
-        self.publish(cluster.row(1), referred, |_| Some(mapping)).await
+        self.publish_anew(cluster, referred, mapping).await
     }
 }
 
@@ -112,15 +144,20 @@ impl Image {
     /// The refcount table's place, and the blocks that it did not have yet.
     fn restore_refcount_table(&self, outcome: &Outcome) -> Result<()> {
         let mut meta = self.meta.lock();
-        if let Some((first, clusters)) = outcome.refcount_table
-            && meta.refcounts.table_place().0 != self.geometry().host_offset(first)
-        {
-            meta.place_refcount_table(first.row(clusters));
+        match outcome.refcount_table {
+            Some((first, _)) if meta.refcounts.table_place().0 == self.geometry().host_offset(first) => {
+                meta.write_refcount_table();
+            }
+            Some((first, clusters)) => meta.place_refcount_table(first.row(clusters)),
+            None => {}
         }
         for (&block, &cluster) in &outcome.blocks {
             let wanted = self.geometry().host_offset(cluster);
             match meta.refcounts.block_at(block)? {
-                Some(present) if present == wanted => {}
+                Some(present) if present == wanted => {
+                    let page = meta.refcounts.table_page(block);
+                    meta.graph.touch(Page::RefcountTable(page));
+                }
                 None if block < meta.refcounts.table_place().1 => {
                     meta.add_refcount_block(block, cluster);
                 }
@@ -130,28 +167,15 @@ impl Image {
         Ok(())
     }
 
-    fn restore_tables(&self, outcome: &Outcome) -> Result<()> {
-        let mut meta = self.meta.lock();
+    /// What an L1 entry names now.
+    fn named_table(&self, index: u64) -> Result<L1Entry> {
         let layer = self.top();
-        let geometry = &layer.geometry;
-        for (&index, &cluster) in &outcome.tables {
-            if index >= layer.l1.len() as u64 {
-                return Err(self.bad_log(format!("the L1 table has no entry {index}")));
-            }
-            let raw = layer.l1.get(index);
-            let guest = index * geometry.l2_coverage_bytes();
-            match L1Entry::decode(raw, geometry).map_err(|source| layer.corrupt("L1", guest, source))? {
-                L1Entry::Table { offset, copied: true } if geometry.host_cluster(offset) == cluster => {}
-                L1Entry::Table { offset, .. } => {
-                    let old = geometry.host_cluster(offset).row(1);
-                    self.publish_table(&mut meta, index, cluster, old);
-                }
-                L1Entry::Unallocated => {
-                    self.publish_table(&mut meta, index, cluster, Range::default());
-                }
-            }
+        if index >= layer.l1.len() as u64 {
+            return Err(self.bad_log(format!("the L1 table has no entry {index}")));
         }
-        Ok(())
+        let guest = index * layer.geometry.l2_coverage_bytes();
+        L1Entry::decode(layer.l1.get(index), &layer.geometry)
+            .map_err(|source| layer.corrupt("L1", guest, source))
     }
 }
 

@@ -3,14 +3,21 @@
 #[allow(dead_code, reason = "shared by several test programs")]
 mod common;
 
-use common::{IMAGE, Mirror, create, run};
+use common::{
+    IMAGE, Mirror, create,
+    hooked::{Hook, Hooked, Operation},
+    run,
+};
 use qcow2_engine::{
-    Error, Image, Lane, MIN_REDO_BYTES, OpenOptions, RedoLog, RedoMemory, ZeroMode,
-    io::{Buf, mem::MemFiles},
+    CheckOptions, Error, ErrorKind, Image, Lane, MIN_REDO_BYTES, OpenOptions, RedoLog, RedoMemory, ZeroMode,
+    check,
+    io::{Buf, FileId, Io, mem::MemFiles},
 };
 use qcow2_format::{CreateOptions, header};
 use std::{
+    cell::Cell,
     collections::BTreeSet,
+    io,
     path::Path,
     sync::{
         Arc, Mutex,
@@ -191,6 +198,154 @@ fn r7_a_change_is_in_the_log_whole_or_not_at_all() {
         }
     }
     panic!("the table has not moved");
+}
+
+/// A copy of an image, and of the memory of a log.
+fn copy(files: &MemFiles) -> MemFiles {
+    let copy = MemFiles::default();
+    copy.put(IMAGE, files.get(IMAGE).expect("kept"));
+    copy
+}
+
+fn copy_of(memory: &RedoMemory) -> RedoMemory {
+    let words = (**memory).as_ref().iter();
+    Arc::new(Words(words.map(|word| AtomicU64::new(word.load(Relaxed))).collect()))
+}
+
+/// What lies below the host's cache gets what is written from now on.
+struct Below(MemFiles);
+
+impl Hook for Below {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        if let Operation::Write { at, buf } = operation {
+            self.0.write(FileId(0), at, buf.clone()).await?;
+        }
+        Ok(())
+    }
+}
+
+/// The disk had not taken what a cut had written, and the host's cache went on showing it. The next process
+/// found it there already, and left it alone: with the cache it was gone, and all that was built on it damaged.
+#[test]
+fn a_replay_does_not_believe_that_what_it_reads_is_on_disk() {
+    // New tables, new refcount blocks, a refcount table that moves; an L2 table maps 32 KiB.
+    let size = 3 << 20;
+    let files = MemFiles::default();
+    let options =
+        CreateOptions { virtual_size: size, cluster_bits: 9, refcount_order: 6, ..CreateOptions::default() };
+    create(&files, IMAGE, &options);
+    let memory = memory();
+    let mut mirror = first_process(&files, &memory, size);
+    let table = |files: &MemFiles| files.get(IMAGE).expect("kept")[48..56].to_vec();
+    let old = table(&files);
+    let step = 8 << 10;
+    for at in (0..size).step_by(step) {
+        mirror.write(at, 7, step);
+        if at > 0 {
+            mirror.discard(at - 1024, 1024);
+        }
+        let (below, left) = (copy(&files), copy_of(&memory));
+        mirror.flush();
+        let has_moved = table(&files) != old;
+        if !has_moved && at % (128 << 10) != 0 {
+            continue;
+        }
+        let host = Hooked::new(&copy(&files), Below(below.clone()));
+        let lane = host.lane(&host.open(1 << 20));
+        run(lane.replay(&RedoLog::open(left).expect("sound"))).expect("replays");
+        Mirror::open(&below, mirror.bytes.clone()).verify();
+        let report = run(check(&below, &below, Path::new(IMAGE), CheckOptions::default())).expect("checks");
+        assert_eq!(report.found.corruptions, 0, "at {at}: {:?}", report.found.list);
+        if has_moved {
+            return;
+        }
+    }
+    panic!("the table has not moved");
+}
+
+/// A disk on which barriers may fail.
+#[derive(Default)]
+struct Barriers {
+    fail: Cell<bool>,
+    issued: Cell<usize>,
+}
+
+impl Hook for Barriers {
+    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
+        if let Operation::Sync(_) = operation {
+            self.issued.set(self.issued.get() + 1);
+            if self.fail.get() {
+                return Err(io::Error::from_raw_os_error(libc::EIO));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// An fdatasync failed, and the server was killed. The kernel tells of that once: the next one's flushes
+/// succeeded, over what had never reached the disk.
+#[test]
+fn the_next_process_knows_of_a_failed_fdatasync() {
+    let memory = memory();
+    let files = empty(8 << 20, 16);
+    let host = Hooked::new(&files, Barriers::default());
+    let page = |byte| Buf::from_bytes(&[byte; 4096]);
+    let log = || RedoLog::open(Arc::clone(&memory)).expect("sound");
+    {
+        let image = host.open(1 << 20);
+        image.keep_redo_log(RedoLog::create(Arc::clone(&memory)).expect("large enough"));
+        let lane = host.lane(&image);
+        run(lane.write(0, page(1))).expect("writes");
+        run(lane.flush()).expect("flushes");
+        run(lane.write(1 << 20, page(2))).expect("writes");
+        assert!(!log().has_failed());
+        host.hook.fail.set(true);
+        run(lane.flush()).expect_err("its fdatasync fails");
+    }
+    host.hook.fail.set(false);
+    let issued = host.hook.issued.get();
+    for _ in 0..2 {
+        assert!(log().has_failed() && !log().is_at_barrier());
+        let image = host.open(1 << 20);
+        let lane = host.lane(&image);
+        let poisoned = |outcome: qcow2_engine::Result<()>| {
+            assert_eq!(outcome.map_err(|error| error.kind()), Err(ErrorKind::Poisoned));
+        };
+        poisoned(run(lane.replay(&log())).map(drop));
+        image.keep_redo_log(log());
+        poisoned(run(lane.flush()));
+        poisoned(run(lane.write(0, page(3))));
+        poisoned(run(lane.discard(0, 65536)));
+        poisoned(run(lane.close()));
+        assert!(lane.direct_write(0, 4096).is_none(), "the short cut accepts nothing either");
+        let read = Buf::zeroed(4096);
+        run(lane.read(0, read.clone())).expect("reads go on");
+        assert_eq!(read.to_vec(), [1; 4096]);
+    }
+    assert_eq!(host.hook.issued.get(), issued, "no barrier is tried again");
+    // Opened anew it is as after a loss of power.
+    let image = host.open(1 << 20);
+    image.keep_redo_log(RedoLog::create(Arc::clone(&memory)).expect("large enough"));
+    let lane = host.lane(&image);
+    run(lane.write(0, page(4))).expect("writes");
+    run(lane.flush()).expect("flushes");
+    assert!(!log().has_failed());
+}
+
+/// What the dead process had written is lost as well when the barrier fails that is to make its replay durable.
+#[test]
+fn a_barrier_that_fails_under_a_replay_is_known_to_the_next_process() {
+    let memory = memory();
+    let mut mirror = first_process(&empty(8 << 20, 16), &memory, 8 << 20);
+    mirror.write(0, 1, 4096);
+    let host = Hooked::new(&mirror.files, Barriers::default());
+    host.hook.fail.set(true);
+    let log = || RedoLog::open(Arc::clone(&memory)).expect("sound");
+    let replay = || run(host.lane(&host.open(1 << 20)).replay(&log()));
+    let failed = replay().expect_err("its fdatasync fails").kind();
+    assert_eq!(failed, ErrorKind::Io(Some(libc::EIO)));
+    host.hook.fail.set(false);
+    assert_eq!(replay().expect_err("refused").kind(), ErrorKind::Poisoned);
 }
 
 #[test]

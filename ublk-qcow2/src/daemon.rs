@@ -10,7 +10,7 @@ mod error;
 mod image;
 
 pub(crate) use error::ServeError;
-pub(crate) use image::settle;
+pub(crate) use image::{Settled, settle};
 
 use crate::{
     config::Config,

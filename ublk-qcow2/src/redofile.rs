@@ -123,9 +123,14 @@ impl RedoFile {
         }
     }
 
-    /// Whether there is something in it that is in no image yet, or may be.
+    /// Whether there is something in it that is in no image yet, or may be, and can still be written there.
     pub(crate) fn owes(&self) -> bool {
-        !RedoLog::open(self.memory()).is_ok_and(|log| log.is_empty())
+        !RedoLog::open(self.memory()).is_ok_and(|log| log.is_empty() || log.has_failed())
+    }
+
+    /// Whether a barrier of its server has failed, so that nobody knows what is on disk.
+    pub(crate) fn has_failed(&self) -> bool {
+        RedoLog::open(self.memory()).is_ok_and(|log| log.has_failed())
     }
 
     /// The memory for the log.

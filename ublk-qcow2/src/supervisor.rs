@@ -5,18 +5,19 @@
 //!                    └──────── fork ── its successor     takes the device over
 //! ```
 //!
-//! It does next to nothing, so that it outlives what may kill a server: no ring, no image, no device and one
-//! thread, which is what makes the forks sound. It ends with the server that ends by itself. What a new
+//! It does next to nothing, so that it outlives what may kill a server: no ring, no device, of the image but a
+//! descriptor, and one thread, which is what makes the forks sound. It ends with the server that ends by itself. What a new
 //! server has made and not told of, be it killed or one of its queues failed, it removes; a device that was
 //! to be recovered goes on waiting. If there is no successor to be had, because each dies as soon as it serves,
 //! fails to take the device over or cannot even be started, it goes on trying ([`Setbacks`]), until somebody
 //! else has the device or takes it away.
 
 mod setbacks;
+mod write_back;
 
 use crate::{
     control::Control,
-    daemon::{self, ServeError, Start},
+    daemon::{self, ServeError, Settled, Start},
     detach::{self, Reporter, Side, Unserved},
     device,
     keep::Kept,
@@ -40,6 +41,7 @@ use std::{
     io, process,
     time::{Duration, Instant},
 };
+use write_back::WriteBack;
 
 /// A server that has served for this long died of something else than the requests that were waiting
 /// for it: its death says nothing of the next one's.
@@ -112,8 +114,13 @@ fn watch(id: u32, mut server: Attempt, namespace: Namespace) {
     let is_over = || is_over(id, cookie);
     let mut setbacks = Setbacks::default();
     let mut kept = Kept::of(id);
+    let write_back = WriteBack::of(id);
     loop {
-        match server.end(id) {
+        let end = server.end(id);
+        if end != End::Regular {
+            write_back.judge(id);
+        }
+        match end {
             End::Regular => return,
             End::Killed(signal) => {
                 tracing::error!(id, "the server (process {}) died by {signal}", server.pid);
@@ -284,7 +291,12 @@ fn remove(record: &Record) -> Result<(), ServeError> {
     device::delete_left(&mut Control::open()?, record.id, record.cookie)?;
     match record.phase {
         // Somebody may have found it by himself, and have written to it.
-        Phase::Serving if record.config.recovery => daemon::settle(record),
+        Phase::Serving if record.config.recovery => {
+            if let Settled::Lost(what) = daemon::settle(record)? {
+                tracing::error!(id = record.id, "{what}");
+            }
+            Ok(())
+        }
         _ => Ok(()),
     }
 }

@@ -287,16 +287,22 @@ impl Meta {
         let (at, count) = (self.geometry.host_offset(clusters.start), clusters.cluster_count());
         let entries = count * per_cluster;
         self.refcounts.move_table(at, entries as usize);
+        self.header.set_u64(header::REFCOUNT_TABLE_OFFSET as usize, at.0);
+        self.header.set_u32(header::REFCOUNT_TABLE_CLUSTERS_OFFSET as usize, count as u32);
+        self.write_refcount_table();
+        self.territory.set_area(Owner::RefcountTable, clusters);
+        self.unmapped(self.geometry.host_cluster(old_at).row(old_entries / per_cluster));
+    }
+
+    /// Has the refcount table written as a whole, and its place.
+    pub(crate) fn write_refcount_table(&mut self) {
+        let (_, entries) = self.refcounts.table_place();
         for block in (0..entries).step_by((self.refcounts.page_bytes() / 8) as usize) {
             let page = Page::RefcountTable(self.refcounts.table_page(block));
             self.graph.touch(page);
             self.graph.require(Rule::table_before_header(page));
         }
-        self.header.set_u64(header::REFCOUNT_TABLE_OFFSET as usize, at.0);
-        self.header.set_u32(header::REFCOUNT_TABLE_CLUSTERS_OFFSET as usize, count as u32);
         self.graph.touch(Page::Header);
-        self.territory.set_area(Owner::RefcountTable, clusters);
-        self.unmapped(self.geometry.host_cluster(old_at).row(old_entries / per_cluster));
     }
 }
 

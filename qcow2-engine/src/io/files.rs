@@ -159,9 +159,6 @@ impl Storage for Files {
         let file = open_regular_or_block(path, access)?;
         let metadata = file.metadata()?;
         let direct = set_up_caching(&file, path, self.caching)?;
-        if direct && access == Access::ReadWrite {
-            drop_cached(&file);
-        }
         let identity = (metadata.dev(), metadata.ino());
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let id = u32::try_from(table.len()).map_err(|_| io::Error::other("too many open files"))?;
@@ -169,6 +166,9 @@ impl Storage for Files {
         match table.iter_mut().find(|open| open.identity == identity) {
             Some(first) => first.claim = locks::extend(&first.file, path, first.claim, wanted)?,
             None => claim = locks::extend(&file, path, claim, wanted)?,
+        }
+        if access == Access::ReadWrite {
+            drop_cached(&file);
         }
         table.push(OpenFile { file, path: path.to_owned(), direct, identity, claim });
         Ok(FileId(id))
@@ -254,10 +254,13 @@ fn set_up_caching(file: &File, path: &Path, caching: Caching) -> io::Result<bool
     }
 }
 
-/// Drops what the page cache has of the file, as far as it is on disk. A direct write to a cached page
-/// has to throw that out first, and is handed to another thread for it.
+/// Drops what the page cache has of the file and takes to be on disk. It need not be: what the disk would not
+/// take stays in the cache, as clean, and one process alone is told. Whoever believed it then would build on what
+/// is gone with the cache. That is under the file's locks, so that nobody's writes can fail any more who had it
+/// before; those that are still to come fail for us. Also, a direct write to a cached page has to throw that out
+/// first, and is handed to another thread for it.
 fn drop_cached(file: &File) {
-    // Advice: what is kept costs time, no more.
+    // Advice, which the kernel does not take for pages that somebody has mapped or is just reading.
     let _ = posix_fadvise(file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
 }
 
@@ -349,6 +352,34 @@ mod tests {
         assert!(!files.is_direct(id).unwrap());
         assert!(files.fallen_back().is_empty(), "as was asked for");
         assert_eq!(files.fd(FileId(9)).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    /// What a disk had not taken stayed in the page cache as if it had, and the next process built on it.
+    #[test]
+    fn who_opens_a_file_for_writing_reads_what_is_on_disk() {
+        let is_cached = |file: &File| {
+            let mut byte = [0];
+            let buf = io::IoSliceMut::new(&mut byte);
+            // Only from memory. Not every file system can tell.
+            rustix::io::preadv2(file, &mut [buf], 0, rustix::io::ReadWriteFlags::NOWAIT)
+        };
+        let dir = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        let path = image(dir.path());
+        let file = File::open(&path).unwrap();
+        file.sync_all().unwrap();
+        if is_cached(&file) != Ok(1) {
+            return;
+        }
+        let files = Files::new(Caching::Buffered);
+        files.open(&path, Access::ReadOnly).unwrap();
+        assert_eq!(is_cached(&file), Ok(1), "readers share it");
+        // A page that was written a moment ago may still be busy.
+        let drops = |_| {
+            files.open(&path, Access::ReadWrite).unwrap();
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            is_cached(&file) == Err(rustix::io::Errno::AGAIN)
+        };
+        assert!((0..100).any(drops));
     }
 
     #[test]

@@ -221,6 +221,17 @@ impl Disk {
         Self::around(files, state.file_system)
     }
 
+    /// The host forgets what it kept in memory and took to be on disk: what a failed barrier should have covered
+    /// is not read any more.
+    pub fn drop_cached(&self) {
+        let mut state = self.0.borrow_mut();
+        let State { files, lengths, .. } = &mut *state;
+        for (file, len) in files.iter_mut().zip(lengths.iter()) {
+            file.drop_cached();
+            len.store(file.current.len() as u64, Ordering::Relaxed);
+        }
+    }
+
     /// Opens the disk's files under these names.
     #[must_use]
     pub fn names(&self, names: &[&str]) -> Names {

@@ -184,6 +184,15 @@ impl File {
         !self.has_space.get(sectors).is_some_and(|sectors| sectors.iter().all(|&has_space| has_space))
     }
 
+    /// What is read is what is on disk, and what is still to be written there.
+    pub(super) fn drop_cached(&mut self) {
+        self.current = self.durable.bytes().to_vec();
+        for (_, change) in &self.pending {
+            change.apply(&mut self.current);
+        }
+        self.has_space.resize(self.current.len().div_ceil(SECTOR), false);
+    }
+
     pub(super) fn change(&mut self, now: u64, change: Change) {
         change.apply(&mut self.current);
         self.has_space.resize(self.current.len().div_ceil(SECTOR), false);

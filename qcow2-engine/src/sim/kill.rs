@@ -5,6 +5,10 @@
 //! itself cut short in both ways, by power and by another kill, or operations fail under it, and it is done
 //! again by yet another process. A process dies between two operations of the disk, or while it is at its
 //! log.
+//!
+//! After a barrier that has failed it is the other way round: what is acknowledged may be lost, nothing is
+//! replayed, and nobody may be told any more that something succeeds, until the image is attached anew, as after
+//! a loss of power.
 
 use super::{
     disk::Disk,
@@ -16,9 +20,9 @@ use super::{
     play::{Player, play},
     request::Request,
     rng::Rng,
-    run::Life,
+    run::{Life, Task},
 };
-use crate::{Image, Lane, io::Buf};
+use crate::{Image, Lane, RedoLog, io::Buf};
 use std::{cell::RefCell, rc::Rc, sync::Arc};
 
 /// One moment in this many is a process's last.
@@ -38,6 +42,8 @@ pub(super) const MAX_PROCESSES: u32 = 3;
 /// One successor of the first process in this many goes on to serve, until one has: it is judged at every
 /// moment, which takes as long as all that was before.
 const SERVING_CHANCE: u64 = 16;
+/// After a loss one in this many is attached anew and serves.
+const SERVING_AFTER_LOSS_CHANCE: u64 = 4;
 /// One of the others in this many closes at once.
 const CLOSING_CHANCE: u64 = 4;
 /// Requests that it serves, at the most, before it searches for leaks.
@@ -76,11 +82,13 @@ impl Life<'_> {
     }
 
     fn kill(&mut self, moment: Moment) -> Result<(), String> {
-        if moment.has_lost {
-            // The next one would build on what it reads, and cannot know that it is not on disk.
-            return Ok(());
-        }
         self.totals.kills += 1;
+        if moment.has_lost {
+            let processes = self.processes;
+            let mut next = self.successor(moment);
+            let outcome = next.inherit_a_loss();
+            return outcome.map_err(|error| format!("process {processes} was killed after a loss: {error}"));
+        }
         let serves = !self.has_heir && self.rng.below(SERVING_CHANCE) == 0;
         self.has_heir |= serves;
         let fails = !serves && self.processes + 1 < MAX_PROCESSES && self.rng.below(FAILING_CHANCE) == 0;
@@ -132,11 +140,67 @@ impl Life<'_> {
         let is_cut_short = self.rng.below(CUT_SHORT_CHANCE) == 0;
         self.drive(vec![replay], is_cut_short)?;
         let moment = self.present();
-        if moment.has_lost {
-            return Ok(());
-        }
-        let recovered = self.successor(moment).recover(false);
+        let has_lost = moment.has_lost;
+        let mut next = self.successor(moment);
+        let recovered = if has_lost { next.inherit_a_loss() } else { next.recover(false) };
         recovered.map_err(|error| format!("operations failed under its replay: {error}"))
+    }
+
+    /// A barrier has failed in the process before, or in one before that, which has told the log. Or it had just
+    /// failed, and the supervisor has heard of it too. What it should have covered is lost, acknowledged or not.
+    fn inherit_a_loss(&mut self) -> Result<(), String> {
+        let log = self.redo.open().map_err(|error| error.to_string())?;
+        if log.is_at_barrier() {
+            log.note_failure();
+        }
+        if !log.has_failed() {
+            return Err("nobody knows that an fdatasync has failed".to_owned());
+        }
+        self.disk.drop_cached();
+        self.refuse_everything(log)?;
+        self.judge_file().map_err(|error| format!("after a process that accepts nothing: {error}"))?;
+        if self.rng.below(SERVING_AFTER_LOSS_CHANCE) == 0 {
+            self.attach_anew()?;
+        }
+        Ok(())
+    }
+
+    /// The next process has users to whom the one before has said that their flush failed: nothing of theirs
+    /// may succeed now.
+    fn refuse_everything(&mut self, log: RedoLog) -> Result<(), String> {
+        let image = self.open().map_err(|error| format!("it does not open: {error}"))?;
+        let lane = Lane::new(&image, self.disk.clone(), 1);
+        let task: Task = Box::pin(async move {
+            if lane.replay(&log).await.is_ok() {
+                return Err("the log is replayed, over payload that may be lost".to_owned());
+            }
+            lane.image().keep_redo_log(log);
+            if lane.flush().await.is_ok() || lane.close().await.is_ok() {
+                return Err("a flush or close succeeds, and an earlier fdatasync has failed".to_owned());
+            }
+            match lane.write(0, Buf::zeroed(SECTOR)).await {
+                Ok(()) => Err("a change succeeds, and an earlier fdatasync has failed".to_owned()),
+                Err(_) => Ok(()),
+            }
+        });
+        self.drive(vec![task], false)
+    }
+
+    /// Whoever attaches it anew finds an image as after a loss of power, and begins a log of its own.
+    fn attach_anew(&mut self) -> Result<(), String> {
+        let image = self.open().map_err(|error| format!("it does not open anew: {error}"))?;
+        image.keep_redo_log(self.redo.create().map_err(|error| error.to_string())?);
+        let lane = Lane::new(&image, self.disk.clone(), 1);
+        let found = self.read_all(&lane)?;
+        self.serve_on(&image, &lane, &found).map_err(|error| format!("attached anew: {error}"))
+    }
+
+    fn read_all(&mut self, lane: &Lane<Disk>) -> Result<Buf, String> {
+        let buf = Buf::zeroed(self.fixture.content.len() * SECTOR);
+        let (lane, into) = (lane.clone(), buf.clone());
+        let read = Box::pin(async move { lane.read(0, into).await.map_err(|error| error.to_string()) });
+        self.drive(vec![read], false)?;
+        Ok(buf)
     }
 
     /// Replays the log and compares what is read then with all that was acknowledged, and what the file
@@ -152,12 +216,7 @@ impl Life<'_> {
         };
         let is_cut_short = self.rng.below(CUT_SHORT_CHANCE) == 0;
         self.drive(vec![replay], is_cut_short)?;
-        let buf = Buf::zeroed(self.fixture.content.len() * SECTOR);
-        let read = {
-            let (lane, buf) = (lane.clone(), buf.clone());
-            Box::pin(async move { lane.read(0, buf).await.map_err(|error| error.to_string()) })
-        };
-        self.drive(vec![read], false)?;
+        let buf = self.read_all(&lane)?;
         self.check_live(&buf)?;
         // Nothing of the mapping, of the counts or of a snapshot has come to harm either.
         let (_, is_durable) = self.judge_file()?;

@@ -16,7 +16,7 @@ use crate::{
     cli::DelArgs,
     control::Control,
     crew::FORCING_SENT,
-    daemon::{self, ServeError},
+    daemon::{self, ServeError, Settled},
     device::{self, DeviceError, Machine},
     orphans,
     processes::Process,
@@ -224,8 +224,9 @@ fn clean_up(record: &Record, users: Users) -> Result<Cleaned, CommandError> {
     }
     let removed = run_file.enter(Phase::Removing).map_err(CommandError::from).and_then(|()| remove(record));
     match (removed, &record.error) {
-        (Ok(()), None) => Ok(Cleaned::Whole),
-        (Ok(()), Some(error)) => Err(CommandError::Unclean { id, error: error.clone() }),
+        (Ok(Settled::Whole), None) => Ok(Cleaned::Whole),
+        (Ok(Settled::Lost(error)), None) => Err(CommandError::Unclean { id, error }),
+        (Ok(_), Some(error)) => Err(CommandError::Unclean { id, error: error.clone() }),
         (Err(error), before) => {
             // For another attempt.
             match before {
@@ -238,12 +239,12 @@ fn clean_up(record: &Record, users: Users) -> Result<Cleaned, CommandError> {
 }
 
 /// Removes the device, and writes to the image what its server has not.
-fn remove(record: &Record) -> Result<(), CommandError> {
+fn remove(record: &Record) -> Result<Settled, CommandError> {
     device::delete_left(&mut Control::open()?, record.id, record.cookie)?;
-    if record.config.recovery {
-        daemon::settle(record)?;
+    match record.config.recovery {
+        true => Ok(daemon::settle(record)?),
+        false => Ok(Settled::Whole),
     }
-    Ok(())
 }
 
 /// Detaches a device of which nothing is known. Somebody may serve it, and the kernel have something in memory

@@ -49,7 +49,14 @@ pub(super) fn take_image_over(
 ) -> Result<(Arc<Image>, Option<Witness>), ServeError> {
     let (image, log) = match RedoFile::open(record.id)? {
         Some(file) => {
+            let memory = file.memory();
             let (image, log) = open_as_left(record, files, file, |image| check_files(record, image, files))?;
+            let left = RedoLog::open(memory)?;
+            if left.has_failed() {
+                // The same log: whoever comes next has to know, too.
+                image.keep_redo_log(left);
+                return Ok((image, Some(log.witness)));
+            }
             (image, Some(log))
         }
         // The dead server was not to change it, or had not got to changing it, or its writes were given up.
@@ -80,9 +87,30 @@ pub(super) fn close_image(image: &Arc<Image>, files: &Arc<Files>) -> Result<(), 
     block_on(&ring, lane.close()).map_err(ServeError::SetUp)?.map_err(ServeError::Close)
 }
 
-/// Writes to the image what a dead server had acknowledged, when nobody is to serve it any more.
-pub(crate) fn settle(record: &Record) -> Result<(), ServeError> {
-    let Some(file) = RedoFile::open(record.id)? else { return Ok(()) };
+/// What has become of what a dead server had acknowledged.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Settled {
+    /// All of it is in the image.
+    Whole,
+    /// It may be lost, and why.
+    Lost(String),
+}
+
+/// Writes to the image what a dead server had acknowledged, when nobody is to serve it any more. After a barrier
+/// that has failed nobody knows what that would have to be written to: the image is left as a loss of power would
+/// leave it.
+pub(crate) fn settle(record: &Record) -> Result<Settled, ServeError> {
+    let Some(file) = RedoFile::open(record.id)? else { return Ok(Settled::Whole) };
+    if file.has_failed() {
+        let image = record.config.image.display();
+        return Ok(Settled::Lost(format!(
+            "an fdatasync of {image} has failed, and what was written since the last flush before it may be lost"
+        )));
+    }
+    settle_log(record, file).map(|()| Settled::Whole)
+}
+
+fn settle_log(record: &Record, file: RedoFile) -> Result<(), ServeError> {
     let owes = file.owes();
     let files = Arc::new(record.config.files());
     // What is owed is owed to the image, whatever has become of the files below it.
@@ -141,7 +169,8 @@ fn check_files(record: &Record, image: &Image, files: &Files) -> Result<(), Serv
     Ok(identity::check_same(&record.files, &now, record.id)?)
 }
 
-/// Opens the image of a dead server and, if it passes, replays the redo log that it has left.
+/// Opens the image of a dead server and, if it passes, replays the redo log that it has left; but not one in which
+/// a barrier has failed.
 fn open_as_left(
     record: &Record,
     files: &Arc<Files>,
@@ -153,6 +182,14 @@ fn open_as_left(
     let image = open_when_let_go(config, files)?;
     check(&image)?;
     let left = RedoLog::open(file.memory())?;
+    if left.has_failed() {
+        tracing::error!(
+            id = record.id,
+            "an fdatasync of the dead server failed: nothing is accepted until the image is attached anew, and what \
+             was written since the last flush before it may be lost"
+        );
+        return Ok((image, Log::begin(file, config)?));
+    }
     if !left.is_empty() {
         file.check_unchanged(&config.image)?;
     }
@@ -234,17 +271,57 @@ mod tests {
         alone::in_a_directory(test, |directory| {
             let mut record = runfile::example();
             record.config.image = directory.join("gone");
-            settle(&record).unwrap();
+            assert_eq!(settle(&record).unwrap(), Settled::Whole);
             let file = RedoFile::create(record.id).unwrap();
-            RedoLog::create(file.memory()).unwrap();
-            settle(&record).unwrap();
+            let log = RedoLog::create(file.memory()).unwrap();
+            assert_eq!(settle(&record).unwrap(), Settled::Whole);
             // The log's tail.
             (*file.memory()).as_ref()[2].store(1, Ordering::Relaxed);
             let told = settle(&record).unwrap_err().to_string();
-            let log = runfile::redo_path(record.id);
-            for part in ["gone", "No such file", "remove", &log.to_string_lossy()] {
+            let path = runfile::redo_path(record.id);
+            for part in ["gone", "No such file", "remove", &path.to_string_lossy()] {
                 assert!(told.contains(part), "{part}: {told}");
             }
+            log.note_failure();
+            assert!(
+                matches!(settle(&record).unwrap(), Settled::Lost(_)),
+                "it is not to be put back for this"
+            );
+            assert!(!file.owes(), "nothing can be written any more, and the number is free");
+        });
+    }
+
+    /// An fdatasync failed and the server was killed: its successor replayed the log over payload that was lost,
+    /// and its flushes succeeded.
+    #[test]
+    fn a_successor_accepts_nothing_after_a_failed_fdatasync() {
+        let test = "daemon::image::tests::a_successor_accepts_nothing_after_a_failed_fdatasync";
+        alone::in_a_directory(test, |directory| {
+            let mut record = runfile::example();
+            record.config.image = directory.join("image");
+            record.config.io = IoMode::Buffered;
+            let files = Arc::new(record.config.files());
+            fs::write(&record.config.image, "").unwrap();
+            let options = CreateOptions { virtual_size: 1 << 20, ..CreateOptions::default() };
+            {
+                let ring = Uring::new(Arc::clone(&files), OPENING_RING).unwrap();
+                let image = &record.config.image;
+                block_on(&ring, create(&ring, &*files, image, &options, Preallocation::Off))
+                    .unwrap()
+                    .unwrap();
+            }
+            drop(files);
+            let file = RedoFile::create(record.id).unwrap();
+            let log = RedoLog::create(file.memory()).unwrap();
+            // Something is in it, though nothing that could be replayed.
+            (*file.memory()).as_ref()[2].store(1, Ordering::Relaxed);
+            log.note_failure();
+            let files = Arc::new(record.config.files());
+            let (image, _log) = open_as_left(&record, &files, file.clone(), |_| Ok(())).unwrap();
+            image.keep_redo_log(RedoLog::open(file.memory()).unwrap());
+            let told = close_image(&image, &files).unwrap_err().to_string();
+            assert!(told.contains("an earlier flush failed") && told.contains("may be lost"), "{told}");
+            assert!(file.has_failed(), "the next one knows it, too");
         });
     }
 }
