@@ -143,14 +143,59 @@ const MAX_STEPS: u64 = 200_000;
 /// Rounds of polling between two operations of the disk, at the most.
 const MAX_POLLS: u64 = 10_000;
 
+/// A task, which is polled when it has been woken, as in service: whoever forgets to wake it has it hang.
+struct Running {
+    task: Task,
+    woken: Arc<Woken>,
+}
+
 /// Whether a task has been woken.
-#[derive(Default)]
 struct Woken(AtomicBool);
+
+impl Running {
+    fn new(task: Task) -> Self {
+        Self { task, woken: Arc::new(Woken(AtomicBool::new(true))) }
+    }
+
+    /// Polls it, if it has been woken.
+    fn poll(&mut self) -> Option<Poll<Result<(), String>>> {
+        if !self.woken.0.swap(false, Ordering::Relaxed) {
+            return None;
+        }
+        let waker = Waker::from(Arc::clone(&self.woken));
+        Some(self.task.as_mut().poll(&mut Context::from_waker(&waker)))
+    }
+}
 
 impl Wake for Woken {
     fn wake(self: Arc<Self>) {
         self.0.store(true, Ordering::Relaxed);
     }
+}
+
+/// Polls until nobody is awake.
+fn poll(tasks: &mut Vec<Running>) -> Result<(), String> {
+    for _ in 0..MAX_POLLS {
+        let (mut is_quiet, mut failure) = (true, None);
+        tasks.retain_mut(|task| match task.poll() {
+            None => true,
+            Some(Poll::Pending) => {
+                is_quiet = false;
+                true
+            }
+            Some(Poll::Ready(result)) => {
+                is_quiet = false;
+                failure = failure.take().or(result.err());
+                false
+            }
+        });
+        match failure {
+            Some(failure) => return Err(failure),
+            None if is_quiet => return Ok(()),
+            None => {}
+        }
+    }
+    Err("requests wake each other for ever".into())
 }
 
 pub(super) struct Life<'a> {
@@ -241,12 +286,15 @@ fn serve(mut life: Life<'_>, requests: &[Vec<Request>], case: &Case) -> Result<(
         play(player, requests.collect(), first, has_faults)
     });
     let tasks = tasks.collect();
+    // A queue that ends takes its lane with it; the first one closes the image.
+    let last = lanes[0].clone();
+    drop(lanes);
     life.drive(tasks, true)?;
     let has_old_leaks = fixture.past.leaks() && (!case.searches_for_leaks() || case.search_may_give_up());
     // What a request in flight may still touch is not given back.
     let may_leak = has_old_leaks || case.abandons_after.is_some();
     // Whoever flushes or closes needs no room: a host that is full is no excuse.
-    life.end(&lanes[0], case.is_faulty(), may_leak)
+    life.end(&last, case.is_faulty(), may_leak)
 }
 
 impl<'a> Life<'a> {
@@ -312,7 +360,8 @@ impl<'a> Life<'a> {
 
     /// Polls the tasks and completes operations, in the order that the seed chooses, until all
     /// tasks have ended. With `judge`, at every moment a crash is tried.
-    pub(super) fn drive(&mut self, mut tasks: Vec<Task>, judge: bool) -> Result<(), String> {
+    pub(super) fn drive(&mut self, tasks: Vec<Task>, judge: bool) -> Result<(), String> {
+        let mut tasks: Vec<_> = tasks.into_iter().map(Running::new).collect();
         for step in 0..MAX_STEPS {
             if judge {
                 self.set_trap();
@@ -321,7 +370,7 @@ impl<'a> Life<'a> {
                 self.abandons_after = None;
                 self.abandon(&mut tasks);
             }
-            self.poll(&mut tasks)?;
+            poll(&mut tasks)?;
             if judge {
                 self.kill_in_trap()?;
                 self.crash_here()?;
@@ -343,37 +392,10 @@ impl<'a> Life<'a> {
     }
 
     /// A queue ends. What it has on the disk lands all the same.
-    fn abandon(&mut self, tasks: &mut Vec<Task>) {
+    fn abandon(&mut self, tasks: &mut Vec<Running>) {
         if tasks.len() > 1 {
             drop(tasks.swap_remove(self.rng.below(tasks.len() as u64) as usize));
         }
-    }
-
-    /// Polls until nothing moves any more.
-    fn poll(&self, tasks: &mut Vec<Task>) -> Result<(), String> {
-        let woken = Arc::new(Woken::default());
-        let waker = Waker::from(Arc::clone(&woken));
-        let mut context = Context::from_waker(&waker);
-        for _ in 0..MAX_POLLS {
-            let before = (tasks.len(), self.disk.waiting(), self.model.borrow().now());
-            let mut failure = None;
-            tasks.retain_mut(|task| match task.as_mut().poll(&mut context) {
-                Poll::Pending => true,
-                Poll::Ready(result) => {
-                    failure = failure.take().or(result.err());
-                    false
-                }
-            });
-            if let Some(failure) = failure {
-                return Err(failure);
-            }
-            // A task may have let go of what another one waits for, and done nothing else.
-            let has_woken = woken.0.swap(false, Ordering::Relaxed);
-            if !has_woken && (tasks.len(), self.disk.waiting(), self.model.borrow().now()) == before {
-                return Ok(());
-            }
-        }
-        Err("requests wake each other for ever".into())
     }
 
     /// Tries every crash state of this moment, unless it is the same as the last one.
