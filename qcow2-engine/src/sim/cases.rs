@@ -288,6 +288,7 @@ impl Plan {
         FileSystem {
             allocates: must_allocate || rng.below(UNABLE_SHARE) != 0,
             punches: self != Self::ReuseForTables && rng.below(UNABLE_SHARE) != 0,
+            changes_length: true,
         }
     }
 
@@ -444,10 +445,14 @@ fn tool(rng: &mut Rng, fixture: &Fixture) -> Tool {
         0 => Tool::Repair(Repair::Leaks, Damage::None),
         // Version 2 has no dirty bit, and no room for a snapshot's size.
         1..=2 if !is_v2 => Tool::OpenDirty(Damage::OF_COUNTS[rng.below(5) as usize]),
-        3..=4 if !(is_v2 && fixture.initial.is_shared()) => Tool::Grow(1 + rng.below(1000) as usize),
+        3..=4 if !(is_v2 && fixture.initial.is_shared()) => {
+            // Of version 2 it would show what a backing file has there, which it cannot hide.
+            let less = if rng.below(2) == 0 || !fixture.can_discard { 0 } else { rng.below(300) };
+            Tool::Grow(1 + rng.below(1000) as usize, less as usize)
+        }
         5 => {
             use Preallocation::{Falloc, Full, Metadata, Off};
-            Tool::Create([Off, Metadata, Falloc, Full][rng.below(4) as usize])
+            Tool::Create([Off, Metadata, Falloc, Full][rng.below(4) as usize], rng.below(3) == 0)
         }
         _ => {
             let damage = Damage::ALL[rng.below(Damage::ALL.len() as u64) as usize];

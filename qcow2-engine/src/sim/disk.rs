@@ -134,13 +134,7 @@ impl Disk {
     #[must_use]
     pub fn held_back(&self, held_back: HeldBack) -> Option<usize> {
         let state = self.0.borrow();
-        let grows = |operation: &Operation| match &operation.kind {
-            Kind::Change(change) => {
-                let len = state.files[operation.file].current.len();
-                change.reach(len).end > len
-            }
-            Kind::Read { .. } | Kind::Sync(_) | Kind::Refused => false,
-        };
+        let grows = |operation: &Operation| state.files[operation.file].is_lengthened_by(&operation.kind);
         match held_back {
             HeldBack::Nothing => None,
             HeldBack::Oldest => Some(0),
@@ -186,7 +180,8 @@ impl Disk {
         state.completed += 1;
         let now = state.completed;
         let file = &mut state.files[operation.file];
-        if state.fills_after.is_some_and(|full| now > full) && file.lacks_space(&operation.kind) {
+        let is_full = state.fills_after.is_some_and(|full| now > full) && file.lacks_space(&operation.kind);
+        if is_full || !state.file_system.changes_length && file.is_lengthened_by(&operation.kind) {
             fault = Some(Fault::Enospc);
         }
         let has_failed = fault.is_some_and(Fault::is_error);

@@ -184,6 +184,12 @@ impl File {
         !self.has_space.get(sectors).is_some_and(|sectors| sectors.iter().all(|&has_space| has_space))
     }
 
+    /// Whether the file may become longer by this.
+    pub(super) fn is_lengthened_by(&self, kind: &Kind) -> bool {
+        let len = self.current.len();
+        matches!(kind, Kind::Change(change) if change.reach(len).end > len)
+    }
+
     pub(super) fn change(&mut self, now: u64, change: Change) {
         change.apply(&mut self.current);
         self.has_space.resize(self.current.len().div_ceil(SECTOR), false);
