@@ -4,7 +4,7 @@
 //! crash states, which is as good as never: `--mutate` tells.
 
 use super::{
-    age::{age, count_all, fill_table, leave_tail},
+    age::{age, count_all, count_twice, fill_table, leave_tail},
     damage::Damage,
     faults::{Failing, Fault, FileSystem, HeldBack, Victim},
     request::Request,
@@ -127,6 +127,8 @@ const MIX: [(u64, Plan); 29] = [
 const UNABLE_SHARE: u64 = 4;
 /// One in so many is on an image with a tail.
 const TAILED_SHARE: u64 = 4;
+/// One search in so many is on an image with clusters that are counted twice.
+const TWICE_SHARE: u64 = 8;
 /// In one of so many cases all requests are of one lane.
 const ONE_LANE_SHARE: u64 = 3;
 /// One in so many cases holds the oldest operation back.
@@ -149,8 +151,16 @@ pub fn fixtures(directory: &Path) -> io::Result<Vec<Fixture>> {
     let aged: Result<Vec<_>, _> = fixtures.iter().chain(&wide).map(age).collect();
     let full: Result<Vec<_>, _> =
         fixtures.iter().filter(|fixture| fixture.is_fillable()).map(fill_table).collect();
-    let tailed: Vec<_> = fixtures.iter().map(leave_tail).collect();
+    let is_owner = |fixture: &&Fixture| {
+        matches!(fixture.initial, Initial::Data | Initial::Mixed) && fixture.variant.refcount_bits > 1
+    };
+    let twice: Result<Vec<_>, _> = fixtures.iter().filter(is_owner).map(count_twice).collect();
+    let mut tailed: Vec<_> = fixtures.iter().map(|fixture| leave_tail(fixture, false)).collect();
+    // What the host has no room for shows where new refcount blocks are to lie there.
+    let fillable = fixtures.iter().filter(|fixture| fixture.is_fillable());
+    tailed.extend(fillable.map(|fixture| leave_tail(fixture, true)));
     fixtures.extend(tailed);
+    fixtures.extend(twice.map_err(io::Error::other)?);
     fixtures.extend(wide);
     fixtures.extend(aged.map_err(io::Error::other)?);
     fixtures.extend(full.map_err(io::Error::other)?);
@@ -243,6 +253,7 @@ impl Plan {
             Self::FullTable => Past::CrashedFull,
             Self::FillingLog => [Past::Crashed, Past::CrashedFull][rng.below(2) as usize],
             Self::Wounded => Past::Made,
+            Self::Search if rng.below(TWICE_SHARE) == 0 => Past::CountedTwice,
             Self::Search => Past::Crashed,
             Self::SearchWhileAllocating | Self::Tool if rng.below(2) == 0 => Past::Crashed,
             Self::Tool => Past::Made,
@@ -445,7 +456,8 @@ fn tool(rng: &mut Rng, fixture: &Fixture) -> Tool {
         0 => Tool::Repair(Repair::Leaks, Damage::None),
         // Version 2 has no dirty bit, and no room for a snapshot's size.
         1..=2 if !is_v2 => Tool::OpenDirty(Damage::OF_COUNTS[rng.below(5) as usize]),
-        3..=4 if !(is_v2 && fixture.initial.is_shared()) => {
+        // Those of version 2 with snapshots, and those with bitmaps that are true, are not made larger.
+        3..=4 if !(is_v2 && fixture.initial.is_shared() || fixture.has_bitmaps()) => {
             // Of version 2 it would show what a backing file has there, which it cannot hide.
             let less = if rng.below(2) == 0 || !fixture.can_discard { 0 } else { rng.below(300) };
             Tool::Grow(1 + rng.below(1000) as usize, less as usize)

@@ -107,6 +107,12 @@ impl Disk {
         self.0.borrow().file_system.punches
     }
 
+    /// Whether space can be allocated ahead.
+    #[must_use]
+    pub fn allocates(&self) -> bool {
+        self.0.borrow().file_system.allocates
+    }
+
     /// Whether the host will be full one day, and can allocate ahead until then.
     #[must_use]
     pub fn is_scarce(&self) -> bool {

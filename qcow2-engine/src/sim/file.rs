@@ -51,7 +51,7 @@ pub struct File {
     pub durable: Contents,
     /// Completed and not durable, oldest first, with the moment of completion.
     pub pending: Vec<(u64, Change)>,
-    /// The sectors that have space on the host. The file was made without holes.
+    /// The sectors that have space on the host. But for some at its end the file was made without holes.
     pub(super) has_space: Vec<bool>,
 }
 
@@ -166,6 +166,12 @@ impl File {
                 Ok(0)
             }
         }
+    }
+
+    /// So many sectors at the end have no space on the host.
+    pub(super) fn give_up_end(&mut self, sectors: usize) {
+        let end = self.has_space.len();
+        self.has_space[end - sectors..].fill(false);
     }
 
     /// Takes out what a barrier covers that was issued at this moment.

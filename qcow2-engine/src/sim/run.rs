@@ -280,7 +280,7 @@ fn serve(mut life: Life<'_>, requests: &[Vec<Request>], case: &Case) -> Result<(
             lane: lane.clone(),
             model: Rc::clone(&life.model),
             shape: fixture.shape(),
-            must_find_all: !case.search_may_give_up() && !fixture.has_autoclear_bits(),
+            must_find_all: !case.search_may_give_up() && fixture.shows_leaks(),
             told: Rc::clone(&life.told),
         };
         play(player, requests.collect(), first, has_faults)
@@ -290,7 +290,8 @@ fn serve(mut life: Life<'_>, requests: &[Vec<Request>], case: &Case) -> Result<(
     let last = lanes[0].clone();
     drop(lanes);
     life.drive(tasks, true)?;
-    let has_old_leaks = fixture.past.leaks() && (!case.searches_for_leaks() || case.search_may_give_up());
+    let finds_all = case.searches_for_leaks() && !case.search_may_give_up() && !fixture.past.keeps_leaks();
+    let has_old_leaks = fixture.past.leaks() && !finds_all;
     // What a request in flight may still touch is not given back.
     let may_leak = has_old_leaks || case.abandons_after.is_some();
     // Whoever flushes or closes needs no room: a host that is full is no excuse.
@@ -454,10 +455,29 @@ impl<'a> Life<'a> {
         if is_closed && (leaks > 0 || !is_durable) {
             return Err(format!("a clean close left {leaks} leaks, or something that is not durable"));
         }
+        if is_closed && !may_leak && self.processes == 1 {
+            self.check_length()?;
+        }
         // Where it cannot be given back it stays, and that is no reason to fail. What a dead process had not
         // counted yet nobody knows of.
         let knows_all = self.processes == 1 && !is_faulty && self.disk.punches();
         if is_closed && knows_all { self.check_holes() } else { Ok(()) }
+    }
+
+    /// The file is never cut shorter than it came, and what it has become longer by ends with what is in use
+    /// (where it grows by writes one that failed may have made it longer, which nobody knows).
+    fn check_length(&self) -> Result<(), String> {
+        let cluster_bytes = self.fixture.variant.cluster_sectors * 512;
+        let (came, allocates) = (self.fixture.image.len(), self.disk.allocates());
+        self.disk.look(0, |file, _| {
+            let (len, free) = (file.current.len(), oracle::free_clusters(&file.current)?);
+            let last = len.div_ceil(cluster_bytes).saturating_sub(1);
+            let has_tail = len > came.next_multiple_of(cluster_bytes) && free.contains(&last);
+            if len < came || has_tail && allocates {
+                return Err(format!("closed, the file has {len} bytes; it came with {came}"));
+            }
+            Ok(())
+        })
     }
 
     /// The space of what has been freed is given back to the host: it reads as zeros, unless it is as it was,
