@@ -70,6 +70,8 @@ struct Operation {
     file: usize,
     kind: Kind,
     is_direct: bool,
+    /// Nobody waits for it any more.
+    is_orphan: bool,
 }
 
 impl Disk {
@@ -134,6 +136,23 @@ impl Disk {
     #[must_use]
     pub fn waiting(&self) -> usize {
         self.0.borrow().waiting.len()
+    }
+
+    /// Who waits for an operation of the kind that may be left behind.
+    #[must_use]
+    pub fn who_waits(&self, held_back: HeldBack) -> Option<Waker> {
+        let index = self.held_back(held_back)?;
+        let state = self.0.borrow();
+        let operation = state.waiting.get(index)?;
+        let (_, waker) = state.wakers.iter().find(|(id, _)| *id == operation.id)?;
+        Some(waker.clone())
+    }
+
+    /// How many of the operations that wait nobody waits for any more. They come first then.
+    pub fn put_orphans_first(&self) -> usize {
+        let waiting = &mut self.0.borrow_mut().waiting;
+        waiting.sort_by_key(|operation| !operation.is_orphan);
+        waiting.partition_point(|operation| operation.is_orphan)
     }
 
     /// Which of the operations that wait is to be left behind.
@@ -264,7 +283,7 @@ impl Disk {
         let kind = state.file_system.admit(kind(state.completed));
         assert!(file.0 == 0 || !matches!(kind, Kind::Change(_)), "what is below the image never changes");
         state.version += u64::from(matches!(kind, Kind::Change(_)));
-        state.waiting.push(Operation { id, file: file.0 as usize, kind, is_direct });
+        state.waiting.push(Operation { id, file: file.0 as usize, kind, is_direct, is_orphan: false });
         Pending { disk: self.clone(), id }
     }
 }
@@ -285,6 +304,15 @@ impl Storage for Names {
 struct Pending {
     disk: Disk,
     id: u64,
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        let waiting = &mut self.disk.0.borrow_mut().waiting;
+        if let Some(operation) = waiting.iter_mut().find(|operation| operation.id == self.id) {
+            operation.is_orphan = true;
+        }
+    }
 }
 
 impl Future for Pending {

@@ -62,8 +62,8 @@ pub struct Case {
     pub is_one_lane: bool,
     /// So many records are in the redo log from the beginning.
     pub logged: u64,
-    /// A queue ends after so many operations, with what it has in flight: the other lanes go on.
-    pub abandons_after: Option<u64>,
+    /// A queue ends after so many operations, when it has one of this kind in flight: the other lanes go on.
+    pub abandons_after: Option<(u64, HeldBack)>,
     /// The damage that the image has.
     pub wound: Option<Wound>,
     /// The rule that is switched off.
@@ -219,7 +219,7 @@ pub(super) struct Life<'a> {
     /// A successor has gone on to serve.
     pub(super) has_heir: bool,
     /// As in [`Case`].
-    pub(super) abandons_after: Option<u64>,
+    pub(super) abandons_after: Option<(u64, HeldBack)>,
     /// How the counts of the image stood, if it has damage.
     pub(super) standing: Option<Standing>,
     pub(super) told: Rc<Told>,
@@ -367,9 +367,10 @@ impl<'a> Life<'a> {
             if judge {
                 self.set_trap();
             }
-            if self.abandons_after.is_some_and(|after| self.disk.completed() >= after) {
-                self.abandons_after = None;
-                self.abandon(&mut tasks);
+            if let Some((after, with)) = self.abandons_after
+                && self.disk.completed() >= after
+            {
+                self.abandon(&mut tasks, with);
             }
             poll(&mut tasks)?;
             if judge {
@@ -384,6 +385,13 @@ impl<'a> Life<'a> {
                 _ => {}
             }
             let is_patient = waiting > 1 && step % PATIENCE != 0;
+            // What a queue that has ended has left behind is late.
+            let orphans = self.disk.put_orphans_first() as u64;
+            if is_patient && (1..waiting).contains(&orphans) {
+                self.disk.complete((orphans + self.rng.below(waiting - orphans)) as usize);
+                self.totals.operations += 1;
+                continue;
+            }
             let held_back = is_patient.then(|| self.disk.held_back(self.held_back)).flatten();
             let choice = self.rng.below(waiting - u64::from(held_back.is_some())) as usize;
             self.disk.complete(choice + usize::from(held_back.is_some_and(|held_back| held_back <= choice)));
@@ -392,11 +400,13 @@ impl<'a> Life<'a> {
         Err("requests go round in circles".into())
     }
 
-    /// A queue ends. What it has on the disk lands all the same.
-    fn abandon(&mut self, tasks: &mut Vec<Running>) {
-        if tasks.len() > 1 {
-            drop(tasks.swap_remove(self.rng.below(tasks.len() as u64) as usize));
-        }
+    /// A queue ends, when it waits for something of a kind. What it has on the disk lands all the same.
+    fn abandon(&mut self, tasks: &mut Vec<Running>, with: HeldBack) {
+        let any = self.rng.below(tasks.len().max(1) as u64) as usize;
+        let Some(waker) = self.disk.who_waits(with).filter(|_| tasks.len() > 1) else { return };
+        let whose = tasks.iter().position(|task| Waker::from(Arc::clone(&task.woken)).will_wake(&waker));
+        drop(tasks.swap_remove(whose.unwrap_or(any)));
+        self.abandons_after = None;
     }
 
     /// Tries every crash state of this moment, unless it is the same as the last one.
