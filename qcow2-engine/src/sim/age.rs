@@ -33,6 +33,8 @@ const EARLIER: u32 = 1 << 20;
 const TABLE_REACH: u64 = 64 * 64;
 /// Clusters that each of many lanes reserves of them; about as many are left.
 const RESERVED: u64 = 32;
+/// Of clusters that are in use one in so many is counted twice.
+const TWICE_SHARE: usize = 5;
 
 /// What a crash leaves of an image after a few requests.
 ///
@@ -79,8 +81,8 @@ const TAIL: usize = 9;
 /// or all up to where the next refcount block is going to be, if that counts no more than this.
 const SMALL_BLOCK: usize = 128;
 
-/// Makes the file longer: the clusters are free, and have old content.
-pub(super) fn leave_tail(fixture: &Fixture) -> Fixture {
+/// Makes the file longer: the clusters are free, and have old content, or are a hole.
+pub(super) fn leave_tail(fixture: &Fixture, is_hole: bool) -> Fixture {
     let mut image = fixture.image.clone();
     let cluster_bytes = fixture.variant.cluster_sectors * SECTOR;
     let per_block = cluster_bytes * 8 / fixture.variant.refcount_bits as usize;
@@ -88,9 +90,26 @@ pub(super) fn leave_tail(fixture: &Fixture) -> Fixture {
     let behind = if per_block <= SMALL_BLOCK { used.next_multiple_of(per_block) - used } else { 0 };
     let sectors = (behind + TAIL) * fixture.variant.cluster_sectors + fixture.variant.cluster_sectors / 2;
     image.resize(image.len().next_multiple_of(fixture.variant.cluster_sectors * SECTOR), 0);
-    let old = (0..sectors).map(|sector| Value::Stamp { request: EARLIER, sector: sector as u32 });
-    image.extend(old.flat_map(Value::bytes));
-    Fixture { name: format!("{} with a tail", fixture.name), image, past: Past::Tailed, ..fixture.clone() }
+    let old = |sector: usize| Value::Stamp { request: EARLIER, sector: sector as u32 };
+    image.extend((0..sectors).map(|at| if is_hole { Value::Zero } else { old(at) }).flat_map(Value::bytes));
+    Fixture {
+        name: format!("{} with a {}", fixture.name, if is_hole { "hole behind it" } else { "tail" }),
+        image,
+        past: Past::Tailed,
+        hole: if is_hole { sectors } else { 0 },
+        ..fixture.clone()
+    }
+}
+
+/// Has some clusters that are in use counted twice, as who deletes a snapshot may leave them.
+///
+/// # Errors
+/// The image cannot be read.
+pub(super) fn count_twice(fixture: &Fixture) -> Result<Fixture, String> {
+    let mut image = fixture.image.clone();
+    Wreck::of(&mut image)?.count_twice(TWICE_SHARE)?;
+    let name = format!("{}, some counted twice", fixture.name);
+    Ok(Fixture { name, image, past: Past::CountedTwice, ..fixture.clone() })
 }
 
 /// Has all clusters counted that the image's refcount blocks count: the next one needs another block, and where

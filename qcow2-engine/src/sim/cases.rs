@@ -4,7 +4,7 @@
 //! crash states, which is as good as never: `--mutate` tells.
 
 use super::{
-    age::{age, count_all, fill_table, leave_tail},
+    age::{age, count_all, count_twice, fill_table, leave_tail},
     damage::Damage,
     faults::{Failing, Fault, FileSystem, HeldBack, Victim},
     request::Request,
@@ -12,7 +12,7 @@ use super::{
     run::{Case, Work},
     sequences::{
         allocating, changing_all, churn, crossing, discard, flushed, freeing, freeing_much, growing,
-        long_write, meeting, random, short, tables_after_data, touch, with_flushes, writers, zeros,
+        long_write, meeting, random, short, tables_after_data, touches, with_flushes, writers, zeros,
     },
     tools::Tool,
     workload::{Fixture, Initial, Maker, Past, Variant},
@@ -85,6 +85,8 @@ enum Plan {
     SearchFullTable,
     /// A queue ends, with what it has in flight.
     QueueEnds,
+    /// A queue ends that overwrites what another one frees and uses again, or writes zeros around a payload.
+    QueueEndsInPlace,
     /// The image has damage, which requests meet or do not.
     Wounded,
     /// A tool works on the image.
@@ -92,7 +94,7 @@ enum Plan {
 }
 
 /// Of so many cases, how many follow which plan.
-const MIX: [(u64, Plan); 29] = [
+const MIX: [(u64, Plan); 30] = [
     (20, Plan::Short),
     (8, Plan::ShortAtOnce),
     (14, Plan::Lanes),
@@ -118,7 +120,8 @@ const MIX: [(u64, Plan); 29] = [
     (12, Plan::SearchWhileAllocating),
     (8, Plan::FullTable),
     (14, Plan::FillingLog),
-    (16, Plan::QueueEnds),
+    (12, Plan::QueueEnds),
+    (16, Plan::QueueEndsInPlace),
     (24, Plan::Wounded),
     (1, Plan::SearchFullTable),
     (20, Plan::Tool),
@@ -127,6 +130,8 @@ const MIX: [(u64, Plan); 29] = [
 const UNABLE_SHARE: u64 = 4;
 /// One in so many is on an image with a tail.
 const TAILED_SHARE: u64 = 4;
+/// One search in so many is on an image with clusters that are counted twice.
+const TWICE_SHARE: u64 = 8;
 /// In one of so many cases all requests are of one lane.
 const ONE_LANE_SHARE: u64 = 3;
 /// One in so many cases holds the oldest operation back.
@@ -149,8 +154,16 @@ pub fn fixtures(directory: &Path) -> io::Result<Vec<Fixture>> {
     let aged: Result<Vec<_>, _> = fixtures.iter().chain(&wide).map(age).collect();
     let full: Result<Vec<_>, _> =
         fixtures.iter().filter(|fixture| fixture.is_fillable()).map(fill_table).collect();
-    let tailed: Vec<_> = fixtures.iter().map(leave_tail).collect();
+    let is_owner = |fixture: &&Fixture| {
+        matches!(fixture.initial, Initial::Data | Initial::Mixed) && fixture.variant.refcount_bits > 1
+    };
+    let twice: Result<Vec<_>, _> = fixtures.iter().filter(is_owner).map(count_twice).collect();
+    let mut tailed: Vec<_> = fixtures.iter().map(|fixture| leave_tail(fixture, false)).collect();
+    // What the host has no room for shows where new refcount blocks are to lie there.
+    let fillable = fixtures.iter().filter(|fixture| fixture.is_fillable());
+    tailed.extend(fillable.map(|fixture| leave_tail(fixture, true)));
     fixtures.extend(tailed);
+    fixtures.extend(twice.map_err(io::Error::other)?);
     fixtures.extend(wide);
     fixtures.extend(aged.map_err(io::Error::other)?);
     fixtures.extend(full.map_err(io::Error::other)?);
@@ -182,7 +195,7 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
         paging: plan.paging(&mut rng),
         is_one_lane: rng.below(ONE_LANE_SHARE) == 0,
         logged: plan.logged(&mut rng),
-        abandons_after: (plan == Plan::QueueEnds).then(|| rng.below(80)),
+        abandons_after: plan.end(&mut rng),
         wound: (plan == Plan::Wounded).then(|| Wound::ALL[rng.below(Wound::ALL.len() as u64) as usize]),
         seed: rng.draw(),
         disabled: None,
@@ -224,7 +237,7 @@ impl Plan {
             | Self::NoRoomUnread
             | Self::FullLog
             | Self::FillingLog => true,
-            Self::Freeing | Self::FullHost => rng.below(2) == 0,
+            Self::Freeing | Self::FullHost | Self::FailedCut => rng.below(2) == 0,
             _ => false,
         };
         let is_fit = |fixture: &Fixture| {
@@ -243,6 +256,7 @@ impl Plan {
             Self::FullTable => Past::CrashedFull,
             Self::FillingLog => [Past::Crashed, Past::CrashedFull][rng.below(2) as usize],
             Self::Wounded => Past::Made,
+            Self::Search if rng.below(TWICE_SHARE) == 0 => Past::CountedTwice,
             Self::Search => Past::Crashed,
             Self::SearchWhileAllocating | Self::Tool if rng.below(2) == 0 => Past::Crashed,
             Self::Tool => Past::Made,
@@ -258,6 +272,7 @@ impl Plan {
         match self {
             Self::Flushed | Self::FailedCopy => fixture.initial.is_shared(),
             Self::ReuseForTables => matches!(fixture.initial, Initial::Unallocated | Initial::Backing),
+            Self::QueueEndsInPlace => matches!(fixture.initial, Initial::Data | Initial::ZeroAllocated),
             // Those of a compressed cluster's host clusters had several references.
             Self::Reuse => matches!(fixture.initial, Initial::Data | Initial::Compressed),
             Self::Growing => {
@@ -288,6 +303,7 @@ impl Plan {
         FileSystem {
             allocates: must_allocate || rng.below(UNABLE_SHARE) != 0,
             punches: self != Self::ReuseForTables && rng.below(UNABLE_SHARE) != 0,
+            changes_length: true,
         }
     }
 
@@ -346,6 +362,16 @@ impl Plan {
         }
     }
 
+    /// When a queue ends: after how many operations, and with what in flight.
+    fn end(self, rng: &mut Rng) -> Option<(u64, HeldBack)> {
+        use HeldBack::{Direct, Metadata, Oldest, Punch};
+        match self {
+            Self::QueueEnds => Some((rng.below(40), [Oldest, Punch, Metadata][rng.below(3) as usize])),
+            Self::QueueEndsInPlace => Some((rng.below(24), [Oldest, Direct][rng.below(2) as usize])),
+            _ => None,
+        }
+    }
+
     /// How many records the redo log has already: half of what it holds must be left for what makes the table
     /// or a block.
     fn logged(self, rng: &mut Rng) -> u64 {
@@ -364,7 +390,7 @@ impl Plan {
                 1 => (0..1 + rng.below(2)).map(|_| flushed(rng)).collect(),
                 _ => (0..1 + rng.below(2)).map(|_| random(rng, 10)).collect(),
             },
-            Self::Reuse => vec![(0..4).map(|_| touch(rng)).collect(), churn(rng)],
+            Self::Reuse => vec![touches(rng, 4), churn(rng)],
             Self::NoRoom | Self::TornWrite => (0..1 + rng.below(2)).map(|_| allocating(rng)).collect(),
             Self::FullHost => match rng.below(3) {
                 0 => writers(rng).into_iter().map(with_flushes).collect(),
@@ -425,6 +451,8 @@ impl Plan {
                 lanes.push(if rng.below(2) == 0 { freeing(rng) } else { random(rng, 12) });
                 lanes
             }
+            // The lane that closes the image frees what the others use.
+            Self::QueueEndsInPlace => vec![churn(rng), touches(rng, 12), touches(rng, 12)],
             Self::Wounded => match rng.below(4) {
                 0 => meeting(rng),
                 1 => vec![freeing(rng), allocating(rng)],
@@ -444,10 +472,15 @@ fn tool(rng: &mut Rng, fixture: &Fixture) -> Tool {
         0 => Tool::Repair(Repair::Leaks, Damage::None),
         // Version 2 has no dirty bit, and no room for a snapshot's size.
         1..=2 if !is_v2 => Tool::OpenDirty(Damage::OF_COUNTS[rng.below(5) as usize]),
-        3..=4 if !(is_v2 && fixture.initial.is_shared()) => Tool::Grow(1 + rng.below(1000) as usize),
+        // Those of version 2 with snapshots, and those with bitmaps that are true, are not made larger.
+        3..=4 if !(is_v2 && fixture.initial.is_shared() || fixture.has_bitmaps()) => {
+            // Of version 2 it would show what a backing file has there, which it cannot hide.
+            let less = if rng.below(2) == 0 || !fixture.can_discard { 0 } else { rng.below(300) };
+            Tool::Grow(1 + rng.below(1000) as usize, less as usize)
+        }
         5 => {
             use Preallocation::{Falloc, Full, Metadata, Off};
-            Tool::Create([Off, Metadata, Falloc, Full][rng.below(4) as usize])
+            Tool::Create([Off, Metadata, Falloc, Full][rng.below(4) as usize], rng.below(3) == 0)
         }
         _ => {
             let damage = Damage::ALL[rng.below(Damage::ALL.len() as u64) as usize];

@@ -9,22 +9,28 @@ use super::{
     file::{SECTOR, sector_bytes},
     mixed::stamps,
     model::{INITIAL, Value},
+    oracle::Reader,
     workload::{BASE, Below, Fixture, IMAGE, Initial, Maker, Past, SECTORS, Variant},
 };
-use qcow2_format::header;
-use std::{io, ops::Range};
+use qcow2_format::{L1Entry, Mapping, header};
+use std::{collections::BTreeSet, io, ops::Range};
 
+/// A file over a compressed base that has compressed clusters at the same places.
+const PATCH: &str = "patch";
 /// The files between the image and the base, the higher one first.
 const MIDDLE: &str = "middle";
 const LOWER: &str = "lower";
 /// The number of the data in the higher one, apart from those of the base and of requests, and in the other.
 const IN_MIDDLE: u32 = 1 << 22;
 const IN_LOWER: u32 = 3 << 21;
+const IN_PATCH: u32 = 5 << 21;
 /// Sectors of a file that is longer than the disk. Every file has so many first, and is cut off then.
 const LONG: usize = SECTORS + 30;
 /// Of a compressed file, what is plain, and what is zeros; in whole clusters.
 const PLAIN: Range<usize> = 40..300;
 const ZERO: Range<usize> = 64..88;
+/// What the file over it has of its own, a cluster each.
+const PATCHES: [Range<usize>; 4] = [8..12, 24..28, 28..32, 304..308];
 /// What the middle has of its own,
 const DATA: [Range<usize>; 3] = [2..9, 60..61, 126..140];
 const ZEROS: [Range<usize>; 3] = [4..8, 20..36, 248..260];
@@ -34,8 +40,10 @@ const LOWER_DATA: Range<usize> = 390..LONG;
 /// Where the files of a chain end, in sectors: inside clusters or between them, the higher ones first or the
 /// lower ones. Clusters have two sectors in the middle, and four in the others.
 struct Ends {
-    /// The only file below an image, which is compressed.
+    /// The last file below an image, which is compressed,
     compressed: usize,
+    /// and whether it is not the only one.
+    is_patched: bool,
     middle: usize,
     lower: usize,
     raw: usize,
@@ -54,15 +62,17 @@ impl Ends {
             _ if variant == Variant::LARGE => (404, 399, 427, LONG, LONG),
             _ => (LONG, 427, 398, LONG, 412),
         };
-        Self { compressed, middle, lower, raw, data_from }
+        let is_patched = variant.refcount_bits == 64 && variant != Variant::SMALL_BLOCKS;
+        Self { compressed, is_patched, middle, lower, raw, data_from }
     }
 }
 
 impl Maker {
-    /// Makes an image that has nothing of its own, over one QCOW2 file, or over two and a raw one.
+    /// Makes an image that has nothing of its own, over one QCOW2 file or two, or over two and a raw one.
     pub(super) fn make_over_chain(&self, variant: Variant, initial: Initial) -> io::Result<Fixture> {
         let ends = Ends::of(variant);
         let (shown, names) = match initial {
+            Initial::OverFile if ends.is_patched => (self.make_patched(ends.compressed)?, vec![PATCH, BASE]),
             Initial::OverFile => (self.make_compressed(ends.compressed)?, vec![BASE]),
             _ => (self.make_middle(&ends)?, vec![MIDDLE, LOWER, BASE]),
         };
@@ -86,6 +96,7 @@ impl Maker {
             content,
             past: Past::Made,
             gap: 0,
+            hole: 0,
         })
     }
 
@@ -113,6 +124,43 @@ impl Maker {
         self.cut_off(BASE, end)?;
         content.truncate(end);
         Ok(content)
+    }
+
+    /// A file with compressed clusters over one that is compressed. What is at some place in one is something
+    /// else in the other. Returns what they show.
+    fn make_patched(&self, end: usize) -> io::Result<Vec<Value>> {
+        let mut shown = self.make_compressed(end)?;
+        shown.resize(LONG, Value::Zero);
+        self.overlay(PATCH, 2048, &[BASE, "qcow2"])?;
+        for sectors in PATCHES {
+            let data: Vec<_> = stamps(IN_PATCH, sectors.clone()).collect();
+            self.put("part", &data)?;
+            self.change(PATCH, "write -c -s part", &sectors)?;
+            shown[sectors].copy_from_slice(&data);
+        }
+        let [patch, base] = [PATCH, BASE].map(|name| self.compressed_places(name));
+        if patch?.is_disjoint(&base?) {
+            return Err(io::Error::other("no place has compressed clusters in both files"));
+        }
+        Ok(shown)
+    }
+
+    /// Where a file has compressed clusters.
+    fn compressed_places(&self, file: &str) -> io::Result<BTreeSet<u64>> {
+        let bytes = std::fs::read(self.directory.join(file))?;
+        let reader = Reader::of(&bytes).map_err(io::Error::other)?;
+        let (l1, entries) = (reader.header.l1_table.0, reader.header.l1_entries as usize);
+        let mut places = BTreeSet::new();
+        for raw in reader.table(l1, entries).map_err(io::Error::other)? {
+            let Ok(L1Entry::Table { offset, .. }) = L1Entry::decode(raw, &reader.geometry) else { continue };
+            let table = reader.table(offset.0, reader.geometry.l2_entries() as usize);
+            for raw in table.map_err(io::Error::other)? {
+                if let Ok(Mapping::Compressed(range)) = Mapping::decode(raw, &reader.geometry) {
+                    places.insert(range.offset);
+                }
+            }
+        }
+        Ok(places)
     }
 
     /// The upper two files of a chain, over a raw one. Returns what they show.

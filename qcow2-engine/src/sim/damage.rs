@@ -137,6 +137,18 @@ impl<'a> Wreck<'a> {
         Ok(())
     }
 
+    /// Counts one in so many of the active mapping's own clusters once more, and has nobody own it.
+    pub(super) fn count_twice(&mut self, share: usize) -> Result<(), String> {
+        for Named { at, .. } in self.named().into_iter().step_by(share) {
+            let entry = self.entry(at);
+            if entry & l2::COPIED != 0 {
+                self.set_entry(at, entry & !l2::COPIED);
+                self.set_count((entry & l2::OFFSET) >> self.geometry.cluster_bits, |count| count + 1)?;
+            }
+        }
+        Ok(())
+    }
+
     fn lose_block(&mut self, rng: &mut Rng) {
         let blocks = self.blocks();
         if let Some(&(at, _)) = blocks.get(rng.below(blocks.len().max(1) as u64) as usize) {

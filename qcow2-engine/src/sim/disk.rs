@@ -70,6 +70,8 @@ struct Operation {
     file: usize,
     kind: Kind,
     is_direct: bool,
+    /// Nobody waits for it any more.
+    is_orphan: bool,
 }
 
 impl Disk {
@@ -107,6 +109,12 @@ impl Disk {
         self.0.borrow().file_system.punches
     }
 
+    /// Whether space can be allocated ahead.
+    #[must_use]
+    pub fn allocates(&self) -> bool {
+        self.0.borrow().file_system.allocates
+    }
+
     /// Whether the host will be full one day, and can allocate ahead until then.
     #[must_use]
     pub fn is_scarce(&self) -> bool {
@@ -130,17 +138,28 @@ impl Disk {
         self.0.borrow().waiting.len()
     }
 
+    /// Who waits for an operation of the kind that may be left behind.
+    #[must_use]
+    pub fn who_waits(&self, held_back: HeldBack) -> Option<Waker> {
+        let index = self.held_back(held_back)?;
+        let state = self.0.borrow();
+        let operation = state.waiting.get(index)?;
+        let (_, waker) = state.wakers.iter().find(|(id, _)| *id == operation.id)?;
+        Some(waker.clone())
+    }
+
+    /// How many of the operations that wait nobody waits for any more. They come first then.
+    pub fn put_orphans_first(&self) -> usize {
+        let waiting = &mut self.0.borrow_mut().waiting;
+        waiting.sort_by_key(|operation| !operation.is_orphan);
+        waiting.partition_point(|operation| operation.is_orphan)
+    }
+
     /// Which of the operations that wait is to be left behind.
     #[must_use]
     pub fn held_back(&self, held_back: HeldBack) -> Option<usize> {
         let state = self.0.borrow();
-        let grows = |operation: &Operation| match &operation.kind {
-            Kind::Change(change) => {
-                let len = state.files[operation.file].current.len();
-                change.reach(len).end > len
-            }
-            Kind::Read { .. } | Kind::Sync(_) | Kind::Refused => false,
-        };
+        let grows = |operation: &Operation| state.files[operation.file].is_lengthened_by(&operation.kind);
         match held_back {
             HeldBack::Nothing => None,
             HeldBack::Oldest => Some(0),
@@ -186,7 +205,8 @@ impl Disk {
         state.completed += 1;
         let now = state.completed;
         let file = &mut state.files[operation.file];
-        if state.fills_after.is_some_and(|full| now > full) && file.lacks_space(&operation.kind) {
+        let is_full = state.fills_after.is_some_and(|full| now > full) && file.lacks_space(&operation.kind);
+        if is_full || !state.file_system.changes_length && file.is_lengthened_by(&operation.kind) {
             fault = Some(Fault::Enospc);
         }
         let has_failed = fault.is_some_and(Fault::is_error);
@@ -274,7 +294,7 @@ impl Disk {
         let kind = state.file_system.admit(kind(state.completed));
         assert!(file.0 == 0 || !matches!(kind, Kind::Change(_)), "what is below the image never changes");
         state.version += u64::from(matches!(kind, Kind::Change(_)));
-        state.waiting.push(Operation { id, file: file.0 as usize, kind, is_direct });
+        state.waiting.push(Operation { id, file: file.0 as usize, kind, is_direct, is_orphan: false });
         Pending { disk: self.clone(), id }
     }
 }
@@ -295,6 +315,15 @@ impl Storage for Names {
 struct Pending {
     disk: Disk,
     id: u64,
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        let waiting = &mut self.disk.0.borrow_mut().waiting;
+        if let Some(operation) = waiting.iter_mut().find(|operation| operation.id == self.id) {
+            operation.is_orphan = true;
+        }
+    }
 }
 
 impl Future for Pending {

@@ -75,16 +75,21 @@ pub struct FileSystem {
     pub allocates: bool,
     /// Holes can be punched.
     pub punches: bool,
+    /// A file can become longer and shorter.
+    pub changes_length: bool,
 }
 
 impl FileSystem {
     /// One that can do everything.
-    pub const ABLE: Self = Self { allocates: true, punches: true };
+    pub const ABLE: Self = Self { allocates: true, punches: true, changes_length: true };
+    /// None: the file is a block device.
+    pub const DEVICE: Self = Self { allocates: false, punches: true, changes_length: false };
 
     /// What becomes of an operation here.
     pub(super) fn admit(self, kind: Kind) -> Kind {
         match kind {
             Kind::Change(Change::Extend { .. }) if !self.allocates => Kind::Refused,
+            Kind::Change(Change::Length(_)) if !self.changes_length => Kind::Refused,
             Kind::Change(Change::Punch { .. }) if !self.punches => Kind::Refused,
             other => other,
         }

@@ -51,7 +51,7 @@ pub struct File {
     pub durable: Contents,
     /// Completed and not durable, oldest first, with the moment of completion.
     pub pending: Vec<(u64, Change)>,
-    /// The sectors that have space on the host. The file was made without holes.
+    /// The sectors that have space on the host. But for some at its end the file was made without holes.
     pub(super) has_space: Vec<bool>,
 }
 
@@ -168,6 +168,12 @@ impl File {
         }
     }
 
+    /// So many sectors at the end have no space on the host.
+    pub(super) fn give_up_end(&mut self, sectors: usize) {
+        let end = self.has_space.len();
+        self.has_space[end - sectors..].fill(false);
+    }
+
     /// Takes out what a barrier covers that was issued at this moment.
     fn settle(&mut self, issued: u64) -> Vec<(u64, Change)> {
         let covered = self.pending.partition_point(|(completed, _)| *completed <= issued);
@@ -191,6 +197,12 @@ impl File {
             change.apply(&mut self.current);
         }
         self.has_space.resize(self.current.len().div_ceil(SECTOR), false);
+    }
+
+    /// Whether the file may become longer by this.
+    pub(super) fn is_lengthened_by(&self, kind: &Kind) -> bool {
+        let len = self.current.len();
+        matches!(kind, Kind::Change(change) if change.reach(len).end > len)
     }
 
     pub(super) fn change(&mut self, now: u64, change: Change) {

@@ -282,10 +282,11 @@ impl Life<'_> {
             lane: lane.clone(),
             model: Rc::clone(&self.model),
             shape: self.fixture.shape(),
-            must_find_all: true,
+            must_find_all: self.fixture.shows_leaks(),
             told: Rc::default(),
         };
         self.drive(vec![play(player, requests, SUCCESSOR, false)], true)?;
-        self.end(lane, false, !searches).map_err(|error| format!("the next one went on: {error}"))
+        let may_leak = !searches || self.fixture.past.keeps_leaks();
+        self.end(lane, false, may_leak).map_err(|error| format!("the next one went on: {error}"))
     }
 }

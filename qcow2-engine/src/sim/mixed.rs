@@ -101,6 +101,7 @@ impl Maker {
             content,
             past: Past::Made,
             gap: 0,
+            hole: 0,
         })
     }
 

@@ -9,7 +9,9 @@ use super::{
 };
 use crate::unpack::decompress;
 use qcow2_format::{
-    Clusters, Geometry, Header, L1Entry, Mapping, RefcountTableEntry, refcount,
+    Clusters, Geometry, Header, L1Entry, Mapping, RefcountTableEntry,
+    bitmap::{BitmapTableEntry, decode_directory},
+    refcount,
     snapshot::{Snapshot, decode_table},
     word,
 };
@@ -72,6 +74,8 @@ pub(super) struct Reader<'a> {
     exclusive: Vec<bool>,
     /// Whether an entry of the active mapping refers to it and does not say that it is its own.
     unflagged: Vec<bool>,
+    /// Whether it is of a bitmap that is not true any more: it may be counted, and is no leak.
+    stale: Vec<bool>,
 }
 
 /// Judges an image.
@@ -94,6 +98,7 @@ pub fn judge(bytes: &[u8], case: &Case<'_>) -> Result<Findings, String> {
             reader.count_l2(raw, index, false)?;
         }
     }
+    reader.count_bitmaps()?;
     let findings = reader.compare_refcounts()?;
     let size = reader.header.virtual_size;
     if !case.sizes.contains(&size) {
@@ -185,6 +190,7 @@ impl<'a> Reader<'a> {
             references: vec![0; clusters],
             exclusive: vec![false; clusters],
             unflagged: vec![false; clusters],
+            stale: vec![false; clusters],
         })
     }
 
@@ -253,6 +259,42 @@ impl<'a> Reader<'a> {
         decode_table(rest, self.header.snapshot_count).map_err(|error| error.to_string())
     }
 
+    /// Counts the clusters of bitmaps. Those of bitmaps that are not true any more are whoever's who is given
+    /// them, and until then they may be counted.
+    fn count_bitmaps(&mut self) -> Result<(), String> {
+        let Some(extension) = self.header.bitmaps else { return Ok(()) };
+        let (at, len) = (extension.directory.0, extension.directory_bytes);
+        let decode = |bytes: &[u8]| {
+            decode_directory(bytes, &extension, &self.geometry).map_err(|error| error.to_string())
+        };
+        let bitmaps = self.slice(at, len).and_then(decode);
+        if !self.header.bitmaps_consistent() {
+            self.let_go(at, len);
+            for bitmap in bitmaps.unwrap_or_default() {
+                self.let_go(bitmap.table.0, bitmap.table_bytes());
+            }
+            return Ok(());
+        }
+        self.own(at, len, "the bitmap directory")?;
+        for bitmap in bitmaps? {
+            self.own(bitmap.table.0, bitmap.table_bytes(), "a bitmap's table")?;
+            for raw in self.table(bitmap.table.0, bitmap.table_entries as usize)? {
+                let entry = BitmapTableEntry::decode(raw, &self.geometry);
+                if let BitmapTableEntry::Data(bits) = entry.map_err(|error| error.to_string())? {
+                    self.own(bits.0, self.geometry.cluster_size(), "a bitmap")?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// These clusters need no owner.
+    fn let_go(&mut self, at: u64, len: u64) {
+        let first = (at >> self.geometry.cluster_bits) as usize;
+        let end = first + self.geometry.clusters_for(len) as usize;
+        self.stale.iter_mut().take(end).skip(first).for_each(|stale| *stale = true);
+    }
+
     /// Counts an L2 table and what it maps. A table or cluster of the active mapping that is marked
     /// COPIED is nobody else's.
     fn count_l2(&mut self, raw: u64, index: usize, is_active: bool) -> Result<(), String> {
@@ -313,7 +355,7 @@ impl<'a> Reader<'a> {
                 if self.unflagged[cluster] && count == 1 {
                     return Err(format!("cluster {cluster} has one owner, which does not say so"));
                 }
-                findings.leaks += u64::from(count > references);
+                findings.leaks += u64::from(count > references && !self.stale[cluster]);
             }
         }
         findings.leaks += self.counted_behind()?;

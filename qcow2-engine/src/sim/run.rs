@@ -62,8 +62,8 @@ pub struct Case {
     pub is_one_lane: bool,
     /// So many records are in the redo log from the beginning.
     pub logged: u64,
-    /// A queue ends after so many operations, with what it has in flight: the other lanes go on.
-    pub abandons_after: Option<u64>,
+    /// A queue ends after so many operations, when it has one of this kind in flight: the other lanes go on.
+    pub abandons_after: Option<(u64, HeldBack)>,
     /// The damage that the image has.
     pub wound: Option<Wound>,
     /// The rule that is switched off.
@@ -143,14 +143,59 @@ const MAX_STEPS: u64 = 200_000;
 /// Rounds of polling between two operations of the disk, at the most.
 const MAX_POLLS: u64 = 10_000;
 
+/// A task, which is polled when it has been woken, as in service: whoever forgets to wake it has it hang.
+struct Running {
+    task: Task,
+    woken: Arc<Woken>,
+}
+
 /// Whether a task has been woken.
-#[derive(Default)]
 struct Woken(AtomicBool);
+
+impl Running {
+    fn new(task: Task) -> Self {
+        Self { task, woken: Arc::new(Woken(AtomicBool::new(true))) }
+    }
+
+    /// Polls it, if it has been woken.
+    fn poll(&mut self) -> Option<Poll<Result<(), String>>> {
+        if !self.woken.0.swap(false, Ordering::Relaxed) {
+            return None;
+        }
+        let waker = Waker::from(Arc::clone(&self.woken));
+        Some(self.task.as_mut().poll(&mut Context::from_waker(&waker)))
+    }
+}
 
 impl Wake for Woken {
     fn wake(self: Arc<Self>) {
         self.0.store(true, Ordering::Relaxed);
     }
+}
+
+/// Polls until nobody is awake.
+fn poll(tasks: &mut Vec<Running>) -> Result<(), String> {
+    for _ in 0..MAX_POLLS {
+        let (mut is_quiet, mut failure) = (true, None);
+        tasks.retain_mut(|task| match task.poll() {
+            None => true,
+            Some(Poll::Pending) => {
+                is_quiet = false;
+                true
+            }
+            Some(Poll::Ready(result)) => {
+                is_quiet = false;
+                failure = failure.take().or(result.err());
+                false
+            }
+        });
+        match failure {
+            Some(failure) => return Err(failure),
+            None if is_quiet => return Ok(()),
+            None => {}
+        }
+    }
+    Err("requests wake each other for ever".into())
 }
 
 pub(super) struct Life<'a> {
@@ -174,7 +219,7 @@ pub(super) struct Life<'a> {
     /// A successor has gone on to serve.
     pub(super) has_heir: bool,
     /// As in [`Case`].
-    pub(super) abandons_after: Option<u64>,
+    pub(super) abandons_after: Option<(u64, HeldBack)>,
     /// How the counts of the image stood, if it has damage.
     pub(super) standing: Option<Standing>,
     pub(super) told: Rc<Told>,
@@ -235,18 +280,22 @@ fn serve(mut life: Life<'_>, requests: &[Vec<Request>], case: &Case) -> Result<(
             lane: lane.clone(),
             model: Rc::clone(&life.model),
             shape: fixture.shape(),
-            must_find_all: !case.search_may_give_up() && !fixture.has_autoclear_bits(),
+            must_find_all: !case.search_may_give_up() && fixture.shows_leaks(),
             told: Rc::clone(&life.told),
         };
         play(player, requests.collect(), first, has_faults)
     });
     let tasks = tasks.collect();
+    // A queue that ends takes its lane with it; the first one closes the image.
+    let last = lanes[0].clone();
+    drop(lanes);
     life.drive(tasks, true)?;
-    let has_old_leaks = fixture.past.leaks() && (!case.searches_for_leaks() || case.search_may_give_up());
+    let finds_all = case.searches_for_leaks() && !case.search_may_give_up() && !fixture.past.keeps_leaks();
+    let has_old_leaks = fixture.past.leaks() && !finds_all;
     // What a request in flight may still touch is not given back.
     let may_leak = has_old_leaks || case.abandons_after.is_some();
     // Whoever flushes or closes needs no room: a host that is full is no excuse.
-    life.end(&lanes[0], case.is_faulty(), may_leak)
+    life.end(&last, case.is_faulty(), may_leak)
 }
 
 impl<'a> Life<'a> {
@@ -312,16 +361,18 @@ impl<'a> Life<'a> {
 
     /// Polls the tasks and completes operations, in the order that the seed chooses, until all
     /// tasks have ended. With `judge`, at every moment a crash is tried.
-    pub(super) fn drive(&mut self, mut tasks: Vec<Task>, judge: bool) -> Result<(), String> {
+    pub(super) fn drive(&mut self, tasks: Vec<Task>, judge: bool) -> Result<(), String> {
+        let mut tasks: Vec<_> = tasks.into_iter().map(Running::new).collect();
         for step in 0..MAX_STEPS {
             if judge {
                 self.set_trap();
             }
-            if self.abandons_after.is_some_and(|after| self.disk.completed() >= after) {
-                self.abandons_after = None;
-                self.abandon(&mut tasks);
+            if let Some((after, with)) = self.abandons_after
+                && self.disk.completed() >= after
+            {
+                self.abandon(&mut tasks, with);
             }
-            self.poll(&mut tasks)?;
+            poll(&mut tasks)?;
             if judge {
                 self.kill_in_trap()?;
                 self.crash_here()?;
@@ -334,6 +385,13 @@ impl<'a> Life<'a> {
                 _ => {}
             }
             let is_patient = waiting > 1 && step % PATIENCE != 0;
+            // What a queue that has ended has left behind is late.
+            let orphans = self.disk.put_orphans_first() as u64;
+            if is_patient && (1..waiting).contains(&orphans) {
+                self.disk.complete((orphans + self.rng.below(waiting - orphans)) as usize);
+                self.totals.operations += 1;
+                continue;
+            }
             let held_back = is_patient.then(|| self.disk.held_back(self.held_back)).flatten();
             let choice = self.rng.below(waiting - u64::from(held_back.is_some())) as usize;
             self.disk.complete(choice + usize::from(held_back.is_some_and(|held_back| held_back <= choice)));
@@ -342,38 +400,13 @@ impl<'a> Life<'a> {
         Err("requests go round in circles".into())
     }
 
-    /// A queue ends. What it has on the disk lands all the same.
-    fn abandon(&mut self, tasks: &mut Vec<Task>) {
-        if tasks.len() > 1 {
-            drop(tasks.swap_remove(self.rng.below(tasks.len() as u64) as usize));
-        }
-    }
-
-    /// Polls until nothing moves any more.
-    fn poll(&self, tasks: &mut Vec<Task>) -> Result<(), String> {
-        let woken = Arc::new(Woken::default());
-        let waker = Waker::from(Arc::clone(&woken));
-        let mut context = Context::from_waker(&waker);
-        for _ in 0..MAX_POLLS {
-            let before = (tasks.len(), self.disk.waiting(), self.model.borrow().now());
-            let mut failure = None;
-            tasks.retain_mut(|task| match task.as_mut().poll(&mut context) {
-                Poll::Pending => true,
-                Poll::Ready(result) => {
-                    failure = failure.take().or(result.err());
-                    false
-                }
-            });
-            if let Some(failure) = failure {
-                return Err(failure);
-            }
-            // A task may have let go of what another one waits for, and done nothing else.
-            let has_woken = woken.0.swap(false, Ordering::Relaxed);
-            if !has_woken && (tasks.len(), self.disk.waiting(), self.model.borrow().now()) == before {
-                return Ok(());
-            }
-        }
-        Err("requests wake each other for ever".into())
+    /// A queue ends, when it waits for something of a kind. What it has on the disk lands all the same.
+    fn abandon(&mut self, tasks: &mut Vec<Running>, with: HeldBack) {
+        let any = self.rng.below(tasks.len().max(1) as u64) as usize;
+        let Some(waker) = self.disk.who_waits(with).filter(|_| tasks.len() > 1) else { return };
+        let whose = tasks.iter().position(|task| Waker::from(Arc::clone(&task.woken)).will_wake(&waker));
+        drop(tasks.swap_remove(whose.unwrap_or(any)));
+        self.abandons_after = None;
     }
 
     /// Tries every crash state of this moment, unless it is the same as the last one.
@@ -432,10 +465,29 @@ impl<'a> Life<'a> {
         if is_closed && (leaks > 0 || !is_durable) {
             return Err(format!("a clean close left {leaks} leaks, or something that is not durable"));
         }
+        if is_closed && !may_leak && self.processes == 1 {
+            self.check_length()?;
+        }
         // Where it cannot be given back it stays, and that is no reason to fail. What a dead process had not
         // counted yet nobody knows of.
         let knows_all = self.processes == 1 && !is_faulty && self.disk.punches();
         if is_closed && knows_all { self.check_holes() } else { Ok(()) }
+    }
+
+    /// The file is never cut shorter than it came, and what it has become longer by ends with what is in use
+    /// (where it grows by writes one that failed may have made it longer, which nobody knows).
+    fn check_length(&self) -> Result<(), String> {
+        let cluster_bytes = self.fixture.variant.cluster_sectors * 512;
+        let (came, allocates) = (self.fixture.image.len(), self.disk.allocates());
+        self.disk.look(0, |file, _| {
+            let (len, free) = (file.current.len(), oracle::free_clusters(&file.current)?);
+            let last = len.div_ceil(cluster_bytes).saturating_sub(1);
+            let has_tail = len > came.next_multiple_of(cluster_bytes) && free.contains(&last);
+            if len < came || has_tail && allocates {
+                return Err(format!("closed, the file has {len} bytes; it came with {came}"));
+            }
+            Ok(())
+        })
     }
 
     /// The space of what has been freed is given back to the host: it reads as zeros, unless it is as it was,

@@ -124,10 +124,13 @@ pub(super) fn writers(rng: &mut Rng) -> Vec<Vec<Request>> {
     (0..lanes).map(|_| (0..1 + rng.below(4)).map(|_| long_write(rng)).collect()).collect()
 }
 
-/// A request that uses clusters which [`churn`] frees.
-pub(super) fn touch(rng: &mut Rng) -> Request {
-    let at = 6 + rng.below(4) as usize;
-    if rng.below(2) == 0 { Request::Write(at, 2) } else { Request::Read(at, 2) }
+/// Requests that use clusters which [`churn`] frees.
+pub(super) fn touches(rng: &mut Rng, count: usize) -> Vec<Request> {
+    let touch = |rng: &mut Rng| {
+        let at = 6 + rng.below(4) as usize;
+        if rng.below(2) == 0 { Request::Write(at, 2) } else { Request::Read(at, 2) }
+    };
+    (0..count).map(|_| touch(rng)).collect()
 }
 
 /// Frees clusters of two places, and writes to one of them: that is given the other's.
@@ -135,17 +138,22 @@ pub(super) fn churn(rng: &mut Rng) -> Vec<Request> {
     let elsewhere = 20 + 40 * rng.below(8) as usize;
     // Enough for all that one cluster holds, compressed.
     let all = if rng.below(2) == 0 { 20 } else { 160 };
-    vec![
-        // The mapping is in memory then.
-        Request::Read(4, 10),
-        Request::Read(elsewhere, 20),
-        Request::Discard(4, 10),
-        Request::Discard(elsewhere, all),
-        Request::Flush,
-        Request::Maintain,
-        Request::Write(elsewhere, 20),
-        Request::Flush,
-    ]
+    // The mapping is in memory then.
+    let mut requests = vec![Request::Read(4, 10), Request::Read(elsewhere, 20)];
+    if rng.below(3) == 0 {
+        // Of many each begins an epoch: requests of the very one in which they go may use one that goes alone.
+        let alone = Request::Discard(8, [1, 2, 8][rng.below(3) as usize]);
+        let gives_back = [Request::Flush, Request::Maintain];
+        requests.push(Request::Discard(elsewhere, all));
+        requests.extend(gives_back);
+        requests.push(alone);
+        requests.extend(gives_back);
+    } else {
+        requests.extend([Request::Discard(4, 10), Request::Discard(elsewhere, all)]);
+        requests.extend([Request::Flush, Request::Maintain]);
+    }
+    requests.extend([Request::Write(elsewhere, 20), Request::Flush]);
+    requests
 }
 
 fn small_write(rng: &mut Rng) -> Request {

@@ -18,7 +18,8 @@ use super::{
     disk::Disk,
     faults::{Failing, FileSystem, HeldBack},
     file::{Change, File, SECTOR, sector_bytes},
-    model::{Model, Value},
+    mixed::stamps,
+    model::{INITIAL, Model, Value},
     oracle::{self, Memo},
     rng::Rng,
     run::{self, Case, Totals},
@@ -29,7 +30,7 @@ use crate::{
     CheckOptions, Error, Image, OpenOptions, Preallocation, Repair, check, create, exec::run_at_once, grow,
     io::mem::MemFiles,
 };
-use qcow2_format::CreateOptions;
+use qcow2_format::{CreateOptions, header, word};
 use std::{
     collections::HashSet,
     future::Future,
@@ -45,12 +46,14 @@ pub enum Tool {
     Repair(Repair, Damage),
     /// Opening an image that is marked dirty and has this damage.
     OpenDirty(Damage),
-    /// Growing by so many sectors.
-    Grow(usize),
-    /// Making an empty image of what was one.
-    Create(Preallocation),
+    /// Growing by so many sectors, when the disk has been cut off by so many: what was there is there still.
+    Grow(usize, usize),
+    /// Making an empty image of what was one; whether on a block device, which has old content everywhere.
+    Create(Preallocation, bool),
 }
 
+/// A block device has room for so many times what the disk of the image on it has, besides that image.
+const DEVICE_ROOM: usize = 2;
 /// No tool needs more operations than this on images as small as these.
 const MAX_OPERATIONS: u64 = 100_000;
 
@@ -60,6 +63,8 @@ struct Work<'a> {
     tool: Tool,
     /// The damaged image.
     image: Vec<u8>,
+    /// Sectors of its disk.
+    old_sectors: usize,
     model: Model,
     /// What sectors may read as while a repair is under way: before it, and after it.
     readings: [Vec<Option<Value>>; 2],
@@ -94,7 +99,8 @@ pub(super) fn simulate(
     let mut rng = Rng::new(case.seed);
     let work = Work::new(fixture, tool, &mut rng)?;
     let disk = fixture.disk(&work.image);
-    disk.set_file_system(case.file_system);
+    let is_on_device = matches!(tool, Tool::Create(_, true));
+    disk.set_file_system(if is_on_device { FileSystem::DEVICE } else { case.file_system });
     if let Some(rule) = case.disabled {
         disk.disable_rule(rule);
     }
@@ -128,8 +134,19 @@ impl<'a> Work<'a> {
                 damage::inflict(&mut image, damage, rng)?;
                 damage::mark_dirty(&mut image);
             }
-            Tool::Grow(sectors) => content.resize(content.len() + sectors, Value::Zero),
-            Tool::Create(_) => content.fill(Value::Zero),
+            Tool::Grow(_, less) => {
+                content.truncate(content.len() - less);
+                word::set(&mut image, header::SIZE_OFFSET as usize, sector_bytes(content.len()));
+            }
+            Tool::Create(_, is_on_device) => {
+                let more = if is_on_device { DEVICE_ROOM * content.len() } else { 0 };
+                image.extend(stamps(INITIAL, 0..more).flat_map(Value::bytes));
+                content.fill(Value::Zero);
+            }
+        }
+        let old_sectors = content.len();
+        if let Tool::Grow(more, _) = tool {
+            content.resize(old_sectors + more, Value::Zero);
         }
         let memo = Memo::default();
         let readings = match tool {
@@ -146,6 +163,7 @@ impl<'a> Work<'a> {
             fixture,
             tool,
             image,
+            old_sectors,
             model: Model::new(&content),
             readings,
             standing,
@@ -201,12 +219,12 @@ impl<'a> Work<'a> {
                     check(&disk, &names, path, options).await.map(drop)
                 }
                 Tool::OpenDirty(_) => Image::open(&disk, &names, path, &open_options()).await.map(drop),
-                Tool::Grow(_) => {
+                Tool::Grow(..) => {
                     let prepare =
                         |image: &Image| disabled.into_iter().for_each(|rule| image.disable_rule(rule));
                     grow::grow_to(&disk, &names, path, &open_options(), |_| new_size, prepare).await
                 }
-                Tool::Create(preallocation) => {
+                Tool::Create(preallocation, _) => {
                     create::create(&disk, &names, path, &options, preallocation).await
                 }
             }
@@ -254,8 +272,8 @@ impl<'a> Work<'a> {
                 let verdict = self.judge_end(&next).and_then(|()| is_clean(&next));
                 verdict.map_err(|error| format!("after the next opening {error}"))
             }
-            Tool::Grow(_) => self.sound(bytes, &self.model).map(drop),
-            Tool::Create(_) => {
+            Tool::Grow(..) => self.sound(bytes, &self.model).map(drop),
+            Tool::Create(..) => {
                 let new = match self.sound(bytes, &self.model) {
                     Ok(_) => return Ok(()),
                     Err(error) => error,
@@ -276,6 +294,7 @@ impl<'a> Work<'a> {
             fixture: self.fixture,
             tool: self.tool,
             image: bytes.to_vec(),
+            old_sectors: self.old_sectors,
             model: self.model.clone(),
             readings: self.readings.clone(),
             standing: Standing::of(bytes)?,
@@ -303,7 +322,7 @@ impl<'a> Work<'a> {
 
     /// Judges what the tool leaves when it has ended.
     fn judge_end(&self, bytes: &[u8]) -> Result<(), String> {
-        let may_leak = matches!(self.tool, Tool::Grow(_)) && self.fixture.past.leaks();
+        let may_leak = matches!(self.tool, Tool::Grow(..)) && self.fixture.past.leaks();
         match self.tool {
             // What was lost is zero now, or what the backing file has: the content is not the fixture's.
             Tool::Repair(_, damage) if damage.hits_entries() => is_clean(bytes),
@@ -315,12 +334,12 @@ impl<'a> Work<'a> {
     }
 
     fn sound(&self, bytes: &[u8], model: &Model) -> Result<oracle::Findings, String> {
-        let (old, new) = (sector_bytes(self.fixture.content.len()), sector_bytes(model.len()));
+        let (old, new) = (sector_bytes(self.old_sectors), sector_bytes(model.len()));
         let case = oracle::Case {
             model,
             sizes: [old, new],
-            backing: self.fixture.backing.as_deref().filter(|_| !matches!(self.tool, Tool::Create(_))),
-            snapshots: if matches!(self.tool, Tool::Create(_)) { &[] } else { &self.fixture.snapshots },
+            backing: self.fixture.backing.as_deref().filter(|_| !matches!(self.tool, Tool::Create(..))),
+            snapshots: if matches!(self.tool, Tool::Create(..)) { &[] } else { &self.fixture.snapshots },
             initial: &self.fixture.content,
             memo: &self.memo,
         };

@@ -42,6 +42,7 @@ impl Maker {
             content,
             past: Past::Made,
             gap: GAP,
+            hole: 0,
         })
     }
 }

@@ -10,6 +10,7 @@ use super::{
     model::{INITIAL, Value},
     request::{Request, Shape},
 };
+use qcow2_format::header;
 use std::{
     io,
     path::{Path, PathBuf},
@@ -113,7 +114,7 @@ impl Variant {
     ];
     /// A refcount block counts 64 clusters only: new ones are made all the time.
     pub const SMALL_BLOCKS: Self = Self { refcount_bits: 64, cluster_sectors: 1, ..Self::COMMON };
-    /// Several lanes meet in one cluster, and it has autoclear bits.
+    /// Several lanes meet in one cluster, and it has an autoclear bit that nobody knows.
     pub const LARGE: Self = Self { cluster_sectors: 8, ..Self::COMMON };
     const COMMON: Self = Self { compat: "1.1", refcount_bits: 16, lazy_refcounts: false, cluster_sectors: 2 };
 
@@ -169,13 +170,22 @@ pub enum Past {
     Tailed,
     /// A crash has left it, with leaks nearly up to where its refcount table ends.
     CrashedFull,
+    /// Somebody has begun to delete a snapshot: clusters that are in use are counted twice, and no entry says that
+    /// they have one owner.
+    CountedTwice,
 }
 
 impl Past {
     /// Whether the image has leaks.
     #[must_use]
     pub fn leaks(self) -> bool {
-        matches!(self, Self::Crashed | Self::CrashedFull)
+        matches!(self, Self::Crashed | Self::CrashedFull | Self::CountedTwice)
+    }
+
+    /// Whether some of them are none for the search: an entry would have to change.
+    #[must_use]
+    pub fn keeps_leaks(self) -> bool {
+        self == Self::CountedTwice
     }
 
     /// Whether the image is so large that to search it takes long.
@@ -219,6 +229,8 @@ pub struct Fixture {
     pub can_discard: bool,
     /// Sectors of the disk that no request is meant for ([`super::wide`]).
     pub gap: usize,
+    /// Sectors at the end of the file that have no space on the host.
+    pub hole: usize,
 }
 
 impl Fixture {
@@ -227,6 +239,18 @@ impl Fixture {
     #[must_use]
     pub fn has_autoclear_bits(&self) -> bool {
         self.image[AUTOCLEAR_AT] & UNKNOWN_BIT != 0
+    }
+
+    /// Whether a search has to find all that has leaked.
+    #[must_use]
+    pub fn shows_leaks(&self) -> bool {
+        !self.has_autoclear_bits() && !self.past.keeps_leaks()
+    }
+
+    /// Whether it has bitmaps that are true.
+    #[must_use]
+    pub fn has_bitmaps(&self) -> bool {
+        u64::from(self.image[AUTOCLEAR_AT + 7]) & header::BITMAPS != 0
     }
 
     /// Whether its refcount blocks and its refcount table can be filled with little: they are small.
@@ -245,7 +269,9 @@ impl Fixture {
     #[must_use]
     pub fn disk(&self, image: &[u8]) -> Disk {
         let below = self.below.iter().map(|file| &*file.bytes);
-        Disk::new(&[image].into_iter().chain(below).collect::<Vec<_>>())
+        let disk = Disk::new(&[image].into_iter().chain(below).collect::<Vec<_>>());
+        disk.look(0, |file, _| file.give_up_end(self.hole));
+        disk
     }
 
     /// Its disk.
@@ -314,6 +340,7 @@ impl Maker {
             content,
             past: Past::Made,
             gap: 0,
+            hole: 0,
         })
     }
 
@@ -349,6 +376,10 @@ impl Maker {
 
     /// The image that is in the directory.
     pub(super) fn made(&self, variant: Variant) -> io::Result<Vec<u8>> {
+        if variant.lazy_refcounts {
+            // Its bits are true until something is changed, and nothing else is told of that.
+            self.qemu_img(&["bitmap", "--add", IMAGE, "changes"])?;
+        }
         let mut image = std::fs::read(self.directory.join(IMAGE))?;
         if variant == Variant::LARGE {
             // A bit that nobody knows: it says that no content has changed since it was set.
@@ -392,6 +423,7 @@ impl Maker {
             variant: Variant::SMALL_BLOCKS,
             can_discard: true,
             gap: 0,
+            hole: 0,
         })
     }
 
