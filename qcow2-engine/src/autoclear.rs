@@ -54,10 +54,12 @@ impl<I: Io> Lane<I> {
         let kept = match self.mark_bitmaps().await {
             Ok(true) => header::BITMAPS,
             Ok(false) => 0,
-            Err(error) => {
+            Err(error @ Error::Format { .. }) => {
                 tracing::warn!("the bitmaps cannot be marked as stale, so all of them are given up: {error}");
                 0
             }
+            // What cannot be read or written at the moment is not lost.
+            Err(error) => return Err(error),
         };
         {
             let mut meta = image.meta.lock();

@@ -53,13 +53,34 @@ pub fn on_a_block_device(binary: &Binary, dir: &Path) -> Result<()> {
 /// It can be opened for writing, and fails each write: the image was served writable, and a file system lost
 /// what it had in memory.
 fn on_one_that_takes_no_writes(binary: &Binary, image: &Path) -> Result<()> {
-    run(Command::new("blockdev").arg("--setro").arg(image), TOOL_LIMIT)?.success()?;
+    let _taken_back = Unwritable::make(image)?;
     let refused = binary.run(["add".as_ref(), image.as_os_str()])?;
     let text = refused.text();
     ensure!(text.contains("`add --read-only`"), "not refused, or without a way out: {text}");
     let mut disk = DeviceDisk::open(binary.add(&["--read-only"], image)?)?;
     holds(&mut disk, 0, 1)?;
     disk.detach()
+}
+
+/// A block device that takes no writes, until this is dropped: whoever has a loop device next would find it so.
+struct Unwritable<'a>(&'a Path);
+
+impl<'a> Unwritable<'a> {
+    fn make(device: &'a Path) -> Result<Self> {
+        let this = Self(device);
+        this.set("--setro")?;
+        Ok(this)
+    }
+
+    fn set(&self, how: &str) -> Result<()> {
+        run(Command::new("blockdev").arg(how).arg(self.0), TOOL_LIMIT)?.success().map(drop)
+    }
+}
+
+impl Drop for Unwritable<'_> {
+    fn drop(&mut self) {
+        let _ = self.set("--setrw");
+    }
 }
 
 /// An image that `resize` has grown: there is more of it, all zeros.

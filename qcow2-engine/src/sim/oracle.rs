@@ -10,8 +10,8 @@ use super::{
 use crate::unpack::decompress;
 use qcow2_format::{
     Clusters, Geometry, Header, L1Entry, Mapping, RefcountTableEntry,
-    bitmap::{BitmapTableEntry, decode_directory},
-    refcount,
+    bitmap::{BitmapTableEntry, FLAG_AUTO, decode_directory},
+    header, refcount,
     snapshot::{Snapshot, decode_table},
     word,
 };
@@ -30,7 +30,7 @@ pub struct Case<'a> {
     pub backing: Option<&'a [u8]>,
     /// What every sector holds in each internal snapshot; there are no others.
     pub snapshots: &'a [Vec<Value>],
-    /// What every sector held at first: it still does while an autoclear bit is set.
+    /// What every sector held at first: it still does while an unknown autoclear bit is set, or a bitmap is true.
     pub initial: &'a [Value],
     /// Compressed clusters that were decompressed before.
     pub memo: &'a Memo,
@@ -74,8 +74,6 @@ pub(super) struct Reader<'a> {
     exclusive: Vec<bool>,
     /// Whether an entry of the active mapping refers to it and does not say that it is its own.
     unflagged: Vec<bool>,
-    /// Whether it is of a bitmap that is not true any more: it may be counted, and is no leak.
-    stale: Vec<bool>,
 }
 
 /// Judges an image.
@@ -98,7 +96,7 @@ pub fn judge(bytes: &[u8], case: &Case<'_>) -> Result<Findings, String> {
             reader.count_l2(raw, index, false)?;
         }
     }
-    reader.count_bitmaps()?;
+    let vouched = reader.count_bitmaps()? || reader.header.autoclear & !header::BITMAPS != 0;
     let findings = reader.compare_refcounts()?;
     let size = reader.header.virtual_size;
     if !case.sizes.contains(&size) {
@@ -109,8 +107,10 @@ pub fn judge(bytes: &[u8], case: &Case<'_>) -> Result<Findings, String> {
         case.model
             .check(sector, found)
             .map_err(|allowed| format!("sector {sector} holds {found:?}, allowed are {allowed:?}"))?;
-        if reader.header.autoclear != 0 && case.initial.get(sector).is_some_and(|&initial| initial != found) {
-            return Err(format!("sector {sector} holds {found:?}, and the autoclear bits are set"));
+        if vouched && case.initial.get(sector).is_some_and(|&initial| initial != found) {
+            return Err(format!(
+                "sector {sector} holds {found:?}, and an autoclear bit or a bitmap says otherwise"
+            ));
         }
     }
     if snapshots.len() != case.snapshots.len() {
@@ -190,7 +190,6 @@ impl<'a> Reader<'a> {
             references: vec![0; clusters],
             exclusive: vec![false; clusters],
             unflagged: vec![false; clusters],
-            stale: vec![false; clusters],
         })
     }
 
@@ -259,24 +258,19 @@ impl<'a> Reader<'a> {
         decode_table(rest, self.header.snapshot_count).map_err(|error| error.to_string())
     }
 
-    /// Counts the clusters of bitmaps. Those of bitmaps that are not true any more are whoever's who is given
-    /// them, and until then they may be counted.
-    fn count_bitmaps(&mut self) -> Result<(), String> {
-        let Some(extension) = self.header.bitmaps else { return Ok(()) };
-        let (at, len) = (extension.directory.0, extension.directory_bytes);
-        let decode = |bytes: &[u8]| {
-            decode_directory(bytes, &extension, &self.geometry).map_err(|error| error.to_string())
-        };
-        let bitmaps = self.slice(at, len).and_then(decode);
+    /// Counts the clusters of bitmaps. Returns whether one that records every write says that there was none.
+    fn count_bitmaps(&mut self) -> Result<bool, String> {
+        let Some(extension) = self.header.bitmaps else { return Ok(false) };
         if !self.header.bitmaps_consistent() {
-            self.let_go(at, len);
-            for bitmap in bitmaps.unwrap_or_default() {
-                self.let_go(bitmap.table.0, bitmap.table_bytes());
-            }
-            return Ok(());
+            return Err("the bitmaps have been given up".to_owned());
         }
+        let (at, len) = (extension.directory.0, extension.directory_bytes);
         self.own(at, len, "the bitmap directory")?;
-        for bitmap in bitmaps? {
+        let directory = self.slice(at, len)?;
+        let bitmaps =
+            decode_directory(directory, &extension, &self.geometry).map_err(|error| error.to_string())?;
+        let mut vouches = false;
+        for bitmap in bitmaps {
             self.own(bitmap.table.0, bitmap.table_bytes(), "a bitmap's table")?;
             for raw in self.table(bitmap.table.0, bitmap.table_entries as usize)? {
                 let entry = BitmapTableEntry::decode(raw, &self.geometry);
@@ -284,15 +278,13 @@ impl<'a> Reader<'a> {
                     self.own(bits.0, self.geometry.cluster_size(), "a bitmap")?;
                 }
             }
+            match (bitmap.flags & FLAG_AUTO != 0, bitmap.is_true()) {
+                (is_auto, true) => vouches |= is_auto,
+                (true, false) => {}
+                (false, false) => return Err("a bitmap that records nothing is marked as stale".to_owned()),
+            }
         }
-        Ok(())
-    }
-
-    /// These clusters need no owner.
-    fn let_go(&mut self, at: u64, len: u64) {
-        let first = (at >> self.geometry.cluster_bits) as usize;
-        let end = first + self.geometry.clusters_for(len) as usize;
-        self.stale.iter_mut().take(end).skip(first).for_each(|stale| *stale = true);
+        Ok(vouches)
     }
 
     /// Counts an L2 table and what it maps. A table or cluster of the active mapping that is marked
@@ -355,7 +347,7 @@ impl<'a> Reader<'a> {
                 if self.unflagged[cluster] && count == 1 {
                     return Err(format!("cluster {cluster} has one owner, which does not say so"));
                 }
-                findings.leaks += u64::from(count > references && !self.stale[cluster]);
+                findings.leaks += u64::from(count > references);
             }
         }
         findings.leaks += self.counted_behind()?;

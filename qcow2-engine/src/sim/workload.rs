@@ -377,8 +377,10 @@ impl Maker {
     /// The image that is in the directory.
     pub(super) fn made(&self, variant: Variant) -> io::Result<Vec<u8>> {
         if variant.lazy_refcounts {
-            // Its bits are true until something is changed, and nothing else is told of that.
+            // The bits of the one are true until something is changed, and nothing else is told of that; those of
+            // the other always.
             self.qemu_img(&["bitmap", "--add", IMAGE, "changes"])?;
+            self.qemu_img(&["bitmap", "--add", "--disable", IMAGE, "before"])?;
         }
         let mut image = std::fs::read(self.directory.join(IMAGE))?;
         if variant == Variant::LARGE {
