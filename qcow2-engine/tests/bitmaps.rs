@@ -6,10 +6,10 @@ mod common;
 #[path = "common/damaged.rs"]
 mod damaged;
 
-use common::{IMAGE, Mirror, run};
+use common::{IMAGE, Idle, Mirror, leaks, run};
 use damaged::tool;
 use qcow2_engine::{
-    CheckOptions, Lane, OpenOptions, Pace, check, grow,
+    Lane, OpenOptions, grow,
     inspect::ImageFile,
     io::{Access, mem::MemFiles},
 };
@@ -17,24 +17,9 @@ use qcow2_format::{
     bitmap::{FLAG_AUTO, FLAG_IN_USE},
     word,
 };
-use std::{future::Future, path::Path, pin::Pin};
+use std::path::Path;
 
 const DISK: usize = 8 << 20;
-
-fn leaks(files: &MemFiles) -> u64 {
-    let found = run(check(files, files, Path::new(IMAGE), CheckOptions::default())).expect("checks").found;
-    assert_eq!((found.corruptions, found.check_errors), (0, 0), "{:?}", found.list);
-    found.leaks
-}
-
-/// Rests without doing anything.
-struct Idle;
-
-impl Pace for Idle {
-    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
-        Box::pin(std::future::ready(true))
-    }
-}
 
 /// The first write gave all bitmaps up: qemu-img found leaks, and no bitmap that it could have removed. Those that
 /// record every write are marked as stale, and keep their clusters until they are removed; the others stay true.

@@ -4,12 +4,12 @@
 mod common;
 
 use common::{
-    IMAGE, Mirror,
+    IMAGE, Idle, Mirror,
     hooked::{Hook, Hooked, Operation},
-    run,
+    leaks, run,
 };
 use qcow2_engine::{
-    CheckOptions, Image, Lane, OpenOptions, Pace, Reclaimed, Verdict, ZeroMode, check,
+    Image, Lane, OpenOptions, Pace, Reclaimed, Verdict, ZeroMode,
     io::{Buf, mem::MemFiles},
 };
 use qcow2_format::word;
@@ -55,12 +55,6 @@ fn leaky(options: &str, has_snapshots: bool) -> (MemFiles, Vec<u8>) {
     mirror.flush();
     let bytes = std::mem::take(&mut mirror.bytes);
     (files, bytes)
-}
-
-fn leaks(files: &MemFiles) -> u64 {
-    let found = run(check(files, files, Path::new(IMAGE), CheckOptions::default())).expect("checks").found;
-    assert_eq!((found.corruptions, found.check_errors), (0, 0), "{:?}", found.list);
-    found.leaks
 }
 
 /// Requests on two lanes, one between any two steps of the search.
@@ -144,15 +138,6 @@ fn a_search_stops_when_told_and_begins_anew_at_the_next_opening() {
     }
     run(lane.close()).expect("close");
     assert!(leaks(&files) > 0);
-}
-
-/// Rests without doing anything.
-struct Idle;
-
-impl Pace for Idle {
-    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
-        Box::pin(std::future::ready(true))
-    }
 }
 
 /// One word of an image, as it must not be.

@@ -8,24 +8,17 @@ mod common;
 mod damaged;
 
 use common::{
-    IMAGE, findings,
+    IMAGE, Idle, findings,
     hooked::{Hook, Hooked, Operation},
     run,
 };
-use damaged::{COPIED, Parts, qemu_says_corrupt};
+use damaged::{COPIED, Parts, SHAPES, qemu_says_corrupt};
 use qcow2_engine::{
-    Error, ErrorKind, Image, Lane, OpenOptions, Pace, Verdict, ZeroMode,
+    Error, ErrorKind, Image, Lane, OpenOptions, Verdict, ZeroMode,
     io::{Buf, mem::MemFiles},
 };
 use qcow2_format::{Unsupported, Version, header, word};
-use std::{cell::Cell, future::Future, io, path::Path, pin::Pin, process::Command, sync::Arc};
-
-const SHAPES: [&str; 4] = [
-    "compat=1.1,cluster_size=64k",
-    "compat=1.1,cluster_size=4k,refcount_bits=64",
-    "compat=1.1,cluster_size=512,refcount_bits=8",
-    "compat=0.10,cluster_size=4k",
-];
+use std::{cell::Cell, io, path::Path, process::Command, sync::Arc};
 
 /// What is asked of the damaged image.
 #[derive(Clone, Copy, Debug)]
@@ -503,13 +496,4 @@ fn qemu_check(bytes: &[u8]) -> (Option<i32>, String) {
         Command::new("qemu-img").args(["check", "-f", "qcow2"]).arg(&path).output().expect("qemu-img");
     let text = [output.stdout, output.stderr].concat();
     (output.status.code(), String::from_utf8_lossy(&text).into_owned())
-}
-
-/// Rests without doing anything.
-struct Idle;
-
-impl Pace for Idle {
-    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
-        Box::pin(std::future::ready(true))
-    }
 }

@@ -7,29 +7,20 @@ mod common;
 #[path = "common/damaged.rs"]
 mod damaged;
 
-use common::{IMAGE, findings, run};
-use damaged::{COPIED, Parts, tool};
+use common::{IMAGE, Idle, findings, run};
+use damaged::{COPIED, Parts, SHAPES, tool};
 use qcow2_engine::{
-    ErrorKind, Image, Lane, MIN_REDO_BYTES, OpenOptions, Pace, RedoLog, RedoMemory, Verdict, ZeroMode,
+    ErrorKind, Image, Lane, MIN_REDO_BYTES, OpenOptions, RedoLog, RedoMemory, Verdict, ZeroMode,
     io::{Buf, mem::MemFiles},
 };
 use qcow2_format::{Version, header, word};
 use std::{
-    future::Future,
     path::Path,
-    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering::Relaxed},
     },
 };
-
-const SHAPES: [&str; 4] = [
-    "compat=1.1,cluster_size=64k",
-    "compat=1.1,cluster_size=4k,refcount_bits=64",
-    "compat=1.1,cluster_size=512,refcount_bits=8",
-    "compat=0.10,cluster_size=4k",
-];
 
 /// What is asked of the damaged image.
 #[derive(Clone, Copy, Debug)]
@@ -237,13 +228,4 @@ fn assert_qemu_finds_nothing(files: &MemFiles) {
     let path = directory.path().join(IMAGE);
     std::fs::write(&path, files.get(IMAGE).expect("kept")).expect("written");
     tool("qemu-img", &["check", "-q", "-f", "qcow2", path.to_str().expect("UTF-8")]);
-}
-
-/// Rests without doing anything.
-struct Idle;
-
-impl Pace for Idle {
-    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
-        Box::pin(std::future::ready(true))
-    }
 }

@@ -7,6 +7,14 @@ use std::{path::Path, process::Command};
 pub(crate) const COPIED: u64 = 1 << 63;
 pub(crate) const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 
+/// Options of images that differ in all that damage may look at.
+pub(crate) const SHAPES: [&str; 4] = [
+    "compat=1.1,cluster_size=64k",
+    "compat=1.1,cluster_size=4k,refcount_bits=64",
+    "compat=1.1,cluster_size=512,refcount_bits=8",
+    "compat=0.10,cluster_size=4k",
+];
+
 pub(crate) fn tool(name: &str, args: &[&str]) {
     let output = Command::new(name).args(args).output().expect("qemu-utils: cargo xtask setup");
     assert!(output.status.success(), "{name} {args:?}: {}", String::from_utf8_lossy(&output.stderr));

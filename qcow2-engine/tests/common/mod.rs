@@ -4,11 +4,11 @@ pub(crate) mod hooked;
 
 pub(crate) use qcow2_engine::exec::run_at_once as run;
 use qcow2_engine::{
-    CheckOptions, Image, Lane, OpenOptions, ZeroMode, check,
+    CheckOptions, Image, Lane, OpenOptions, Pace, ZeroMode, check,
     io::{Buf, FileId, Storage, mem::MemFiles},
 };
 use qcow2_format::{Blueprint, CreateOptions};
-use std::{path::Path, process::Command, sync::Arc};
+use std::{future::Future, path::Path, pin::Pin, process::Command, sync::Arc};
 
 pub(crate) const IMAGE: &str = "image.qcow2";
 
@@ -21,6 +21,22 @@ pub(crate) fn create(files: &MemFiles, name: &str, options: &CreateOptions) {
 pub(crate) fn findings(files: &MemFiles) -> Vec<String> {
     let report = run(check(files, files, Path::new(IMAGE), CheckOptions::default())).expect("checks");
     report.found.list.iter().map(ToString::to_string).collect()
+}
+
+/// How many leaks a check finds, and nothing else.
+pub(crate) fn leaks(files: &MemFiles) -> u64 {
+    let found = run(check(files, files, Path::new(IMAGE), CheckOptions::default())).expect("checks").found;
+    assert_eq!((found.corruptions, found.check_errors), (0, 0), "{:?}", found.list);
+    found.leaks
+}
+
+/// Rests without doing anything.
+pub(crate) struct Idle;
+
+impl Pace for Idle {
+    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
+        Box::pin(std::future::ready(true))
+    }
 }
 
 /// How long the image is, in bytes.
