@@ -6,8 +6,9 @@ use qcow2_engine::{
     sim::{
         apart::{Ended, Wire, apart, numbered},
         campaign::{self, Budget, Failure, NO_END},
+        case::{Totals, Work},
         cases,
-        run::{Totals, Work, simulate},
+        run::simulate,
         workload::Fixture,
     },
 };

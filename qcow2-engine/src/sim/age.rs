@@ -1,13 +1,14 @@
 //! Images that an earlier life has left, which ended with a crash: with leaks.
 
 use super::{
+    case::Totals,
     damage::Wreck,
     disk::Disk,
     file::SECTOR,
     model::Value,
     play::{Player, play},
     request::Request,
-    run::{Life, Totals},
+    run::Life,
     workload::{Fixture, Past},
 };
 use crate::{Lane, io::Buf};

@@ -6,7 +6,8 @@
 #![allow(unsafe_code, reason = "a fork")]
 
 use super::{
-    run::{Case, Totals, simulate},
+    case::{Case, Totals},
+    run::simulate,
     workload::Fixture,
 };
 use nix::{

@@ -2,8 +2,9 @@
 
 use super::{
     apart::{self, Ended, simulate_apart},
+    case::{Case, Totals, Work},
     cases::case,
-    run::{Case, Totals, Work, simulate},
+    run::simulate,
     workload::Fixture,
 };
 use crate::RuleName;

@@ -5,11 +5,11 @@
 
 use super::{
     age::{age, count_all, count_twice, fill_table, leave_tail},
+    case::{Case, Work},
     damage::Damage,
     faults::{Failing, Fault, FileSystem, HeldBack, Victim},
     request::Request,
     rng::Rng,
-    run::{Case, Work},
     sequences::{
         allocating, changing_all, churn, crossing, discard, flushed, freeing, freeing_much, growing,
         long_write, meeting, random, short, tables_after_data, touches, with_flushes, writers, zeros,

@@ -20,7 +20,8 @@ use super::{
     play::{Player, play},
     request::Request,
     rng::Rng,
-    run::{Life, Task},
+    run::Life,
+    tasks::Task,
 };
 use crate::{Image, Lane, RedoLog, io::Buf};
 use std::{cell::RefCell, rc::Rc, sync::Arc};

@@ -2,19 +2,20 @@
 //! that was promised is lost with it.
 //!
 //! [`disk`] is an [`Io`](crate::io::Io) whose operations complete in an order that a seed chooses, on a
-//! [`file`] with a volatile cache, or fail as [`faults`] says; [`contents`] are its bytes. [`states`]
+//! [`mod@file`] with a volatile cache, or fail as [`faults`] says; [`contents`] are its bytes. [`states`]
 //! enumerates what a crash at one moment may leave on such a disk. [`oracle`] reads a crashed image with
 //! nothing but the format crate and says what is wrong with it. [`model`] knows which contents each sector
 //! may have. [`workload`] makes images (`mixed`, `chain` and `wide` those of some kinds, `age` those that have
 //! been through something), `play` carries [`request`]s out; `kill` ends the process and not the machine;
 //! [`tools`] has crashes while a tool is at work, on an image with [`damage`], and `counts` says whether that
 //! got worse; a [`wound`] is met by requests; `verdict` is what a state is held against; [`cases`] draws images
-//! and requests from a seed (`sequences`); [`run`] lives one case through; [`campaign`] runs many, counts, and
+//! and requests from a seed (`sequences`); [`run`] lives one [`case`] through, with its `tasks`; [`campaign`] runs many, counts, and
 //! shrinks what fails, in processes that may die of it ([`apart`]).
 
 mod age;
 pub mod apart;
 pub mod campaign;
+pub mod case;
 pub mod cases;
 mod chain;
 pub mod contents;
@@ -34,6 +35,7 @@ pub mod rng;
 pub mod run;
 mod sequences;
 pub mod states;
+mod tasks;
 pub mod tools;
 mod verdict;
 mod wide;

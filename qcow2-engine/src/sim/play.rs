@@ -5,7 +5,7 @@ use super::{
     file::{SECTOR, sector_bytes},
     model::{Model, Value},
     request::{Request, Shape},
-    run::Task,
+    tasks::Task,
 };
 use crate::{
     Direct, Error, Lane, Pace, Run, Verdict, ZeroMode,

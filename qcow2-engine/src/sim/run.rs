@@ -1,9 +1,10 @@
 //! One simulated life of an image: requests on several lanes, a crash at every moment, a verdict.
 
 use super::{
+    case::{Case, Totals, Work},
     counts::Standing,
     disk::Disk,
-    faults::{Failing, FileSystem, HeldBack},
+    faults::HeldBack,
     kill::MAX_PROCESSES,
     memory::Memory,
     model::{Model, Value},
@@ -12,117 +13,22 @@ use super::{
     request::Request,
     rng::Rng,
     states,
-    tools::{self, Tool},
+    tasks::{Running, Task, poll},
+    tools,
     verdict::Judge,
     workload::{Fixture, IMAGE},
-    wound::{Wound, Wounded},
+    wound::Wounded,
 };
-use crate::{Image, Lane, OpenOptions, Paging, RuleName, io::Buf};
+use crate::{Image, Lane, OpenOptions, Paging, io::Buf};
 use std::{
     cell::{Cell, RefCell},
     collections::HashSet,
     future::Future,
     path::Path,
-    pin::Pin,
     rc::Rc,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
-    task::{Context, Poll, Wake, Waker},
+    sync::Arc,
+    task::{Context, Waker},
 };
-
-/// What is done with an image.
-#[derive(Clone, Debug)]
-pub enum Work {
-    /// It is served. Requests, one after the other on each lane; the lanes run at the same time.
-    Lanes(Vec<Vec<Request>>),
-    /// A tool works on it.
-    Tool(Tool),
-}
-
-/// A life to be simulated. The same case always goes the same way.
-#[derive(Clone, Debug)]
-pub struct Case {
-    /// What is done.
-    pub work: Work,
-    /// Chooses the order of completions and the random crash states.
-    pub seed: u64,
-    /// The operation that lands late.
-    pub held_back: HeldBack,
-    /// Operations that fail, counted from the opening.
-    pub fault: Option<Failing>,
-    /// The host is full after so many operations.
-    pub fills_after: Option<u64>,
-    /// What the file system can do.
-    pub file_system: FileSystem,
-    /// How the metadata is cut into pages.
-    pub paging: Paging,
-    /// All requests are of one lane, as those of a queue are.
-    pub is_one_lane: bool,
-    /// So many records are in the redo log from the beginning.
-    pub logged: u64,
-    /// A queue ends after so many operations, when it has one of this kind in flight: the other lanes go on.
-    pub abandons_after: Option<(u64, HeldBack)>,
-    /// The damage that the image has.
-    pub wound: Option<Wound>,
-    /// The rule that is switched off.
-    pub disabled: Option<RuleName>,
-}
-
-impl Case {
-    /// Whether an operation may fail.
-    fn has_faults(&self) -> bool {
-        self.is_faulty() || self.fills_after.is_some()
-    }
-
-    /// Whether anything may fail, also what needs no room.
-    fn is_faulty(&self) -> bool {
-        self.fault.is_some() || self.wound.is_some() || self.abandons_after.is_some()
-    }
-
-    fn searches_for_leaks(&self) -> bool {
-        let Work::Lanes(lanes) = &self.work else { return false };
-        lanes.iter().flatten().any(|request| matches!(request, Request::Reclaim(_)))
-    }
-
-    /// A request that does not end keeps what it may still use, and what is on its way to be freed
-    /// cannot be told from a leak of a cluster that is in use: the search may give up on those.
-    fn search_may_give_up(&self) -> bool {
-        self.held_back == HeldBack::Growth
-    }
-}
-
-/// What was covered.
-#[derive(Clone, Debug, Default)]
-pub struct Totals {
-    /// Cases.
-    pub workloads: u64,
-    /// Crash states judged.
-    pub states: u64,
-    /// Hashes of the images among them.
-    pub images: HashSet<u64>,
-    /// The most leaked clusters that a crash left.
-    pub worst_leaks: u64,
-    /// Completed operations of all cases.
-    pub operations: u64,
-    /// Processes killed.
-    pub kills: u64,
-}
-
-impl Totals {
-    /// Adds what another thread covered.
-    pub fn add(&mut self, other: Self) {
-        self.workloads += other.workloads;
-        self.states += other.states;
-        self.images.extend(other.images);
-        self.worst_leaks = self.worst_leaks.max(other.worst_leaks);
-        self.operations += other.operations;
-        self.kills += other.kills;
-    }
-}
-
-pub(super) type Task = Pin<Box<dyn Future<Output = Result<(), String>>>>;
 
 /// Requests that a lane carries out at a time: fewer than some cases have.
 const SLOTS: usize = 2;
@@ -140,63 +46,6 @@ const CLOSE_SHARE: u64 = 10;
 const CLOSE: u64 = 600;
 /// Rounds of polling without progress, at the most, before a case counts as a hang.
 const MAX_STEPS: u64 = 200_000;
-/// Rounds of polling between two operations of the disk, at the most.
-const MAX_POLLS: u64 = 10_000;
-
-/// A task, which is polled when it has been woken, as in service: whoever forgets to wake it has it hang.
-struct Running {
-    task: Task,
-    woken: Arc<Woken>,
-}
-
-/// Whether a task has been woken.
-struct Woken(AtomicBool);
-
-impl Running {
-    fn new(task: Task) -> Self {
-        Self { task, woken: Arc::new(Woken(AtomicBool::new(true))) }
-    }
-
-    /// Polls it, if it has been woken.
-    fn poll(&mut self) -> Option<Poll<Result<(), String>>> {
-        if !self.woken.0.swap(false, Ordering::Relaxed) {
-            return None;
-        }
-        let waker = Waker::from(Arc::clone(&self.woken));
-        Some(self.task.as_mut().poll(&mut Context::from_waker(&waker)))
-    }
-}
-
-impl Wake for Woken {
-    fn wake(self: Arc<Self>) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-}
-
-/// Polls until nobody is awake.
-fn poll(tasks: &mut Vec<Running>) -> Result<(), String> {
-    for _ in 0..MAX_POLLS {
-        let (mut is_quiet, mut failure) = (true, None);
-        tasks.retain_mut(|task| match task.poll() {
-            None => true,
-            Some(Poll::Pending) => {
-                is_quiet = false;
-                true
-            }
-            Some(Poll::Ready(result)) => {
-                is_quiet = false;
-                failure = failure.take().or(result.err());
-                false
-            }
-        });
-        match failure {
-            Some(failure) => return Err(failure),
-            None if is_quiet => return Ok(()),
-            None => {}
-        }
-    }
-    Err("requests wake each other for ever".into())
-}
 
 pub(super) struct Life<'a> {
     pub(super) fixture: &'a Fixture,
@@ -404,7 +253,7 @@ impl<'a> Life<'a> {
     fn abandon(&mut self, tasks: &mut Vec<Running>, with: HeldBack) {
         let any = self.rng.below(tasks.len().max(1) as u64) as usize;
         let Some(waker) = self.disk.who_waits(with).filter(|_| tasks.len() > 1) else { return };
-        let whose = tasks.iter().position(|task| Waker::from(Arc::clone(&task.woken)).will_wake(&waker));
+        let whose = tasks.iter().position(|task| task.waker().will_wake(&waker));
         drop(tasks.swap_remove(whose.unwrap_or(any)));
         self.abandons_after = None;
     }

@@ -12,6 +12,7 @@
 //! - *creation*: the old image, no image, or the new one, whole and empty.
 
 use super::{
+    case::{self, Case, Totals},
     contents::Contents,
     counts::Standing,
     damage::{self, Damage},
@@ -22,7 +23,6 @@ use super::{
     model::{INITIAL, Model, Value},
     oracle::{self, Memo},
     rng::Rng,
-    run::{self, Case, Totals},
     states,
     workload::{Fixture, IMAGE},
 };
@@ -303,7 +303,7 @@ impl<'a> Work<'a> {
         };
         let disk = self.fixture.disk(bytes);
         let case = Case {
-            work: run::Work::Tool(self.tool),
+            work: case::Work::Tool(self.tool),
             seed: hash,
             held_back: HeldBack::Nothing,
             fault: None,
