@@ -6,7 +6,7 @@ use super::{
     process::{self, Ending, Finished},
 };
 use crate::io::{SECTOR, whole_sectors};
-use qcow2_format::{Geometry, Header, L1Entry, Mapping, snapshot, word};
+use qcow2_format::{Clusters, Geometry, Header, L1Entry, Mapping, snapshot, word};
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     fs, io,
@@ -226,17 +226,23 @@ fn tables(image: &[u8]) -> Option<(Geometry, Tables)> {
     Some((geometry, tables))
 }
 
-/// Whether two entries of the active mapping name one cluster, which only damage brings about. Such an image
-/// is sound for both checks where the counts say two. When one of the entries is replaced the other is its
+/// Whether two entries of the active mapping name one cluster, which only damage brings about, where it is
+/// not compressed data for both. Such an image is sound for both checks where the counts say two. When one of the entries is replaced the other is its
 /// only owner, and lacks the flag that says so: it cannot be found in passing, and QEMU leaves it as it is as
 /// well.
 fn shares_clusters(image: &[u8]) -> bool {
     let Some((geometry, tables)) = tables(image) else { return false };
-    let mut named = HashSet::new();
-    tables.l2.values().any(|&raw| match Mapping::decode(raw, &geometry) {
-        Ok(Mapping::Data { host, .. } | Mapping::Zero { host: Some(host), .. }) => !named.insert(host.0),
-        _ => false,
-    })
+    let (mut named, mut packed, mut is_shared) = (HashSet::new(), HashSet::new(), false);
+    for &raw in tables.l2.values() {
+        match Mapping::decode(raw, &geometry) {
+            Ok(Mapping::Data { host, .. } | Mapping::Zero { host: Some(host), .. }) => {
+                is_shared |= !named.insert(geometry.host_cluster(host));
+            }
+            Ok(Mapping::Compressed(range)) => packed.extend(range.host_clusters(&geometry).each()),
+            _ => {}
+        }
+    }
+    is_shared || !named.is_disjoint(&packed)
 }
 
 /// However damaged the image was: entries that nobody asked to change are what they were.
