@@ -74,24 +74,19 @@ impl<I: Io> Lane<I> {
 
     /// Whether the image has bitmaps that the next change would make stale, or a new size too short.
     pub(crate) async fn has_true_bitmaps(&self) -> bool {
-        let Some(extension) = self.bitmaps_extension() else { return false };
+        let Some(extension) = self.image().header.consistent_bitmaps() else { return false };
         // Those of a damaged directory are lost already.
         self.bitmaps(&extension).await.is_ok_and(|(_, bitmaps)| bitmaps.iter().any(Bitmap::is_true))
     }
 
     /// Returns whether the directory says the truth of all bitmaps, as soon as what has been written is durable.
     async fn mark_bitmaps(&self) -> Result<bool> {
-        let Some(extension) = self.bitmaps_extension() else { return Ok(false) };
+        let Some(extension) = self.image().header.consistent_bitmaps() else { return Ok(false) };
         let (mut directory, bitmaps) = self.bitmaps(&extension).await?;
         if let Some(changed) = bitmap::mark_in_use(&mut directory, &bitmaps) {
             self.write_part(extension.directory.0, &directory, changed).await?;
         }
         Ok(true)
-    }
-
-    fn bitmaps_extension(&self) -> Option<BitmapsExtension> {
-        let header = &self.image().header;
-        header.bitmaps.filter(|_| header.bitmaps_consistent())
     }
 
     /// The directory's bytes, up to whole sectors, and what they say.

@@ -123,7 +123,7 @@ impl<I: Io> Lane<I> {
 
     /// The first change makes bitmaps stale, and none is made as long as the disk. A write has to go on all the
     /// same; this can be done by who keeps them.
-    async fn has_bitmaps_to_lose(&self, size: u64) -> Result<()> {
+    async fn refuse_to_lose_bitmaps(&self, size: u64) -> Result<()> {
         let image = self.image();
         if size == image.virtual_size() || !self.has_true_bitmaps().await {
             return Ok(());
@@ -137,7 +137,7 @@ impl<I: Io> Lane<I> {
     async fn lengthen_l1(&self, size: u64) -> Result<()> {
         let image = self.image();
         image.can_grow_to(size)?;
-        self.has_bitmaps_to_lose(size).await?;
+        self.refuse_to_lose_bitmaps(size).await?;
         let wanted = Geometry { virtual_size: size, ..*image.geometry() }.l1_entries();
         let present = image.header_u32(header::L1_SIZE_OFFSET);
         if wanted <= u64::from(present) {

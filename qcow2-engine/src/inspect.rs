@@ -173,7 +173,7 @@ impl<'a, I: Io> ImageFile<'a, I> {
     /// # Errors
     /// A failed read; a damaged directory.
     pub async fn bitmaps(&self) -> Result<Vec<Bitmap>> {
-        let Some(extension) = self.header.bitmaps.filter(|_| self.header.bitmaps_consistent()) else {
+        let Some(extension) = self.header.consistent_bitmaps() else {
             return Ok(Vec::new());
         };
         let bytes = self.read(extension.directory.0, extension.directory_bytes).await?;

@@ -173,9 +173,7 @@ impl Image {
         if index >= layer.l1.len() as u64 {
             return Err(self.bad_log(format!("the L1 table has no entry {index}")));
         }
-        let guest = index * layer.geometry.l2_coverage_bytes();
-        L1Entry::decode(layer.l1.get(index), &layer.geometry)
-            .map_err(|source| layer.corrupt("L1", guest, source))
+        layer.l1_entry(index * layer.geometry.l2_coverage_bytes())
     }
 }
 

@@ -242,9 +242,9 @@ impl Territory {
         let l1 = header.l1_table.bytes(u64::from(header.l1_entries) * 8);
         let table_bytes = u64::from(header.refcount_table_clusters) * geometry.cluster_size();
         let table = header.refcount_table.bytes(table_bytes);
-        let bitmaps = header.bitmaps.filter(|_| header.bitmaps_consistent());
-        let bitmaps =
-            bitmaps.map_or_else(Range::default, |bitmaps| bitmaps.directory.bytes(bitmaps.directory_bytes));
+        let bitmaps = header
+            .consistent_bitmaps()
+            .map_or_else(Range::default, |bitmaps| bitmaps.directory.bytes(bitmaps.directory_bytes));
         for range in self.snapshot_l1s.clone() {
             range.each().for_each(|cluster| self.sieve.mark(cluster));
         }

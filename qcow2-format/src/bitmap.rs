@@ -159,10 +159,12 @@ pub fn mark_in_use(directory: &mut [u8], bitmaps: &[Bitmap]) -> Option<Range<usi
     let mut changed: Option<Range<usize>> = None;
     let mut at = 0;
     for bitmap in bitmaps {
-        let field = at + offset_of!(RawBitmap, flags)..at + offset_of!(RawBitmap, flags) + size_of::<u32>();
+        let start = at + offset_of!(RawBitmap, flags);
+        let field = start..start + size_of::<u32>();
         at += bitmap.entry_bytes() as usize;
-        if let (true, FLAG_AUTO, Some(bytes)) =
-            (bitmap.is_true(), bitmap.flags & FLAG_AUTO, directory.get_mut(field.clone()))
+        if bitmap.is_true()
+            && bitmap.flags & FLAG_AUTO != 0
+            && let Some(bytes) = directory.get_mut(field.clone())
         {
             bytes.copy_from_slice(&(bitmap.flags | FLAG_IN_USE).to_be_bytes());
             changed = Some(changed.map_or(field.start, |part| part.start)..field.end);

@@ -283,7 +283,13 @@ impl Header {
     /// data must be considered inconsistent".
     #[must_use]
     pub fn bitmaps_consistent(&self) -> bool {
-        self.bitmaps.is_some() && self.autoclear & BITMAPS != 0
+        self.autoclear & BITMAPS != 0 && self.bitmaps.is_some()
+    }
+
+    /// The bitmaps extension, if it says the truth.
+    #[must_use]
+    pub fn consistent_bitmaps(&self) -> Option<BitmapsExtension> {
+        self.bitmaps.filter(|_| self.bitmaps_consistent())
     }
 
     /// The bytes of the first cluster: header, extensions, backing file name, zeros.

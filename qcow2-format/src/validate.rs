@@ -380,7 +380,7 @@ fn check_pointers(header: &Header, places: Places, file_len: u64) -> Result<(), 
         }
         (CryptMethod::None | CryptMethod::Aes, None) => {}
     }
-    if let Some(bitmaps) = header.bitmaps.as_ref().filter(|_| header.bitmaps_consistent()) {
+    if let Some(bitmaps) = header.consistent_bitmaps() {
         let field = Field::new("bitmap_directory_offset", places.bitmaps + 16);
         check_table(field, bitmaps.directory, bitmaps.directory_bytes, cluster_size, file_len)?;
     }

@@ -6,9 +6,9 @@
 //! ```
 //!
 //! It does next to nothing, so that it outlives what may kill a server: no ring, no device, of the image but a
-//! descriptor, and one thread, which is what makes the forks sound. It ends with the server that ends by itself. What a new
-//! server has made and not told of, be it killed or one of its queues failed, it removes; a device that was
-//! to be recovered goes on waiting. If there is no successor to be had, because each dies as soon as it serves,
+//! descriptor, and one thread, which is what makes the forks sound. It ends with the server that ends by itself.
+//! What a new server has made and not told of, be it killed or one of its queues failed, it removes; a device that
+//! was to be recovered goes on waiting. If there is no successor to be had, because each dies as soon as it serves,
 //! fails to take the device over or cannot even be started, it goes on trying ([`Setbacks`]), until somebody
 //! else has the device or takes it away.
 

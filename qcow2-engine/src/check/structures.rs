@@ -119,7 +119,7 @@ impl Survey {
     }
 
     pub(super) async fn bitmaps(&mut self, file: &ImageFile<'_, impl Io>) {
-        let Some(extension) = file.header().bitmaps.filter(|_| file.header().bitmaps_consistent()) else {
+        let Some(extension) = file.header().consistent_bitmaps() else {
             return;
         };
         let (owner, host, len) = (Owner::BitmapDirectory, extension.directory.0, extension.directory_bytes);

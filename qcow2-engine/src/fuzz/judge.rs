@@ -226,10 +226,10 @@ fn tables(image: &[u8]) -> Option<(Geometry, Tables)> {
     Some((geometry, tables))
 }
 
-/// Whether two entries of the active mapping name one cluster, which only damage brings about, where it is
-/// not compressed data for both. Such an image is sound for both checks where the counts say two. When one of the entries is replaced the other is its
-/// only owner, and lacks the flag that says so: it cannot be found in passing, and QEMU leaves it as it is as
-/// well.
+/// Whether two entries of the active mapping name one cluster, which only damage brings about where it is not
+/// compressed data for both. Such an image is sound for both checks where the counts say two. When one of the
+/// entries is replaced the other is its only owner, and lacks the flag that says so: it cannot be found in
+/// passing, and QEMU leaves it as it is as well.
 fn shares_clusters(image: &[u8]) -> bool {
     let Some((geometry, tables)) = tables(image) else { return false };
     let (mut named, mut packed, mut is_shared) = (HashSet::new(), HashSet::new(), false);
