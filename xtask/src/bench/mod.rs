@@ -34,6 +34,7 @@ use matrix::{Engine, Extent, Session};
 use plan::{Length, Plan};
 use std::{
     fs,
+    io::Write as _,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -152,7 +153,10 @@ impl Options {
 pub(crate) fn command(options: &Options) -> Result<ExitCode> {
     let sessions = matrix::sessions(options.extent(), &options.filter);
     if options.list {
-        sessions.iter().flat_map(|session| &session.rows).for_each(|row| println!("{row}"));
+        let rows = sessions.iter().flat_map(|session| &session.rows);
+        let list: String = rows.map(|row| format!("{row}\n")).collect();
+        // Whoever reads it may have seen enough.
+        let _ = std::io::stdout().write_all(list.as_bytes());
         return Ok(ExitCode::SUCCESS);
     }
     if options.report {
