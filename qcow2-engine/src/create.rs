@@ -76,7 +76,9 @@ pub async fn create<I: Io>(
     let made = made.await;
     if made.is_err() {
         // Nothing that could be taken for an image stays; if that fails too, the first error counts.
-        let _ = io.set_len(file, 0).await;
+        if io.set_len(file, 0).await.is_err() {
+            let _ = new.wipe(capacity).await;
+        }
     }
     made
 }

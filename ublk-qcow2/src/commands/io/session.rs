@@ -347,10 +347,10 @@ fn fill_from(buf: &Buf, path: &Path) -> Result<(), String> {
     let mut bytes = Vec::new();
     let read = File::open(path).and_then(|file| file.take(buf.len() as u64).read_to_end(&mut bytes));
     read.map_err(|error| format!("{}: {error}", path.display()))?;
-    if bytes.is_empty() {
+    if bytes.is_empty() && !buf.is_empty() {
         return Err(format!("{}: the file is empty", path.display()));
     }
-    for at in (0..buf.len()).step_by(bytes.len()) {
+    for at in (0..buf.len()).step_by(bytes.len().max(1)) {
         buf.copy_from(at, &bytes[..bytes.len().min(buf.len() - at)]);
     }
     Ok(())
