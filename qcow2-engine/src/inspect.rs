@@ -15,7 +15,7 @@ use crate::{
 use qcow2_format::{
     Defects, FormatError, Geometry, Header, HostCluster, Snapshot, Unsupported,
     bitmap::{self, Bitmap},
-    snapshot::{self, Salvage, TableExtent},
+    snapshot::{self, MAX_SALVAGE_BYTES, Salvage, TableExtent},
     word,
 };
 use std::{io, path::Path, sync::Arc};
@@ -162,7 +162,7 @@ impl<'a, I: Io> ImageFile<'a, I> {
             let bytes = self.read(at, wanted).await?;
             match decoded(&bytes).map_err(|source| self.damaged(source))? {
                 Ok(table) => return Ok(table),
-                Err(needed) => wanted = needed.max(2 * wanted),
+                Err(needed) => wanted = needed.max(MAX_SALVAGE_BYTES.min(2 * wanted)),
             }
         }
     }

@@ -1,4 +1,4 @@
-//! Opening an image with its chain, and what its first change needs.
+//! Opening an image with its chain.
 
 use crate::{
     alloc::{frees::Frees, refcounts::Refcounts, space::Space},

@@ -121,7 +121,8 @@ impl RedoLog {
         let log = Self::in_memory(memory)?;
         log.word(0).store(0, Ordering::Relaxed);
         for word in [HEAD, TAIL, FAILED, BARRIERS] {
-            log.word(word).store(0, Ordering::Relaxed);
+            // Not before the magic has gone: counters that are half new would be taken for damage.
+            log.word(word).store(0, Ordering::Release);
         }
         log.word(0).store(MAGIC, Ordering::Release);
         Ok(log)

@@ -274,6 +274,7 @@ fn leaks_are_searched_for_beside_threads() {
         scope.spawn(|| {
             let lane = Lane::new(&image, files.clone(), 4);
             while Instant::now() < end || !given_back.load(Ordering::Relaxed) {
+                assert!(Instant::now() < end + Duration::from_secs(120), "no search comes to its end");
                 let reclaimed = wait_for(lane.reclaim_leaks(&Restless)).expect("a search");
                 let is_done = reclaimed.verdict == Verdict::Complete && reclaimed.left == 0;
                 given_back.fetch_or(is_done, Ordering::Relaxed);

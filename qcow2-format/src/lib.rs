@@ -18,6 +18,8 @@
 //! | words of a table | [`word::all`], [`word::get`] | numbers of 64 bits |
 //! | snapshot table | [`snapshot::decode_table`], [`snapshot::salvage`] | [`Snapshot`]s |
 //! | bitmap directory | [`bitmap::decode_directory`] | [`bitmap::Bitmap`]s |
+//! | bitmap table entry | [`bitmap::BitmapTableEntry::decode`] | where that part of the bitmap is |
+//! | L2 entry of compressed data | [`CompressedRange::decode`] | [`CompressedRange`] |
 //!
 //! [`Blueprint`] goes the other way for a whole image: the bytes of a new, empty one.
 //!

@@ -1,8 +1,8 @@
 //! The snapshot table: a packed list of entries of variable length.
 //!
 //! The table's length is not stored anywhere; only reading it tells. [`table_extent`] finds it from
-//! a prefix, so that a caller can read in steps and never more than [`MAX_TABLE_BYTES`]. What the
-//! L1 tables of the snapshots hold is not known here.
+//! a prefix, so that a caller can read in steps and never more than [`MAX_TABLE_BYTES`], or
+//! [`MAX_SALVAGE_BYTES`] where a damaged one is salvaged. What the L1 tables of the snapshots hold is not known here.
 
 use crate::{
     Field, FormatError, Geometry, HostOffset, Version,

@@ -16,6 +16,7 @@ use std::{
     io,
     os::fd::AsRawFd,
     path::Path,
+    thread,
     time::{Duration, Instant},
 };
 use zerocopy::{FromBytes, IntoBytes};
@@ -256,10 +257,13 @@ impl Control {
     fn wait_slice(&mut self, id: u64) -> Result<Option<i32>, Unended> {
         let time = types::Timespec::from(SLICE);
         match self.ring.submitter().submit_with_args(1, &types::SubmitArgs::new().timespec(&time)) {
-            Err(error) if !matches!(error.raw_os_error(), Some(libc::ETIME | libc::EINTR | libc::EAGAIN)) => {
-                return Err(Unended { error: ControlError::Ring(error) });
-            }
-            _ => {}
+            Ok(_) => {}
+            Err(error) => match error.raw_os_error() {
+                Some(libc::ETIME | libc::EINTR) => {}
+                // The kernel had no memory to take the command with, and has not waited.
+                Some(libc::EAGAIN) => thread::sleep(SLICE),
+                _ => return Err(Unended { error: ControlError::Ring(error) }),
+            },
         }
         Ok(self.ring.completion().find(|entry| entry.user_data() == id).map(|entry| entry.result()))
     }

@@ -34,7 +34,7 @@ use nodes::{open_char, until_let_go};
 use request::{FORGETS_SERVERS, NO_PART_SCAN, RECOVERY, ZERO_COPY};
 use std::{fs::File, io, path::PathBuf, time::Duration};
 
-/// Why a device could not be made.
+/// Why a device could not be made, taken over or removed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DeviceError {
     #[error(transparent)]

@@ -176,7 +176,7 @@ impl Context {
                 return;
             }
             if let Err(error) = self.lane.maintain().await {
-                self.report(&format_args!("maintenance: {error}"));
+                self.report(&format_args!("maintenance failed: {error}"));
             }
         }
     }
@@ -234,7 +234,7 @@ impl Context {
     /// The request that a descriptor stands for, or what the kernel is to be told instead of a result.
     fn request_of(&self, descriptor: &uapi::IoDesc) -> Result<Request, i32> {
         Request::decode(descriptor, self.bounds).map_err(|error| {
-            self.report(&error);
+            self.report(&format_args!("request refused: {error}"));
             match error {
                 DecodeError::Operation(_) => -libc::EOPNOTSUPP,
                 DecodeError::OutOfRange { .. } | DecodeError::TooLong(_) => -libc::EIO,
@@ -256,19 +256,19 @@ impl Context {
 
     /// What the kernel is told of a request that could not be carried out.
     fn failed(&self, request: &Request, failure: &Failure) -> i32 {
-        self.report(&format_args!("{request:?}: {failure}"));
+        self.report(&format_args!("request failed: {request:?}: {failure}"));
         match failure {
             Failure::Image(error) => -errno(error.kind()),
             Failure::Copy(_) => -libc::EIO,
         }
     }
 
-    /// Reports a failed request, unless there have been so many that it would flood the log.
-    fn report(&self, error: &dyn std::fmt::Display) {
+    /// Reports that something failed, unless so much has that it would flood the log.
+    fn report(&self, what: &dyn std::fmt::Display) {
         let count = self.errors.get() + 1;
         self.errors.set(count);
         if count <= REPORTED_ERRORS || count.is_power_of_two() {
-            tracing::error!(queue = self.index, count, "request failed: {error}");
+            tracing::error!(queue = self.index, count, "{what}");
         }
     }
 }

@@ -47,7 +47,7 @@ pub enum Access {
     ReadWrite,
 }
 
-/// Opens files. Used while an image is opened, never on the serving path, so it may block.
+/// Opens files. Used while an image is opened, checked or made, never on the serving path, so it may block.
 pub trait Storage: Send + Sync {
     /// Opens an existing file.
     ///

@@ -123,7 +123,16 @@ impl RuleName {
     /// Whether it orders what a tool does to an image that nobody serves.
     #[must_use]
     pub fn is_of_tools(self) -> bool {
-        self >= Self::EntriesBeforeGrowth
+        matches!(
+            self,
+            Self::EntriesBeforeGrowth
+                | Self::RebuiltBeforeHeader
+                | Self::EntriesBeforeCounts
+                | Self::CountsBeforeFlags
+                | Self::RepairBeforeMark
+                | Self::WipeBeforeContent
+                | Self::ContentBeforeHeader
+        )
     }
 }
 

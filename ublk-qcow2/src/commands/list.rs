@@ -89,12 +89,11 @@ fn state(Entry { record, is_alive }: &Entry, boot: &str) -> State {
 
 fn table(lines: &[Line<'_>]) -> String {
     let mut text = format!(
-        "{:<14} {:<8} {:>8} {:>16} {:>6} {:>5}  {}\n",
+        "{:<14} {:<9} {:>8} {:>16} {:>6} {:>5}  {}\n",
         "DEVICE", "STATE", "PID", "BYTES", "QUEUES", "DEPTH", "IMAGE"
     );
     for line in lines {
         let state = match line.state {
-            State::Serving if line.read_only => "serving*",
             State::Serving => "serving",
             State::Starting => "starting",
             State::Waiting => "waiting",
@@ -104,9 +103,9 @@ fn table(lines: &[Line<'_>]) -> String {
         // Writing to a string does not fail.
         let _ = writeln!(
             text,
-            "{:<14} {:<8} {:>8} {:>16} {:>6} {:>5}  {}",
+            "{:<14} {:<9} {:>8} {:>16} {:>6} {:>5}  {}",
             line.device.display(),
-            state,
+            format!("{state}{}", if line.read_only { "*" } else { "" }),
             line.pid,
             line.size,
             line.queues,
