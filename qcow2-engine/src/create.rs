@@ -61,7 +61,7 @@ pub async fn create<I: Io>(
     let failed = |source| Error::Io {
         operation: "creation",
         file: Arc::clone(&name),
-        at: 0,
+        at: None,
         source: Arc::new(source),
     };
     let new = NewFile { io, file };

@@ -15,14 +15,14 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Error {
     /// The host failed an operation on an image file.
-    #[error("{operation} of {file} at offset {at}: {source}")]
+    #[error("{operation} of {file}{}: {source}", at.map_or_else(String::new, |at| format!(" at offset {at}")))]
     Io {
         /// What was attempted.
         operation: &'static str,
         /// The file's name.
         file: Arc<str>,
-        /// Byte offset in the file.
-        at: u64,
+        /// Byte offset in the file, where it was at one.
+        at: Option<u64>,
         /// The host's reason.
         source: Arc<io::Error>,
     },

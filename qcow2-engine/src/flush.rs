@@ -18,6 +18,7 @@ use crate::{
         rules::{Page, RuleName},
     },
     redo::{Barriers, RedoLog},
+    waiters::Waiters,
 };
 use futures_util::future::join_all;
 use parking_lot::Mutex;
@@ -25,7 +26,7 @@ use std::{
     collections::BTreeMap,
     future::poll_fn,
     sync::{Arc, OnceLock},
-    task::{Poll, Waker},
+    task::Poll,
 };
 
 /// Page writes of a wave that are in flight at the same time.
@@ -48,7 +49,7 @@ pub(crate) struct Flusher {
 #[derive(Default)]
 struct State {
     leading: bool,
-    waiting: Vec<Waker>,
+    waiting: Waiters,
     /// Number and outcome of the last cut that has ended.
     ended: u64,
     outcome: Option<Error>,
@@ -110,7 +111,7 @@ impl Flusher {
                 return Poll::Ready(Turn::Done(Err(error.clone())));
             }
             if state.leading {
-                state.waiting.push(context.waker().clone());
+                state.waiting.add(context);
                 return Poll::Pending;
             }
             state.leading = true;
@@ -128,9 +129,9 @@ impl Flusher {
                 state.durable = number;
             }
             state.outcome = outcome;
-            std::mem::take(&mut state.waiting)
+            state.waiting.take()
         };
-        waiting.into_iter().for_each(Waker::wake);
+        waiting.wake();
     }
 }
 
@@ -227,7 +228,7 @@ impl<I: Io> Lane<I> {
             barriers.end(synced.is_ok());
         }
         synced.map_err(|source| {
-            let error = image.io_error("fdatasync", file, 0, source);
+            let error = image.io_error("fdatasync", file, None, source);
             image.flusher.poison(image.poisoned_by(&error.to_string()));
             error
         })?;
@@ -268,12 +269,12 @@ impl Image {
             Page::RefcountTable(page) => table_page(&meta.refcounts, page),
             Page::L2(slice) => place(
                 layer.slice_location(slice).ok().flatten(),
-                self.cache.bytes(SliceKey { layer: 0, slice }, layer.slice_bytes() as usize),
+                self.cache.bytes(SliceKey { layer: 0, slice }, layer.slice_bytes as usize),
             ),
             Page::L1(page) => {
-                let per_page = layer.slice_bytes() / 8;
+                let per_page = layer.slice_bytes / 8;
                 let bytes = layer.l1.bytes(page * per_page, per_page);
-                Copy { at: layer.l1_at.0 + page * layer.slice_bytes(), bytes }
+                Copy { at: layer.l1_at.0 + page * layer.slice_bytes, bytes }
             }
             Page::Header => Copy { at: 0, bytes: meta.header.0.clone() },
         }

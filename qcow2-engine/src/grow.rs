@@ -253,8 +253,6 @@ impl Image {
 
     /// A field of the header as it is, or is about to be, on disk.
     fn header_u32(&self, offset: u64) -> u32 {
-        let meta = self.meta.lock();
-        let at = offset as usize;
-        u32::from_be_bytes(meta.header.0[at..at + 4].try_into().unwrap_or_default())
+        self.meta.lock().header.u32(offset as usize)
     }
 }

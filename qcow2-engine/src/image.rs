@@ -168,11 +168,11 @@ impl Image {
         &self,
         operation: &'static str,
         file: FileId,
-        at: u64,
+        at: impl Into<Option<u64>>,
         source: io::Error,
     ) -> Error {
         let layer = self.layers.iter().find(|layer| layer.file() == file);
         let name = layer.map_or_else(|| Arc::from("?"), |layer| Arc::clone(layer.name()));
-        Error::Io { operation, file: name, at, source: Arc::new(source) }
+        Error::Io { operation, file: name, at: at.into(), source: Arc::new(source) }
     }
 }

@@ -249,20 +249,20 @@ impl<'a, I: Io> ImageFile<'a, I> {
 
     /// Makes what was written durable.
     pub(crate) async fn sync(&self) -> Result<()> {
-        self.io.sync(self.file).await.map_err(|source| self.failed("fdatasync", 0, source))
+        self.io.sync(self.file).await.map_err(|source| self.failed("fdatasync", None, source))
     }
 
     /// Makes what was written durable before anything else is, as a rule asks for.
     pub(crate) async fn barrier(&self, rule: RuleName) -> Result<()> {
-        self.io.barrier(self.file, rule).await.map_err(|source| self.failed("fdatasync", 0, source))
+        self.io.barrier(self.file, rule).await.map_err(|source| self.failed("fdatasync", None, source))
     }
 
     pub(crate) async fn set_len(&self, len: u64) -> Result<()> {
         self.io.set_len(self.file, len).await.map_err(|source| self.failed("truncation", len, source))
     }
 
-    fn failed(&self, operation: &'static str, at: u64, source: io::Error) -> Error {
-        Error::Io { operation, file: Arc::clone(&self.name), at, source: Arc::new(source) }
+    fn failed(&self, operation: &'static str, at: impl Into<Option<u64>>, source: io::Error) -> Error {
+        Error::Io { operation, file: Arc::clone(&self.name), at: at.into(), source: Arc::new(source) }
     }
 
     pub(crate) fn damaged(&self, source: FormatError) -> Error {
@@ -278,7 +278,7 @@ async fn read_at(io: &impl Io, file: FileId, name: &Arc<str>, at: u64, out: &mut
     exact::read_zero_extended(io, file, start, &buf).await.map_err(|source| Error::Io {
         operation: "read",
         file: Arc::clone(name),
-        at,
+        at: Some(at),
         source: Arc::new(source),
     })?;
     buf.copy_to(skip, out);

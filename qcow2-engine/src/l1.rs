@@ -120,7 +120,7 @@ pub(crate) async fn load_all(io: &impl Io, layers: &[Layer]) -> Result<()> {
             exact::read_zero_extended(io, layer.file, at, &some).await.map_err(|source| Error::Io {
                 operation: "L1 table read",
                 file: Arc::clone(&layer.name),
-                at,
+                at: Some(at),
                 source: Arc::new(source),
             })?;
             layer.l1.load(start as usize / size_of::<u64>(), &some);

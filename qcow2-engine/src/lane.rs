@@ -12,13 +12,14 @@ use crate::{
     image::Image,
     io::{Io, Pool},
     paging::MAX_PAGE,
+    waiters::Waiters,
 };
 use std::{
     cell::RefCell,
     future::{Future, poll_fn},
     rc::Rc,
     sync::Arc,
-    task::{Poll, Waker},
+    task::Poll,
 };
 
 /// Buffers for metadata that a lane keeps.
@@ -45,7 +46,7 @@ struct Inner<I> {
 
 struct FreeSlots {
     indices: Vec<usize>,
-    waiting: Vec<Waker>,
+    waiting: Waiters,
 }
 
 /// A request in flight, by its slot. Dropping it instead of ending it leaves the request in flight.
@@ -69,7 +70,7 @@ impl<I: Io> Lane<I> {
             meta.lanes.push(LaneSpace::default());
             meta.lanes.len() - 1
         };
-        let free = FreeSlots { indices: (0..depth).rev().collect(), waiting: Vec::new() };
+        let free = FreeSlots { indices: (0..depth).rev().collect(), waiting: Waiters::default() };
         Self(Rc::new(Inner {
             slots: image.epochs.register(depth),
             image: Arc::clone(image),
@@ -147,7 +148,7 @@ impl<I: Io> Lane<I> {
             match free.indices.pop() {
                 Some(index) => Poll::Ready(index),
                 None => {
-                    free.waiting.push(context.waker().clone());
+                    free.waiting.add(context);
                     Poll::Pending
                 }
             }
@@ -177,9 +178,9 @@ impl<I: Io> Lane<I> {
             if free.waiting.is_empty() {
                 return;
             }
-            std::mem::take(&mut free.waiting)
+            free.waiting.take()
         };
-        waiting.into_iter().for_each(Waker::wake);
+        waiting.wake();
     }
 
     /// Checks that a request lies inside the virtual disk.

@@ -95,14 +95,9 @@ impl Layer {
 }
 
 impl Qcow2Layer {
-    /// Bytes of an L2 slice: a page, or the whole table where that is smaller.
-    pub(crate) fn slice_bytes(&self) -> u64 {
-        self.slice_bytes
-    }
-
     /// Clusters that a slice maps.
     pub(crate) fn slice_entries(&self) -> u64 {
-        self.slice_bytes() / self.geometry.l2_entry_bytes()
+        self.slice_bytes / self.geometry.l2_entry_bytes()
     }
 
     /// Bytes of the disk that a slice maps.
@@ -118,7 +113,7 @@ impl Qcow2Layer {
     }
 
     pub(crate) fn slices_per_table(&self) -> u64 {
-        self.geometry.cluster_size() / self.slice_bytes()
+        self.geometry.cluster_size() / self.slice_bytes
     }
 
     fn shape(&self) -> Shape {
@@ -159,7 +154,7 @@ impl Qcow2Layer {
         Ok(match self.l1_entry(guest)? {
             L1Entry::Unallocated => None,
             L1Entry::Table { offset, .. } => {
-                Some(offset.0 + slice % self.slices_per_table() * self.slice_bytes())
+                Some(offset.0 + slice % self.slices_per_table() * self.slice_bytes)
             }
         })
     }

@@ -55,6 +55,7 @@ mod resolve;
 pub mod sim;
 mod territory;
 mod unpack;
+mod waiters;
 mod write;
 
 pub use backing::{BackingPolicy, Format, MAX_CHAIN, has_protocol};

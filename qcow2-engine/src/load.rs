@@ -58,7 +58,7 @@ impl<I: Io> Lane<I> {
             if image.has_in_memory(key) {
                 return Ok(());
             }
-            let buf = self.read_page(layer.file, at, layer.slice_bytes()).await?;
+            let buf = self.read_page(layer.file, at, layer.slice_bytes).await?;
             let page = TablePage::in_buf(&buf);
             let run = image.cache.run_in(key, &page);
             let inserted = {
@@ -131,7 +131,7 @@ impl<I: Io> Lane<I> {
     async fn table_entries(&self, layer: &Qcow2Layer, guest: u64) -> Result<Part> {
         let Ok(place) = layer.slice_location(layer.slice_at(guest).0.slice) else { return Ok(Part::Damaged) };
         let Some(at) = place else { return Ok(Part::Nothing) };
-        self.read_entries(layer.file, at, layer.slice_bytes()).await.map(Part::Entries)
+        self.read_entries(layer.file, at, layer.slice_bytes).await.map(Part::Entries)
     }
 
     /// Takes a step under the metadata lock that needs counts: again and again, with the page in memory that

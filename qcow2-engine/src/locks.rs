@@ -4,13 +4,10 @@
 //! happen one after the other. A range is held by a guard; whoever overlaps waits for its drop.
 //! [`Locks`] has those of an image, and their order.
 
+use crate::waiters::Waiters;
 use parking_lot::Mutex;
 use qcow2_format::GuestCluster;
-use std::{
-    future::poll_fn,
-    ops::Range,
-    task::{Poll, Waker},
-};
+use std::{future::poll_fn, ops::Range, task::Poll};
 
 /// The locks of an image, in the order in which they are taken: under one of them those below it may be
 /// waited for, and the end of a cut, which takes none. The metadata lock comes after all of them.
@@ -41,7 +38,7 @@ pub(crate) struct RangeLocks<T>(Mutex<State<T>>);
 #[derive(Default)]
 struct State<T> {
     held: Vec<Range<T>>,
-    waiting: Vec<Waker>,
+    waiting: Waiters,
 }
 
 /// Holds a range until it is dropped.
@@ -67,7 +64,7 @@ impl<T: Ord + Copy> RangeLocks<T> {
         poll_fn(|context| {
             let mut state = self.0.lock();
             if state.held.iter().any(|held| held.start < range.end && range.start < held.end) {
-                state.waiting.push(context.waker().clone());
+                state.waiting.add(context);
                 return Poll::Pending;
             }
             state.held.push(range.clone());
@@ -84,16 +81,20 @@ impl<T: Ord + Copy> Drop for RangeGuard<'_, T> {
             let mut state = self.locks.0.lock();
             let index = state.held.iter().position(|held| *held == self.range);
             state.held.swap_remove(index.expect("a guard's range is held until its drop"));
-            std::mem::take(&mut state.waiting)
+            state.waiting.take()
         };
-        waiting.into_iter().for_each(Waker::wake);
+        waiting.wake();
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{future::Future, pin::pin, task::Context};
+    use std::{
+        future::Future,
+        pin::pin,
+        task::{Context, Waker},
+    };
 
     #[test]
     fn an_overlap_waits_and_a_neighbour_does_not() {

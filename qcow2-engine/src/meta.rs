@@ -44,6 +44,10 @@ pub(crate) struct Meta {
 pub(crate) struct HeaderPage(pub(crate) Vec<u8>);
 
 impl HeaderPage {
+    pub(crate) fn u32(&self, at: usize) -> u32 {
+        u32::from_be_bytes(self.0[at..at + 4].try_into().unwrap_or_default())
+    }
+
     pub(crate) fn u64(&self, at: usize) -> u64 {
         u64::from_be_bytes(self.0[at..at + 8].try_into().unwrap_or_default())
     }

@@ -60,8 +60,8 @@ impl Opened {
         Ok(bytes)
     }
 
-    fn failed(&self, operation: &'static str, at: u64, source: io::Error) -> Error {
-        Error::Io { operation, file: Arc::clone(&self.name), at, source: Arc::new(source) }
+    fn failed(&self, operation: &'static str, at: impl Into<Option<u64>>, source: io::Error) -> Error {
+        Error::Io { operation, file: Arc::clone(&self.name), at: at.into(), source: Arc::new(source) }
     }
 
     pub(crate) fn damaged(&self, source: FormatError) -> Error {

@@ -212,7 +212,7 @@ impl Image {
 
     /// The page of the L1 table that holds an entry.
     pub(crate) fn l1_page(&self, index: u64) -> Page {
-        Page::L1(index * 8 / self.top().slice_bytes())
+        Page::L1(index * 8 / self.top().slice_bytes)
     }
 
     /// Whether the table of an L1 entry is known to be the active mapping's alone.

@@ -166,8 +166,8 @@ impl Live<'_> {
     /// The slices of the active mapping that a walk reads.
     fn slices(&self, walk: &Walk) -> Range<u64> {
         let top = self.image.top();
-        let first = walk.l1_index * top.slices_per_table() + walk.skip / top.slice_bytes();
-        first..first + walk.len.div_ceil(top.slice_bytes())
+        let first = walk.l1_index * top.slices_per_table() + walk.skip / top.slice_bytes;
+        first..first + walk.len.div_ceil(top.slice_bytes)
     }
 
     /// The bytes of slices all of which are runs: a run in memory is as on disk.
@@ -210,7 +210,7 @@ impl Live<'_> {
         for &key in absent {
             // The table may be at another place by now.
             let place = top.slice_location(key.slice).ok().flatten().and_then(|slice| slice.checked_sub(at));
-            let bytes = place.and_then(|start| part.get(start as usize..)?.get(..top.slice_bytes() as usize));
+            let bytes = place.and_then(|start| part.get(start as usize..)?.get(..top.slice_bytes as usize));
             if let Some(bytes) = bytes {
                 self.image.cache.learn(key, &TablePage::of(bytes));
             }

@@ -5,12 +5,13 @@
 //! recently wanted one goes first.
 
 use super::Bytes;
+use crate::waiters::Waiters;
 use parking_lot::Mutex;
 use std::{
     collections::{HashMap, VecDeque},
     future::poll_fn,
     sync::Arc,
-    task::{Context, Poll, Waker},
+    task::{Context, Poll},
 };
 
 /// What is kept, in bytes: what a few requests in a row read, for one cluster of the largest size twice
@@ -39,7 +40,7 @@ struct Table {
 
 enum State {
     /// Somebody is at it; these wait for it.
-    Coming(Vec<Waker>),
+    Coming(Waiters),
     Here(Bytes),
 }
 
@@ -66,13 +67,11 @@ impl Unpacked {
         let mut table = self.0.lock();
         match table.states.get_mut(&key) {
             None => {
-                table.states.insert(key, State::Coming(Vec::new()));
+                table.states.insert(key, State::Coming(Waiters::default()));
                 Poll::Ready(Claim::Ours(Task { table: self, key }))
             }
             Some(State::Coming(waiting)) => {
-                if !waiting.iter().any(|waker| waker.will_wake(context.waker())) {
-                    waiting.push(context.waker().clone());
-                }
+                waiting.add(context);
                 Poll::Pending
             }
             Some(State::Here(bytes)) => {
@@ -93,10 +92,10 @@ impl Unpacked {
             }
             match before {
                 Some(State::Coming(waiting)) => waiting,
-                _ => Vec::new(),
+                _ => Waiters::default(),
             }
         };
-        waiting.into_iter().for_each(Waker::wake);
+        waiting.wake();
     }
 }
 
