@@ -5,11 +5,11 @@
 
 use crate::{
     command::{TOOL_LIMIT, wait},
-    device::{Binary, Device, DeviceDisk, existing},
+    device::{Binary, DeviceDisk, existing, free_number},
     disk::{Disk, Op},
     lifecycle::{MARK, is_supervised, still_written, without_writers, written_unsupervised},
     patience, qemu_img,
-    recovery::{only_leaks, wait_until_replaced},
+    recovery::{only_leaks, wait_until_preparing, wait_until_replaced},
     refusals::refuse,
     server::only_child_of,
 };
@@ -21,14 +21,12 @@ use nix::{
 };
 use std::{
     fs::{self, File},
-    path::{Path, PathBuf},
+    path::Path,
     process::{Child, Stdio},
     thread,
     time::Duration,
 };
 
-/// A number that no other device has.
-const NUMBER: u32 = 42;
 /// In that time a supervisor has several successors try.
 const SEVERAL_ATTEMPTS: Duration = Duration::from_secs(4);
 
@@ -50,7 +48,7 @@ pub fn added_while_recovered(binary: &Binary, dir: &Path) -> Result<()> {
     let mut recovering =
         command.args(["recover", "--foreground", "-n", &id]).stdout(Stdio::null()).spawn()?;
     let successor = Pid::from_raw(recovering.id().cast_signed());
-    has_begun(&device, dead)?;
+    wait_until_preparing(&device, dead)?;
     kill(successor, Signal::SIGSTOP)?;
     drop(reader);
     // It may have been stopped in the midst of an attempt to lock the image.
@@ -84,12 +82,11 @@ pub fn removed_though_the_image_is_gone(binary: &Binary, dir: &Path) -> Result<(
     fs::remove_file(&image)?;
     let id = device.id().to_string();
     let del = ["del", "-n", &id];
-    let log = PathBuf::from(format!("/run/ublk-qcow2/{id}.redo"));
+    let (log, record) = (device.file("redo"), device.file("json"));
     let failed = binary.run(del)?;
     ensure!(!failed.status.success(), "what was acknowledged is lost, and `del` says nothing");
     ensure!(failed.stderr.contains(&*log.to_string_lossy()), "no way out: {}", failed.text());
 
-    let record = log.with_extension("json");
     let text = fs::read(&record)?;
     fs::write(&record, "{")?;
     let other = dir.join("other.qcow2");
@@ -139,14 +136,13 @@ pub fn recovered_when_the_image_is_back(binary: &Binary, dir: &Path) -> Result<(
 /// # Errors
 /// It is left.
 pub fn killed_before_it_is_recorded(binary: &Binary, dir: &Path) -> Result<()> {
-    let (image, run_dir) = (dir.join("image.qcow2"), dir.join("run"));
+    let image = dir.join("image.qcow2");
     qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
-    fs::create_dir(&run_dir)?;
-    let binary = binary.in_run_dir(&run_dir);
-    let before = existing();
+    let (before, number) = (existing(), free_number());
+    let record = binary.file(number, "json");
 
-    let held = hold_record(&run_dir)?;
-    let mut adding = begin_to_add(&binary, &[], &image)?;
+    let held = hold_record(&record)?;
+    let mut adding = begin_to_add(binary, number, &[], &image)?;
     let server = only_child_of(only_child_of(adding.id().cast_signed())?)?;
     kill(Pid::from_raw(server), Signal::SIGKILL)?;
     let status = wait(&mut adding, TOOL_LIMIT)?.context("`add` does not end")?;
@@ -155,12 +151,12 @@ pub fn killed_before_it_is_recorded(binary: &Binary, dir: &Path) -> Result<()> {
     drop(held);
 
     for remedy in ["add", "del"] {
-        let held = hold_record(&run_dir)?;
-        let mut adding = begin_to_add(&binary, &["--foreground"], &image)?;
+        let held = hold_record(&record)?;
+        let mut adding = begin_to_add(binary, number, &["--foreground"], &image)?;
         adding.kill()?;
         adding.wait()?;
         ensure!(existing() != before, "there is no device to be removed");
-        fs::remove_file(run_dir.join(format!("{NUMBER}.json")))?;
+        fs::remove_file(&record)?;
         drop(held);
         if remedy == "add" {
             binary.add(&[], &image)?.detach()?;
@@ -172,28 +168,17 @@ pub fn killed_before_it_is_recorded(binary: &Binary, dir: &Path) -> Result<()> {
     qemu_img::check_clean(&image)
 }
 
-/// Has the record of number [`NUMBER`], which says nothing, locked as a server of before would that still closes
-/// its image.
-fn hold_record(run_dir: &Path) -> Result<Flock<File>> {
-    let file = File::create(run_dir.join(format!("{NUMBER}.json")))?;
-    Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno.into())
+/// Has a record, which says nothing, locked as a server of before would that still closes its image.
+fn hold_record(record: &Path) -> Result<Flock<File>> {
+    Flock::lock(File::create(record)?, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| errno.into())
 }
 
 /// Returns when the device is there.
-fn begin_to_add(binary: &Binary, options: &[&str], image: &Path) -> Result<Child> {
+fn begin_to_add(binary: &Binary, number: u32, options: &[&str], image: &Path) -> Result<Child> {
     let mut command = binary.command();
-    let command = command.args(["add", "-n", &NUMBER.to_string()]).args(options).arg(image);
+    let command = command.args(["add", "-n", &number.to_string()]).args(options).arg(image);
     let adding = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-    let node = format!("ublkc{NUMBER}");
+    let node = format!("ublkc{number}");
     patience::until(TOOL_LIMIT, || "no device".to_owned(), || Ok(existing().contains(&node)))?;
     Ok(adding)
-}
-
-/// A successor waits for the image.
-fn has_begun(device: &Device, dead: i32) -> Result<()> {
-    let record = format!("/run/ublk-qcow2/{}.json", device.id());
-    let begun = || {
-        Ok(device.listed()?.pid != dead && fs::read_to_string(&record)?.contains(r#""phase":"preparing""#))
-    };
-    patience::until(TOOL_LIMIT, || "the successor has not come that far".to_owned(), begun)
 }

@@ -31,6 +31,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+/// Where the program keeps its records by itself.
+const RUN_DIR: &str = "/run/ublk-qcow2";
+/// How far above all devices a number is that is free: who asks for none gets the lowest.
+const NUMBERS_BETWEEN: u32 = 20;
 /// How long any command of the binary may take, in an emulated machine.
 const COMMAND_LIMIT: Duration = Duration::from_secs(60);
 /// How long a node may outlive its device, and a server its last words.
@@ -78,6 +82,25 @@ impl Binary {
         Self { run_dir: Some(dir.to_owned()), ..self.clone() }
     }
 
+    /// The same program as an instance to which the devices of this one are somebody else's. Its records lie below
+    /// this one's, so that whoever tidies up after this one finds them.
+    #[must_use]
+    pub fn apart(&self) -> Self {
+        self.in_run_dir(&self.run_dir().join("apart"))
+    }
+
+    /// Where it keeps its records.
+    #[must_use]
+    pub fn run_dir(&self) -> &Path {
+        self.run_dir.as_deref().unwrap_or(Path::new(RUN_DIR))
+    }
+
+    /// What it keeps of a device: its record (`json`), its redo log (`redo`) or its servers' log (`log`).
+    #[must_use]
+    pub fn file(&self, id: u32, what: &str) -> PathBuf {
+        self.run_dir().join(format!("{id}.{what}"))
+    }
+
     /// Runs it with these arguments.
     ///
     /// # Errors
@@ -90,7 +113,7 @@ impl Binary {
     #[must_use]
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.path);
-        command.envs(self.run_dir.iter().map(|dir| ("UBLK_QCOW2_RUN_DIR", dir)));
+        command.envs(self.variables());
         command
     }
 
@@ -98,8 +121,13 @@ impl Binary {
     #[must_use]
     pub fn script(&self, text: &str) -> Command {
         let mut command = Command::new("sh");
-        command.args(["-c", text]).env("BINARY", &self.path);
+        command.args(["-c", text]).env("BINARY", &self.path).envs(self.variables());
         command
+    }
+
+    /// What its environment says of where its records are.
+    fn variables(&self) -> impl Iterator<Item = (&str, &Path)> {
+        self.run_dir.iter().map(|dir| ("UBLK_QCOW2_RUN_DIR", dir.as_path()))
     }
 
     /// Attaches an image; `options` go between `add` and the image.
@@ -162,8 +190,14 @@ impl Device {
     /// # Errors
     /// It cannot be read.
     pub fn log(&self) -> Result<String> {
-        let path = format!("/run/ublk-qcow2/{}.log", self.id);
-        fs::read_to_string(&path).with_context(|| format!("cannot read {path}"))
+        let path = self.file("log");
+        fs::read_to_string(&path).with_context(|| format!("cannot read {}", path.display()))
+    }
+
+    /// What is kept of it, see [`Binary::file`].
+    #[must_use]
+    pub fn file(&self, what: &str) -> PathBuf {
+        self.binary.file(self.id, what)
     }
 
     /// The last of what its server has written into its log.
@@ -228,7 +262,8 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        if self.is_attached {
+        // Without a record the number may be that of somebody else's device by now.
+        if self.is_attached && self.file("json").exists() {
             // After a failure: the failure has been told, this only tidies up.
             let _ = self.binary.run(["del", "-n", &self.id.to_string()]);
         }
@@ -253,6 +288,13 @@ pub fn existing() -> BTreeSet<String> {
                 .is_some_and(|id| id.parse::<u32>().is_ok())
         })
         .collect()
+}
+
+/// A number that no device has, and none gets that asks for no number.
+#[must_use]
+pub fn free_number() -> u32 {
+    let numbers = existing().into_iter().filter_map(|name| name.get("ublkb".len()..)?.parse().ok());
+    numbers.max().unwrap_or(0) + NUMBERS_BETWEEN
 }
 
 impl Server for Binary {

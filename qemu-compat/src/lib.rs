@@ -2,10 +2,13 @@
 //!
 //! ```text
 //! qemu_img, qemu_io   the tools           fixture  an image made by them, with what it holds
-//! disk                what a test does    matrix   which images
-//! engine | device     who serves          journey  the way of an image through the suite
+//! command             any other program   matrix   which images
+//! disk                what a test does    journey  the way of an image through the suite
+//! engine | device     who serves          grounds  where the suite's devices have their records
 //! sequence, content, mirror               seeded requests and what must come of them
 //! fio, fs, kill, refusals, shape          what else a device has to stand
+//! data_path, durability                   whether both data paths agree; what of a flush the host's disk gets
+//! lifecycle                               whose hands a device is in
 //! recovery, leaks, server                 what becomes of a device whose server dies, and of its image
 //! stopping                                a device that is stopped by somebody else, or whose server is killed meanwhile
 //! stacked                                 devices below loop devices, or below images that are devices
@@ -34,6 +37,7 @@ pub mod engine;
 pub mod fio;
 pub mod fixture;
 pub mod fs;
+pub mod grounds;
 pub mod journey;
 pub mod kill;
 pub mod leaks;

@@ -15,7 +15,7 @@ use crate::{
     patience,
     power::host::make_file_system,
     qemu_img,
-    recovery::{only_leaks, wait_until_replaced},
+    recovery::{only_leaks, wait_until_preparing, wait_until_replaced},
     refusals::refuse,
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -27,7 +27,7 @@ use std::{
     process::Stdio,
     sync::atomic::{AtomicBool, Ordering},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// Bytes of a disk for a file system, ext4 everywhere: mkfs.xfs makes nothing as small.
@@ -61,7 +61,7 @@ pub fn removed_after_a_kill(binary: &Binary, dir: &Path, rounds: u32) -> Result<
         let ended = wait(&mut load, TOOL_LIMIT)?;
         removed.with_context(|| format!("round {round}"))?;
         ensure!(ended.is_some(), "fio hangs on a device that is gone, in round {round}");
-        nothing_left(id, supervisor).with_context(|| format!("round {round}"))?;
+        nothing_left(binary, id, supervisor).with_context(|| format!("round {round}"))?;
         only_leaks(&image)?;
     }
     Ok(())
@@ -76,7 +76,7 @@ pub fn watched(binary: &Binary, dir: &Path, kills: u32) -> Result<()> {
     let image = dir.join("image.qcow2");
     qemu_img::create(&image, "cluster_size=64k", None, 64 << 20)?;
     let device = binary.add(&[], &image)?;
-    let record = PathBuf::from(format!("/run/ublk-qcow2/{}.json", device.id()));
+    let record = device.file("json");
     let is_over = AtomicBool::new(false);
     thread::scope(|scope| {
         for _ in 0..2 {
@@ -188,7 +188,7 @@ impl Below {
 /// # Errors
 /// What does not hold.
 pub fn mounted_devices_stay(binary: &Binary, dir: &Path) -> Result<()> {
-    let stranger = binary.in_run_dir(&dir.join("run"));
+    let stranger = binary.apart();
     for (name, owner, options) in
         [("served", binary, &[][..]), ("waiting", binary, &["--no-supervisor"]), ("foreign", &stranger, &[])]
     {
@@ -226,7 +226,7 @@ pub fn mounted_devices_stay(binary: &Binary, dir: &Path) -> Result<()> {
 /// # Errors
 /// What does not hold.
 pub fn records_outlive_devices(binary: &Binary, dir: &Path) -> Result<()> {
-    let stranger = binary.in_run_dir(&dir.join("run"));
+    let stranger = binary.apart();
     let (image, other) = (dir.join("image.qcow2"), dir.join("other.qcow2"));
     for image in [&image, &other] {
         qemu_img::create(image, "cluster_size=64k", None, 16 << 20)?;
@@ -323,7 +323,7 @@ pub fn recovered_from_any_phase(binary: &Binary, dir: &Path) -> Result<()> {
     qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
     let device = written_unsupervised(binary, &image)?;
     let id = device.id().to_string();
-    let record = PathBuf::from(format!("/run/ublk-qcow2/{id}.json"));
+    let record = device.file("json");
     for phase in ["serving", "fetched", "preparing", "fetching", "removing"] {
         let dead = device.listed()?.pid;
         device.kill_server()?;
@@ -332,14 +332,7 @@ pub fn recovered_from_any_phase(binary: &Binary, dir: &Path) -> Result<()> {
         let mut command = binary.command();
         let mut recovering =
             command.args(["recover", "--foreground", "-n", &id]).stdout(Stdio::null()).spawn()?;
-        let deadline = Instant::now() + TOOL_LIMIT;
-        let begun = |text: &str| {
-            text.contains(r#""phase":"preparing""#) && device.listed().is_ok_and(|it| it.pid != dead)
-        };
-        while !begun(&fs::read_to_string(&record)?) {
-            ensure!(Instant::now() < deadline, "the successor has not come that far, before {phase}");
-            thread::sleep(Duration::from_millis(5));
-        }
+        wait_until_preparing(&device, dead).with_context(|| format!("before {phase}"))?;
         recovering.kill()?;
         recovering.wait()?;
         drop(reader);
@@ -365,17 +358,12 @@ pub fn recovered_although_the_successor_dies(binary: &Binary, dir: &Path) -> Res
     let reader = without_writers(&image)?;
     let mut recovering =
         binary.command().args(["recover", "-n", &id]).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
-    let record = PathBuf::from(format!("/run/ublk-qcow2/{id}.json"));
-    let deadline = Instant::now() + TOOL_LIMIT;
-    while device.listed()?.pid == dead || !fs::read_to_string(&record)?.contains(r#""phase":"preparing""#) {
-        ensure!(Instant::now() < deadline, "the successor has not come that far");
-        thread::sleep(Duration::from_millis(5));
-    }
+    wait_until_preparing(&device, dead)?;
     let killed = device.listed()?.pid;
     device.kill_server()?;
     ensure!(!recovering.wait()?.success(), "the one that was killed is said to serve");
     ensure!(device.path().exists(), "the device is gone");
-    ensure!(record.with_extension("redo").exists(), "its redo log is gone");
+    ensure!(device.file("redo").exists(), "its redo log is gone");
     drop(reader);
     wait_until_replaced(&device, killed)?;
     ensure!(is_supervised(device.listed()?.pid)?, "it has no supervisor");
@@ -425,13 +413,13 @@ pub(crate) fn parent_of(pid: i32) -> Result<i32> {
 }
 
 /// Nothing in the run directory, and no supervisor.
-fn nothing_left(id: u32, supervisor: i32) -> Result<()> {
+fn nothing_left(binary: &Binary, id: u32, supervisor: i32) -> Result<()> {
     patience::until(
         LEFTOVER_LIMIT,
         || format!("the supervisor (process {supervisor}) is still there"),
         || Ok(!Path::new(&format!("/proc/{supervisor}")).exists()),
     )?;
-    let left: Vec<_> = fs::read_dir("/run/ublk-qcow2")?
+    let left: Vec<_> = fs::read_dir(binary.run_dir())?
         .filter_map(|file| file.ok()?.file_name().into_string().ok())
         .filter(|name| name.starts_with(&format!("{id}.")))
         .collect();

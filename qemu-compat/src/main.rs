@@ -1,9 +1,10 @@
 //! `qemu-compat run`: the device suite, one line per case.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use qemu_compat::{
     device::{Binary, existing},
+    grounds::Grounds,
     power::plug,
     report,
     selection::Selection,
@@ -74,25 +75,21 @@ fn run(args: RunArgs) -> Result<ExitCode> {
     let seed = args.seed.unwrap_or_else(|| fastrand::u64(..1 << 32));
     let dir = args.dir.canonicalize().with_context(|| format!("no directory {}", args.dir.display()))?;
     let binary = Binary::new(args.binary);
-    let cases = cases(Setting { binary: binary.clone(), dir, seed, scale, share: args.share });
-    let cases = args.selection.of(cases)?;
+    let wanted = |binary: &Binary| {
+        let setting = Setting { binary: binary.clone(), dir: dir.clone(), seed, scale, share: args.share };
+        args.selection.of(cases(setting))
+    };
     if args.list {
         let mut out = std::io::stdout().lock();
-        cases.iter().try_for_each(|case| writeln!(out, "{}", case.name()))?;
+        wanted(&binary)?.iter().try_for_each(|case| writeln!(out, "{}", case.name()))?;
         return Ok(ExitCode::SUCCESS);
     }
-    println!("{} cases, seed {seed}: repeat with --seed {seed}", cases.len());
-    let before = existing();
-    let tidy = || {
-        let left: Vec<_> = existing().difference(&before).cloned().collect();
-        for id in left.iter().filter_map(|name| name.strip_prefix("ublkc")) {
-            // The case has failed by this; the next ones need not suffer.
-            let _ = binary.run(["del", "-n", id]);
-        }
-        ensure!(left.is_empty(), "devices were left behind: {left:?}");
-        Ok(())
-    };
-    let account = report::run_all(cases, tidy, &mut std::io::stdout());
+    let grounds = Grounds::new(&binary, existing)?;
+    let cases = wanted(grounds.binary())?;
+    let records = grounds.binary().run_dir().display();
+    println!("{} cases, seed {seed}: repeat with --seed {seed}; records are in {records}", cases.len());
+    let account = report::run_all(cases, || grounds.tidy(), &mut std::io::stdout());
+    grounds.leave();
     // A case that hangs keeps its thread: end without waiting for it.
     std::process::exit(i32::from(account.failed > 0 || account.passed == 0));
 }

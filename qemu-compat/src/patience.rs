@@ -6,8 +6,8 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Between two looks.
-const LOOK: Duration = Duration::from_millis(10);
+/// Between two looks: some of what has to come is over soon.
+const LOOK: Duration = Duration::from_millis(2);
 
 /// Looks again and again until it is so; after `limit` fails with what `otherwise` says.
 ///

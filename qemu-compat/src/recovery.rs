@@ -8,6 +8,7 @@ use crate::{
     device::{Binary, Device},
     fio::Verified,
     fs::{self, Kind},
+    patience,
     qemu_img::{self, Verdict},
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -106,6 +107,20 @@ fn kill_once(device: &Device, successor_too: bool) -> Result<()> {
 /// There is none in time.
 pub(crate) fn wait_until_replaced(device: &Device, dead: i32) -> Result<()> {
     wait_for_successor(device, dead, false)
+}
+
+/// Waits until a process that takes over a device whose server has died has begun. It stays there while it waits for
+/// the image.
+///
+/// # Errors
+/// There is none in time.
+pub(crate) fn wait_until_preparing(device: &Device, dead: i32) -> Result<()> {
+    let record = device.file("json");
+    let has_begun = || {
+        let is_preparing = std::fs::read_to_string(&record)?.contains(r#""phase":"preparing""#);
+        Ok(is_preparing && device.listed()?.pid != dead)
+    };
+    patience::until(RECOVERY_LIMIT, || "the successor has not come that far".to_owned(), has_begun)
 }
 
 fn wait_for_successor(device: &Device, mut dead: i32, mut successor_too: bool) -> Result<()> {

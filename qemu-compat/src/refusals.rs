@@ -5,7 +5,7 @@
 
 use crate::{
     command::{Finished, TOOL_LIMIT, run},
-    device::{Binary, existing},
+    device::{Binary, existing, free_number},
     qemu_img,
 };
 use anyhow::{Context, Result, ensure};
@@ -177,8 +177,11 @@ pub fn command_lines(binary: &Binary, dir: &Path) -> Result<()> {
     add("--no-such-option", "1", &["no-such-option"])?;
     refuse(binary, &["add".as_ref()], &["image"])?;
     refuse(binary, &["del".as_ref()], &["--all", "-n"])?;
-    refuse(binary, &["del".as_ref(), "-n".as_ref(), "777".as_ref()], &["no device 777"])?;
-    refuse(binary, &["list".as_ref(), "-n".as_ref(), "777".as_ref()], &["no device 777"])?;
+    let number = free_number().to_string();
+    for command in ["del", "list"] {
+        let named = [command.as_ref(), "-n".as_ref(), number.as_ref()];
+        refuse(binary, &named, &[&format!("no device {number}")])?;
+    }
     refuse(binary, &["fly".as_ref()], &["fly"])
 }
 
@@ -190,11 +193,13 @@ pub fn number_in_use(binary: &Binary, dir: &Path) -> Result<()> {
     let image = created(dir, "cluster_size=64k")?;
     let other = dir.join("other.qcow2");
     qemu_img::create(&other, "cluster_size=64k", None, 1 << 20)?;
-    let device = binary.add(&["-n", "5"], &image)?;
-    ensure!(device.id() == 5, "asked for number 5, got {}", device.id());
+    let number = free_number();
+    let named = number.to_string();
+    let device = binary.add(&["-n", &named], &image)?;
+    ensure!(device.id() == number, "asked for number {number}, got {}", device.id());
     refuse(
         binary,
-        &["add".as_ref(), "-n".as_ref(), "5".as_ref(), other.as_os_str()],
+        &["add".as_ref(), "-n".as_ref(), named.as_ref(), other.as_os_str()],
         &["exists", "in use", "taken"],
     )?;
     ensure!(device.listed()?.state == "serving", "the first device has suffered");

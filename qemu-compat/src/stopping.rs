@@ -82,7 +82,7 @@ pub fn killed(binary: &Binary, dir: &Path) -> Result<()> {
 /// # Errors
 /// What does not hold.
 pub fn by_a_stranger(binary: &Binary, dir: &Path) -> Result<()> {
-    let stranger = binary.in_run_dir(&dir.join("run"));
+    let stranger = binary.apart();
     for (name, options) in
         [("supervised", &[][..]), ("alone", &["--no-supervisor"]), ("no-recovery", &["--no-recovery"])]
     {

@@ -6,9 +6,9 @@
 
 use crate::{
     command::{TOOL_LIMIT, wait},
-    device::{Binary, existing},
+    device::{Binary, existing, free_number},
     lifecycle::{is_supervised, parent_of, still_written, written_unsupervised},
-    qemu_img,
+    patience, qemu_img,
     recovery::{only_leaks, wait_until_replaced},
     refusals::must_refuse,
 };
@@ -24,12 +24,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::Stdio,
-    thread,
-    time::{Duration, Instant},
 };
-
-/// A number that no other device has.
-const NUMBER: u32 = 41;
 
 /// Whoever recovers a device may be unable to name it, or gone when it is served again: its users are not. It
 /// was stopped and deleted.
@@ -55,11 +50,7 @@ pub fn recovered_unheard(binary: &Binary, dir: &Path) -> Result<()> {
     let mut command = binary.command();
     let mut recovering = command.args(["recover", "-n", &id]).stdout(Stdio::null()).spawn()?;
     // From now on it is there, and has not served yet.
-    let deadline = Instant::now() + TOOL_LIMIT;
-    while device.listed()?.pid == dead {
-        ensure!(Instant::now() < deadline, "no successor");
-        thread::sleep(Duration::from_millis(1));
-    }
+    patience::until(TOOL_LIMIT, || "no successor".to_owned(), || Ok(device.listed()?.pid != dead))?;
     recovering.kill()?;
     recovering.wait()?;
     wait_until_replaced(&device, dead).context("it was interrupted")?;
@@ -77,7 +68,7 @@ pub fn recovered_in_silence(binary: &Binary, dir: &Path) -> Result<()> {
     qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
     let device = written_unsupervised(binary, &image)?;
     let id = device.id().to_string();
-    let log = PathBuf::from(format!("/run/ublk-qcow2/{id}.log"));
+    let log = device.file("log");
     fs::remove_file(&log)?;
     fs::create_dir(&log)?;
     for option in ["--no-supervisor", ""] {
@@ -100,25 +91,22 @@ pub fn recovered_in_silence(binary: &Binary, dir: &Path) -> Result<()> {
 /// # Errors
 /// What does not hold.
 pub fn added_unheard(binary: &Binary, dir: &Path) -> Result<()> {
-    let (image, run_dir) = (dir.join("image.qcow2"), dir.join("run"));
+    let (image, binary) = (dir.join("image.qcow2"), binary.apart());
     qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
-    let binary = binary.in_run_dir(&run_dir);
     let before = existing();
+    let has_record = || record_in(binary.run_dir()).is_some();
     for round in 0..3 {
         let mut command = binary.command();
         let mut adding = command.arg("add").arg(&image).stdout(Stdio::null()).spawn()?;
-        let deadline = Instant::now() + TOOL_LIMIT;
         // It has a device by then, and has not served yet.
-        while record_in(&run_dir).is_none() {
-            ensure!(Instant::now() < deadline, "no server, in round {round}");
-            thread::sleep(Duration::from_millis(1));
-        }
+        patience::until(TOOL_LIMIT, || format!("no server, in round {round}"), || Ok(has_record()))?;
         adding.kill()?;
         adding.wait()?;
-        while record_in(&run_dir).is_some() || existing() != before {
-            ensure!(Instant::now() < deadline, "a device is left that nobody knows of, in round {round}");
-            thread::sleep(Duration::from_millis(10));
-        }
+        patience::until(
+            TOOL_LIMIT,
+            || format!("a device is left that nobody knows of, in round {round}"),
+            || Ok(!has_record() && existing() == before),
+        )?;
     }
     qemu_img::check_clean(&image)
 }
@@ -129,44 +117,43 @@ pub fn added_unheard(binary: &Binary, dir: &Path) -> Result<()> {
 /// # Errors
 /// It is left, or `add` does not fail.
 pub fn killed_before_it_is_heard(binary: &Binary, dir: &Path) -> Result<()> {
-    let (image, run_dir) = (dir.join("image.qcow2"), dir.join("run"));
+    let (image, binary) = (dir.join("image.qcow2"), binary.apart());
     qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
-    fs::create_dir(&run_dir)?;
-    let binary = binary.in_run_dir(&run_dir);
-    let before = existing();
+    fs::create_dir(binary.run_dir())?;
+    let (before, number) = (existing(), free_number());
     for option in ["--zero-copy=auto", "--no-supervisor", "--no-recovery"] {
-        mkfifo(&run_dir.join(format!("{NUMBER}.log")), Mode::S_IRUSR | Mode::S_IWUSR)?;
+        mkfifo(&binary.file(number, "log"), Mode::S_IRUSR | Mode::S_IWUSR)?;
         let mut command = binary.command();
         let mut adding = command
-            .args(["add", "-n", &NUMBER.to_string(), option])
+            .args(["add", "-n", &number.to_string(), option])
             .arg(&image)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()?;
-        let server = server_that_serves(&run_dir).context(option)?;
+        let server = server_that_serves(binary.run_dir()).context(option)?;
         kill(Pid::from_raw(server), Signal::SIGKILL)?;
         let status =
             wait(&mut adding, TOOL_LIMIT)?.with_context(|| format!("{option}: `add` does not end"))?;
         ensure!(!status.success(), "{option}: a server that was killed is said to serve");
         ensure!(existing() == before, "{option}: a device is left");
-        ensure!(record_in(&run_dir).is_none(), "{option}: a record is left");
+        ensure!(record_in(binary.run_dir()).is_none(), "{option}: a record is left");
     }
     only_leaks(&image)
 }
 
 /// The process whose record says that it serves.
 fn server_that_serves(run_dir: &Path) -> Result<i32> {
-    let deadline = Instant::now() + TOOL_LIMIT;
-    loop {
+    let mut pid = None;
+    let mut serves = || {
         let text = record_in(run_dir).and_then(|record| fs::read_to_string(record).ok()).unwrap_or_default();
         let record: serde_json::Value = serde_json::from_str(&text).unwrap_or_default();
         if record["phase"] == "serving" {
-            let pid = record["pid"].as_i64().context("no process in the record")?;
-            return Ok(i32::try_from(pid)?);
+            pid = Some(record["pid"].as_i64().context("no process in the record")?);
         }
-        ensure!(Instant::now() < deadline, "no server");
-        thread::sleep(Duration::from_millis(5));
-    }
+        Ok(pid.is_some())
+    };
+    patience::until(TOOL_LIMIT, || "no server".to_owned(), &mut serves)?;
+    Ok(i32::try_from(pid.unwrap_or_default())?)
 }
 
 /// A device's record in a run directory.

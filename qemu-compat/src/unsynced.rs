@@ -128,7 +128,7 @@ pub fn written_to_a_partition(binary: &Binary, dir: &Path, seed: u64) -> Result<
 /// # Errors
 /// It is lost, or `del` fails.
 pub fn written_and_detached_by_a_stranger(binary: &Binary, dir: &Path, seed: u64) -> Result<()> {
-    written_and_detached_by(&binary.in_run_dir(&dir.join("run")), binary, dir, seed)
+    written_and_detached_by(&binary.apart(), binary, dir, seed)
 }
 
 fn written_and_detached_by(remover: &Binary, binary: &Binary, dir: &Path, seed: u64) -> Result<()> {
