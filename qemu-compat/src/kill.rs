@@ -18,6 +18,10 @@ use crate::{
     sequence::{Discards, Player},
 };
 use anyhow::{Context, Result, bail, ensure};
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use std::{
     fs::{File, OpenOptions},
     os::unix::fs::OpenOptionsExt,
@@ -103,24 +107,24 @@ fn one_kill(
     hold(&mut disk, player, settled, ledger)?;
     player.play(&mut Settled(&mut disk), settled, 4)?;
     let device = disk.into_device();
-    let path = device.path();
+    let (path, server) = (device.path(), Pid::from_raw(device.listed()?.pid));
     let mut load = fio::start_load(&path, LOAD, Duration::from_secs(300))?;
-    let durable = thread::scope(|scope| -> Result<Vec<u64>> {
+    let (warm, ended, killed, durable) = thread::scope(|scope| {
         let writer = scope.spawn(|| ledger.keep(&path));
-        // Whatever goes wrong, the server dies: else the writer would never end.
         let warm = wait_until_busy(&device);
         thread::sleep(patience);
-        let is_loaded = load.try_wait()?.is_none();
-        device.kill_server()?;
-        let durable = writer.join().unwrap_or_else(|_| bail!("the ledger's writer panicked"))?;
-        warm?;
-        ensure!(is_loaded, "fio had ended before the kill");
-        Ok(durable)
-    })?;
-    ledger.durable = durable;
-    if wait(&mut load, LOAD_LIMIT)?.is_none() {
-        bail!("fio hangs on the device of a dead server");
-    }
+        let ended = load.try_wait();
+        // Whatever has gone wrong, the server dies: else the writer would never end.
+        let killed = kill(server, Signal::SIGKILL);
+        let durable = writer.join().unwrap_or_else(|_| bail!("the ledger's writer panicked"));
+        (warm, ended, killed, durable)
+    });
+    let load_ended = wait(&mut load, LOAD_LIMIT)?;
+    warm?;
+    killed.with_context(|| format!("cannot kill process {server}"))?;
+    ledger.durable = durable?;
+    ensure!(ended?.is_none(), "fio had ended before the kill");
+    ensure!(load_ended.is_some(), "fio hangs on the device of a dead server");
     ensure!(device.listed()?.state == "dead", "the list does not say that the server is dead");
     device.detach().context("removing the dead device")
 }
