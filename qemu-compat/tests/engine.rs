@@ -24,8 +24,10 @@ fn images_of_the_matrix_survive_random_requests() {
     let recipes = if env::var_os("QEMU_COMPAT_FULL").is_some() { matrix::full() } else { matrix::quick() };
     let batches = env::var("QEMU_COMPAT_BATCHES").map_or(60, |text| text.parse().unwrap());
     println!("QEMU_COMPAT_SEED={seed}");
+    let wanted: Vec<_> = recipes.iter().filter(|recipe| recipe.name().contains(&filter)).collect();
+    assert!(!wanted.is_empty(), "QEMU_COMPAT_FILTER={filter}: no image is called like that");
     let mut failures = Vec::new();
-    for recipe in recipes.iter().filter(|recipe| recipe.name().contains(&filter)) {
+    for recipe in wanted {
         // The small cache makes slices come and go under the requests.
         for cache_bytes in [32 << 20, 64 << 10] {
             let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
