@@ -2,6 +2,10 @@
 set -u
 step_count=0
 DEVICE=
+# What stories build on devices of ours, the last one first: maps of the device mapper, and a loop device.
+maps=
+loop=
+own_run_dir=
 
 # say TEXT: one line of narration
 say() { printf '       %s\n' "$*"; }
@@ -30,9 +34,18 @@ must() {
     fi
 }
 
+# apart: on a host, gives the story's devices a run directory of their own; the user's are then in no list of ours, and no
+# `del --all` takes them
+apart() {
+    [ -z "${IN_MACHINE:-}$own_run_dir" ] || return 0
+    own_run_dir=$(mktemp -d /run/ublk-qcow2-story-XXXXXX) || fail "no run directory"
+    export UBLK_QCOW2_RUN_DIR=$own_run_dir
+}
+
 # attach ARGUMENTS…: ublk-qcow2 add; leaves the device's path in DEVICE
 attach() {
     local output
+    apart
     output=$(timeout 60 ublk-qcow2 add "$@" 2>"$SCRATCH/add.err") || {
         sed 's/^/       | /' "$SCRATCH/add.err"
         fail "ublk-qcow2 add $* failed"
@@ -62,12 +75,35 @@ only_leaks() {
 # the_end: the last line of a story that went well
 the_end() { echo "demo passed: $step_count steps, all of them seen to hold"; }
 
+# undo: whatever there is. What is below something else is busy at first.
+undo() {
+    local force what
+    # Who works beside the story ends.
+    : >"$SCRATCH/over"
+    for what in $(jobs -p); do kill "$what"; done
+    for force in "" --force; do
+        for what in "$SCRATCH"/mnt-tools/* "$SCRATCH"/mnt*; do umount "$what"; done
+        for what in $maps; do dmsetup remove --retry "$what"; done
+        [ -z "$loop" ] || { losetup -d "$loop" && loop=; }
+        # Without one nothing was attached, and `del --all` would be for the user's.
+        [ -n "${IN_MACHINE:-}$own_run_dir" ] || return
+        timeout 60 ublk-qcow2 del --all $force
+        # A machine ends with all that it has.
+        [ -z "${IN_MACHINE:-}" ] || return
+    done
+}
+
 # Leaves nothing behind on a host, however the story ends.
 cleanup() {
-    local mounted
-    for mounted in "$SCRATCH"/mnt-tools/* "$SCRATCH"/mnt*; do
-        umount "$mounted" 2>/dev/null
-    done
-    [ -n "$DEVICE" ] && timeout 60 ublk-qcow2 del -n "${DEVICE#/dev/ublkb}" >/dev/null 2>&1
+    undo >/dev/null 2>&1
+    [ -n "$own_run_dir" ] || return
+    set -- "$own_run_dir"/*.json
+    if [ -e "$1" ]; then
+        say "devices are left; with UBLK_QCOW2_RUN_DIR=$own_run_dir \`ublk-qcow2 del --all --force\` removes them"
+    else
+        rm -r "$own_run_dir"
+    fi
 }
 trap cleanup EXIT
+# The end by a signal is none of itself: that of the time limit, or of whoever listened.
+trap 'exit 1' HUP INT PIPE TERM

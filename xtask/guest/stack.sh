@@ -108,7 +108,10 @@ unmake() {
     local map device
     # A map may be looked at by udev for a moment.
     for map in $maps; do must "dmsetup remove $map" dmsetup remove --retry "$map"; done
+    maps=
     [ -z "$loop" ] || must "losetup -d" losetup -d "$loop"
+    # From now on it may be somebody else's.
+    loop=
     for device in $devices; do
         DEVICE=$device
         detach
@@ -127,7 +130,7 @@ unmake() {
 make_fs() { case $1 in xfs) mkfs.xfs -q -f "$2" ;; *) mkfs.ext4 -q -F "$2" ;; esac }
 check_fs() { case $1 in xfs) xfs_repair -n "$2" ;; *) e2fsck -fn "$2" ;; esac }
 
-# servers: the processes that serve now
+# servers: the processes that serve the story's devices now
 servers() { ublk-qcow2 list | sed -n 's/^[^ ]* *serving *\([0-9]*\) .*/\1/p'; }
 
 # kill_servers: one after the other, again and again, until the file $SCRATCH/over is there

@@ -68,6 +68,7 @@ stuck() {
 
 swap() {
     local programs="" program give_up=$(($(date +%s) + SWAP_LIMIT)) failed="" swapped
+    [ -n "${IN_MACHINE:-}" ] || fail "swap: only in the machine; a host's memory is not ours to take"
     kind=swap devices="" maps="" loop=""
     below 1 2G
     must "mkswap" mkswap "$DEVICE"

@@ -3,7 +3,8 @@
 //!
 //! A job is a shell script with the programs and disks it needs; the scripts under guest/ are written to run
 //! in either place. They find programs in PATH, an empty directory in $SCRATCH, a directory to leave things
-//! in $RESULTS, and each disk NAME in $DISK_NAME; in the machine, $IN_MACHINE is set.
+//! in $RESULTS, and each disk NAME in $DISK_NAME; in the machine, $IN_MACHINE is set. On a host they leave alone
+//! what is not theirs, and nothing behind (guest/lib.sh).
 
 use crate::{
     kernel::Kernel,
@@ -32,6 +33,9 @@ use std::{
 const CONTROL_DEVICE: &str = "/dev/ublk-control";
 /// Memory of the machine: enough for a tmpfs image or null_blk of 2 GiB beside the system.
 const MEMORY_MIB: u32 = 4096;
+
+/// How long a script that is stopped on a host may take to undo what it has made.
+const UNDOING: Duration = Duration::from_secs(180);
 
 /// Whether this host's own ublk driver can be used by us; the error says why not.
 ///
@@ -220,7 +224,8 @@ impl<'a> Job<'a> {
 
         // timeout(1) stops the script together with its children.
         let mut shell = program("timeout")?;
-        shell.args(["--kill-after=10", &self.time_limit.as_secs().to_string(), "bash"]).arg(&script);
+        let [patience, limit] = [UNDOING, self.time_limit].map(|time| time.as_secs().to_string());
+        shell.arg(format!("--kill-after={patience}")).args([&limit, "bash"]).arg(&script);
         shell
             .env("PATH", host_path(&bin)?)
             .env("SCRATCH", &scratch)

@@ -29,11 +29,24 @@ pub(super) struct Stacks {
     stacks: String,
 }
 
+impl Stacks {
+    /// Whether this place is for them.
+    fn check(&self, place: Place) -> Result<()> {
+        let has_swap = self.stacks.split_whitespace().any(|kind| kind == "swap");
+        ensure!(
+            place != Place::Host || !has_swap,
+            "swap takes nearly all memory, which on this host is not ours: ask for the machine, with --kernel"
+        );
+        Ok(())
+    }
+}
+
 /// Rounds until the time is up. Each is a test that passed.
 ///
 /// # Errors
 /// What did not hold.
 pub(super) fn lane(place: Place, stacks: &Stacks, time: Duration, seed: u64) -> Result<Count> {
+    stacks.check(place)?;
     let script = format!("{LIB}{SWAP}{STORY}");
     let job = Job::new(&script, time + GRACE)
         .program(&build_release("ublk-qcow2", "ublk-qcow2")?)
@@ -45,4 +58,18 @@ pub(super) fn lane(place: Place, stacks: &Stacks, time: Duration, seed: u64) -> 
     let finished = job.run(place)?;
     ensure!(finished.status == 0, "the story ended with status {}", finished.status);
     whole_rounds(&finished.output)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernel::Kernel;
+
+    #[test]
+    fn a_hosts_memory_is_not_taken() {
+        let of = |stacks: &str| Stacks { operations: 1, stacks: stacks.to_owned() };
+        assert!(of("plain swap").check(Place::Host).is_err());
+        assert!(of("").check(Place::Host).is_ok() && of("plain loop").check(Place::Host).is_ok());
+        assert!(of("swap").check(Place::Machine(Kernel::V6_12)).is_ok());
+    }
 }
