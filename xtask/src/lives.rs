@@ -134,7 +134,7 @@ impl Lives {
                 bail!("its script ended with status {status}");
             }
             if start.elapsed() >= self.limit {
-                return Err(running.give_up().context("it does not get as far as to serve"));
+                return Err(running.give_up(self.limit).context("it does not get as far as to serve"));
             }
             thread::sleep(LOOK);
         }

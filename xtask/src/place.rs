@@ -8,7 +8,7 @@
 
 use crate::{
     kernel::Kernel,
-    process::{find_program, program, quote, run},
+    process::{find_program, program, quote, run, start},
     setup::{self, Kernels},
     vm::{
         self,
@@ -233,8 +233,7 @@ impl<'a> Job<'a> {
             .current_dir(&scratch);
         shell.envs(self.variables.iter().map(|(name, value)| (name, value)));
         shell.envs(self.disks.iter().map(|disk| (format!("DISK_{}", disk.name), &disk.path)));
-        let mut child =
-            shell.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().context("cannot start timeout")?;
+        let mut child = start(shell.stdin(Stdio::null()).stdout(Stdio::piped()))?;
         let output = child.stdout.take().map(|pipe| collect(pipe, self.console));
         let status = child.wait()?;
         let output = output.map_or_else(Vec::new, |thread| thread.join().unwrap_or_default());

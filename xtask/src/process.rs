@@ -1,13 +1,13 @@
 //! Child processes: finding programs, running them, and errors that show the command line.
 //!
 //! Knows nothing about what the programs are for. Every command of xtask starts its children through here, so
-//! that a failure always names the program, its arguments and what it said.
+//! that one which cannot be started, or fails here, is named with its arguments and what it said.
 
 use anyhow::{Context, Result, bail};
 use std::{
     env,
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Child, Command, Output, Stdio},
 };
 
 /// Directories that hold administration tools and are often missing from a user's `PATH`.
@@ -33,15 +33,22 @@ pub(crate) fn program(name: &str) -> Result<Command> {
     }
 }
 
+/// Starts `command` with the standard streams that it has been given, else our own.
+///
+/// # Errors
+/// Fails when it cannot be started.
+pub(crate) fn start(command: &mut Command) -> Result<Child> {
+    command.spawn().with_context(|| format!("cannot start `{}`", show(command)))
+}
+
 /// Runs `command` with our own standard streams.
 ///
 /// # Errors
 /// Fails when it cannot be started or exits with anything but zero.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
-    let shown = show(command);
-    let status = command.status().with_context(|| format!("cannot start `{shown}`"))?;
+    let status = start(command)?.wait()?;
     if !status.success() {
-        bail!("`{shown}` failed: {status}");
+        bail!("`{}` failed: {status}", show(command));
     }
     Ok(())
 }

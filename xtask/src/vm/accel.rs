@@ -29,7 +29,7 @@ impl Accel {
     /// The better of KVM and emulation on this machine. The trial boots `kernel`.
     ///
     /// # Errors
-    /// Fails when the verdict cannot be kept.
+    /// Fails when no machine can be tried, or the verdict cannot be kept.
     pub(crate) fn detect(kernel: &UnpackedKernel) -> Result<Self> {
         if OpenOptions::new().read(true).write(true).open("/dev/kvm").is_err() {
             return Ok(Self::Emulated);
@@ -45,7 +45,7 @@ impl Accel {
             _ => {}
         }
         initramfs::ensure(kernel)?; // what fails here says nothing about KVM
-        let verdict = trial(kernel);
+        let verdict = trial(kernel)?;
         let word = if verdict == Self::Kvm { "kvm" } else { "emulated" };
         fs::write(&path, format!("{} {word}\n", boot.trim()))
             .with_context(|| format!("cannot write {}", path.display()))?;
@@ -63,7 +63,9 @@ impl Accel {
     }
 }
 
-fn trial(kernel: &UnpackedKernel) -> Accel {
+/// What becomes of a machine with KVM. That none could be switched on, for want of room or of QEMU, says nothing about
+/// that, and must not be kept as a verdict.
+fn trial(kernel: &UnpackedKernel) -> Result<Accel> {
     let machine = Machine {
         kernel,
         accel: Accel::Kvm,
@@ -77,11 +79,12 @@ fn trial(kernel: &UnpackedKernel) -> Accel {
     };
     let mut payload = Tree::default();
     payload.text("payload/run", "#!/bin/sh\nexit 0\n", 0o755);
-    match machine.run(&payload) {
+    let running = machine.start(&payload).context("cannot try whether /dev/kvm boots a kernel")?;
+    Ok(match running.finish() {
         Ok(finished) if finished.status == 0 => Accel::Kvm,
         _ => {
             eprintln!("note: /dev/kvm is there but boots no kernel; the machine is emulated");
             Accel::Emulated
         }
-    }
+    })
 }

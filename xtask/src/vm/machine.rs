@@ -10,7 +10,7 @@
 use super::{accel::Accel, initramfs, tree::Tree};
 use crate::{
     kernel::UnpackedKernel,
-    process::{program, run},
+    process::{self, program, run},
     workspace,
 };
 use anyhow::{Context, Result, bail};
@@ -130,10 +130,14 @@ impl Machine<'_> {
         if self.time_limit <= BOOT_LIMIT || running.has_begun()? {
             return Ok(running);
         }
-        let hung = running.give_up();
+        let hung = running.give_up(BOOT_LIMIT);
         eprintln!("xtask: the machine has hung before its script began; booting it once more\n{hung:#}");
         let mut running = self.switch_on(payload)?;
-        if running.has_begun()? { Ok(running) } else { Err(running.give_up().context("two boots hung")) }
+        if running.has_begun()? {
+            Ok(running)
+        } else {
+            Err(running.give_up(BOOT_LIMIT).context("two boots hung"))
+        }
     }
 
     fn switch_on(&self, payload: &Tree) -> Result<Running<'_>> {
@@ -146,7 +150,7 @@ impl Machine<'_> {
         make_scratch(&dir.file("scratch"), self.scratch_gib)?;
         File::create(dir.file("results"))?.set_len(RESULTS_BYTES)?;
 
-        let mut child = self.qemu(&dir, &initramfs)?.spawn().context("cannot start QEMU")?;
+        let mut child = process::start(&mut self.qemu(&dir, &initramfs)?)?;
         let output = child.stdout.take().map(|pipe| collect(pipe, self.console));
         Ok(Running { machine: self, child, output, dir })
     }
@@ -204,11 +208,11 @@ impl Machine<'_> {
                 format!(":\n{}", tail(&log, 60))
             }
         };
-        if let Ended::OutOfTime = ended {
+        if let Ended::OutOfTime(limit) = ended {
             let so_far = String::from_utf8_lossy(output);
             bail!(
                 "the machine was stopped, whose limit is {} s; last output:\n{}\nkernel messages{}",
-                self.time_limit.as_secs(),
+                limit.as_secs(),
                 tail(&so_far, 10),
                 shown()
             );
@@ -270,12 +274,12 @@ impl Running<'_> {
         Ok(self.child.try_wait()?.is_none())
     }
 
-    /// Switches it off because it does not do what it should, and says what it has done.
-    pub(crate) fn give_up(mut self) -> anyhow::Error {
+    /// Switches it off because it has not done within this time what it should, and says what it has done.
+    pub(crate) fn give_up(mut self, limit: Duration) -> anyhow::Error {
         // If that fails it has ended by itself.
         let _ = self.child.kill().and_then(|()| self.child.wait());
         let output = self.output.take().map_or_else(Vec::new, |thread| thread.join().unwrap_or_default());
-        let judged = self.machine.judge(Ended::OutOfTime, &self.dir, &output);
+        let judged = self.machine.judge(Ended::OutOfTime(limit), &self.dir, &output);
         judged.err().unwrap_or_else(|| anyhow::anyhow!("the machine was switched off"))
     }
 
@@ -315,13 +319,14 @@ fn pad_to_sector(path: &Path) -> Result<()> {
 
 fn make_scratch(path: &Path, gib: u32) -> Result<()> {
     File::create(path)?.set_len(u64::from(gib) << 30)?;
-    crate::process::capture(program("mkfs.ext4")?.args(["-q", "-F", "-m", "0", "-E", "nodiscard"]).arg(path))
+    process::capture(program("mkfs.ext4")?.args(["-q", "-F", "-m", "0", "-E", "nodiscard"]).arg(path))
         .map(drop)
 }
 
 enum Ended {
     ByItself,
-    OutOfTime,
+    /// It was not done within this time.
+    OutOfTime(Duration),
 }
 
 fn wait(child: &mut Child, limit: Duration) -> Result<Ended> {
@@ -333,7 +338,7 @@ fn wait(child: &mut Child, limit: Duration) -> Result<Ended> {
         if Instant::now() >= deadline {
             child.kill().context("cannot stop QEMU")?;
             child.wait()?;
-            return Ok(Ended::OutOfTime);
+            return Ok(Ended::OutOfTime(limit));
         }
         thread::sleep(POLL);
     }
@@ -417,4 +422,32 @@ fn sweep(runs: &Path) -> Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A machine that hung before its script was said to have had the time that the script may take.
+    #[test]
+    fn the_limit_that_was_met_is_told() {
+        let nowhere = PathBuf::new;
+        let kernel = UnpackedKernel { release: String::new(), image: nowhere(), modules: nowhere() };
+        let machine = Machine {
+            kernel: &kernel,
+            accel: Accel::Emulated,
+            memory_mib: 1,
+            scratch_gib: 1,
+            disks: Vec::new(),
+            report: None,
+            console: Console::Silent,
+            time_limit: Duration::from_secs(2400),
+            results: None,
+        };
+        let dir = RunDir { dir: tempfile::tempdir().unwrap(), _lock: tempfile::tempfile().unwrap() };
+        let child = Command::new("sleep").arg("60").spawn().unwrap();
+        let running = Running { machine: &machine, child, output: None, dir };
+        let said = running.give_up(BOOT_LIMIT).to_string();
+        assert!(said.contains("limit is 240 s"), "{said}");
+    }
 }
