@@ -242,11 +242,11 @@ fn measurement(dir: &Path, stem: &str, round: u32, row: &Row, result: &mut Engin
             Sample { round, value: read + write, read, write, resident_mib }
         }
     };
-    // The kernel's loop device has no process, and so no memory to compare.
-    if sample.value > 0.0 {
-        result.samples.push(sample);
-    } else {
-        result.failures.insert("no process serves it".into());
+    match row.measure {
+        _ if sample.value > 0.0 => result.samples.push(sample),
+        // The kernel's loop device has no process, and so no memory to compare.
+        Measure::Memory(_) => drop(result.failures.insert("no process serves it".into())),
+        Measure::Attach | Measure::Speed(_) => drop(result.failures.insert("it came to nothing".into())),
     }
     Ok(())
 }
@@ -354,7 +354,12 @@ pub(super) mod tests {
             "fio: note\n{\"jobs\":[{\"read\":{\"iops\":1500.5},\"write\":{\"iops\":0.5}}]}",
         );
         write(format!("1.qemu-nbd.{stem}.facts"), "failed=does not attach: a=b\n");
-        let engines = [Engine::QemuNbd, Engine::KernelLoop, Engine::Us];
+        write(format!("1.rublk-loop.{stem}.facts"), "rss_kib=2048\ncheck=0\n");
+        write(
+            format!("1.rublk-loop.{stem}.json"),
+            r#"{"jobs":[{"read":{"iops":0.0},"write":{"iops":0.0}}]}"#,
+        );
+        let engines = [Engine::QemuNbd, Engine::RublkLoop, Engine::KernelLoop, Engine::Us];
         let other = &sessions(Extent::Full, &["attach/64TiB".into()])[0];
         assert!(collect(dir.path(), other, &engines, 1).unwrap().is_empty(), "a row that was not begun");
         let rows = collect(dir.path(), session, &engines, 1).unwrap();
@@ -364,5 +369,8 @@ pub(super) mod tests {
         assert_eq!(ours.check.as_deref(), Some("leaks"));
         assert!(row.engines["qemu-nbd"].failures.contains("does not attach: a=b"));
         assert!(row.engines["kernel-loop"].failures.contains("the run ended before it"));
+        // "no process serves it" was said of any result of 0.
+        let nothing = &row.engines["rublk-loop"];
+        assert!(nothing.samples.is_empty() && nothing.failures.contains("it came to nothing"));
     }
 }

@@ -168,13 +168,37 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
     }
     let place = Place::Machine(options.kernel);
     place.prepare()?;
+    let Run { document, broken } = measure(&sessions, options, place)?;
+    print!("\n{}", report::summary(&document));
+    if let Some(path) = &options.json {
+        write(path, &(serde_json::to_string_pretty(&document)? + "\n"))?;
+    }
+    if !broken.is_empty() {
+        bail!("sessions without a result: {}", broken.join("; "));
+    }
+    let planned: usize = sessions.iter().map(|session| session.rows.len()).sum();
+    if document.rows.len() < planned {
+        bail!("{} of {planned} rows were not reached", planned - document.rows.len());
+    }
+    let silent = silent(&document, options);
+    if !silent.is_empty() {
+        bail!("{US} has no figure for {}", silent.join(", "));
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What came of all sessions.
+struct Run {
+    document: Document,
+    /// Sessions without a result.
+    broken: Vec<String>,
+}
+
+/// Runs the sessions one after the other, and keeps what comes of each at once.
+fn measure(sessions: &[Session], options: &Options, place: Place) -> Result<Run> {
     let programs = programs(options)?;
-    let mut this_run = Document {
-        kernel: options.kernel.to_string(),
-        mode: options.mode.name().into(),
-        ..Document::default()
-    };
-    let mut broken = Vec::new();
+    let (kernel, mode) = (options.kernel.to_string(), options.mode.name().into());
+    let mut run = Run { document: Document { kernel, mode, ..Document::default() }, broken: Vec::new() };
     for (at, session) in sessions.iter().enumerate() {
         println!("bench: session {} of {}: {}", at + 1, sessions.len(), session.name);
         // One session that fails must not take the others with it.
@@ -185,30 +209,15 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
                     kept.merge(boot.clone(), rows.clone());
                     save(&kept, &out)?;
                 }
-                this_run.merge(boot, rows);
+                run.document.merge(boot, rows);
             }
             Err(error) => {
                 eprintln!("bench: session {} could not be measured: {error:#}", session.name);
-                broken.push(session.name.clone());
+                run.broken.push(session.name.clone());
             }
         }
     }
-    print!("\n{}", report::summary(&this_run));
-    if let Some(path) = &options.json {
-        write(path, &(serde_json::to_string_pretty(&this_run)? + "\n"))?;
-    }
-    if !broken.is_empty() {
-        bail!("sessions without a result: {}", broken.join("; "));
-    }
-    let planned: usize = sessions.iter().map(|session| session.rows.len()).sum();
-    if this_run.rows.len() < planned {
-        bail!("{} of {planned} rows were not reached", planned - this_run.rows.len());
-    }
-    let silent = silent(&this_run, options);
-    if !silent.is_empty() {
-        bail!("{US} has no figure for {}", silent.join(", "));
-    }
-    Ok(ExitCode::SUCCESS)
+    Ok(run)
 }
 
 /// Rows of which we lack a figure.
@@ -299,7 +308,9 @@ fn commit(options: &Options) -> Result<String> {
     if options.binary.is_some() {
         return Ok("unknown (--binary)".into());
     }
-    const MEASURED: [&str; 4] = ["--", "qcow2-format", "qcow2-engine", "ublk-qcow2"];
+    // Those at the root say which libraries are built in, and how.
+    const MEASURED: [&str; 6] =
+        ["--", "Cargo.toml", "Cargo.lock", "qcow2-format", "qcow2-engine", "ublk-qcow2"];
     let git = |arguments: &[&str]| {
         capture(program("git")?.current_dir(workspace::root()).args(arguments).args(MEASURED))
     };
