@@ -7,17 +7,18 @@ use crate::{
     process::run,
     setup,
     test::{Count, Report},
+    timing,
     workspace::cargo,
 };
 use anyhow::Result;
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 /// Options of `cargo xtask crash`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct CrashOptions {
-    /// Seconds to go on for; with --mutate, for each rule
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
-    budget: u64,
+    /// How long to go on, as 90s, 20m or 2h (a bare number is seconds); with --mutate, for each rule
+    #[arg(long, value_name = "TIME", value_parser = timing::or_seconds, default_value = "60s")]
+    budget: Duration,
     #[command(flatten)]
     seed: Seed,
     /// Take each ordering rule away in turn; every time a violation must be found
@@ -31,9 +32,9 @@ pub(crate) struct CrashOptions {
 /// Options of `cargo xtask fuzz`.
 #[derive(Debug, clap::Args)]
 pub(crate) struct FuzzOptions {
-    /// Seconds to go on for
-    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
-    time: u64,
+    /// How long to go on, as 90s, 20m or 2h (a bare number is seconds)
+    #[arg(long, value_name = "TIME", value_parser = timing::or_seconds, default_value = "60s")]
+    time: Duration,
     #[command(flatten)]
     seed: Seed,
     /// Go on after a case that fails
@@ -84,7 +85,7 @@ const FUZZ: Campaign = Campaign {
 /// # Errors
 /// Fails when the simulator's needs cannot be installed.
 pub(crate) fn crash(options: &CrashOptions) -> Result<ExitCode> {
-    let mut args = vec!["--budget".to_owned(), options.budget.to_string()];
+    let mut args = vec!["--budget".to_owned(), options.budget.as_secs().to_string()];
     args.extend(options.seed.args());
     args.extend(options.mutate.then(|| "--mutate".to_owned()));
     args.extend(options.rule.iter().flat_map(|rule| ["--rule".to_owned(), rule.clone()]));
@@ -96,7 +97,7 @@ pub(crate) fn crash(options: &CrashOptions) -> Result<ExitCode> {
 /// # Errors
 /// Fails when the fuzzer's needs cannot be installed.
 pub(crate) fn fuzz(options: &FuzzOptions) -> Result<ExitCode> {
-    let mut args = vec!["--time".to_owned(), options.time.to_string()];
+    let mut args = vec!["--time".to_owned(), options.time.as_secs().to_string()];
     args.extend(options.seed.args());
     args.extend(options.keep_going.then(|| "--keep-going".to_owned()));
     FUZZ.command(&args)

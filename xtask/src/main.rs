@@ -16,6 +16,7 @@ mod soak;
 mod test;
 mod test_compat;
 mod texts;
+mod timing;
 mod tools;
 mod vm;
 mod workspace;

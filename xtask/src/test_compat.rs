@@ -7,6 +7,7 @@ use crate::{
     powercut,
     process::{quote, run},
     test::{Matrix, Report, device_lane},
+    timing,
     vm::machine::Console,
     workspace::build_release,
 };
@@ -25,9 +26,9 @@ pub(crate) struct Options {
     /// Only this kernel
     #[arg(long, value_enum)]
     kernel: Option<Kernel>,
-    /// Stop each machine after this many minutes
-    #[arg(long, default_value_t = 120)]
-    minutes: u64,
+    /// Stop each machine after this time, as 90s, 20m or 2h (a bare number is minutes)
+    #[arg(long, alias = "minutes", value_name = "TIME", value_parser = timing::or_minutes, default_value = "2h")]
+    time_limit: Duration,
     #[command(flatten)]
     part: Part,
     /// Only print the names of the matrix's cases
@@ -71,7 +72,7 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     let part: String = part.iter().map(|option| format!(" {}", quote(option))).collect();
-    let limit = Duration::from_secs(options.minutes * 60);
+    let limit = options.time_limit;
     let kernels = options.kernel.map_or_else(|| Kernel::ALL.to_vec(), |kernel| vec![kernel]);
     let mut report = Report::default();
     for kernel in kernels {

@@ -82,7 +82,7 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
         let place = Place::choose(options.kernel);
         place.prepare()?;
         report.lane(&format!("stacks of devices on {place}"), || {
-            stack::lane(place, &options.stacks, options.rounds.time(), options.seed)
+            stack::lane(place, &options.stacks, options.rounds.time, options.seed)
         });
     }
     let (tree, fio) = (wanted(Lane::Tree), wanted(Lane::Fio));

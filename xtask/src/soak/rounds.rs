@@ -11,7 +11,7 @@ use crate::{
     place::{Job, Place},
     process::{program, run},
     test::Count,
-    tools,
+    timing, tools,
     vm::{
         accel::Accel,
         machine::{Access, Disk},
@@ -39,9 +39,9 @@ const BUILDERS: [&str; 10] =
 /// How much is done; options of `cargo xtask soak`.
 #[derive(Debug, clap::Args)]
 pub(super) struct Scope {
-    /// Begin no new round after so many minutes
-    #[arg(long, value_name = "MINUTES", default_value_t = 20)]
-    time: u64,
+    /// Begin no new round after this time, as 90s, 20m or 2h (a bare number is minutes)
+    #[arg(long, value_parser = timing::or_minutes, default_value = "20m")]
+    pub(super) time: Duration,
     /// Directories of the source tree to use; an empty list means all of it
     #[arg(long, default_value = PARTS)]
     parts: String,
@@ -67,7 +67,7 @@ pub(super) struct Work {
 /// What did not hold.
 pub(super) fn lane(place: Place, scope: &Scope, seed: u64, work: Work) -> Result<Count> {
     let product = build_release("ublk-qcow2", "ublk-qcow2")?;
-    let time = scope.time();
+    let time = scope.time;
     let script = format!("{LIB}{IN_TOOLS}{KERNEL}{STORY}");
     let source = source_tree()?;
     let yes = |wanted| if wanted { "1" } else { "" };
@@ -105,11 +105,6 @@ pub(super) fn whole_rounds(output: &[u8]) -> Result<Count> {
 }
 
 impl Scope {
-    /// After this no round is begun.
-    pub(super) fn time(&self) -> Duration {
-        Duration::from_secs(self.time * 60)
-    }
-
     /// What was asked for, or what can be done in minutes.
     fn to_build(&self, is_emulated: bool) -> &str {
         match &self.build {

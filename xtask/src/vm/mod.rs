@@ -13,7 +13,7 @@ use crate::{
     kernel::Kernel,
     process::quote,
     setup::{self, Kernels},
-    workspace,
+    timing, workspace,
 };
 use accel::Accel;
 use anyhow::{Context, Result, bail};
@@ -24,6 +24,9 @@ use std::{
     time::Duration,
 };
 use tree::Tree;
+
+/// A shell's: a month.
+const FOR_EVER: Duration = Duration::from_secs(30 * 86_400);
 
 /// Options of `cargo xtask vm`.
 #[derive(Debug, clap::Args)]
@@ -49,9 +52,9 @@ pub(crate) struct Options {
     /// Size of the sparse disk behind /scratch, in GiB
     #[arg(long, default_value_t = 16)]
     scratch: u32,
-    /// Stop the machine after this many seconds (a shell has no limit)
-    #[arg(long, default_value_t = 600)]
-    time_limit: u64,
+    /// Stop the machine after this time, as 90s, 20m or 2h (a bare number is seconds; a shell has no limit)
+    #[arg(long, value_name = "TIME", value_parser = timing::or_seconds, default_value = "10m")]
+    time_limit: Duration,
     /// Let guest time count instructions (slow, repeatable)
     #[arg(long)]
     count: bool,
@@ -76,11 +79,7 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
         disks: options.disk.iter().map(|word| parse_disk(word)).collect::<Result<_>>()?,
         report: None,
         console: if interactive { Console::Interactive } else { Console::Streamed },
-        time_limit: if interactive {
-            Duration::from_secs(30 * 86_400)
-        } else {
-            Duration::from_secs(options.time_limit)
-        },
+        time_limit: if interactive { FOR_EVER } else { options.time_limit },
         results: options.results.clone(),
     };
     let finished = machine.run(&payload(options, interactive)?)?;
