@@ -56,6 +56,44 @@ pub struct Setting {
     pub share: Share,
 }
 
+/// Name, limit in seconds, and what is done.
+type Named<Body> = (&'static str, u64, Body);
+
+/// Devices that change hands.
+const LIFECYCLES: &[Named<fn(&Binary, &Path) -> Result<()>>] = &[
+    ("lifecycle/mounts-let-go", 300, lifecycle::mounts_let_go),
+    ("lifecycle/mounted", 300, lifecycle::mounted_devices_stay),
+    ("lifecycle/mounted-stacks", 240, stacked::lower_devices_stay),
+    ("lifecycle/records", 120, lifecycle::records_outlive_devices),
+    ("lifecycle/images", 120, lifecycle::images_stay),
+    ("lifecycle/failed-recovery", 120, lifecycle::removed_after_a_failed_recovery),
+    ("lifecycle/any-phase", 300, lifecycle::recovered_from_any_phase),
+    ("lifecycle/added-while-recovered", 120, between::added_while_recovered),
+    ("lifecycle/image-back", 200, between::recovered_when_the_image_is_back),
+    ("lifecycle/image-gone", 120, between::removed_though_the_image_is_gone),
+    ("lifecycle/successor-dies", 300, lifecycle::recovered_although_the_successor_dies),
+    ("lifecycle/recovered-unheard", 300, unheard::recovered_unheard),
+    ("lifecycle/condemned-detached", 120, condemned::detached_and_repaired),
+    ("lifecycle/condemned-recovered", 120, condemned::served_by_a_successor),
+    ("origin/block-device", 180, origins::on_a_block_device),
+    ("origin/grown", 60, origins::grown),
+    ("origin/bitmaps", 180, origins::with_bitmaps),
+    ("lifecycle/by-a-stranger", 180, stopping::by_a_stranger),
+    ("lifecycle/killed-while-stopping", 400, stopping::killed),
+    ("lifecycle/killed-while-writing-back", 300, stopping::killed_while_it_writes_back),
+    ("lifecycle/recovered-in-silence", 300, unheard::recovered_in_silence),
+    ("lifecycle/killed-unheard", 300, unheard::killed_before_it_is_heard),
+    ("lifecycle/killed-unrecorded", 120, between::killed_before_it_is_recorded),
+    ("lifecycle/added-unheard", 300, unheard::added_unheard),
+];
+
+/// Devices to which the kernel still has something to write.
+const UNSYNCED: &[Named<fn(&Binary, &Path, u64) -> Result<()>>] = &[
+    ("lifecycle/ended-while-mounted", 240, unsynced::ended_while_mounted),
+    ("lifecycle/written-to-a-partition", 60, unsynced::written_to_a_partition),
+    ("lifecycle/detached-by-a-stranger", 60, unsynced::written_and_detached_by_a_stranger),
+];
+
 /// Gathers cases; each gets a directory of its own, removed when it ends.
 struct Cases {
     setting: Arc<Setting>,
@@ -156,76 +194,28 @@ impl Cases {
 
     /// Devices that change hands.
     fn lifecycles(&mut self) {
-        let times = if self.setting.scale == Scale::Full { 10 } else { 1 };
+        let is_full = self.setting.scale == Scale::Full;
+        let times = if is_full { 10 } else { 1 };
         self.add("lifecycle/removed-after-a-kill", 300, move |it, dir| {
             lifecycle::removed_after_a_kill(&it.binary, dir, 3 * times)
         });
         self.add("lifecycle/watched", 120, move |it, dir| lifecycle::watched(&it.binary, dir, 2 * times));
         self.add("lifecycle/numbers", 240, move |it, dir| lifecycle::numbers(&it.binary, dir, 3, 4 * times));
-        self.add("lifecycle/mounts-let-go", 300, |it, dir| lifecycle::mounts_let_go(&it.binary, dir));
-        self.add("lifecycle/mounted", 300, |it, dir| lifecycle::mounted_devices_stay(&it.binary, dir));
-        self.add("lifecycle/mounted-stacks", 240, |it, dir| stacked::lower_devices_stay(&it.binary, dir));
         self.add("lifecycle/mounted-stacks-all", 240, move |it, dir| {
-            stacked::all_from_the_top(&it.binary, dir, if times > 1 { 12 } else { 4 })
+            stacked::all_from_the_top(&it.binary, dir, if is_full { 12 } else { 4 })
         });
-        self.add("lifecycle/records", 120, |it, dir| lifecycle::records_outlive_devices(&it.binary, dir));
-        self.add("lifecycle/images", 120, |it, dir| lifecycle::images_stay(&it.binary, dir));
-        self.add("lifecycle/failed-recovery", 120, |it, dir| {
-            lifecycle::removed_after_a_failed_recovery(&it.binary, dir)
-        });
-        self.add("lifecycle/any-phase", 300, |it, dir| lifecycle::recovered_from_any_phase(&it.binary, dir));
-        self.add("lifecycle/added-while-recovered", 120, |it, dir| {
-            between::added_while_recovered(&it.binary, dir)
-        });
-        self.add("lifecycle/image-back", 200, |it, dir| {
-            between::recovered_when_the_image_is_back(&it.binary, dir)
-        });
-        self.add("lifecycle/image-gone", 120, |it, dir| {
-            between::removed_though_the_image_is_gone(&it.binary, dir)
-        });
-        self.add("lifecycle/successor-dies", 300, |it, dir| {
-            lifecycle::recovered_although_the_successor_dies(&it.binary, dir)
-        });
-        self.add("lifecycle/recovered-unheard", 300, |it, dir| unheard::recovered_unheard(&it.binary, dir));
-        self.add("lifecycle/condemned-detached", 120, |it, dir| {
-            condemned::detached_and_repaired(&it.binary, dir)
-        });
-        self.add("lifecycle/condemned-recovered", 120, |it, dir| {
-            condemned::served_by_a_successor(&it.binary, dir)
-        });
-        self.add("origin/block-device", 180, |it, dir| origins::on_a_block_device(&it.binary, dir));
-        self.add("origin/grown", 60, |it, dir| origins::grown(&it.binary, dir));
-        self.add("origin/bitmaps", 180, |it, dir| origins::with_bitmaps(&it.binary, dir));
-        self.add("lifecycle/by-a-stranger", 180, |it, dir| stopping::by_a_stranger(&it.binary, dir));
-        self.add("lifecycle/killed-while-stopping", 400, |it, dir| stopping::killed(&it.binary, dir));
-        self.add("lifecycle/killed-while-writing-back", 300, |it, dir| {
-            stopping::killed_while_it_writes_back(&it.binary, dir)
-        });
+        for &(name, limit, body) in LIFECYCLES {
+            self.add(name, limit, move |it, dir| body(&it.binary, dir));
+        }
         // It takes as long as a write-back may take.
-        if self.setting.scale == Scale::Full {
+        if is_full {
             self.add("lifecycle/not-written-back", 400, |it, dir| {
                 stopping::kept_until_it_is_written_back(&it.binary, dir)
             });
         }
-        self.add("lifecycle/ended-while-mounted", 240, |it, dir| {
-            unsynced::ended_while_mounted(&it.binary, dir, it.seed)
-        });
-        self.add("lifecycle/written-to-a-partition", 60, |it, dir| {
-            unsynced::written_to_a_partition(&it.binary, dir, it.seed)
-        });
-        self.add("lifecycle/detached-by-a-stranger", 60, |it, dir| {
-            unsynced::written_and_detached_by_a_stranger(&it.binary, dir, it.seed)
-        });
-        self.add("lifecycle/recovered-in-silence", 300, |it, dir| {
-            unheard::recovered_in_silence(&it.binary, dir)
-        });
-        self.add("lifecycle/killed-unheard", 300, |it, dir| {
-            unheard::killed_before_it_is_heard(&it.binary, dir)
-        });
-        self.add("lifecycle/killed-unrecorded", 120, |it, dir| {
-            between::killed_before_it_is_recorded(&it.binary, dir)
-        });
-        self.add("lifecycle/added-unheard", 300, |it, dir| unheard::added_unheard(&it.binary, dir));
+        for &(name, limit, body) in UNSYNCED {
+            self.add(name, limit, move |it, dir| body(&it.binary, dir, it.seed));
+        }
     }
 
     fn matrix(&mut self) {
