@@ -1,4 +1,5 @@
 use super::{witness::PAUSE, *};
+use crate::alone;
 use std::{
     fs,
     os::unix::fs::FileExt,
@@ -122,7 +123,9 @@ impl Drop for Loop {
 fn what_others_write_to_a_block_device_is_noticed() {
     let (_dir, below, file, log) = image_and_log();
     file.set_len(1 << 20).unwrap();
-    let Some(device) = Loop::over(&below) else { return };
+    let Some(device) = Loop::over(&below) else {
+        return alone::skip("what others write to a block device: no loop device can be had");
+    };
     let config = Config { image: device.0.clone(), ..crate::config::example() };
     log.sight(&device.0).unwrap().note();
     let write = || {
