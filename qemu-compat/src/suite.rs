@@ -58,9 +58,11 @@ pub struct Setting {
 
 /// Name, limit in seconds, and what is done.
 type Named<Body> = (&'static str, u64, Body);
+type Plain = fn(&Binary, &Path) -> Result<()>;
+type Seeded = fn(&Binary, &Path, u64) -> Result<()>;
 
 /// Devices that change hands.
-const LIFECYCLES: &[Named<fn(&Binary, &Path) -> Result<()>>] = &[
+const LIFECYCLES: &[Named<Plain>] = &[
     ("lifecycle/mounts-let-go", 300, lifecycle::mounts_let_go),
     ("lifecycle/mounted", 300, lifecycle::mounted_devices_stay),
     ("lifecycle/mounted-stacks", 240, stacked::lower_devices_stay),
@@ -88,7 +90,7 @@ const LIFECYCLES: &[Named<fn(&Binary, &Path) -> Result<()>>] = &[
 ];
 
 /// Devices to which the kernel still has something to write.
-const UNSYNCED: &[Named<fn(&Binary, &Path, u64) -> Result<()>>] = &[
+const UNSYNCED: &[Named<Seeded>] = &[
     ("lifecycle/ended-while-mounted", 240, unsynced::ended_while_mounted),
     ("lifecycle/written-to-a-partition", 60, unsynced::written_to_a_partition),
     ("lifecycle/detached-by-a-stranger", 60, unsynced::written_and_detached_by_a_stranger),
