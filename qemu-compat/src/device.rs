@@ -46,6 +46,8 @@ pub struct Binary {
     path: PathBuf,
     /// Where it keeps its records, if not where it does by itself.
     run_dir: Option<PathBuf>,
+    /// The start of the systemd unit that runs it, if one does.
+    start: Option<String>,
 }
 
 /// An attached image.
@@ -69,13 +71,19 @@ impl Binary {
     /// The program at `path`.
     #[must_use]
     pub fn new(path: PathBuf) -> Self {
-        Self { path, run_dir: None }
+        Self { path, run_dir: None, start: None }
     }
 
     /// The same program with its records in another directory: the devices of one are not the other's.
     #[must_use]
     pub fn in_run_dir(&self, dir: &Path) -> Self {
         Self { run_dir: Some(dir.to_owned()), ..self.clone() }
+    }
+
+    /// The same program as this start of a systemd unit runs it.
+    #[must_use]
+    pub fn in_unit(&self, start: &str) -> Self {
+        Self { start: Some(start.to_owned()), ..self.clone() }
     }
 
     /// Runs it with these arguments.
@@ -91,6 +99,7 @@ impl Binary {
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.path);
         command.envs(self.run_dir.iter().map(|dir| ("UBLK_QCOW2_RUN_DIR", dir)));
+        command.envs(self.start.iter().map(|start| ("INVOCATION_ID", start)));
         command
     }
 

@@ -12,6 +12,7 @@
 //! unsynced                                what the kernel still has to write to a device that is detached
 //! between                                 devices without a server or a record, and who comes to them meanwhile
 //! unheard                                 commands and servers of which nobody hears
+//! unit                                    what a systemd unit runs
 //! origins                                 images on block devices, grown ones, ones with bitmaps
 //! condemned                               what becomes of an image in which damage was met
 //! power                                   what a host whose power fails finds
@@ -57,4 +58,5 @@ pub mod stacked;
 pub mod stopping;
 pub mod suite;
 pub mod unheard;
+pub mod unit;
 pub mod unsynced;

@@ -19,7 +19,7 @@ use crate::{
     report::Case,
     server, shape,
     share::Share,
-    stacked, stopping, unheard, unsynced,
+    stacked, stopping, unheard, unit, unsynced,
 };
 use anyhow::{Context, Result, ensure};
 use std::{
@@ -168,6 +168,7 @@ impl Cases {
         self.add("lifecycle/mounted-stacks-all", 240, move |it, dir| {
             stacked::all_from_the_top(&it.binary, dir, if times > 1 { 12 } else { 4 })
         });
+        self.add("lifecycle/of-a-unit", 120, |it, dir| unit::detached(&it.binary, dir));
         self.add("lifecycle/records", 120, |it, dir| lifecycle::records_outlive_devices(&it.binary, dir));
         self.add("lifecycle/images", 120, |it, dir| lifecycle::images_stay(&it.binary, dir));
         self.add("lifecycle/failed-recovery", 120, |it, dir| {

@@ -142,6 +142,7 @@ fn make(
         processes: processes.clone(),
         files: known.clone(),
         boot: boot.clone(),
+        invocation: runfile::invocation(),
         error: None,
         refusal: None,
     })?;

@@ -23,7 +23,7 @@ pub(crate) use {
         path_of, redo_path, spare_path,
     },
     making::{Making, lacks_record, new_cookie},
-    record::{Entry, Phase, Record, Refusal},
+    record::{Entry, Phase, Record, Refusal, invocation},
     users::{InUse, refuse_awaited, refuse_clashes, refuse_served},
 };
 
