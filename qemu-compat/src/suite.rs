@@ -169,6 +169,9 @@ impl Cases {
             stacked::all_from_the_top(&it.binary, dir, if times > 1 { 12 } else { 4 })
         });
         self.add("lifecycle/of-a-unit", 120, |it, dir| unit::detached(&it.binary, dir));
+        self.add("lifecycle/interrupted-recovery", 120, |it, dir| {
+            between::recovery_interrupted(&it.binary, dir)
+        });
         self.add("lifecycle/records", 120, |it, dir| lifecycle::records_outlive_devices(&it.binary, dir));
         self.add("lifecycle/images", 120, |it, dir| lifecycle::images_stay(&it.binary, dir));
         self.add("lifecycle/failed-recovery", 120, |it, dir| {

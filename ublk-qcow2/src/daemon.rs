@@ -182,7 +182,8 @@ fn add_device(
     }
 }
 
-/// Takes a device over whose server has died. Whatever fails, the device goes on waiting.
+/// Takes a device over whose server has died. Whatever fails, the device goes on waiting, and so it does if this is
+/// interrupted.
 fn take_over(id: u32, namespace: Namespace, processes: Vec<Process>) -> Result<Ready, ServeError> {
     let mut run_file = RunFile::take_over(id)?;
     run_file.name(processes);
@@ -203,7 +204,9 @@ fn take_over_as(
     let (id, config) = (record.id, &record.config);
     // Our copies of its mounts would keep its file system mounted when everybody else has unmounted it.
     namespace.let_go_of(&format!("ublkb{id}"));
-    let device = Device::recover(Control::open()?, id, record.cookie, record.phase)?;
+    let control = Control::open()?;
+    let recover = || Device::recover(control, id, record.cookie, record.phase);
+    let device = crew::interruptible(recover).map_err(ServeError::SetUp)??;
     run_file.enter(Phase::Preparing)?;
     // When this succeeds the old server's I/O has ended.
     let char_device = device.open_char()?;
