@@ -9,6 +9,8 @@
 //! steps after it are the same. Should they fail, the device goes on waiting.
 
 mod dirty;
+mod ioctl;
+mod loops;
 mod nodes;
 mod removal;
 mod request;
@@ -16,6 +18,7 @@ mod shape;
 mod stack;
 
 pub(crate) use dirty::{check_unused, sync_everything, write_back};
+pub(crate) use ioctl::reread_partitions;
 pub(crate) use nodes::{block_path, numbers};
 pub(crate) use removal::{delete_left, delete_orphan, unless_gone};
 pub(crate) use request::{DataPath, MAX_DEPTH, Request};
