@@ -168,6 +168,7 @@ impl Cases {
         self.add("lifecycle/mounted-stacks-all", 240, move |it, dir| {
             stacked::all_from_the_top(&it.binary, dir, if times > 1 { 12 } else { 4 })
         });
+        self.add("lifecycle/ended-together", 120, |it, dir| stacked::ended_together(&it.binary, dir));
         self.add("lifecycle/of-a-unit", 120, |it, dir| unit::detached(&it.binary, dir));
         self.add("lifecycle/interrupted-recovery", 120, |it, dir| {
             between::recovery_interrupted(&it.binary, dir)

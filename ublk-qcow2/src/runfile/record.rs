@@ -56,6 +56,9 @@ pub(crate) struct Record {
     /// Why the server could not end cleanly.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) error: Option<String>,
+    /// Whether the server has been asked to end, and is about to.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) is_ending: bool,
     /// Why the server goes on though it was asked to end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) refusal: Option<Refusal>,
@@ -131,6 +134,7 @@ pub(crate) fn example() -> Record {
         boot: super::boot().unwrap(),
         invocation: None,
         error: None,
+        is_ending: false,
         refusal: None,
     }
 }
