@@ -3,7 +3,7 @@
 //! Cheap and telling ones come first: when the device does not work at all, that shows in seconds.
 
 use crate::{
-    between, condemned, data_path,
+    barriers, between, condemned, data_path,
     device::{Binary, DeviceDisk},
     disk::{Disk, Op, Server},
     durability,
@@ -173,6 +173,7 @@ impl Cases {
         self.add("lifecycle/interrupted-recovery", 120, |it, dir| {
             between::recovery_interrupted(&it.binary, dir)
         });
+        self.add("lifecycle/failed-barriers", 300, |it, dir| barriers::failed(&it.binary, dir));
         self.add("lifecycle/records", 120, |it, dir| lifecycle::records_outlive_devices(&it.binary, dir));
         self.add("lifecycle/images", 120, |it, dir| lifecycle::images_stay(&it.binary, dir));
         self.add("lifecycle/failed-recovery", 120, |it, dir| {
