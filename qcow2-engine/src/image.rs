@@ -164,6 +164,11 @@ impl Image {
         self.as_chain().resolve(at, len, extents)
     }
 
+    /// See [`Chain::top_has`].
+    pub(crate) fn top_has(&self, at: u64, len: u64) -> Result<(bool, u64), Stop> {
+        self.as_chain().top_has(at, len)
+    }
+
     pub(crate) fn io_error(
         &self,
         operation: &'static str,

@@ -41,6 +41,25 @@ impl<I: Io> Lane<I> {
         }
     }
 
+    /// Whether the image itself has the bytes from `at` on, and not what is below it, and for how many of `len` that is
+    /// so.
+    pub(crate) async fn top_has(&self, at: u64, len: u64) -> Result<(bool, u64)> {
+        let mut known = None;
+        let mut done = 0;
+        while done < len {
+            match self.image().top_has(at + done, len - done) {
+                Ok((has_it, _)) if known.is_some_and(|known| known != has_it) => break,
+                Ok((has_it, more)) => {
+                    known = Some(has_it);
+                    done += more;
+                }
+                Err(Stop::Failed(error)) => return Err(error),
+                Err(Stop::Miss(key)) => self.load_slice(key).await?,
+            }
+        }
+        Ok((known.unwrap_or(false), done))
+    }
+
     /// Brings a slice into memory: of an L2 table, if that exists, or a window.
     pub(crate) async fn load_slice(&self, key: SliceKey) -> Result<()> {
         match &self.image().flat {

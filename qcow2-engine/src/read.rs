@@ -37,6 +37,16 @@ impl<I: Io> Lane<I> {
         self.in_flight(self.resolve(at, len)).await
     }
 
+    /// Whether the first byte of a range is the image's own, zeros too, and not of what is below it; and for how many bytes
+    /// of the range that is so.
+    ///
+    /// # Errors
+    /// As [`Self::read`].
+    pub async fn is_allocated(&self, at: u64, len: u64) -> Result<(bool, u64)> {
+        self.check_range(at, len)?;
+        self.in_flight(self.top_has(at, len)).await
+    }
+
     /// Reads all extents into the buffer that they cover together.
     pub(crate) async fn fill(&self, extents: &Extents, buf: &Buf) -> Result<()> {
         if let [extent] = extents[..] {

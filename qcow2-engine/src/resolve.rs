@@ -142,7 +142,15 @@ impl Chain<'_> {
         }
     }
 
-    /// The same for a range of which the top layer says nothing.
+    /// Whether the top layer has what one look-up there answers, the longest prefix of the range, and its length.
+    pub(crate) fn top_has(&self, at: u64, len: u64) -> Result<(bool, u64), Stop> {
+        Ok(match self.ask(0, at, len)? {
+            Said::Extent(extent) => (true, extent.len()),
+            Said::Nothing(len) => (false, len),
+        })
+    }
+
+    /// [`Self::step`], for a range of which the top layer says nothing.
     #[inline]
     pub(crate) fn below(&self, at: u64, len: u64) -> Result<Extent, Stop> {
         let Some(flat) = self.flat else { return self.walk(1, at, len) };

@@ -27,6 +27,13 @@ use std::{
     time::Duration,
 };
 
+<<<<<<< HEAD
+=======
+/// A number that no other device has.
+const NUMBER: u32 = 42;
+/// How long one that is interrupted may take to end.
+const INTERRUPTED: Duration = Duration::from_secs(10);
+>>>>>>> daemon-left
 /// In that time a supervisor has several successors try.
 const SEVERAL_ATTEMPTS: Duration = Duration::from_secs(4);
 
@@ -60,6 +67,30 @@ pub fn added_while_recovered(binary: &Binary, dir: &Path) -> Result<()> {
     still_written(device)?;
     ensure!(recovering.wait()?.success(), "the successor has not ended well");
     Ok(())
+}
+
+/// Interrupts a successor in the foreground while it opens the image, which somebody else has: it ends at once, and the
+/// device waits for the next. It could not be interrupted.
+///
+/// # Errors
+/// What does not hold.
+pub fn recovery_interrupted(binary: &Binary, dir: &Path) -> Result<()> {
+    let image = dir.join("image.qcow2");
+    qemu_img::create(&image, "cluster_size=64k", None, 16 << 20)?;
+    let device = written_unsupervised(binary, &image)?;
+    let (id, dead) = (device.id().to_string(), device.listed()?.pid);
+    device.kill_server()?;
+    let reader = without_writers(&image)?;
+    let mut command = binary.command();
+    let mut recovering =
+        command.args(["recover", "--foreground", "-n", &id]).stdout(Stdio::null()).spawn()?;
+    has_begun(&device, dead)?;
+    kill(Pid::from_raw(recovering.id().cast_signed()), Signal::SIGTERM)?;
+    ensure!(wait(&mut recovering, INTERRUPTED)?.is_some(), "it goes on");
+    drop(reader);
+    ensure!(device.listed()?.state == "waiting", "it is {}", device.listed()?.state);
+    binary.run(["recover", "--no-supervisor", "-n", &id])?.success()?;
+    still_written(device)
 }
 
 /// The image of a dead server is gone: where nothing is owed to it the device is removed and all is well; where

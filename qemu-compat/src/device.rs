@@ -50,6 +50,8 @@ pub struct Binary {
     path: PathBuf,
     /// Where it keeps its records, if not where it does by itself.
     run_dir: Option<PathBuf>,
+    /// The start of the systemd unit that runs it, if one does.
+    start: Option<String>,
 }
 
 /// An attached image.
@@ -73,7 +75,7 @@ impl Binary {
     /// The program at `path`.
     #[must_use]
     pub fn new(path: PathBuf) -> Self {
-        Self { path, run_dir: None }
+        Self { path, run_dir: None, start: None }
     }
 
     /// The same program with its records in another directory: the devices of one are not the other's.
@@ -82,6 +84,7 @@ impl Binary {
         Self { run_dir: Some(dir.to_owned()), ..self.clone() }
     }
 
+<<<<<<< HEAD
     /// The same program as an instance to which the devices of this one are somebody else's. Its records lie below
     /// this one's, so that whoever tidies up after this one finds them.
     #[must_use]
@@ -99,6 +102,12 @@ impl Binary {
     #[must_use]
     pub fn file(&self, id: u32, what: &str) -> PathBuf {
         self.run_dir().join(format!("{id}.{what}"))
+=======
+    /// The same program as this start of a systemd unit runs it.
+    #[must_use]
+    pub fn in_unit(&self, start: &str) -> Self {
+        Self { start: Some(start.to_owned()), ..self.clone() }
+>>>>>>> daemon-left
     }
 
     /// Runs it with these arguments.
@@ -113,7 +122,12 @@ impl Binary {
     #[must_use]
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.path);
+<<<<<<< HEAD
         command.envs(self.variables());
+=======
+        command.envs(self.run_dir.iter().map(|dir| ("UBLK_QCOW2_RUN_DIR", dir)));
+        command.envs(self.start.iter().map(|start| ("INVOCATION_ID", start)));
+>>>>>>> daemon-left
         command
     }
 

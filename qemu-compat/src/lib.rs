@@ -15,6 +15,8 @@
 //! unsynced                                what the kernel still has to write to a device that is detached
 //! between                                 devices without a server or a record, and who comes to them meanwhile
 //! unheard                                 commands and servers of which nobody hears
+//! unit                                    what a systemd unit runs
+//! barriers                                a host that fails an fdatasync
 //! origins                                 images on block devices, grown ones, ones with bitmaps
 //! condemned                               what becomes of an image in which damage was met
 //! power                                   what a host whose power fails finds
@@ -25,6 +27,7 @@
 //! The binary of this package runs everything on real devices; `cargo test` runs the matrix
 //! through the engine in one process, which needs no device.
 
+pub mod barriers;
 pub mod between;
 pub mod command;
 pub mod condemned;
@@ -61,4 +64,5 @@ pub mod stacked;
 pub mod stopping;
 pub mod suite;
 pub mod unheard;
+pub mod unit;
 pub mod unsynced;

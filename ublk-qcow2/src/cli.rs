@@ -109,12 +109,16 @@ pub(crate) struct DelArgs {
     /// users' writes fail, what they have not flushed is lost. Who merely has it open is not noticed either way.
     #[arg(short, long)]
     pub(crate) force: bool,
+    /// For `ExecStop=` of a systemd unit: only the device that this start of the unit has made. That it is gone already
+    /// is no error; that its server had died, and none had taken its place, is one.
+    #[arg(long, conflicts_with = "all")]
+    pub(crate) unit: bool,
 }
 
 impl DelArgs {
     /// One device.
     pub(crate) fn of(id: u32) -> Self {
-        Self { which: Which { id: Some(id), all: false }, force: false }
+        Self { which: Which { id: Some(id), all: false }, force: false, unit: false }
     }
 }
 
@@ -289,8 +293,8 @@ mod tests {
         {
             assert!(add(bad).is_err(), "{bad:?}");
         }
-        for bad in [&["ublk-qcow2", "del"][..], &["ublk-qcow2", "del", "--all", "-n", "1"]] {
-            assert!(Cli::try_parse_from(bad).is_err(), "{bad:?}");
+        for bad in [&[][..], &["--all", "-n", "1"], &["--all", "--unit"], &["--unit"]] {
+            assert!(Cli::try_parse_from([&["ublk-qcow2", "del"], bad].concat()).is_err(), "{bad:?}");
         }
     }
 
@@ -306,7 +310,7 @@ mod tests {
         let Command::Add(add) = parsed("ExecStart=") else { panic!("it attaches") };
         assert_eq!((add.id, add.queues, add.image.to_str()), (Some(7), 2, Some("/image")));
         let Command::Del(del) = parsed("ExecStop=") else { panic!("it detaches") };
-        assert_eq!((del.which.id, del.force), (Some(7), false));
+        assert_eq!((del.which.id, del.force, del.unit), (Some(7), false, true));
         // What its type relies on.
         assert!(!add.foreground && !add.no_supervisor && unit.contains("Type=forking"));
     }

@@ -13,7 +13,7 @@ use crate::{
     runfile::{Phase, RunFile},
     safety,
 };
-use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use qcow2_engine::{Image, io::Files};
 use std::{
     fs::File,
@@ -320,12 +320,12 @@ fn ending_signals() -> SigSet {
     others.chain([Signal::SIGTERM, FORCING]).collect()
 }
 
-/// Takes a step that may be long and leaves nothing to be undone: before the crew listens the signals that
-/// end a service end the process meanwhile.
+/// Takes a step that may be long and leaves nothing that has to be undone: before the crew listens the signals that
+/// end a service end the process meanwhile. A thread that is started by it and goes on would be ended by them for ever.
 pub(crate) fn interruptible<T>(step: impl FnOnce() -> T) -> io::Result<T> {
-    ending_signals().thread_unblock()?;
+    let before = ending_signals().thread_swap_mask(SigmaskHow::SIG_UNBLOCK)?;
     let done = step();
-    ending_signals().thread_block()?;
+    before.thread_set_mask()?;
     Ok(done)
 }
 
@@ -362,6 +362,23 @@ mod tests {
             };
             assert!(matches!(waitpid(child, None), Ok(WaitStatus::Signaled(_, Signal::SIGTERM, _))));
         });
+    }
+
+    /// What else opens an image, as `del` does, has not blocked them.
+    #[test]
+    fn signals_are_afterwards_as_they_were() {
+        let masks = |is_blocked: bool| {
+            thread::spawn(move || {
+                if is_blocked {
+                    ending_signals().thread_block().unwrap();
+                }
+                let during = interruptible(|| SigSet::thread_get_mask().unwrap()).unwrap();
+                [during, SigSet::thread_get_mask().unwrap()].map(|mask| mask.contains(Signal::SIGTERM))
+            })
+            .join()
+            .unwrap()
+        };
+        assert_eq!((masks(true), masks(false)), ([false, true], [false, false]));
     }
 
     /// `nohup ublk-qcow2 add --foreground &` ended when its user logged out, and its device went.

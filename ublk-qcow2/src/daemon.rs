@@ -142,7 +142,9 @@ fn make(
         processes: processes.clone(),
         files: known.clone(),
         boot: boot.clone(),
+        invocation: runfile::invocation(),
         error: None,
+        is_ending: false,
         refusal: None,
     })?;
     if !config.force_share {
@@ -181,7 +183,8 @@ fn add_device(
     }
 }
 
-/// Takes a device over whose server has died. Whatever fails, the device goes on waiting.
+/// Takes a device over whose server has died. Whatever fails, the device goes on waiting, and so it does if this is
+/// interrupted.
 fn take_over(id: u32, namespace: Namespace, processes: Vec<Process>) -> Result<Ready, ServeError> {
     let mut run_file = RunFile::take_over(id)?;
     run_file.name(processes);
@@ -202,7 +205,9 @@ fn take_over_as(
     let (id, config) = (record.id, &record.config);
     // Our copies of its mounts would keep its file system mounted when everybody else has unmounted it.
     namespace.let_go_of(&format!("ublkb{id}"));
-    let device = Device::recover(Control::open()?, id, record.cookie, record.phase)?;
+    let control = Control::open()?;
+    let recover = || Device::recover(control, id, record.cookie, record.phase);
+    let device = crew::interruptible(recover).map_err(ServeError::SetUp)??;
     run_file.enter(Phase::Preparing)?;
     // When this succeeds the old server's I/O has ended.
     let char_device = device.open_char()?;
@@ -269,8 +274,8 @@ fn serve(
     result
 }
 
-/// Waits for the end of a service, and has the kernel write back before its device is stopped; tells whether it
-/// could.
+/// Waits for the end of a service, and has the kernel write back before its device is stopped, when those on it have;
+/// tells whether it could.
 fn attend(
     crew: &mut Crew,
     device: &Device,
@@ -278,24 +283,43 @@ fn attend(
     deputy: &mut Deputy,
 ) -> Result<Result<(), ServeError>, ServeError> {
     let id = device.id();
-    let go_on = |error: &DeviceError| {
-        tracing::error!(
-            id,
-            "{error}: the device goes on, and nothing is lost; `ublk-qcow2 del --force -n {id}` ends it"
-        );
-        if let Err(error) = run_file.refuse(error.to_string()) {
-            tracing::error!(id, "who has asked for the end does not learn of that: {error}");
+    let note = |turn: Turn<'_>| match turn {
+        Turn::Ending => {
+            if let Err(error) = run_file.begin_end() {
+                tracing::warn!(id, "the server of a device below does not wait for this one: {error}");
+            }
+        }
+        Turn::GoesOn(error) => {
+            tracing::error!(
+                id,
+                "{error}: the device goes on, and nothing is lost; `ublk-qcow2 del --force -n {id}` ends it"
+            );
+            if let Err(error) = run_file.refuse(error.to_string()) {
+                tracing::error!(id, "who has asked for the end does not learn of that: {error}");
+            }
         }
     };
-    until_the_end(|| crew.wait_for_end(), || device.write_back(deputy), go_on, id)
+    let write_back = |end| {
+        if end == End::Asked {
+            device.await_upper(deputy)?;
+        }
+        device.write_back(deputy)
+    };
+    until_the_end(|| crew.wait_for_end(), write_back, note, id)
+}
+
+/// What others are to know of a server that was asked to end.
+enum Turn<'a> {
+    Ending,
+    GoesOn(&'a DeviceError),
 }
 
 /// A device that is asked to go stays if the kernel does not get done with what it has in memory for it, or cannot
-/// begin: it would be lost.
+/// begin, or one that was to go before it stays: something would be lost.
 fn until_the_end(
     mut wait: impl FnMut() -> Result<End, ServeError>,
-    mut write_back: impl FnMut() -> Result<(), DeviceError>,
-    mut go_on: impl FnMut(&DeviceError),
+    mut write_back: impl FnMut(End) -> Result<(), DeviceError>,
+    mut note: impl FnMut(Turn<'_>),
     id: u32,
 ) -> Result<Result<(), ServeError>, ServeError> {
     loop {
@@ -307,8 +331,9 @@ fn until_the_end(
             );
             return Ok(Ok(()));
         }
-        match write_back() {
-            Err(error) if end == End::Asked && error.is_unfinished() => go_on(&error),
+        note(Turn::Ending);
+        match write_back(end) {
+            Err(error) if end == End::Asked && error.is_unfinished() => note(Turn::GoesOn(&error)),
             written => return Ok(written.map_err(ServeError::from)),
         }
     }
@@ -427,7 +452,8 @@ mod tests {
             let (mut ends, mut outcomes) = (ends.iter(), outcomes.into_iter());
             let mut stayed = 0;
             let wait = || ends.next().copied().ok_or(ServeError::QueueFailed);
-            let written = until_the_end(wait, || outcomes.next().unwrap(), |_| stayed += 1, 7);
+            let note = |turn: Turn<'_>| stayed += u32::from(matches!(turn, Turn::GoesOn(_)));
+            let written = until_the_end(wait, |_| outcomes.next().unwrap(), note, 7);
             (written.map(|written| written.is_ok()).ok(), stayed)
         };
         assert_eq!(ended(&[End::Asked], vec![Ok(())]), (Some(true), 0));

@@ -64,6 +64,8 @@ const UNFINISHED: u8 = b'~';
 pub(crate) enum Job {
     /// See [`partitions::scan`].
     Scan,
+    /// See [`device::await_upper`].
+    AwaitUpper,
     /// See [`device::check_unused`].
     CheckUnused,
     /// See [`device::write_back`].
@@ -124,6 +126,7 @@ impl Deputy {
             safety::keep_control();
             serve(socket, |job, id| match (job, &mut control) {
                 (Job::Scan, _) => partitions::scan(device::block_path(id)).map_err(Undone::failed),
+                (Job::AwaitUpper, _) => device::await_upper(id).map_err(Undone::from),
                 // The server bounds these, should there be no thread.
                 (Job::CheckUnused, _) => device::check_unused(id, Bound::Elsewhere).map_err(Undone::from),
                 (Job::WriteBack, _) => device::write_back(id, Bound::Elsewhere).map_err(Undone::from),
@@ -215,6 +218,7 @@ fn encode(job: Job, id: u32) -> [u8; 5] {
     let [a, b, c, d] = id.to_ne_bytes();
     let job = match job {
         Job::Scan => b'p',
+        Job::AwaitUpper => b'u',
         Job::CheckUnused => b'c',
         Job::WriteBack => b'w',
         Job::SyncEverything => b'a',
@@ -226,6 +230,7 @@ fn encode(job: Job, id: u32) -> [u8; 5] {
 fn decode([job, a, b, c, d]: [u8; 5]) -> Option<(Job, u32)> {
     let job = match job {
         b'p' => Job::Scan,
+        b'u' => Job::AwaitUpper,
         b'c' => Job::CheckUnused,
         b'w' => Job::WriteBack,
         b'a' => Job::SyncEverything,

@@ -9,18 +9,23 @@
 //! steps after it are the same. Should they fail, the device goes on waiting.
 
 mod dirty;
+mod ioctl;
+mod loops;
 mod nodes;
 mod removal;
 mod request;
 mod shape;
 mod stack;
+mod upper;
 
 pub(crate) use dirty::{check_unused, sync_everything, write_back};
+pub(crate) use ioctl::reread_partitions;
 pub(crate) use nodes::{block_path, numbers};
 pub(crate) use removal::{delete_left, delete_orphan, unless_gone};
 pub(crate) use request::{DataPath, MAX_DEPTH, Request};
 pub(crate) use shape::Shape;
 pub(crate) use stack::{Machine, User};
+pub(crate) use upper::await_upper;
 
 use crate::{
     control::{Command, Control, ControlError},
@@ -67,6 +72,11 @@ pub(crate) enum DeviceError {
     Late { path: PathBuf, limit: Duration },
     #[error("cannot begin to write back what the kernel has in memory for {}: {source}", .path.display())]
     NotBegun { path: PathBuf, source: io::Error },
+    #[error(
+        "{} is what the image of {} is on, whose server was to end as well, and goes on",
+        .path.display(), block_path(*.upper).display()
+    )]
+    Upper { path: PathBuf, upper: u32 },
 }
 
 impl DeviceError {
@@ -76,6 +86,7 @@ impl DeviceError {
             self,
             Self::Late { .. }
                 | Self::NotBegun { .. }
+                | Self::Upper { .. }
                 | Self::Deputy(DeputyError::Unfinished(_) | DeputyError::Silent)
         )
     }
@@ -262,6 +273,11 @@ impl Device {
                 "{path}: partitions were not looked for: {error}; `blockdev --rereadpt {path}` does it"
             );
         }
+    }
+
+    /// Waits for the servers of devices on this one that are to end as well.
+    pub(crate) fn await_upper(&self, deputy: &mut Deputy) -> Result<(), DeviceError> {
+        self.have(deputy, Job::AwaitUpper, |id, _| await_upper(id))
     }
 
     /// Has the kernel write what it has in memory for the device and what is built on it. A device for recovery

@@ -101,10 +101,21 @@ impl KnownFile {
         Self { state: State::written(path, it).unwrap_or_default(), ..self }
     }
 
+    /// The number of the block device that it is, or that its file system is on; of another number where that is on none.
+    pub(crate) fn block_device(&self) -> u64 {
+        if self.device == 0 { self.identity.inode } else { self.device }
+    }
+
     /// Whether it is the same file, at the same time.
     pub(crate) fn is(&self, other: &Self) -> bool {
         (self.device, self.identity) == (other.device, other.identity)
     }
+}
+
+/// A file on the file system with this number, or with 0 the block device with the other one, for tests.
+#[cfg(test)]
+pub(crate) fn example(device: u64, inode: u64) -> KnownFile {
+    KnownFile { name: String::new(), device, identity: Identity { inode, born: 0 }, state: State::Unknown }
 }
 
 /// Makes sure that the files `now` are those that device `id` was served from `then`, and as they were, as far as

@@ -6,14 +6,13 @@
 //! to its user (Linux 7.0) we have it made here, and wait for it. It reads through the queues, hence on a
 //! thread of its own, with a bound, and not in the server (see `deputy`).
 
-#![allow(unsafe_code, reason = "an ioctl")]
-
-use crate::wait::{self, Bound};
-use nix::errno::Errno;
+use crate::{
+    device::reread_partitions,
+    wait::{self, Bound},
+};
 use std::{
     fs::File,
     io,
-    os::fd::AsRawFd,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -26,11 +25,6 @@ const CLAIM_WAIT: Duration = Duration::from_secs(2);
 /// Between two attempts meanwhile.
 const PAUSE: Duration = Duration::from_millis(10);
 
-mod ioctl {
-    // `BLKRRPART`: read the partition table again.
-    nix::ioctl_none!(reread_partitions, 0x12, 95);
-}
-
 /// Has the kernel look for partitions, and waits until it has.
 pub(crate) fn scan(device: PathBuf) -> io::Result<()> {
     wait::in_time(LIMIT, Bound::Here, move || reread(&device))
@@ -39,11 +33,10 @@ pub(crate) fn scan(device: PathBuf) -> io::Result<()> {
 
 fn reread(path: &Path) -> io::Result<()> {
     let device = File::open(path)?;
-    let is_busy = |outcome: &_| matches!(outcome, Err(Errno::EBUSY));
-    // SAFETY: the command names no memory; the descriptor is open for as long as it runs.
-    let reread = || unsafe { ioctl::reread_partitions(device.as_raw_fd()) };
-    wait::patiently(CLAIM_WAIT, PAUSE, is_busy, reread)?;
-    Ok(())
+    let is_busy = |outcome: &io::Result<()>| {
+        outcome.as_ref().is_err_and(|error| error.raw_os_error() == Some(libc::EBUSY))
+    };
+    wait::patiently(CLAIM_WAIT, PAUSE, is_busy, || reread_partitions(&device))
 }
 
 #[cfg(test)]

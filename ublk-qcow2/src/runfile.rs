@@ -23,7 +23,7 @@ pub(crate) use {
         path_of, redo_path, spare_path,
     },
     making::{Making, lacks_record, new_cookie},
-    record::{Entry, Phase, Record, Refusal},
+    record::{Entry, Phase, Record, Refusal, invocation},
     users::{InUse, refuse_awaited, refuse_clashes, refuse_served},
 };
 
@@ -195,6 +195,7 @@ impl RunFile {
         record.pid = this.pid;
         record.processes.push(this);
         record.error = None;
+        record.is_ending = false;
         record.refusal = None;
         record.is_inherited = true;
         let lock = write_locked(&path, &record).map_err(fail)?;
@@ -209,10 +210,17 @@ impl RunFile {
         self.write()
     }
 
+    /// Says that the server has been asked to end.
+    pub(crate) fn begin_end(&mut self) -> Result<(), RunFileError> {
+        self.record.is_ending = true;
+        self.write()
+    }
+
     /// Says why the server goes on though it was asked to end.
     pub(crate) fn refuse(&mut self, reason: String) -> Result<(), RunFileError> {
         let before = self.record.refusal.as_ref().map_or(0, |refusal| refusal.number);
         self.record.refusal = Some(Refusal { number: before + 1, reason });
+        self.record.is_ending = false;
         self.write()
     }
 

@@ -182,6 +182,23 @@ impl Mapped {
         Ok(Self { name })
     }
 
+    /// Has it carry out requests in another way, those too that it holds.
+    ///
+    /// # Errors
+    /// `dmsetup` fails.
+    pub(crate) fn replace(&self, table: &str) -> Result<()> {
+        dmsetup(&["load", &self.name, "--table", table])?;
+        dmsetup(&["resume", &self.name])
+    }
+
+    /// Has it hold requests.
+    ///
+    /// # Errors
+    /// `dmsetup` fails.
+    pub(crate) fn hold(&self) -> Result<()> {
+        dmsetup(&["suspend", "--noflush", "--nolockfs", &self.name])
+    }
+
     /// Its node.
     pub(crate) fn path(&self) -> PathBuf {
         Path::new("/dev/mapper").join(&self.name)

@@ -8,6 +8,9 @@
 //! else's devices are touched, unless named by `-n`: then the kernel writes back before, if somebody serves
 //! them. A device that is mounted, or claimed in another way, or on which another one is built, is not taken from
 //! under its user without `--force`. Who detaches all of them begins with the upper ones.
+//!
+//! A systemd unit whose processes have all ended has it run as well (`--unit`), and shows what it returns: success if
+//! somebody has detached the device, or does so now while its server lives; a failure if all had died.
 
 mod order;
 
@@ -54,11 +57,23 @@ enum Users {
 pub(crate) fn run(args: &DelArgs) -> Result<(), CommandError> {
     let users = if args.force { Users::Ignored } else { Users::Spared };
     match args.which.id {
+        Some(id) if args.unit => detach_own(id, users, runfile::invocation().as_deref()),
         Some(id) => match runfile::load(id)? {
-            Some(entry) => detach(entry, users),
+            Some(entry) => detach(entry, users).map(drop),
             None => delete_foreign(id, users),
         },
         None => detach_all(users),
+    }
+}
+
+/// Detaches the device that this start of a unit has made, if it is there still. The number may be another's by now.
+fn detach_own(id: u32, users: Users, invocation: Option<&str>) -> Result<(), CommandError> {
+    match runfile::load(id)?.filter(|entry| entry.record.is_of(invocation)) {
+        None => Ok(()),
+        Some(entry) => match detach(entry, users)? {
+            Removed::InOrder => Ok(()),
+            Removed::AfterDeath => Err(CommandError::Died(id)),
+        },
     }
 }
 
@@ -72,7 +87,7 @@ fn detach_all(users: Users) -> Result<(), CommandError> {
         Err(_) => Task { id: None, after: BTreeSet::new(), item: entry },
     };
     let tasks = runfile::load_each()?.into_iter().map(task).collect();
-    let mut failures = for_each(tasks, |entry| detach(entry?, users));
+    let mut failures = for_each(tasks, |entry| detach(entry?, users).map(drop));
     if let Err(error) = orphans::remove_all() {
         failures.push(error.into());
     }
@@ -85,22 +100,31 @@ fn detach_all(users: Users) -> Result<(), CommandError> {
     Err(CommandError::Several(failures.len()))
 }
 
+/// Who has taken a device away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Removed {
+    /// Its server, or somebody else.
+    InOrder,
+    /// This command, because its server was dead.
+    AfterDeath,
+}
+
 /// Detaches a device, until nobody is left who holds its image's file system.
-fn detach(first: Entry, users: Users) -> Result<(), CommandError> {
+fn detach(first: Entry, users: Users) -> Result<Removed, CommandError> {
     let id = first.record.id;
     let mut served_by = BTreeSet::new();
-    take_away(first, users, &mut served_by)?;
+    let removed = take_away(first, users, &mut served_by)?;
     let deadline = Instant::now() + END_WAIT;
     for process in served_by {
         if !process.ends_by(deadline).map_err(|source| CommandError::Wait { id, pid: process.pid, source })? {
             return Err(CommandError::Lingering { id, pid: process.pid, seconds: END_WAIT.as_secs() });
         }
     }
-    Ok(())
+    Ok(removed)
 }
 
 /// Takes a device away, whoever serves it in the meantime; tells who has.
-fn take_away(first: Entry, users: Users, served_by: &mut BTreeSet<Process>) -> Result<(), CommandError> {
+fn take_away(first: Entry, users: Users, served_by: &mut BTreeSet<Process>) -> Result<Removed, CommandError> {
     let Record { id, cookie, .. } = first.record;
     let deadline = Instant::now() + STOP_WAIT;
     let (mut asked, mut since): (Option<Asked>, _) = (None, Instant::now());
@@ -115,7 +139,7 @@ fn take_away(first: Entry, users: Users, served_by: &mut BTreeSet<Process>) -> R
             _ if since.elapsed() < START_WAIT && is_about_to_serve(&entry) => {}
             (false, _) => {
                 if let Cleaned::Whole = clean_up(&entry.record, users)? {
-                    return Ok(());
+                    return Ok(Removed::AfterDeath);
                 }
             }
             // Another `del` is at it.
@@ -138,7 +162,7 @@ fn take_away(first: Entry, users: Users, served_by: &mut BTreeSet<Process>) -> R
             // Its successor, if its server was killed before it could stop.
             Some(entry) if entry.record.cookie == cookie => entry,
             // Another device has the number already.
-            _ => return Ok(()),
+            _ => return Ok(Removed::InOrder),
         };
     }
 }
@@ -275,7 +299,8 @@ fn delete_foreign(id: u32, users: Users) -> Result<(), CommandError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::{os::unix::process::ExitStatusExt, process::Command};
+    use crate::alone;
+    use std::{fs, os::unix::process::ExitStatusExt, process::Command};
 
     /// A server was killed while it stopped. `del` removed the device at once, or asked the next server before
     /// it served: what the kernel had in memory for the device was lost.
@@ -295,6 +320,23 @@ mod tests {
         assert!(!with(false, |record| record.error = Some("failed".into())), "nobody tries again");
         assert!(!with(false, |record| record.phase = Phase::Removing));
         assert!(!with(false, |record| record.config.recovery = false), "nobody can");
+    }
+
+    /// The unit of a device that was detached by hand was shown as failed, and would have had whoever came by the number
+    /// next detached.
+    #[test]
+    fn a_unit_detaches_what_it_has_made_and_misses_nothing() {
+        let test = "commands::del::tests::a_unit_detaches_what_it_has_made_and_misses_nothing";
+        alone::in_a_directory(test, |_| {
+            let detach = |invocation| detach_own(7, Users::Spared, invocation);
+            detach(Some("ours")).unwrap();
+            let record = Record { invocation: Some("another's".into()), ..runfile::example() };
+            assert!(record.is_of(Some("another's")) && record.is_of(None) && !record.is_of(Some("ours")));
+            assert!(!runfile::example().is_of(Some("ours")), "it was made by hand");
+            fs::write(runfile::path_of(7), serde_json::to_string(&record).unwrap()).unwrap();
+            detach(Some("ours")).unwrap();
+            assert_eq!(runfile::load(7).unwrap().unwrap().record, record, "it is another's");
+        });
     }
 
     /// `del` was to stop a device whose kernel had not written back in time; it heard nothing of the server's

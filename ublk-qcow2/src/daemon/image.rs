@@ -5,6 +5,7 @@
 use super::ServeError;
 use crate::{
     config::Config,
+    crew,
     device::Device,
     identity::{self, KnownFile},
     redofile::{RedoFile, Witness},
@@ -160,7 +161,9 @@ fn keep_log(image: &Image, log: Option<Log>) -> Result<Option<Witness>, ServeErr
 fn open_when_let_go(config: &Config, files: &Arc<Files>) -> Result<Arc<Image>, ServeError> {
     let options = OpenOptions { serve_corrupt: true, ..config.open_options() };
     let is_locked = |opened: &_| matches!(opened, Err(ServeError::Open(error)) if error.is_locked());
-    wait::patiently(DEAD_LOCK_WAIT, DEAD_LOCK_PAUSE, is_locked, || open_image(&config.image, &options, files))
+    let attempt = || open_image(&config.image, &options, files);
+    let open = || wait::patiently(DEAD_LOCK_WAIT, DEAD_LOCK_PAUSE, is_locked, attempt);
+    crew::interruptible(open).map_err(ServeError::SetUp)?
 }
 
 /// Makes sure that a dead server's device goes on with the files that it had.
@@ -205,7 +208,11 @@ fn open_as_left(
 fn replay(image: &Arc<Image>, files: &Arc<Files>, log: &RedoLog) -> Result<usize, ServeError> {
     let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
     let lane = Lane::new(image, ring.clone(), 1);
-    block_on(&ring, lane.replay(log)).map_err(ServeError::SetUp)?.map_err(ServeError::Open)
+    let replay = || block_on(&ring, lane.replay(log));
+    crew::interruptible(replay)
+        .map_err(ServeError::SetUp)?
+        .map_err(ServeError::SetUp)?
+        .map_err(ServeError::Open)
 }
 
 #[cfg(test)]

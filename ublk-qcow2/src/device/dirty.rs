@@ -14,17 +14,14 @@
 //! the file system by the claim: syncfs takes a way to it, and this process has none, because mounts that
 //! others make do not reach its namespace. The fsync after it tells of errors, and has the disk flush.
 //!
-//! Of two kinds of users neither the claims nor [`stack`](super::stack) tell: a file system that has claimed its
-//! disks without saying so (Btrfs, of which one may have many), and one on a loop device whose file is in a file
-//! system on the disk.
+//! Of one kind of users neither the claims nor [`stack`](super::stack) tell: a file system that has claimed its
+//! disks without saying so (Btrfs, of which one may have many), and what is on that.
 //! [`sync_everything`] is sync(2), which reaches all there is, and waits for all there is: for a file server
 //! that is gone, or another device of ours that waits to be recovered. So nobody's wish to detach a free disk
 //! depends on it: it is for disks that are taken from under their users, when the rest has been done.
 
-#![allow(unsafe_code, reason = "an ioctl")]
-
 use super::{
-    DeviceError,
+    DeviceError, ioctl,
     nodes::block_path,
     stack::{Layer, Machine, User, name_of},
 };
@@ -36,7 +33,7 @@ use nix::unistd::sync;
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
+    os::unix::fs::OpenOptionsExt,
     path::PathBuf,
     time::Duration,
 };
@@ -47,11 +44,6 @@ const WRITE_BACK: Duration = Duration::from_secs(300);
 const SYNC: Duration = Duration::from_secs(60);
 /// How long opening a device may take.
 const LOOK: Duration = Duration::from_secs(2);
-
-mod ioctl {
-    // `BLKFLSBUF`: sync, and let go of clean pages.
-    nix::ioctl_none!(flush_buffers, 0x12, 97);
-}
 
 /// Why what lies in memory for a node is not written.
 #[derive(Debug, thiserror::Error)]
@@ -153,9 +145,9 @@ fn write(name: &str, machine: &Machine) -> Result<(), Unwritten> {
         Err(error) if is_of_nothing(&error, || machine.has(name)) => return Ok(()),
         device => device.map_err(|error| Unwritten::NotTried(named(error)))?,
     };
-    // SAFETY: the command names no memory; the descriptor is open for as long as it runs.
-    let flushed = unsafe { ioctl::flush_buffers(device.as_raw_fd()) }.map_err(io::Error::from);
-    flushed.and_then(|_| device.sync_all()).map_err(|error| Unwritten::Failed(named(error)))
+    ioctl::flush_buffers(&device)
+        .and_then(|()| device.sync_all())
+        .map_err(|error| Unwritten::Failed(named(error)))
 }
 
 #[cfg(test)]

@@ -1,23 +1,27 @@
 //! What is built on a block device.
 //!
 //! ```text
-//! /dev/ublkb1, whose image it is ─ /dev/loop0 ─┐
-//! /dev/dm-1 (LUKS) ─ /dev/dm-0 (LVM) ──────────┴ /dev/ublkb0p1 ─ /dev/ublkb0
+//! /dev/ublkb1, whose image is it, or on it ─ /dev/loop0 ─┐
+//! /dev/dm-1 (LUKS) ─ /dev/dm-0 (LVM) ────────────────────┴ /dev/ublkb0p1 ─ /dev/ublkb0
 //! ```
 //!
 //! Of partitions, and of what the kernel builds on a device and its claim, sysfs tells where that device is. A loop
-//! device, and a server of ours, have theirs open like anybody else. So that it is not taken from under them they are
-//! asked in turn what they are on: sysfs says it of loop devices, and the records of servers. Which node it is may
-//! have several names. Nothing is asked of files outside /dev: the file system that they are on may be gone, and
-//! nobody answer.
+//! device, and a server of ours, have theirs open like anybody else, or a file on its file system. So that it is not
+//! taken from under them they are asked in turn what they are on: the kernel knows it of loop devices
+//! ([`loops`](super::loops)), or else sysfs, and the records of servers. They know devices by their numbers. Nothing is
+//! asked of files outside /dev: the file system that they are on may be gone, and nobody answer. A file system that has
+//! a number of its own (Btrfs, overlayfs) hides what it is on.
 
+use super::loops;
 use crate::{
     identity::KnownFile,
     runfile::{self, Entry, Record},
 };
+use rustix::fs::makedev;
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fmt, fs,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
@@ -35,7 +39,7 @@ pub(crate) enum User {
     Claim,
     /// This loop device.
     Loop(PathBuf),
-    /// The device of ours with this number: its image, or a file below that.
+    /// The device of ours with this number: its image is on it, or a file below that.
     Server(u32),
 }
 
@@ -73,9 +77,10 @@ pub(super) struct Layer {
 struct Opener {
     name: String,
     user: User,
-    /// What it has open, by its name, and by what it is.
-    path: PathBuf,
-    files: Vec<KnownFile>,
+    /// The block devices that its files are, or are on, by their numbers.
+    on: BTreeSet<u64>,
+    /// One that it has open, if it is known by its name alone.
+    node: Option<PathBuf>,
 }
 
 /// The block devices of this machine.
@@ -95,21 +100,38 @@ impl Machine {
 
     fn with(devices: PathBuf, nodes: PathBuf, servers: impl Iterator<Item = Record>) -> Self {
         let mut machine = Self { devices, nodes, openers: Vec::new() };
-        let loops: Vec<_> = names_in(&machine.devices).filter_map(|name| machine.loop_device(name)).collect();
-        let servers = servers.map(|Record { id, config, files, .. }| {
-            let name = name_of(id);
-            Opener { name, user: User::Server(id), path: config.image, files }
+        let servers = servers.map(|Record { id, config, files, .. }| Opener {
+            name: name_of(id),
+            user: User::Server(id),
+            on: files.iter().map(KnownFile::block_device).collect(),
+            // A version of before has not said which files they are.
+            node: files.is_empty().then_some(config.image),
         });
-        machine.openers = servers.chain(loops).collect();
+        machine.openers = servers.chain(machine.loop_devices()).collect();
         machine
     }
 
-    fn loop_device(&self, name: String) -> Option<Opener> {
-        let path = fs::read_to_string(self.devices.join(&name).join("loop/backing_file")).ok()?;
-        let path = PathBuf::from(path.trim_end_matches('\n'));
-        let files = if path.starts_with(&self.nodes) { known(&path) } else { None };
-        let user = User::Loop(self.node_of(&name));
-        Some(Opener { name, user, path, files: files.into_iter().collect() })
+    /// Those that have a file.
+    fn loop_devices(&self) -> Vec<Opener> {
+        let file_of = |name: &str| fs::read_to_string(self.devices.join(name).join("loop/backing_file")).ok();
+        let loops: Vec<_> =
+            names_in(&self.devices).filter_map(|name| Some((file_of(&name)?, name))).collect();
+        let known = loops::bases(loops.iter().map(|(_, name)| self.node_of(name)));
+        let opener = |(file, name): (String, String)| {
+            self.loop_device(name, Path::new(file.trim_end_matches('\n')), &known)
+        };
+        loops.into_iter().map(opener).collect()
+    }
+
+    fn loop_device(&self, name: String, file: &Path, known: &BTreeMap<PathBuf, u64>) -> Opener {
+        let this = self.node_of(&name);
+        let by_name = || {
+            let node = file.starts_with(&self.nodes).then(|| fs::metadata(file).ok());
+            node.flatten().map(|node| node.rdev())
+        };
+        let base = known.get(&this).copied();
+        let node = base.is_none().then(|| file.to_owned());
+        Opener { name, user: User::Loop(this), on: base.or_else(by_name).into_iter().collect(), node }
     }
 
     /// Device `id` of ours and what is built on it, the upper ones first.
@@ -138,15 +160,19 @@ impl Machine {
         found.push(layer);
     }
 
-    /// Who has a device open.
+    /// Who has a device open, or a file on its file system.
     fn opened(&self, name: &str) -> impl Iterator<Item = Layer> {
-        let node = self.node_of(name);
-        let device = known(&node);
-        self.openers.iter().filter_map(move |Opener { name, user, path, files }| {
-            let is_it = |file: &KnownFile| device.as_ref().is_some_and(|device| file.is(device));
-            let has_it = *path == node || files.iter().any(is_it);
+        let (node, number) = (self.node_of(name), self.number_of(name));
+        self.openers.iter().filter_map(move |Opener { name, user, on, node: known }| {
+            let has_it = known.as_ref() == Some(&node) || number.is_some_and(|number| on.contains(&number));
             has_it.then(|| Layer { name: name.clone(), user: Some(user.clone()) })
         })
+    }
+
+    fn number_of(&self, name: &str) -> Option<u64> {
+        let text = fs::read_to_string(self.devices.join(name).join("dev")).ok()?;
+        let (major, minor) = text.trim_end().split_once(':')?;
+        Some(makedev(major.parse().ok()?, minor.parse().ok()?))
     }
 
     /// In sysfs a name has no slash.
@@ -164,10 +190,6 @@ pub(super) fn name_of(id: u32) -> String {
     format!("ublkb{id}")
 }
 
-fn known(node: &Path) -> Option<KnownFile> {
-    Some(KnownFile::of(String::new(), &fs::metadata(node).ok()?))
-}
-
 fn names_in(directory: &Path) -> impl Iterator<Item = String> + use<> {
     let entries = fs::read_dir(directory).into_iter().flatten().flatten();
     entries.filter_map(|entry| entry.file_name().into_string().ok())
@@ -176,6 +198,7 @@ fn names_in(directory: &Path) -> impl Iterator<Item = String> + use<> {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::identity;
     use std::os::unix::fs::symlink;
 
     /// A machine in a directory.
@@ -191,13 +214,11 @@ pub(super) mod tests {
         fs::create_dir_all(directory.join("sys").join(device).join("holders")).unwrap();
     }
 
-    /// Files take the place of nodes, and have further names like them.
-    fn make_node(directory: &Path, device: &str) -> PathBuf {
+    /// The device's number.
+    fn make_numbered(directory: &Path, device: &str, minor: u32) -> u64 {
         make(directory, device);
-        let node = directory.join("dev").join(device);
-        fs::create_dir_all(node.parent().unwrap()).unwrap();
-        fs::write(&node, device).unwrap();
-        node
+        fs::write(directory.join("sys").join(device).join("dev"), format!("259:{minor}\n")).unwrap();
+        makedev(259, minor)
     }
 
     fn make_loop(directory: &Path, name: &str, on: &Path) {
@@ -207,11 +228,11 @@ pub(super) mod tests {
         fs::write(about.join("backing_file"), format!("{}\n", on.display())).unwrap();
     }
 
-    fn record(id: u32, image: &str, files: &[&Path]) -> Record {
+    fn record(id: u32, image: &str, files: &[KnownFile]) -> Record {
         let mut record = runfile::example();
         record.id = id;
         record.config.image = image.into();
-        record.files = files.iter().map(|file| known(file).unwrap()).collect();
+        record.files = files.to_vec();
         record
     }
 
@@ -244,23 +265,21 @@ pub(super) mod tests {
     #[test]
     fn loop_devices_and_images_are_built_on_what_they_have_open() {
         let dir = tempfile::tempdir().unwrap();
-        let lower = make_node(dir.path(), "ublkb0");
-        let mapped = make_node(dir.path(), "dm-0");
+        let lower = make_numbered(dir.path(), "ublkb0", 0);
+        make_numbered(dir.path(), "dm-0", 1);
         symlink("anywhere", dir.path().join("sys/ublkb0/holders/dm-0")).unwrap();
-        // By another name, as device mapper makes them.
-        let other_name = dir.path().join("dev/volume");
-        fs::hard_link(&mapped, &other_name).unwrap();
-        make_loop(dir.path(), "loop3", &other_name);
+        let looped = make_numbered(dir.path(), "loop3", 2);
+        // They do not answer.
+        make_loop(dir.path(), "loop3", &dir.path().join("dev/dm-0"));
         make_loop(dir.path(), "loop4", Path::new("/dev/ublkb0"));
-        let shown = make_node(dir.path(), "loop3");
-        let (image, node) = (dir.path().join("image"), lower.to_string_lossy().into_owned());
-        fs::write(&image, "").unwrap();
+        let node = dir.path().join("dev/ublkb0").to_string_lossy().into_owned();
+        let (file, disk) = (identity::example(7, 1), |number| identity::example(0, number));
 
         let servers = vec![
-            record(1, "/nowhere/overlay", &[&image, &shown]),
-            record(2, "/nowhere/link", &[&lower]),
+            record(1, "/nowhere/overlay", &[file.clone(), disk(looped)]),
+            record(2, "/nowhere/link", &[disk(lower)]),
             record(3, &node, &[]),
-            record(4, "/nowhere/else", &[&image]),
+            record(4, "/nowhere/else", &[file]),
         ];
         let machine = machine(dir.path(), servers);
         let found = names(&machine, 0);
@@ -273,12 +292,47 @@ pub(super) mod tests {
         assert!(machine.servers_on(1).is_empty());
     }
 
+    /// An image on a file system on a device did not count as built on it: `del --all --force`, and who ended all servers,
+    /// had the lower one go first.
+    #[test]
+    fn an_image_on_a_file_system_is_built_on_what_that_is_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let lower = make_numbered(dir.path(), "ublkb0", 0);
+        let upper = make_numbered(dir.path(), "ublkb1", 1);
+        let on = |device| identity::example(device, 11);
+        let servers = vec![
+            record(1, "/mnt/image", &[on(lower)]),
+            record(2, "/mnt/mnt/image", &[on(7), on(upper)]),
+            record(3, "/image", &[on(7)]),
+        ];
+        assert_eq!(names(&machine(dir.path(), servers), 0), ["ublkb2", "ublkb1", "ublkb0"]);
+    }
+
+    /// The name of a loop device's file was removed, or meant something else here: the device that it was on was taken
+    /// from under it.
+    #[test]
+    fn what_a_loop_device_says_counts_for_more_than_a_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let number = make_numbered(dir.path(), "ublkb0", 0);
+        let machine = machine(dir.path(), Vec::new());
+        let (this, lower) = (dir.path().join("dev/loop3"), dir.path().join("dev/ublkb0"));
+        let told = |base| {
+            let known = BTreeMap::from([(this.clone(), base)]);
+            machine.loop_device("loop3".to_owned(), &lower, &known)
+        };
+        assert_eq!((told(number).on, told(number).node), (BTreeSet::from([number]), None));
+        assert_eq!((told(7).on, told(7).node), (BTreeSet::from([7]), None));
+        let silent = machine.loop_device("loop3".to_owned(), &lower, &BTreeMap::new());
+        assert_eq!(silent.node, Some(lower));
+    }
+
     /// A device cannot be on itself, but a record may say so.
     #[test]
     fn devices_in_a_circle_are_gone_through_once_more_at_the_most() {
         let dir = tempfile::tempdir().unwrap();
-        let nodes = ["ublkb0", "ublkb1"].map(|name| make_node(dir.path(), name));
-        let machine = machine(dir.path(), vec![record(0, "a", &[&nodes[1]]), record(1, "b", &[&nodes[0]])]);
+        let numbers = [0, 1].map(|minor| make_numbered(dir.path(), &format!("ublkb{minor}"), minor));
+        let on = |at: usize| [identity::example(0, numbers[at])];
+        let machine = machine(dir.path(), vec![record(0, "a", &on(1)), record(1, "b", &on(0))]);
         assert!(names(&machine, 0).len() <= MAX_STACK + 1);
     }
 

@@ -2,6 +2,7 @@
 
 use crate::{config::Config, identity::KnownFile, processes::Process};
 use serde::{Deserialize, Serialize};
+use std::env;
 
 /// How far a server has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -49,9 +50,15 @@ pub(crate) struct Record {
     pub(crate) files: Vec<KnownFile>,
     /// The boot in which the device was made: it has not outlived it.
     pub(crate) boot: String,
+    /// Which start of a systemd unit has made the device, if one has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) invocation: Option<String>,
     /// Why the server could not end cleanly.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) error: Option<String>,
+    /// Whether the server has been asked to end, and is about to.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) is_ending: bool,
     /// Why the server goes on though it was asked to end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) refusal: Option<Refusal>,
@@ -70,6 +77,16 @@ impl Record {
     pub(crate) fn server(&self) -> Option<Process> {
         self.processes.iter().copied().find(|process| process.pid == self.pid)
     }
+
+    /// Whether this start of a unit has made the device. To whoever belongs to none all are the same.
+    pub(crate) fn is_of(&self, invocation: Option<&str>) -> bool {
+        invocation.is_none() || self.invocation.as_deref() == invocation
+    }
+}
+
+/// Which start of a systemd unit this process belongs to: systemd tells all that it runs for it.
+pub(crate) fn invocation() -> Option<String> {
+    env::var("INVOCATION_ID").ok().filter(|id| !id.is_empty())
 }
 
 /// A run file as others see it.
@@ -115,7 +132,9 @@ pub(crate) fn example() -> Record {
         processes: vec![Process::this().unwrap()],
         files: Vec::new(),
         boot: super::boot().unwrap(),
+        invocation: None,
         error: None,
+        is_ending: false,
         refusal: None,
     }
 }

@@ -85,6 +85,44 @@ fn zeros_over_nothing_allocate_nothing() {
     assert_eq!((&data[0]["start"], &data[0]["length"]), (&Value::from(196608), &Value::from(65536)), "{map}");
 }
 
+/// `alloc` was not there, and `map` said something else.
+#[test]
+fn what_is_allocated_is_told_as_qemu_io_tells_it() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    succeeds(ours(path, &["create", "-q", "base", "1M"]));
+    succeeds(ours(path, &["io", "-c", "write 0 256k", "base"]));
+    succeeds(ours(path, &["create", "-q", "-b", "base", "-F", "qcow2", "top", "1000k"]));
+    let commands =
+        ["write 64k 64k", "write -z 256k 64k", "write -z -u 320k 64k", "write -P 3 0 64k", "discard 0 64k"];
+    let args: Vec<_> = commands.iter().flat_map(|command| ["-c", *command]).collect();
+    succeeds(ours(path, &[&["io"][..], &args, &["top"]].concat()));
+    succeeds(run("qemu-io", path, &["-c", "write -c 512k 64k", "top"]));
+    succeeds(ours(path, &["create", "-q", "-o", "preallocation=metadata", "whole", "1M"]));
+    let looks = [
+        "map",
+        "alloc 0",
+        "alloc 64k 128k",
+        "alloc 65k 100",
+        "alloc 0 1M",
+        "alloc 999k 2k",
+        "alloc 1000k",
+        "alloc 2M 1k",
+        "alloc 0 0",
+        "length",
+    ];
+    for image in ["base", "top", "whole"] {
+        for look in looks {
+            let said = succeeds(ours(path, &["io", "-r", "-c", look, image]));
+            assert_eq!(said, succeeds(run("qemu-io", path, &["-r", "-c", look, image])), "{image}: {look}");
+        }
+    }
+    let places = succeeds(ours(path, &["io", "-r", "-c", "map -v", "top"]));
+    for part in ["data in base at", "compressed data in file 0", "zero"] {
+        assert!(places.contains(part), "{part}: {places}");
+    }
+}
+
 /// `io IMAGE < commands | head -1`: what was written until nobody listened is in the image, and nothing after
 /// it.
 #[test]

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 
 /// The largest request, as QEMU's.
 const MAX_LEN: u64 = 2_147_483_136;
+/// What `alloc` looks at where no length is given, as qemu-io.
+const SECTOR: u64 = 512;
 /// What is written where no pattern is given, as qemu-io.
 const DEFAULT_PATTERN: u8 = 0xcd;
 
@@ -15,11 +17,21 @@ pub(super) enum Command {
     AioFlush,
     Flush,
     Length,
+    Alloc { at: u64, len: u64 },
     Info,
-    Map,
+    Map(Map),
     Sleep { milliseconds: u64 },
     Help,
     Quit,
+}
+
+/// What is told of where the disk's content is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Map {
+    /// Whether the image itself has it.
+    Allocated,
+    /// The place, whichever file of the chain it is in.
+    Places,
 }
 
 /// A command that moves or changes data.
@@ -80,7 +92,8 @@ discard [-Cq] off len -- discards whole clusters
 flush -- makes everything durable
 length -- the size of the disk
 info -- about the image
-map -- where the data is
+map [-v] -- what is allocated in the image; -v where the data is, in which file of its chain
+alloc off [len] -- how much is allocated in the image
 sleep ms -- waits
 quit -- ends
 Offsets and lengths are bytes, with suffix K, M, G, T, or hexadecimal with 0x.
@@ -100,7 +113,12 @@ pub(super) fn command(line: &str) -> Result<Option<Command>, String> {
         "flush" | "f" => alone(Command::Flush),
         "length" | "l" => alone(Command::Length),
         "info" | "i" => alone(Command::Info),
-        "map" => alone(Command::Map),
+        "map" => match words[..] {
+            [] => Ok(Command::Map(Map::Allocated)),
+            ["-v"] => Ok(Command::Map(Map::Places)),
+            _ => Err(bad_count(name)),
+        },
+        "alloc" => alloc(&words),
         "help" | "?" => Ok(Command::Help),
         "quit" | "q" => alone(Command::Quit),
         "sleep" => match words[..] {
@@ -111,6 +129,14 @@ pub(super) fn command(line: &str) -> Result<Option<Command>, String> {
         _ => Err(format!("command \"{name}\" not found")),
     };
     command.map(Some)
+}
+
+fn alloc(words: &[&str]) -> Result<Command, String> {
+    match words {
+        [at] => Ok(Command::Alloc { at: parse_size(at)?, len: SECTOR }),
+        [at, len] => Ok(Command::Alloc { at: parse_size(at)?, len: parse_size(len)? }),
+        _ => Err(bad_count("alloc")),
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -303,6 +329,7 @@ mod tests {
         assert_eq!(parsed("read -pP 255 0 1k").action, parsed("read -P 255 0 1k").action);
         let aio = parsed("aio_write -P 7 0 512 512");
         assert_eq!((aio.len, aio.is_async), (1024, true));
+        assert_eq!(command("alloc 64k"), Ok(Some(Command::Alloc { at: 65536, len: 512 })));
     }
 
     #[test]
@@ -324,6 +351,9 @@ mod tests {
             "write -P",
             "flush now",
             "sleep",
+            "alloc",
+            "alloc 0 1 2",
+            "map 1",
             "open",
         ] {
             assert!(command(line).is_err(), "{line}");

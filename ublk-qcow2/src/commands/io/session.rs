@@ -6,7 +6,7 @@
 
 use super::{
     Next,
-    parse::{self, Action, Command, Done, Source, Transfer, Verify},
+    parse::{self, Action, Command, Done, Map, Source, Transfer, Verify},
     print,
 };
 use qcow2_engine::{
@@ -93,7 +93,9 @@ impl Session {
                 self.print(format_args!("{}\n", print::size(self.0.lane.image().virtual_size() as f64)))
             }
             Command::Info => self.info(),
-            Command::Map => self.map().await,
+            Command::Alloc { at, len } => self.alloc(at, len).await,
+            Command::Map(Map::Allocated) => self.map_allocated().await,
+            Command::Map(Map::Places) => self.map_places().await,
             Command::Sleep { milliseconds } => {
                 if let Err(error) = self.0.executor.ring().sleep(Duration::from_millis(milliseconds)).await {
                     self.fail(&format!("sleep failed: {error}"));
@@ -305,9 +307,47 @@ impl Session {
         }
     }
 
+    /// How much of a range is allocated in the image; what is behind the end of the disk does not count.
+    async fn alloc(&self, at: u64, len: u64) {
+        let len = len.min(self.disk_bytes().saturating_sub(at));
+        let (mut done, mut allocated) = (0, 0);
+        while done < len {
+            match self.0.lane.is_allocated(at + done, len - done).await {
+                Ok((is_allocated, more)) => {
+                    done += more;
+                    allocated += if is_allocated { more } else { 0 };
+                }
+                Err(error) => return self.fail(&format!("alloc failed: {error}")),
+            }
+        }
+        let place = print::size(at as f64);
+        self.print(format_args!("{allocated}/{len} bytes allocated at offset {place}\n"));
+    }
+
+    /// What is allocated in the image.
+    async fn map_allocated(&self) {
+        let size = self.disk_bytes();
+        let mut at = 0;
+        while at < size && self.0.print_error.borrow().is_none() {
+            match self.0.lane.is_allocated(at, size - at).await {
+                Ok((is_allocated, len)) => {
+                    let verdict = if is_allocated { "    allocated" } else { "not allocated" };
+                    self.print_run(at, len, format_args!(" {verdict}"), "");
+                    at += len;
+                }
+                Err(error) => return self.fail(&format!("map failed: {error}")),
+            }
+        }
+    }
+
+    /// Whole sectors, of which the last may have a part.
+    fn disk_bytes(&self) -> u64 {
+        self.0.lane.image().virtual_size().next_multiple_of(SECTOR)
+    }
+
     /// Where the data of the disk is, whichever file of the chain it is in.
-    async fn map(&self) {
-        let size = self.0.lane.image().virtual_size().next_multiple_of(SECTOR);
+    async fn map_places(&self) {
+        let size = self.disk_bytes();
         let mut at = 0;
         while at < size && self.0.print_error.borrow().is_none() {
             let len = MAP_BYTES.min(size - at);
@@ -334,8 +374,12 @@ impl Session {
                 format!("compressed data in file {layer} of the chain at {:#x}", range.offset)
             }
         };
+        self.print_run(at, len, "", &format!(": {place}"));
+    }
+
+    fn print_run(&self, at: u64, len: u64, verdict: impl Display, place: &str) {
         self.print(format_args!(
-            "{} ({len:#x}) bytes at offset {} ({at:#x}): {place}\n",
+            "{} ({len:#x}) bytes{verdict} at offset {} ({at:#x}){place}\n",
             print::size(len as f64),
             print::size(at as f64)
         ));
