@@ -27,13 +27,8 @@ use std::{
     time::Duration,
 };
 
-<<<<<<< HEAD
-=======
-/// A number that no other device has.
-const NUMBER: u32 = 42;
 /// How long one that is interrupted may take to end.
 const INTERRUPTED: Duration = Duration::from_secs(10);
->>>>>>> daemon-left
 /// In that time a supervisor has several successors try.
 const SEVERAL_ATTEMPTS: Duration = Duration::from_secs(4);
 
@@ -84,7 +79,7 @@ pub fn recovery_interrupted(binary: &Binary, dir: &Path) -> Result<()> {
     let mut command = binary.command();
     let mut recovering =
         command.args(["recover", "--foreground", "-n", &id]).stdout(Stdio::null()).spawn()?;
-    has_begun(&device, dead)?;
+    wait_until_preparing(&device, dead)?;
     kill(Pid::from_raw(recovering.id().cast_signed()), Signal::SIGTERM)?;
     ensure!(wait(&mut recovering, INTERRUPTED)?.is_some(), "it goes on");
     drop(reader);

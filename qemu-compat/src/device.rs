@@ -19,6 +19,7 @@ use nix::{
 };
 use std::{
     collections::BTreeSet,
+    ffi::OsStr,
     fs::{self, File, OpenOptions},
     io::{Seek, SeekFrom},
     os::{
@@ -84,7 +85,6 @@ impl Binary {
         Self { run_dir: Some(dir.to_owned()), ..self.clone() }
     }
 
-<<<<<<< HEAD
     /// The same program as an instance to which the devices of this one are somebody else's. Its records lie below
     /// this one's, so that whoever tidies up after this one finds them.
     #[must_use]
@@ -102,19 +102,19 @@ impl Binary {
     #[must_use]
     pub fn file(&self, id: u32, what: &str) -> PathBuf {
         self.run_dir().join(format!("{id}.{what}"))
-=======
+    }
+
     /// The same program as this start of a systemd unit runs it.
     #[must_use]
     pub fn in_unit(&self, start: &str) -> Self {
         Self { start: Some(start.to_owned()), ..self.clone() }
->>>>>>> daemon-left
     }
 
     /// Runs it with these arguments.
     ///
     /// # Errors
     /// It cannot be started or does not end in time; how it ends is for the caller to judge.
-    pub fn run<S: AsRef<std::ffi::OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<Finished> {
+    pub fn run<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Result<Finished> {
         run(self.command().args(args), COMMAND_LIMIT)
     }
 
@@ -122,12 +122,7 @@ impl Binary {
     #[must_use]
     pub fn command(&self) -> Command {
         let mut command = Command::new(&self.path);
-<<<<<<< HEAD
         command.envs(self.variables());
-=======
-        command.envs(self.run_dir.iter().map(|dir| ("UBLK_QCOW2_RUN_DIR", dir)));
-        command.envs(self.start.iter().map(|start| ("INVOCATION_ID", start)));
->>>>>>> daemon-left
         command
     }
 
@@ -139,9 +134,10 @@ impl Binary {
         command
     }
 
-    /// What its environment says of where its records are.
-    fn variables(&self) -> impl Iterator<Item = (&str, &Path)> {
-        self.run_dir.iter().map(|dir| ("UBLK_QCOW2_RUN_DIR", dir.as_path()))
+    /// What its environment says of where its records are, and of who runs it.
+    fn variables(&self) -> impl Iterator<Item = (&str, &OsStr)> {
+        let run_dir = self.run_dir.iter().map(|dir| ("UBLK_QCOW2_RUN_DIR", dir.as_os_str()));
+        run_dir.chain(self.start.iter().map(|start| ("INVOCATION_ID", OsStr::new(start))))
     }
 
     /// Attaches an image; `options` go between `add` and the image.

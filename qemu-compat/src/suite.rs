@@ -66,6 +66,10 @@ const LIFECYCLES: &[Named<Plain>] = &[
     ("lifecycle/mounts-let-go", 300, lifecycle::mounts_let_go),
     ("lifecycle/mounted", 300, lifecycle::mounted_devices_stay),
     ("lifecycle/mounted-stacks", 240, stacked::lower_devices_stay),
+    ("lifecycle/ended-together", 120, stacked::ended_together),
+    ("lifecycle/of-a-unit", 120, unit::detached),
+    ("lifecycle/interrupted-recovery", 120, between::recovery_interrupted),
+    ("lifecycle/failed-barriers", 300, barriers::failed),
     ("lifecycle/records", 120, lifecycle::records_outlive_devices),
     ("lifecycle/images", 120, lifecycle::images_stay),
     ("lifecycle/failed-recovery", 120, lifecycle::removed_after_a_failed_recovery),
@@ -204,50 +208,7 @@ impl Cases {
         self.add("lifecycle/watched", 120, move |it, dir| lifecycle::watched(&it.binary, dir, 2 * times));
         self.add("lifecycle/numbers", 240, move |it, dir| lifecycle::numbers(&it.binary, dir, 3, 4 * times));
         self.add("lifecycle/mounted-stacks-all", 240, move |it, dir| {
-<<<<<<< HEAD
             stacked::all_from_the_top(&it.binary, dir, if is_full { 12 } else { 4 })
-=======
-            stacked::all_from_the_top(&it.binary, dir, if times > 1 { 12 } else { 4 })
-        });
-        self.add("lifecycle/ended-together", 120, |it, dir| stacked::ended_together(&it.binary, dir));
-        self.add("lifecycle/of-a-unit", 120, |it, dir| unit::detached(&it.binary, dir));
-        self.add("lifecycle/interrupted-recovery", 120, |it, dir| {
-            between::recovery_interrupted(&it.binary, dir)
-        });
-        self.add("lifecycle/failed-barriers", 300, |it, dir| barriers::failed(&it.binary, dir));
-        self.add("lifecycle/records", 120, |it, dir| lifecycle::records_outlive_devices(&it.binary, dir));
-        self.add("lifecycle/images", 120, |it, dir| lifecycle::images_stay(&it.binary, dir));
-        self.add("lifecycle/failed-recovery", 120, |it, dir| {
-            lifecycle::removed_after_a_failed_recovery(&it.binary, dir)
-        });
-        self.add("lifecycle/any-phase", 300, |it, dir| lifecycle::recovered_from_any_phase(&it.binary, dir));
-        self.add("lifecycle/added-while-recovered", 120, |it, dir| {
-            between::added_while_recovered(&it.binary, dir)
-        });
-        self.add("lifecycle/image-back", 200, |it, dir| {
-            between::recovered_when_the_image_is_back(&it.binary, dir)
-        });
-        self.add("lifecycle/image-gone", 120, |it, dir| {
-            between::removed_though_the_image_is_gone(&it.binary, dir)
-        });
-        self.add("lifecycle/successor-dies", 300, |it, dir| {
-            lifecycle::recovered_although_the_successor_dies(&it.binary, dir)
-        });
-        self.add("lifecycle/recovered-unheard", 300, |it, dir| unheard::recovered_unheard(&it.binary, dir));
-        self.add("lifecycle/condemned-detached", 120, |it, dir| {
-            condemned::detached_and_repaired(&it.binary, dir)
-        });
-        self.add("lifecycle/condemned-recovered", 120, |it, dir| {
-            condemned::served_by_a_successor(&it.binary, dir)
-        });
-        self.add("origin/block-device", 180, |it, dir| origins::on_a_block_device(&it.binary, dir));
-        self.add("origin/grown", 60, |it, dir| origins::grown(&it.binary, dir));
-        self.add("origin/bitmaps", 180, |it, dir| origins::with_bitmaps(&it.binary, dir));
-        self.add("lifecycle/by-a-stranger", 180, |it, dir| stopping::by_a_stranger(&it.binary, dir));
-        self.add("lifecycle/killed-while-stopping", 400, |it, dir| stopping::killed(&it.binary, dir));
-        self.add("lifecycle/killed-while-writing-back", 300, |it, dir| {
-            stopping::killed_while_it_writes_back(&it.binary, dir)
->>>>>>> daemon-left
         });
         for &(name, limit, body) in LIFECYCLES {
             self.add(name, limit, move |it, dir| body(&it.binary, dir));
