@@ -74,7 +74,7 @@ impl<'a, I: Io> ImageFile<'a, I> {
     /// It has an incompatible feature that is not known.
     pub fn check_known(&self) -> Result<()> {
         match self.header.check_supported() {
-            Err(source @ Unsupported::IncompatibleFeature { .. }) => {
+            Err(source @ Unsupported::IncompatibleFeatures(_)) => {
                 Err(Error::Unsupported { file: Arc::clone(&self.name), source: Arc::new(source) })
             }
             _ => Ok(()),

@@ -13,7 +13,7 @@
 
 use crate::{
     Compression, CryptMethod, Field, FormatError, Geometry, Header, HostOffset, RefcountTableEntry, Version,
-    extension::{FeatureKind, FeatureName},
+    extension::{FeatureName, KNOWN_FEATURES},
     geometry::*,
     header::{self, V2_HEADER_BYTES, V3_HEADER_BYTES},
     refcount, word,
@@ -248,28 +248,17 @@ fn new_header(options: &CreateOptions, geometry: &Geometry, layout: &Layout) -> 
         backing_file: options.backing.as_ref().map(|backing| backing.name.clone()),
         backing_format: options.backing.as_ref().map(|backing| backing.format.clone()),
         data_file: None,
-        feature_names: if v3 { known_feature_names() } else { Vec::new() },
+        feature_names: if v3 { feature_names() } else { Vec::new() },
         bitmaps: None,
         crypto_header: None,
         unknown_extensions: Vec::new(),
     }
 }
 
-/// Names of all feature bits that are known here, as QEMU names them.
-fn known_feature_names() -> Vec<FeatureName> {
-    use FeatureKind::{Autoclear, Compatible, Incompatible};
-    [
-        (Incompatible, 0, "dirty bit"),
-        (Incompatible, 1, "corrupt bit"),
-        (Incompatible, 2, "external data file"),
-        (Incompatible, 3, "compression type"),
-        (Incompatible, 4, "extended L2 entries"),
-        (Compatible, 0, "lazy refcounts"),
-        (Autoclear, 0, "bitmaps"),
-        (Autoclear, 1, "raw external data"),
-    ]
-    .map(|(kind, bit, name)| FeatureName { kind: kind.number(), bit, name: name.into() })
-    .into()
+/// Names of all feature bits that are known.
+fn feature_names() -> Vec<FeatureName> {
+    let table = KNOWN_FEATURES.into_iter();
+    table.map(|(kind, bit, name)| FeatureName { kind: kind.number(), bit, name: name.into() }).collect()
 }
 
 #[cfg(test)]

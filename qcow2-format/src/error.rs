@@ -453,12 +453,10 @@ pub enum Unsupported {
     /// The payload is encrypted.
     #[error("the image is encrypted with {0}, which is not supported")]
     Encryption(CryptMethod),
-    /// A bit that the specification does not define.
-    #[error("the image uses the unknown incompatible feature \"{name}\" (bit {bit})")]
-    IncompatibleFeature {
-        /// Bit number, 0 to 63.
-        bit: u8,
-        /// The name in the image's feature name table, or "unnamed".
-        name: String,
-    },
+    /// Bits that the specification does not define.
+    #[error("the image uses incompatible features that are not known: {}", .0.join(", "))]
+    IncompatibleFeatures(
+        /// Each bit that is set, by its number and the name in the image's feature name table, if it has one.
+        Vec<String>,
+    ),
 }

@@ -49,6 +49,18 @@ pub enum FeatureKind {
     Autoclear,
 }
 
+/// The feature bits that the specification defines, and their names.
+pub const KNOWN_FEATURES: [(FeatureKind, u8, &str); 8] = [
+    (FeatureKind::Incompatible, 0, "dirty bit"),
+    (FeatureKind::Incompatible, 1, "corrupt bit"),
+    (FeatureKind::Incompatible, 2, "external data file"),
+    (FeatureKind::Incompatible, 3, "compression type"),
+    (FeatureKind::Incompatible, 4, "extended L2 entries"),
+    (FeatureKind::Compatible, 0, "lazy refcounts"),
+    (FeatureKind::Autoclear, 0, "bitmaps"),
+    (FeatureKind::Autoclear, 1, "raw external data"),
+];
+
 impl FeatureKind {
     /// The number in the feature name table.
     #[must_use]

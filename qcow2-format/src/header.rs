@@ -7,7 +7,9 @@
 
 use crate::{
     FormatError, Geometry, HostOffset, Unsupported, Version,
-    extension::{self, BitmapsExtension, CryptoHeader, FeatureKind, FeatureName, UnknownExtension},
+    extension::{
+        self, BitmapsExtension, CryptoHeader, FeatureKind, FeatureName, KNOWN_FEATURES, UnknownExtension,
+    },
     raw::{MAGIC, RawHeader, RawHeaderV3},
 };
 use std::fmt;
@@ -237,9 +239,12 @@ impl Header {
     pub fn check_supported(&self) -> Result<(), Unsupported> {
         let unknown = self.incompatible & !KNOWN_INCOMPATIBLE;
         if unknown != 0 {
-            let bit = unknown.trailing_zeros() as u8;
-            let name = self.feature_name(FeatureKind::Incompatible, bit);
-            return Err(Unsupported::IncompatibleFeature { bit, name: name.unwrap_or("unnamed".into()) });
+            let set = (0..64).filter(|bit| unknown >> bit & 1 != 0);
+            let told = |bit| match self.feature_name(FeatureKind::Incompatible, bit) {
+                Some(name) => format!("\"{name}\" (bit {bit})"),
+                None => format!("bit {bit}"),
+            };
+            return Err(Unsupported::IncompatibleFeatures(set.map(told).collect()));
         }
         let is_set = |bit| self.incompatible & bit != 0;
         match self.crypt {
@@ -258,11 +263,13 @@ impl Header {
         if self.incompatible & CORRUPT != 0 { Err(Unsupported::Corrupt) } else { Ok(()) }
     }
 
-    /// The name that the image itself gives a feature bit.
+    /// The name that the image itself gives a feature bit; where it gives none (a header in a cluster of 512 bytes
+    /// has no room for names), that of the specification.
     #[must_use]
     pub fn feature_name(&self, kind: FeatureKind, bit: u8) -> Option<String> {
-        let named = self.feature_names.iter().find(|name| name.kind == kind.number() && name.bit == bit)?;
-        Some(named.to_string())
+        let own = self.feature_names.iter().find(|name| name.kind == kind.number() && name.bit == bit);
+        let known = || KNOWN_FEATURES.iter().find(|&&(of, at, _)| (of, at) == (kind, bit));
+        own.map(ToString::to_string).or_else(|| known().map(|&(_, _, name)| name.to_owned()))
     }
 
     /// The autoclear bits that a writer must clear before its first write: all that it does not

@@ -264,6 +264,9 @@ pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     if !is_digits(whole) || !is_digits(fraction) || fraction.len() > MAX_FRACTION_DIGITS {
         return Err(invalid());
     }
+    if shift == 0 && fraction.bytes().any(|digit| digit != b'0') {
+        return Err(format!("{text:?} is no whole number of bytes"));
+    }
     let too_large = || format!("{text} is more than 2^64 bytes");
     let whole: u128 = whole.parse().map_err(|_| too_large())?;
     let digits = fraction.len() as u32;
@@ -327,6 +330,8 @@ mod tests {
             ("100b", 100),
             ("15E", 15 << 60),
             ("0x10000", 65536),
+            ("1024.0", 1024),
+            ("0.1k", 102),
         ] {
             assert_eq!(parse_size(text), Ok(size), "{text}");
         }
@@ -345,6 +350,8 @@ mod tests {
             "0x+1",
             "0x10K",
             "0x10000000000000000",
+            "0.5",
+            "4096.5b",
         ] {
             assert!(parse_size(text).is_err(), "{text}");
         }

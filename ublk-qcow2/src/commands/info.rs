@@ -111,7 +111,8 @@ impl Info<'_> {
         }
     }
 
-    /// The feature bits that are set and not in `told`, by kind: names from the image, or the bit's number.
+    /// The feature bits that are set and not in `told`, by kind: names from the image (whose header may have no room
+    /// for any) or from the specification, or the bit's number.
     fn features_beyond(&self, told: FeatureBits) -> Vec<(&'static str, Vec<String>)> {
         let kinds = [
             ("incompatible", FeatureKind::Incompatible, self.header.incompatible & !told.incompatible),

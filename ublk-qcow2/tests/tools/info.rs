@@ -74,6 +74,19 @@ fn images_of_unknown_make_are_not_described() {
     }
 }
 
+/// A header of 512 bytes has no room for names: the features that the specification defines were numbers then.
+#[test]
+fn features_have_names_where_the_image_has_no_room_for_them() {
+    let directory = tempfile::tempdir().expect("temporary directory");
+    let path = directory.path();
+    let options = "cluster_size=512,compression_type=zstd,lazy_refcounts=on";
+    succeeds(run("qemu-img", path, &["create", "-q", "-f", "qcow2", "-o", options, "image", "1M"]));
+    let said = text(&ours(path, &["info", "--output=json", "image"]));
+    for name in ["compression type", "lazy refcounts"] {
+        assert!(said.contains(&format!("\"{name}\"")), "{name}: {said}");
+    }
+}
+
 /// An image whose bitmaps or L1 table lie beyond its end could not be described at all, where QEMU describes
 /// it; `check` has to say what is wrong.
 #[test]
