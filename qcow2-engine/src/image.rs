@@ -24,7 +24,7 @@ use std::{
     io,
     sync::{
         Arc, OnceLock,
-        atomic::{AtomicBool, AtomicU64},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -48,6 +48,8 @@ pub struct Image {
     pub(crate) has_told_of_counts: AtomicBool,
     /// An entry that made no sense was thrown away, and that was said.
     pub(crate) has_told_of_entries: AtomicBool,
+    /// A search for leaks has come to its end.
+    pub(crate) is_searched: AtomicBool,
     /// Which clusters may hold metadata.
     pub(crate) sieve: Arc<Sieve>,
     pub(crate) damage: Damage,
@@ -103,6 +105,13 @@ impl Image {
     #[must_use]
     pub fn has_zero_clusters(&self) -> bool {
         self.geometry().version == qcow2_format::Version::V3
+    }
+
+    /// Whether a search for leaks ([`Lane::reclaim_leaks`](crate::Lane::reclaim_leaks)) has come to its end since the
+    /// image was opened.
+    #[must_use]
+    pub fn is_searched(&self) -> bool {
+        self.is_searched.load(Ordering::Relaxed)
     }
 
     /// The names of the chain's files, top first.

@@ -165,6 +165,7 @@ impl Image {
             has_told_of_holes: AtomicBool::new(false),
             has_told_of_counts: AtomicBool::new(false),
             has_told_of_entries: AtomicBool::new(false),
+            is_searched: AtomicBool::new(false),
             read_only: options.read_only,
             header: header.clone(),
             opened_len: top.len,

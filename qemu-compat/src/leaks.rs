@@ -9,6 +9,7 @@ use crate::{
     disk::{Disk, Op},
     mirror::Mirror,
     qemu_img::{self, Verdict},
+    recovery::wait_until_replaced,
     sequence::{Discards, Player},
 };
 use anyhow::{Context, Result, bail, ensure};
@@ -57,6 +58,35 @@ pub fn given_back(binary: &Binary, dir: &Path, queues: u16, seed: u64) -> Result
     player.verify(&mut disk, &mut mirror)?;
     disk.detach()?;
     qemu_img::check_clean(&image)
+}
+
+/// Detaches a device whose server was killed a moment ago, replaced or not: nothing is left of what that one had in
+/// reserve. A search that had not begun never was.
+///
+/// # Errors
+/// What did not hold.
+pub fn none_after_a_kill(binary: &Binary, dir: &Path) -> Result<()> {
+    let image = dir.join("image.qcow2");
+    for option in ["--no-supervisor", "--no-reclaim", "--cache-size=1M"] {
+        qemu_img::create(&image, "cluster_size=64k", None, DISK)?;
+        let mut mirror = Mirror::new(DISK, 65536);
+        let mut disk = DeviceDisk::open(binary.add(&[option], &image)?)?;
+        Player::new(&mirror, Discards::Zero, 1).play(&mut disk, &mut mirror, 1)?;
+        let device = disk.into_device();
+        let dead = device.listed()?.pid;
+        device.kill_server()?;
+        if option != "--no-supervisor" {
+            wait_until_replaced(&device, dead)?;
+        }
+        device.detach()?;
+        if option == "--no-reclaim" {
+            leaks_in(&image).context("with --no-reclaim")?;
+        } else {
+            qemu_img::check_clean(&image).context(option)?;
+        }
+        std::fs::remove_file(&image)?;
+    }
+    Ok(())
 }
 
 pub(crate) fn leaks_in(image: &Path) -> Result<()> {

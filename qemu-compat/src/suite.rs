@@ -66,6 +66,7 @@ const LIFECYCLES: &[Named<Plain>] = &[
     ("lifecycle/mounts-let-go", 300, lifecycle::mounts_let_go),
     ("lifecycle/mounted", 300, lifecycle::mounted_devices_stay),
     ("lifecycle/mounted-stacks", 240, stacked::lower_devices_stay),
+    ("leaks/after-a-kill", 120, leaks::none_after_a_kill),
     ("lifecycle/ended-together", 120, stacked::ended_together),
     ("lifecycle/of-a-unit", 120, unit::detached),
     ("lifecycle/interrupted-recovery", 120, between::recovery_interrupted),

@@ -8,7 +8,7 @@ use crate::{
     deputy::Deputy,
     detach,
     device::{self, Device},
-    queue::{self, Notice, Queue, QueueError},
+    queue::{self, Notice, Queue, QueueError, Search},
     request::{Bounds, device_sectors},
     runfile::{Phase, RunFile},
     safety,
@@ -39,8 +39,8 @@ pub(crate) struct Service {
     pub(crate) image: Arc<Image>,
     pub(crate) files: Arc<Files>,
     pub(crate) char_device: Arc<File>,
-    /// Whether to give back what a crash has leaked.
-    pub(crate) reclaims: bool,
+    /// When to look for what a crash has leaked.
+    pub(crate) search: Search,
 }
 
 /// What the commanding thread waits for.
@@ -161,7 +161,7 @@ impl Crew {
                 char_device: Arc::clone(&service.char_device),
                 image: Arc::clone(&service.image),
                 files: Arc::clone(&service.files),
-                reclaims: service.reclaims,
+                search: service.search,
                 go,
             };
             self.threads.push(spawn(queue, self.to_events.clone()).map_err(ServeError::SetUp)?);

@@ -22,6 +22,7 @@ use crate::{
     namespace::Namespace,
     orphans,
     processes::Process,
+    queue::Search,
     redofile::{self, Witness},
     request::device_sectors,
     runfile::{self, Choice, Making, Phase, Record, RunFile},
@@ -152,7 +153,8 @@ fn make(
     }
     device.describe(&shape)?;
     let witness = keep_new_log(&device, &image, config)?;
-    let service = service(image, files, device.open_char()?, config);
+    let search = if config.reclaims { Search::Later } else { Search::Never };
+    let service = service(image, files, device.open_char()?, search);
     keep_ways(namespace, &service);
     Ok(Ready { service, device, run_file, witness })
 }
@@ -213,7 +215,8 @@ fn take_over_as(
     let char_device = device.open_char()?;
     let files = Arc::new(config.files());
     let (image, witness) = take_image_over(&record, &device, &files)?;
-    let service = service(image, files, char_device, config);
+    let search = if config.reclaims { Search::AtOnce } else { Search::Never };
+    let service = service(image, files, char_device, search);
     keep_ways(namespace, &service);
     Ok((service, device, witness))
 }
@@ -225,10 +228,10 @@ fn keep_ways(namespace: Namespace, service: &Service) {
     namespace.keep_ways_to(&needed);
 }
 
-fn service(image: Arc<Image>, files: Arc<Files>, char_device: File, config: &Config) -> Service {
+fn service(image: Arc<Image>, files: Arc<Files>, char_device: File, search: Search) -> Service {
     let processors = thread::available_parallelism().map_or(1, NonZero::get);
     image.decompress_with(Workers::new(processors.min(MAX_WORKERS)));
-    Service { image, files, char_device: Arc::new(char_device), reclaims: config.reclaims }
+    Service { image, files, char_device: Arc::new(char_device), search }
 }
 
 /// Has the queues serve the device, until the end.
@@ -359,10 +362,10 @@ fn wind_up(
 ) -> (Result<(), ServeError>, Rest) {
     let stopped = device.stop(&mut deputy).map_err(ServeError::from);
     let drained = crew.drain(if stopped.is_ok() { DRAIN_WAIT } else { HOPELESS_DRAIN_WAIT });
-    let Service { image, files, char_device, .. } = service;
+    let Service { image, files, char_device, search } = service;
     // While a queue may still write the image cannot be closed; it is then as after a crash.
     let closed = if drained.is_ok() {
-        let closed = close_image(&image, &files);
+        let closed = close_image(&image, &files, search == Search::AtOnce);
         drop(witness);
         closed
     } else {

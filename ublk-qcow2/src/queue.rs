@@ -42,7 +42,7 @@ use std::{
     rc::Rc,
     sync::{Arc, mpsc::Receiver},
     task::{Poll, Waker},
-    time::Duration,
+    time::{Duration, Instant},
 };
 use tags::{Failure, Tag};
 
@@ -66,10 +66,21 @@ pub(crate) struct Queue {
     pub(crate) char_device: Arc<File>,
     pub(crate) image: Arc<Image>,
     pub(crate) files: Arc<Files>,
-    /// Whether to give back what a crash has leaked; queue 0 does it.
-    pub(crate) reclaims: bool,
+    /// When to look for what a crash has leaked; queue 0 does it.
+    pub(crate) search: Search,
     /// Says when to fetch; closed, not to fetch at all.
     pub(crate) go: Receiver<()>,
+}
+
+/// When the search for leaks begins, which gives back what a crash has left of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Search {
+    Never,
+    /// A little after the device has come into service: there may be none, and its first users should not wait.
+    Later,
+    /// At once: the server before was killed, and has left what it had in reserve. The next one, or a `del`, may come
+    /// soon.
+    AtOnce,
 }
 
 /// Why a queue ended other than by the device being stopped.
@@ -130,8 +141,8 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
     executor.spawn(Rc::clone(&context).report_fetching());
     if queue.index == 0 {
         executor.spawn(Rc::clone(&context).maintain());
-        if queue.reclaims {
-            executor.spawn(Rc::clone(&context).reclaim_leaks());
+        if queue.search != Search::Never {
+            executor.spawn(Rc::clone(&context).reclaim_leaks(queue.search));
         }
     }
     executor.run().map_err(|error| {
@@ -181,10 +192,10 @@ impl Context {
         }
     }
 
-    /// The search for leaks, once, a little after the device has come into service.
-    async fn reclaim_leaks(self: Rc<Self>) {
-        let rests = (MAINTENANCE_PAUSE.as_micros() / RECLAIM_REST.as_micros()) as u32;
-        for _ in 0..rests {
+    /// The search for leaks, once.
+    async fn reclaim_leaks(self: Rc<Self>, when: Search) {
+        let begun = Instant::now();
+        while when == Search::Later && begun.elapsed() < MAINTENANCE_PAUSE {
             if !self.rest().await {
                 return;
             }

@@ -80,7 +80,7 @@ use crate::{
     reclaim::in_rows,
 };
 use qcow2_format::{Clusters, HostCluster};
-use std::{collections::HashMap, future::Future, ops::Range, pin::Pin};
+use std::{collections::HashMap, future::Future, ops::Range, pin::Pin, sync::atomic::Ordering};
 
 /// Rounds over a window, at the most.
 const MAX_ROUNDS: usize = 4;
@@ -173,6 +173,9 @@ impl<I: Io> Lane<I> {
             Ok(()) => {}
             Err(Stop::Verdict(verdict)) => reclaimed.verdict = verdict,
             Err(Stop::Failed(error)) => return Err(error),
+        }
+        if reclaimed.verdict != Verdict::Stopped {
+            self.image().is_searched.store(true, Ordering::Relaxed);
         }
         Ok(reclaimed)
     }

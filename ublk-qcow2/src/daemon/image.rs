@@ -13,16 +13,24 @@ use crate::{
     wait,
 };
 use qcow2_engine::{
-    Image, Lane, OpenOptions, RedoLog,
+    Image, Lane, OpenOptions, Pace, RedoLog,
     exec::block_on,
     io::{Files, uring::Uring},
 };
-use std::{path::Path, sync::Arc, time::Duration};
+use std::{
+    future::{Future, ready},
+    path::Path,
+    pin::Pin,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 /// Submission slots of the ring that opens the image.
 const OPENING_RING: u32 = 64;
 /// How long the kernel may take to let go of the image of a server that was killed.
 const DEAD_LOCK_WAIT: Duration = Duration::from_secs(60);
+/// How long the end of a device may be put off by a search for leaks.
+const CLOSING_SEARCH: Duration = Duration::from_secs(5);
 /// Between two attempts to open it.
 const DEAD_LOCK_PAUSE: Duration = Duration::from_millis(50);
 
@@ -81,11 +89,35 @@ pub(super) fn keep_new_log(
     keep_log(image, new_log(device, image, config)?)
 }
 
-/// Makes everything durable and leaves no leak, when nobody serves the image any more.
-pub(super) fn close_image(image: &Arc<Image>, files: &Arc<Files>) -> Result<(), ServeError> {
+/// Makes everything durable and leaves no leak, when nobody serves the image any more. `was_killed`: nor of what the
+/// server before had in reserve, if the search for that has not come to its end and takes no longer than
+/// [`CLOSING_SEARCH`].
+pub(super) fn close_image(
+    image: &Arc<Image>,
+    files: &Arc<Files>,
+    was_killed: bool,
+) -> Result<(), ServeError> {
     let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
     let lane = Lane::new(image, ring.clone(), 1);
-    block_on(&ring, lane.close()).map_err(ServeError::SetUp)?.map_err(ServeError::Close)
+    let close = async {
+        if was_killed
+            && !image.is_searched()
+            && let Err(error) = lane.reclaim_leaks(&Until(Instant::now() + CLOSING_SEARCH)).await
+        {
+            tracing::warn!("leaked clusters were not all given back: {error}");
+        }
+        lane.close().await
+    };
+    block_on(&ring, close).map_err(ServeError::SetUp)?.map_err(ServeError::Close)
+}
+
+/// The pace of work that somebody waits for, up to a moment.
+struct Until(Instant);
+
+impl Pace for Until {
+    fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
+        Box::pin(ready(Instant::now() < self.0))
+    }
 }
 
 /// What has become of what a dead server had acknowledged.
@@ -116,7 +148,7 @@ fn settle_log(record: &Record, file: RedoFile) -> Result<(), ServeError> {
     let files = Arc::new(record.config.files());
     // What is owed is owed to the image, whatever has become of the files below it.
     match open_as_left(record, &files, file, |_| Ok(())) {
-        Ok((image, _log)) => close_image(&image, &files),
+        Ok((image, _log)) => close_image(&image, &files, record.config.reclaims),
         // It may be gone, or be none of ours any more.
         Err(error) if !owes => {
             tracing::info!(id = record.id, "nothing is owed to the image, which is left as it is: {error}");
@@ -326,7 +358,7 @@ mod tests {
             let files = Arc::new(record.config.files());
             let (image, _log) = open_as_left(&record, &files, file.clone(), |_| Ok(())).unwrap();
             image.keep_redo_log(RedoLog::open(file.memory()).unwrap());
-            let told = close_image(&image, &files).unwrap_err().to_string();
+            let told = close_image(&image, &files, false).unwrap_err().to_string();
             assert!(told.contains("an earlier flush failed") && told.contains("may be lost"), "{told}");
             assert!(file.has_failed(), "the next one knows it, too");
         });

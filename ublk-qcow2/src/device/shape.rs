@@ -49,7 +49,8 @@ pub(super) fn params(shape: &Shape, max_io_bytes: u32) -> uapi::Params {
         basic,
         ..Default::default()
     };
-    // No dma_align: memory for direct I/O is aligned to 512 bytes then, as for nbd and loop devices.
+    // No dma_align: memory for direct I/O has to be aligned to 4 bytes then. The driver copies it; with zero copy a
+    // transfer that the host's disk does not take for that is repeated with a buffer of ours.
     if !shape.read_only {
         params.types |= uapi::UBLK_PARAM_TYPE_DISCARD;
         let zeroes = if shape.has_zero_clusters { MAX_DISCARD_SECTORS } else { MAX_WRITTEN_ZEROES_SECTORS };
