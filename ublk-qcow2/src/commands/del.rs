@@ -281,19 +281,22 @@ fn delete_foreign(id: u32, users: Users) -> Result<(), CommandError> {
     };
     check_unused(id, users, "")?;
     // Where nobody answers, what the kernel has is lost, or it would wait for ever.
-    if device::is_live(&info) && Process::with(info.ublksrv_pid).is_ok_and(|server| server.lives()) {
-        match (device::write_back(id, Bound::Here), users) {
-            (Err(error), Users::Spared) if error.is_unfinished() => {
-                return Err(CommandError::NotWritten { id, reason: error.to_string() });
-            }
-            (written, Users::Spared) => written.unwrap_or_else(|error| tracing::warn!("{error}")),
-            (written, Users::Ignored) => {
-                let synced = device::sync_everything(id, Bound::Here);
-                written.and(synced).unwrap_or_else(|error| tracing::warn!("{error}"));
-            }
+    let is_served = device::is_live(&info) && Process::with(info.ublksrv_pid).is_ok_and(|server| server.lives());
+    let written = if is_served { write_foreign_back(id, users)? } else { Ok(()) };
+    device::delete_orphan(&mut control, id)?;
+    written.map_err(|source| CommandError::Unwritten { id, source })
+}
+
+/// Has the kernel write back what it has in memory for a device of which nothing is known. The inner result is for
+/// when the device has gone all the same.
+fn write_foreign_back(id: u32, users: Users) -> Result<Result<(), DeviceError>, CommandError> {
+    match (device::write_back(id, Bound::Here), users) {
+        (Err(error), Users::Spared) if error.is_unfinished() => {
+            Err(CommandError::NotWritten { id, reason: error.to_string() })
         }
+        (written, Users::Spared) => Ok(written),
+        (written, Users::Ignored) => Ok(written.and(device::sync_everything(id, Bound::Here))),
     }
-    Ok(device::delete_orphan(&mut control, id)?)
 }
 
 #[cfg(test)]

@@ -88,6 +88,8 @@ pub(crate) enum CommandError {
     Wait { id: u32, pid: i32, source: std::io::Error },
     #[error("device {id} is detached, but its server did not end cleanly: {error}; check the image")]
     Unclean { id: u32, error: String },
+    #[error("device {id} is detached, but what the kernel had in memory for it may be lost: {source}")]
+    Unwritten { id: u32, source: DeviceError },
     #[error(
         "device {0} is detached, and what was written to it is in the image; but its server had died, and none had taken its place"
     )]
