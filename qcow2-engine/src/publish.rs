@@ -239,7 +239,7 @@ impl Image {
         if changes.is_empty() {
             return Ok(Attempt::Done);
         }
-        if !meta.has_log_room(changes.len() as u64) || !self.cache.unfold(key) {
+        if !meta.has_log_room(changes.len() as u64) || !self.cache.unfold(key) || !self.cache.may_pin(key) {
             return Ok(Attempt::NoRoom);
         }
         self.enter(&mut meta, key, &changes);

@@ -191,7 +191,7 @@ fn with_words(files: &MemFiles, words: &[(u64, u64)]) -> Vec<u8> {
 #[test]
 fn what_is_not_understood_is_refused_by_name_and_left_as_it_is() {
     for (at, word, words) in [
-        (header::INCOMPATIBLE_OFFSET, 1 << 40, "(bit 40)"),
+        (header::INCOMPATIBLE_OFFSET, 1 << 40, "not known: bit 40"),
         (header::INCOMPATIBLE_OFFSET, header::EXTERNAL_DATA, "data file"),
         // crypt_method and the L1 table's size share a word.
         (32, 1 << 32 | 1, "AES"),

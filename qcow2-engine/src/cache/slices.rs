@@ -46,6 +46,8 @@ pub(crate) struct SliceCache {
     directories: Vec<Directory>,
     /// Next slot that the clock looks at.
     hand: AtomicUsize,
+    /// Slots that may not be evicted; changed under the metadata lock.
+    pinned: AtomicUsize,
 }
 
 struct Slot {
@@ -88,6 +90,7 @@ impl SliceCache {
             slots: (0..slots).map(|_| Slot::empty()).collect(),
             directories: layers.iter().map(|&shape| Directory::new(shape)).collect(),
             hand: AtomicUsize::new(0),
+            pinned: AtomicUsize::new(0),
         }
     }
 
@@ -161,8 +164,21 @@ impl SliceCache {
     /// Says whether a resident slice may be evicted.
     pub(crate) fn set_pinned(&self, key: SliceKey, pinned: bool) {
         if let Some(slot) = self.slot_of(key) {
-            slot.pinned.store(pinned, Ordering::Relaxed);
+            match (slot.pinned.swap(pinned, Ordering::Relaxed), pinned) {
+                (false, true) => drop(self.pinned.fetch_add(1, Ordering::Relaxed)),
+                (true, false) => drop(self.pinned.fetch_sub(1, Ordering::Relaxed)),
+                _ => {}
+            }
         }
+    }
+
+    /// Whether a slice in a slot may be pinned, as it may be already: look-ups need one slot for each layer at the
+    /// same time, and with fewer left each would drive out what the other needs, for as long as nothing can be
+    /// written back.
+    pub(crate) fn may_pin(&self, key: SliceKey) -> bool {
+        let left = (MIN_SLOTS_PER_LAYER / 2 * self.directories.len()).min(self.slots.len() / 2);
+        self.slot_of(key).is_some_and(|slot| slot.pinned.load(Ordering::Relaxed))
+            || self.pinned.load(Ordering::Relaxed) + left < self.slots.len()
     }
 
     /// Brings a slice in, evicting another one if need be. Returns false when every slot is pinned.

@@ -281,7 +281,8 @@ fn delete_foreign(id: u32, users: Users) -> Result<(), CommandError> {
     };
     check_unused(id, users, "")?;
     // Where nobody answers, what the kernel has is lost, or it would wait for ever.
-    let is_served = device::is_live(&info) && Process::with(info.ublksrv_pid).is_ok_and(|server| server.lives());
+    let is_served =
+        device::is_live(&info) && Process::with(info.ublksrv_pid).is_ok_and(|server| server.lives());
     let written = if is_served { write_foreign_back(id, users)? } else { Ok(()) };
     device::delete_orphan(&mut control, id)?;
     written.map_err(|source| CommandError::Unwritten { id, source })
