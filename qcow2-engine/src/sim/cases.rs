@@ -66,6 +66,7 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
     let fixture = plan.fixture(&mut rng, fixtures);
     let work = match plan {
         Plan::Tool => Work::Tool(tool(&mut rng, &fixtures[fixture])),
+        Plan::GrowRefused => Work::Tool(growing_over_more(&mut rng)),
         _ => Work::Lanes(plan.lanes(&mut rng)),
     };
     let case = Case {
@@ -75,7 +76,7 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
         file_system: plan.file_system(&mut rng),
         held_back: plan.held_back(&mut rng),
         paging: plan.paging(&mut rng),
-        is_one_lane: rng.below(ONE_LANE_SHARE) == 0,
+        is_one_lane: plan == Plan::OldEndUnread || rng.below(ONE_LANE_SHARE) == 0,
         logged: plan.logged(&mut rng),
         abandons_after: plan.end(&mut rng),
         wound: (plan == Plan::Wounded).then(|| Wound::ALL[rng.below(Wound::ALL.len() as u64) as usize]),
@@ -85,6 +86,11 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
     (fixture, case)
 }
 
+/// The disk has been cut off so far that the backing file is longer.
+fn growing_over_more(rng: &mut Rng) -> Tool {
+    Tool::Grow(1 + rng.below(300) as usize, 150 + rng.below(150) as usize)
+}
+
 /// A tool that can be used on an image.
 fn tool(rng: &mut Rng, fixture: &Fixture) -> Tool {
     let is_v2 = fixture.variant.compat == "0.10";
@@ -92,10 +98,8 @@ fn tool(rng: &mut Rng, fixture: &Fixture) -> Tool {
         0 => Tool::Repair(Repair::Leaks, Damage::None),
         // Version 2 has no dirty bit, and no room for a snapshot's size.
         1..=2 if !is_v2 => Tool::OpenDirty(Damage::OF_COUNTS[rng.below(5) as usize]),
-        // Those of version 2 with snapshots, and those with bitmaps that are true, are not made larger.
-        3..=4 if !(is_v2 && fixture.initial.is_shared() || fixture.has_bitmaps()) => {
-            // Of version 2 it would show what a backing file has there, which it cannot hide.
-            let less = if rng.below(2) == 0 || !fixture.can_discard { 0 } else { rng.below(300) };
+        1..=4 => {
+            let less = if rng.below(3) == 0 { 0 } else { rng.below(300) };
             Tool::Grow(1 + rng.below(1000) as usize, less as usize)
         }
         5 => {

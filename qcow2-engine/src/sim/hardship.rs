@@ -16,10 +16,11 @@ const STARVING_SHARE: u64 = 3;
 impl Plan {
     /// What the host's file system can do.
     pub(super) fn file_system(self, rng: &mut Rng) -> FileSystem {
-        let must_allocate = matches!(self, Self::NoRoom | Self::NoRoomUnread | Self::FullHost);
+        let must_allocate = matches!(self, Self::NoRoom | Self::NoRoomUnread | Self::FullHost | Self::OldEnd);
         FileSystem {
             allocates: must_allocate || rng.below(UNABLE_SHARE) != 0,
-            punches: self != Self::ReuseForTables && rng.below(UNABLE_SHARE) != 0,
+            punches: self == Self::QueueEndsPunching
+                || self != Self::ReuseForTables && rng.below(UNABLE_SHARE) != 0,
             changes_length: true,
         }
     }
@@ -29,9 +30,10 @@ impl Plan {
         match self {
             Self::Growing | Self::SearchWhileAllocating => HeldBack::Growth,
             Self::Reuse => [HeldBack::Oldest, HeldBack::Direct][rng.below(2) as usize],
+            Self::OldEndUnread => HeldBack::Below,
             Self::FillingLog => HeldBack::Nothing,
             Self::Freeing | Self::FreeingAfterFailedCut => HeldBack::Punch,
-            Self::FreeingBesideCut => HeldBack::Metadata,
+            Self::FreeingBesideCut | Self::GrowingFails => HeldBack::Metadata,
             Self::Search if rng.below(4) == 0 => HeldBack::Punch,
             _ if rng.below(STARVING_SHARE) == 0 => HeldBack::Oldest,
             _ => HeldBack::Nothing,
@@ -54,7 +56,7 @@ impl Plan {
         let some = |rng: &mut Rng, victim, fault, reach| {
             Some(Failing { victim, after: rng.below(reach), times: 1 + rng.below(4), fault })
         };
-        let refusal = [Fault::Enospc, Fault::Enospc, Fault::Eio][rng.below(3) as usize];
+        let refusal = [Fault::Enospc, Fault::Enospc, Fault::Eio, Fault::Done][rng.below(4) as usize];
         match self {
             Self::Faulty => Some(failing(rng)),
             Self::Tool if rng.below(4) == 0 => Some(failing(rng)),
@@ -64,6 +66,9 @@ impl Plan {
                 Some(Failing { victim: Victim::GrowthOrRead, after, times, fault: Fault::Eio })
             }
             Self::FailedCut => some(rng, Victim::Metadata, refusal, 12),
+            Self::GrowingFails => some(rng, Victim::Metadata, refusal, 8),
+            Self::OldEndUnread => some(rng, Victim::Below, Fault::Eio, 10),
+            Self::OldEnd => some(rng, Victim::Growth, refusal, 3),
             Self::TornWrite => some(rng, Victim::Write, Fault::Torn, 8),
             Self::FailedCopy => some(rng, Victim::Read, Fault::Eio, 12),
             // The other lane's last cuts, and then no more.
@@ -84,6 +89,8 @@ impl Plan {
         use HeldBack::{Direct, Metadata, Oldest, Punch};
         match self {
             Self::QueueEnds => Some((rng.below(40), [Oldest, Punch, Metadata][rng.below(3) as usize])),
+            Self::QueueEndsInZeros => Some((rng.below(16), Oldest)),
+            Self::QueueEndsPunching => Some((rng.below(24), Punch)),
             Self::QueueEndsInPlace => Some((rng.below(24), [Oldest, Direct][rng.below(2) as usize])),
             _ => None,
         }

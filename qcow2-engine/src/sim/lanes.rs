@@ -6,7 +6,8 @@ use super::{
     rng::Rng,
     sequences::{
         allocating, changing_all, churn, crossing, discard, flushed, freeing, freeing_much, growing,
-        long_write, meeting, random, short, tables_after_data, touches, with_flushes, writers, zeros,
+        long_write, meeting, random, recycling, sharing, short, tables_after_data, touches, using_up,
+        with_flushes, writers, zeros,
     },
 };
 
@@ -63,6 +64,7 @@ impl Plan {
                 lanes.push(search);
                 lanes
             }
+            Self::GrowingFails => vec![allocating(rng), allocating(rng), vec![Request::Flush; 4]],
             Self::Growing => {
                 let mut lanes = writers(rng);
                 lanes.push(vec![Request::Flush; 2 + rng.below(6) as usize]);
@@ -86,13 +88,24 @@ impl Plan {
             }
             // The lane that closes the image frees what the others use.
             Self::QueueEndsInPlace => vec![churn(rng), touches(rng, 12), touches(rng, 12)],
-            Self::Wounded => match rng.below(4) {
-                0 => meeting(rng),
-                1 => vec![freeing(rng), allocating(rng)],
-                2 => vec![allocating(rng), random(rng, 10)],
-                _ => vec![random(rng, 16)],
-            },
-            Self::Tool => Vec::new(),
+            Self::QueueEndsInZeros => sharing(rng),
+            Self::QueueEndsPunching => (0..2 + rng.below(2)).map(|_| recycling(rng)).collect(),
+            Self::OldEnd => (0..1 + rng.below(2)).map(|_| using_up(rng)).collect(),
+            Self::OldEndUnread => (0..2 + rng.below(2)).map(|_| using_up(rng)).collect(),
+            Self::Wounded => {
+                let mut lanes = match rng.below(5) {
+                    0 => meeting(rng),
+                    1 => vec![freeing(rng), allocating(rng)],
+                    2 => vec![freeing_much(rng), allocating(rng)],
+                    3 => vec![allocating(rng), random(rng, 10)],
+                    _ => vec![random(rng, 16)],
+                };
+                if rng.below(3) == 0 {
+                    lanes[0].push(Request::Reclaim(1 << 20));
+                }
+                lanes
+            }
+            Self::Tool | Self::GrowRefused => Vec::new(),
             Self::SearchFullTable => vec![growing(rng), vec![Request::Reclaim(1 << 20)]],
         }
     }

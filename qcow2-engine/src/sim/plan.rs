@@ -58,6 +58,8 @@ pub(super) enum Plan {
     /// Lanes that take new extents, with new refcount blocks, beside cuts; an operation that makes the file
     /// longer lands late.
     Growing,
+    /// They need new refcount blocks at once, and some of the metadata cannot be written.
+    GrowingFails,
     /// The search for leaks, beside requests.
     Search,
     /// The search for leaks, while lanes take new extents, of which one waits for its space (R8).
@@ -73,14 +75,26 @@ pub(super) enum Plan {
     QueueEnds,
     /// A queue ends that overwrites what another one frees and uses again, or writes zeros around a payload.
     QueueEndsInPlace,
+    /// A queue ends that writes into zero clusters which keep their place, zeros around the payload: others
+    /// write beside it, or wait to do so.
+    QueueEndsInZeros,
+    /// A queue ends that punches holes; others free, search for leaks, and use what is free again.
+    QueueEndsPunching,
+    /// What is free at the file's end has old content. Some of it is taken, and not used: the file could not
+    /// grow,
+    OldEnd,
+    /// or what goes around the payload could not be read.
+    OldEndUnread,
     /// The image has damage, which requests meet or do not.
     Wounded,
     /// A tool works on the image.
     Tool,
+    /// An image of version 2 is to grow over a backing file that is longer.
+    GrowRefused,
 }
 
 /// Of so many cases, how many follow which plan.
-const MIX: [(u64, Plan); 30] = [
+const MIX: [(u64, Plan); 36] = [
     (20, Plan::Short),
     (8, Plan::ShortAtOnce),
     (14, Plan::Lanes),
@@ -102,15 +116,21 @@ const MIX: [(u64, Plan); 30] = [
     (8, Plan::ReuseForTables),
     (12, Plan::Flushed),
     (16, Plan::Growing),
+    (8, Plan::GrowingFails),
     (28, Plan::Search),
     (12, Plan::SearchWhileAllocating),
     (8, Plan::FullTable),
     (14, Plan::FillingLog),
     (12, Plan::QueueEnds),
     (16, Plan::QueueEndsInPlace),
-    (24, Plan::Wounded),
+    (12, Plan::QueueEndsInZeros),
+    (12, Plan::QueueEndsPunching),
+    (10, Plan::OldEnd),
+    (14, Plan::OldEndUnread),
+    (30, Plan::Wounded),
     (1, Plan::SearchFullTable),
     (20, Plan::Tool),
+    (4, Plan::GrowRefused),
 ];
 /// One in so many cases is on an image with a tail.
 const TAILED_SHARE: u64 = 4;
@@ -142,8 +162,6 @@ impl Plan {
     }
 
     /// The index of an image for a case of this kind.
-
-    /// The index of an image for a case of this kind.
     pub(super) fn fixture(self, rng: &mut Rng, fixtures: &[Fixture]) -> usize {
         let past = self.past(rng);
         // Of many refcount pages few are kept; new blocks are made.
@@ -170,12 +188,16 @@ impl Plan {
         match self {
             Self::SearchFullTable => Past::MadeFull,
             Self::FullTable => Past::CrashedFull,
-            Self::FillingLog => [Past::Crashed, Past::CrashedFull][rng.below(2) as usize],
+            Self::FillingLog | Self::GrowingFails => {
+                [Past::Crashed, Past::CrashedFull][rng.below(2) as usize]
+            }
+            Self::Wounded if rng.below(3) == 0 => Past::Crashed,
             Self::Wounded => Past::Made,
+            Self::OldEnd | Self::OldEndUnread => Past::Tailed,
             Self::Search if rng.below(TWICE_SHARE) == 0 => Past::CountedTwice,
             Self::Search => Past::Crashed,
             Self::SearchWhileAllocating | Self::Tool if rng.below(2) == 0 => Past::Crashed,
-            Self::Tool => Past::Made,
+            Self::Tool | Self::GrowRefused => Past::Made,
             // Its end is in a cluster that is free and has old content.
             Self::NoRoom if rng.below(2) == 0 => Past::Tailed,
             _ if rng.below(TAILED_SHARE) == 0 => Past::Tailed,
@@ -185,13 +207,19 @@ impl Plan {
 
     /// Whether such a case finds what it is about in an image.
     pub(super) fn suits(self, fixture: &Fixture) -> bool {
+        let has_edges = fixture.variant.cluster_sectors > 1;
         match self {
             Self::Flushed | Self::FailedCopy => fixture.initial.is_shared(),
             Self::ReuseForTables => matches!(fixture.initial, Initial::Unallocated | Initial::Backing),
             Self::QueueEndsInPlace => matches!(fixture.initial, Initial::Data | Initial::ZeroAllocated),
             // Those of a compressed cluster's host clusters had several references.
             Self::Reuse => matches!(fixture.initial, Initial::Data | Initial::Compressed),
-            Self::Growing => {
+            Self::QueueEndsInZeros => fixture.initial == Initial::ZeroAllocated && has_edges,
+            Self::OldEnd => {
+                has_edges && fixture.initial.shows_zeros() && fixture.initial.makes_writes_allocate()
+            }
+            Self::OldEndUnread => has_edges && fixture.backing.is_some(),
+            Self::Growing | Self::GrowingFails => {
                 fixture.variant == Variant::SMALL_BLOCKS && fixture.initial.makes_writes_allocate()
             }
             Self::Wounded => !matches!(fixture.initial, Initial::Unallocated | Initial::Backing),
@@ -203,9 +231,10 @@ impl Plan {
             | Self::TornWrite => fixture.initial.makes_writes_allocate(),
             // They take too long on a large disk.
             Self::Tool => fixture.gap == 0,
+            Self::GrowRefused => fixture.variant.compat == "0.10" && fixture.backing.is_some(),
             // What is zero already is not changed.
             Self::FullLog => fixture.initial == Initial::Data,
-            _ if self.frees() => {
+            _ if self.frees() || self == Self::QueueEndsPunching => {
                 !matches!(fixture.initial, Initial::Unallocated | Initial::Backing | Initial::ZeroPlain)
                     && fixture.can_discard
             }
