@@ -146,7 +146,8 @@ impl Image {
             options.paging,
             refcount_pages,
         );
-        let meta = Meta::new(top, geometry, first_page, refcounts, territory);
+        let frees = Frees::new(options.paging.max_batches);
+        let meta = Meta::new(top, geometry, first_page, refcounts, territory, frees);
         let l1_entries = layers.first().and_then(Layer::as_qcow2).map_or(0, |layer| layer.l1.len());
         Self {
             layers,
@@ -224,6 +225,7 @@ impl Meta {
         first_page: Vec<u8>,
         refcounts: Refcounts,
         territory: Territory,
+        frees: Frees,
     ) -> Self {
         let space = Space {
             cursor: HostCluster(0),
@@ -240,7 +242,7 @@ impl Meta {
             refcounts,
             space,
             lanes: Vec::new(),
-            frees: Frees::default(),
+            frees,
             territory,
             watch: Watch::default(),
             header: HeaderPage(first_page),

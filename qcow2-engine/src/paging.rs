@@ -1,6 +1,8 @@
 //! How metadata is cut into pages, how many of them are kept however little memory there is, and how many
 //! freed clusters may wait.
 
+use crate::alloc::frees::MAX_BATCHES;
+
 /// The pages of an image's metadata.
 ///
 /// A page of an L2 table (a slice), of the L1 table, of a refcount block or of the refcount table is
@@ -16,6 +18,8 @@ pub struct Paging {
     pub(crate) least_refcount_pages: usize,
     /// References that wait to be given back before writers have to help.
     pub(crate) max_frees: u64,
+    /// Batches in which they wait, at the most.
+    pub(crate) max_batches: usize,
     /// Clusters given back per step, so that a step is bounded.
     pub(crate) free_step: usize,
 }
@@ -32,11 +36,12 @@ impl Paging {
         least_slices: 4,
         least_refcount_pages: 2,
         max_frees: 1 << 16,
+        max_batches: MAX_BATCHES,
         free_step: 4096,
     };
     /// And more is freed than may wait, or is given back in one step.
     #[cfg(feature = "sim")]
-    pub(crate) const TINY: Self = Self { max_frees: 24, free_step: 10, ..Self::SMALL };
+    pub(crate) const TINY: Self = Self { max_frees: 24, max_batches: 2, free_step: 10, ..Self::SMALL };
 }
 
 impl Default for Paging {
@@ -47,6 +52,7 @@ impl Default for Paging {
             least_slices: 64,
             least_refcount_pages: 64,
             max_frees: 1 << 16,
+            max_batches: MAX_BATCHES,
             free_step: 4096,
         }
     }

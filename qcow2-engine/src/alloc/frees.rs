@@ -5,7 +5,7 @@
 //! it waits here, still counted. This module decides what is ready; `reclaim.rs` carries it out.
 //!
 //! One request that hangs holds back all that is freed after it began, for as long as it hangs. So what
-//! waits is kept as rows of clusters ([`Rows`]), and in [`MAX_BATCHES`] batches at the most: a row costs
+//! waits is kept as rows of clusters ([`Rows`]), and in a bounded number of batches ([`MAX_BATCHES`]): a row costs
 //! some forty bytes in its batch and as many in the whole, however many clusters it has.
 
 use super::rows::Rows;
@@ -18,13 +18,13 @@ use std::{
 
 /// Passes of maintenance, a second each, between two attempts at what cannot be given back, at the most.
 const MAX_PAUSE: u32 = 64;
-/// Batches that wait, at the most: there is one for each cut. Of more the oldest two become one, and wait as
+/// Batches that wait, at the most, where the caller does not say: there is one for each cut. Of more the oldest two become one, and wait as
 /// long as the younger one.
-const MAX_BATCHES: usize = 64;
+pub(crate) const MAX_BATCHES: usize = 64;
 
 /// Freed clusters.
-#[derive(Default)]
 pub(crate) struct Frees {
+    max_batches: usize,
     /// Oldest first: both stamps only ever grow along the queue.
     waiting: VecDeque<Batch>,
     /// All that has not been given back yet, a time for each reference: what is handed out is looked for here.
@@ -66,6 +66,16 @@ impl Due {
 }
 
 impl Frees {
+    pub(crate) fn new(max_batches: usize) -> Self {
+        Self {
+            max_batches,
+            waiting: VecDeque::new(),
+            references: Rows::default(),
+            taken: BTreeMap::new(),
+            aside: Aside::default(),
+        }
+    }
+
     /// A reference to each of these clusters is gone. What is freed before a cut waits for the last of it:
     /// the cut comes later than all of it anyway.
     pub(crate) fn push(&mut self, clusters: Range<HostCluster>, due: Due) {
@@ -85,7 +95,7 @@ impl Frees {
     }
 
     fn bound_batches(&mut self) {
-        if self.waiting.len() > MAX_BATCHES
+        if self.waiting.len() > self.max_batches
             && let Some(second) = self.waiting.remove(1)
             && let Some(first) = self.waiting.front_mut()
         {
@@ -223,7 +233,7 @@ mod tests {
         let epochs = Epochs::new();
         let lane = epochs.register(1);
         epochs.enter(&lane, 0);
-        let mut frees = Frees::default();
+        let mut frees = Frees::new(MAX_BATCHES);
         frees.push(HostCluster(9).row(1), Due { cut: 4, epoch: epochs.advance() });
         let mut ready = |cut| frees.take_ready(cut, epochs.oldest(), 8);
         assert!(ready(4).is_empty(), "a request that began before the unmap may write to it");
@@ -240,7 +250,7 @@ mod tests {
     /// came to an end.
     #[test]
     fn what_is_set_aside_is_due_again_after_ever_longer_pauses() {
-        let mut frees = Frees::default();
+        let mut frees = Frees::new(MAX_BATCHES);
         let epochs = Epochs::new();
         for cluster in [5, 6, 7, 6].map(HostCluster) {
             frees.push(cluster.row(1), Due { cut: 1, epoch: epochs.advance() });
@@ -278,7 +288,7 @@ mod tests {
         let epochs = Epochs::new();
         let lane = epochs.register(1);
         epochs.enter(&lane, 0);
-        let mut frees = Frees::default();
+        let mut frees = Frees::new(MAX_BATCHES);
         let freed = |frees: &mut Frees, cut: u64| {
             let first = HostCluster(cut * EACH);
             // The odd ones, then the even ones.

@@ -78,7 +78,7 @@ pub(super) fn fill_table(fixture: &Fixture) -> Result<Fixture, String> {
 
 /// An image behind whose end lies what a loss of power has left of writes that it has undone: so many
 /// clusters, the last of them in part,
-const TAIL: usize = 9;
+const TAIL: usize = 15;
 /// or all up to where the next refcount block is going to be, if that counts no more than this.
 const SMALL_BLOCK: usize = 128;
 

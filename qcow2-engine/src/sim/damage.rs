@@ -187,6 +187,21 @@ impl<'a> Wreck<'a> {
         self.named().len() as u64
     }
 
+    /// They themselves.
+    pub(super) fn named_entries(&self) -> Vec<u64> {
+        self.named().into_iter().map(|named| self.entry(named.at)).collect()
+    }
+
+    /// Has entries behind the end of the L1 table, where there is room for more of them, name what is in use.
+    pub(super) fn fill_rest_of_l1(&mut self) {
+        let (at, entries) = (self.header.l1_table.0, u64::from(self.header.l1_entries));
+        let end = (entries * 8).next_multiple_of(self.geometry.cluster_size()) / 8;
+        if let Some(&(used, _)) = self.tables().first() {
+            let entry = self.entry(at + used * 8);
+            (entries..end).for_each(|index| self.set_entry(at + index * 8, entry));
+        }
+    }
+
     /// The entries of the active mapping that name a cluster.
     fn named(&self) -> Vec<Named> {
         let per_table = self.geometry.l2_entries();

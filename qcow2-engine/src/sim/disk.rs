@@ -56,6 +56,8 @@ struct State {
     fills_after: Option<u64>,
     /// A barrier has failed.
     has_lost: bool,
+    /// Somebody has gone away who waited for an operation.
+    has_abandoned: bool,
     /// So many reads have.
     failed_reads: u64,
     file_system: FileSystem,
@@ -169,6 +171,7 @@ impl Disk {
                 .waiting
                 .iter()
                 .position(|operation| matches!(operation.kind, Kind::Change(Change::Punch { .. }))),
+            HeldBack::Below => state.waiting.iter().position(|operation| operation.file > 0),
             HeldBack::Metadata => state.waiting.iter().position(|operation| operation.kind.is_metadata()),
         }
     }
@@ -182,6 +185,11 @@ impl Disk {
     #[must_use]
     pub fn has_lost(&self) -> bool {
         self.0.borrow().has_lost
+    }
+
+    /// Whether somebody has gone away who waited for an operation.
+    pub(super) fn has_abandoned(&self) -> bool {
+        self.0.borrow().has_abandoned
     }
 
     /// How many operations have completed.
@@ -201,7 +209,8 @@ impl Disk {
         let mut state = self.0.borrow_mut();
         let state = &mut *state;
         let operation = state.waiting.remove(choice);
-        let mut fault = state.failing.as_mut().and_then(|failing| failing.strike(&operation.kind));
+        let mut fault =
+            state.failing.as_mut().and_then(|failing| failing.strike(operation.file, &operation.kind));
         state.completed += 1;
         let now = state.completed;
         let file = &mut state.files[operation.file];
@@ -319,9 +328,10 @@ struct Pending {
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        let waiting = &mut self.disk.0.borrow_mut().waiting;
-        if let Some(operation) = waiting.iter_mut().find(|operation| operation.id == self.id) {
+        let state = &mut *self.disk.0.borrow_mut();
+        if let Some(operation) = state.waiting.iter_mut().find(|operation| operation.id == self.id) {
             operation.is_orphan = true;
+            state.has_abandoned = true;
         }
     }
 }

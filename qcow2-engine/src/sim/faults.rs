@@ -48,6 +48,8 @@ pub enum Victim {
     Sync,
     /// One that makes the file longer without writing to it, or a read.
     GrowthOrRead,
+    /// A read of a file below the image.
+    Below,
 }
 
 /// Which operation is left behind for as long as there are others, though not for ever: it lands when
@@ -66,6 +68,8 @@ pub enum HeldBack {
     Punch,
     /// A write of metadata, if there is one.
     Metadata,
+    /// A read of a file below the image, if there is one.
+    Below,
 }
 
 /// What the file system can do besides reading and writing.
@@ -110,8 +114,8 @@ impl Fault {
 
 impl Failing {
     /// An operation's turn: what happens to it.
-    pub(super) fn strike(&mut self, kind: &Kind) -> Option<Fault> {
-        if !self.victim.is(kind) || self.times == 0 {
+    pub(super) fn strike(&mut self, file: usize, kind: &Kind) -> Option<Fault> {
+        if !self.victim.is(file, kind) || self.times == 0 {
             return None;
         }
         if self.after > 0 {
@@ -124,7 +128,7 @@ impl Failing {
 }
 
 impl Victim {
-    fn is(self, kind: &Kind) -> bool {
+    fn is(self, file: usize, kind: &Kind) -> bool {
         match self {
             Self::Any => true,
             Self::Read => matches!(kind, Kind::Read { .. }),
@@ -132,7 +136,8 @@ impl Victim {
             Self::Metadata => kind.is_metadata(),
             Self::Growth => matches!(kind, Kind::Change(Change::Extend { .. } | Change::Length(_))),
             Self::Sync => matches!(kind, Kind::Sync(_)),
-            Self::GrowthOrRead => Self::Growth.is(kind) || Self::Read.is(kind),
+            Self::GrowthOrRead => Self::Growth.is(file, kind) || Self::Read.is(file, kind),
+            Self::Below => file > 0,
         }
     }
 }

@@ -17,7 +17,7 @@ use super::{
     memory::{self, Moment},
     model::{Model, Value},
     oracle,
-    play::{Player, play},
+    play::{Player, play, used_buffer},
     request::Request,
     rng::Rng,
     run::Life,
@@ -197,7 +197,7 @@ impl Life<'_> {
     }
 
     fn read_all(&mut self, lane: &Lane<Disk>) -> Result<Buf, String> {
-        let buf = Buf::zeroed(self.fixture.content.len() * SECTOR);
+        let buf = used_buffer(self.fixture.content.len());
         let (lane, into) = (lane.clone(), buf.clone());
         let read = Box::pin(async move { lane.read(0, into).await.map_err(|error| error.to_string()) });
         self.drive(vec![read], false)?;

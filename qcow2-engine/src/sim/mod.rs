@@ -9,8 +9,9 @@
 //! been through something), `play` carries [`request`]s out; `kill` ends the process and not the machine;
 //! [`tools`] has crashes while a tool is at work, on an image with [`damage`], and `counts` says whether that
 //! got worse; a [`wound`] is met by requests; `verdict` is what a state is held against; [`cases`] draws images
-//! and requests from a seed (`sequences`); [`run`] lives one [`case`] through, with its `tasks`; [`campaign`]
-//! runs many, counts, and shrinks what fails, in processes that may die of it ([`apart`]).
+//! and requests from a seed, each aimed at something (`plan`, `lanes`, `sequences`, `hardship`); [`run`] lives
+//! one [`case`] through, with its `tasks`; [`campaign`] runs many, counts, and shrinks what fails, in processes
+//! that may die of it ([`apart`]).
 
 mod age;
 pub mod apart;
@@ -24,11 +25,14 @@ pub mod damage;
 pub mod disk;
 pub mod faults;
 pub mod file;
+mod hardship;
 mod kill;
+mod lanes;
 mod memory;
 mod mixed;
 pub mod model;
 pub mod oracle;
+mod plan;
 mod play;
 pub mod request;
 pub mod rng;

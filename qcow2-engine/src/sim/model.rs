@@ -24,7 +24,12 @@ pub enum Value {
     },
     /// Bytes that no request ever wrote.
     Foreign,
+    /// Bytes, some of them at least, that were in the buffer before ([`LEFTOVER`]).
+    Leftover,
 }
+
+/// What is in a buffer before something is read into it.
+pub(super) const LEFTOVER: u8 = 0xA5;
 
 const MAGIC: &[u8; 8] = b"sim-data";
 
@@ -49,13 +54,16 @@ impl Value {
         let first = &bytes[..16];
         // Whole sectors only: a mixture is foreign.
         if !bytes.chunks_exact(16).all(|part| part == first) {
-            return Self::Foreign;
+            let is_left = bytes.chunks_exact(16).any(|part| part == [LEFTOVER; 16]);
+            return if is_left { Self::Leftover } else { Self::Foreign };
         }
         let number = |at: usize| u32::from_le_bytes([first[at], first[at + 1], first[at + 2], first[at + 3]]);
         if first[..8] == *MAGIC {
             Self::Stamp { request: number(8), sector: number(12) }
         } else if first == [0; 16] {
             Self::Zero
+        } else if first == [LEFTOVER; 16] {
+            Self::Leftover
         } else {
             Self::Foreign
         }

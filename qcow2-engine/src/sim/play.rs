@@ -3,7 +3,7 @@
 use super::{
     disk::Disk,
     file::{SECTOR, sector_bytes},
-    model::{Model, Value},
+    model::{LEFTOVER, Model, Value},
     request::{Request, Shape},
     tasks::Task,
 };
@@ -114,6 +114,7 @@ impl Player {
             Request::Write(..) => self.write(sectors.clone(), value).await,
             Request::Read(at, count) => self.read(number, at..at + count).await,
             Request::Flush => self.flush().await,
+            Request::Reclaim(window) => self.reclaim(window).await,
             _ => self.change(request).await.map_err(Trouble::Failed),
         };
         let is_change = !sectors.is_empty();
@@ -154,14 +155,13 @@ impl Player {
     async fn change(&self, request: Request) -> Result<(), Error> {
         let lane = &self.lane;
         match request {
-            Request::Write(..) | Request::Read(..) | Request::Flush => Ok(()),
+            Request::Write(..) | Request::Read(..) | Request::Flush | Request::Reclaim(_) => Ok(()),
             Request::Zero(at, count, keep) => {
                 let mode = if keep { ZeroMode::Keep } else { ZeroMode::Unmap };
                 lane.write_zeroes(sector_bytes(at), sector_bytes(count), mode).await
             }
             Request::Discard(at, count) => lane.discard(sector_bytes(at), sector_bytes(count)).await,
             Request::Maintain => lane.maintain().await,
-            Request::Reclaim(window) => self.reclaim(window).await,
         }
     }
 
@@ -183,7 +183,7 @@ impl Player {
 
     /// As [`Self::write`]; what is read must be what was there at some moment of the read.
     async fn read(&self, number: u32, sectors: Range<usize>) -> Result<(), Trouble> {
-        let buf = Buf::zeroed(sectors.len() * SECTOR);
+        let buf = used_buffer(sectors.len());
         self.model.borrow_mut().read_issued(number, sectors.clone());
         let outcome = self.read_into(sector_bytes(sectors.start), &buf).await;
         let allowed = self.model.borrow_mut().read_ended(number);
@@ -212,28 +212,47 @@ impl Player {
         lane.read(at, buf.clone()).await
     }
 
-    async fn reclaim(&self, window: u64) -> Result<(), Error> {
+    /// Of an image whose damage has been met nothing is given back.
+    async fn reclaim(&self, window: u64) -> Result<(), Trouble> {
         let lane = &self.lane;
-        let reclaimed = lane.reclaim_leaks_by(window, &Leisure(lane.io().clone())).await?;
+        let had_met = self.told.is_wounded && self.told.is_closed.get();
+        let leisure = Leisure { disk: lane.io().clone(), rests: Cell::new(0) };
+        let reclaimed = lane.reclaim_leaks_by(window, &leisure).await?;
+        if had_met && reclaimed.freed + reclaimed.lowered > 0 {
+            return Err(Trouble::Wrong("it gives clusters of a damaged image back".into()));
+        }
         match reclaimed.verdict {
             Verdict::Complete if reclaimed.left == 0 => Ok(()),
             Verdict::Complete | Verdict::Doubt(_) if !self.must_find_all => Ok(()),
-            verdict => Err(Error::Backing {
+            verdict => Err(Trouble::Failed(Error::Backing {
                 file: "image".into(),
                 reason: format!("the search for leaks left {}: {verdict:?}", reclaimed.left),
-            }),
+            })),
         }
     }
 }
 
 /// Each rest ends when the disk happens to get to it.
-struct Leisure(Disk);
+struct Leisure {
+    disk: Disk,
+    /// How many there have been since a queue has ended.
+    rests: Cell<u32>,
+}
+
+/// A request that a queue has left behind never ends: who waits for it is told to stop after so many rests.
+const MAX_RESTS: u32 = 400;
 
 impl Pace for Leisure {
     fn rest(&self) -> Pin<Box<dyn Future<Output = bool> + '_>> {
         Box::pin(async {
-            self.0.pause().await;
-            true
+            self.disk.pause().await;
+            self.rests.set(self.rests.get() + u32::from(self.disk.has_abandoned()));
+            self.rests.get() < MAX_RESTS
         })
     }
+}
+
+/// A buffer as a queue has it: something else was in it before.
+pub(super) fn used_buffer(sectors: usize) -> Buf {
+    Buf::from_bytes(&vec![LEFTOVER; sectors * SECTOR])
 }

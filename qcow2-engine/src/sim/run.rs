@@ -9,7 +9,7 @@ use super::{
     memory::Memory,
     model::{Model, Value},
     oracle,
-    play::{Player, Told, play},
+    play::{Player, Told, play, used_buffer},
     request::Request,
     rng::Rng,
     states,
@@ -291,7 +291,7 @@ impl<'a> Life<'a> {
     /// Nothing crashed: what is read must be what was written, and a close that succeeds leaves no leak,
     /// whatever has failed before it. Only a count that it cannot read itself keeps its cluster.
     pub(super) fn end(&mut self, lane: &Lane<Disk>, is_faulty: bool, may_leak: bool) -> Result<(), String> {
-        let buf = Buf::zeroed(self.fixture.content.len() * 512);
+        let buf = used_buffer(self.fixture.content.len());
         let read = {
             let (lane, buf) = (lane.clone(), buf.clone());
             async move { lane.read(0, buf).await }

@@ -140,7 +140,14 @@ pub(super) fn churn(rng: &mut Rng) -> Vec<Request> {
     let all = if rng.below(2) == 0 { 20 } else { 160 };
     // The mapping is in memory then.
     let mut requests = vec![Request::Read(4, 10), Request::Read(elsewhere, 20)];
-    if rng.below(3) == 0 {
+    let kind = rng.below(4);
+    if kind == 3 {
+        // Three cuts' worth, of which two make one batch.
+        for (at, count) in [(elsewhere, 20), (4, 10), (400, 10)] {
+            requests.extend([Request::Discard(at, count), Request::Flush]);
+        }
+        requests.push(Request::Maintain);
+    } else if kind == 0 {
         // Of many each begins an epoch: requests of the very one in which they go may use one that goes alone.
         let alone = Request::Discard(8, [1, 2, 8][rng.below(3) as usize]);
         let gives_back = [Request::Flush, Request::Maintain];
@@ -153,6 +160,39 @@ pub(super) fn churn(rng: &mut Rng) -> Vec<Request> {
         requests.extend([Request::Flush, Request::Maintain]);
     }
     requests.extend([Request::Write(elsewhere, 20), Request::Flush]);
+    requests
+}
+
+/// Lanes that write single sectors of the same few clusters.
+pub(super) fn sharing(rng: &mut Rng) -> Vec<Vec<Request>> {
+    let first = 8 * rng.below(SECTORS as u64 / 8) as usize;
+    let lane = |rng: &mut Rng| {
+        (0..2 + rng.below(4)).map(|_| Request::Write(first + rng.below(8) as usize, 1)).collect()
+    };
+    (0..3).map(|_| lane(rng)).collect()
+}
+
+/// Frees clusters, gives them back, or finds that they have leaked, and uses them again.
+pub(super) fn recycling(rng: &mut Rng) -> Vec<Request> {
+    let mut requests = Vec::new();
+    for _ in 0..2 + rng.below(3) {
+        requests.extend([discard(rng), Request::Flush, Request::Maintain]);
+        if rng.below(3) == 0 {
+            requests.push(Request::Reclaim(1 << 20));
+        }
+        requests.extend((0..1 + rng.below(2)).map(|_| long_write(rng)));
+    }
+    requests
+}
+
+/// Uses some extents up, and then writes parts of clusters.
+pub(super) fn using_up(rng: &mut Rng) -> Vec<Request> {
+    let mut requests: Vec<_> = (0..rng.below(3)).map(|_| long_write(rng)).collect();
+    for _ in 0..3 + rng.below(6) {
+        // Behind the end of a backing file there are zeros.
+        let at = [rng.below(SECTORS as u64 - 4), 427 + rng.below(80)][rng.below(2) as usize] as usize;
+        requests.push(Request::Write(at, 1 + rng.below(3) as usize));
+    }
     requests
 }
 

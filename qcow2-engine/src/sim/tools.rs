@@ -15,7 +15,7 @@ use super::{
     case::{self, Case, Totals},
     contents::Contents,
     counts::Standing,
-    damage::{self, Damage},
+    damage::{self, Damage, Wreck},
     disk::Disk,
     faults::{Failing, FileSystem, HeldBack},
     file::{Change, File, SECTOR, sector_bytes},
@@ -110,16 +110,23 @@ pub(super) fn simulate(
     }
     let outcome = work.drive(&disk, &mut rng, case, totals)?;
     match outcome {
-        Err(error) if case.fault.is_none() => return Err(format!("it failed: {error}")),
+        Ok(()) if work.must_refuse() => return Err("it was not refused".to_owned()),
+        Err(error) if case.fault.is_none() && !work.must_refuse() => {
+            return Err(format!("it failed: {error}"));
+        }
         _ => {}
     }
     disk.look(0, |file, in_flight| {
         let is_durable = file.pending.is_empty() && in_flight.is_empty();
         match &outcome {
+            Err(_) if work.must_refuse() && file.current != work.image => {
+                Err("it was refused, and the image is another one".to_owned())
+            }
             // A check that could not read something says so, and has done what it could.
             _ if case.fault.is_some() => work.judge(&file.current),
             Ok(()) if !is_durable => Err("it has ended, and not everything is durable".to_owned()),
-            _ => work.judge_end(&file.current),
+            Ok(()) => work.judge_end(&file.current),
+            Err(_) => work.judge(&file.current),
         }
     })
 }
@@ -135,6 +142,7 @@ impl<'a> Work<'a> {
                 damage::mark_dirty(&mut image);
             }
             Tool::Grow(_, less) => {
+                Wreck::of(&mut image)?.fill_rest_of_l1();
                 content.truncate(content.len() - less);
                 word::set(&mut image, header::SIZE_OFFSET as usize, sector_bytes(content.len()));
             }
@@ -170,6 +178,18 @@ impl<'a> Work<'a> {
             memo,
             attempt: Attempt::First,
         })
+    }
+
+    /// Whether the image cannot grow. Bitmaps would become stale. Snapshots of version 2 could not say how long
+    /// they are; and what a backing file has in the new part would show, as there are no zero clusters to hide it.
+    fn must_refuse(&self) -> bool {
+        let fixture = self.fixture;
+        let backing = fixture.backing.as_ref().map_or(0, |bytes| bytes.len() / SECTOR);
+        let end = self.old_sectors.next_multiple_of(fixture.variant.cluster_sectors);
+        let is_v2 = fixture.variant.compat == "0.10";
+        matches!(self.tool, Tool::Grow(..))
+            && (fixture.has_bitmaps()
+                || is_v2 && (fixture.initial.is_shared() || backing.min(self.model.len()) > end))
     }
 
     /// Lets the tool work, and tries every crash state of every moment.

@@ -19,8 +19,9 @@ use std::{
 
 /// Sectors of the virtual disk: two L2 tables and a bit, and the last cluster is not whole.
 pub const SECTORS: usize = 2 * 256 + 7;
-/// Sectors of a backing file, which is shorter.
+/// Sectors of a backing file, which is shorter, and has a part of one more.
 const BACKING_SECTORS: usize = SECTORS - 100;
+const BACKING_REST: usize = 200;
 
 /// The name of the image.
 pub(super) const IMAGE: &str = "image";
@@ -79,6 +80,12 @@ impl Initial {
     #[must_use]
     pub fn is_shared(self) -> bool {
         matches!(self, Self::Shared | Self::SharedZero | Self::Mixed)
+    }
+
+    /// Whether some of it, or all, reads as zeros.
+    #[must_use]
+    pub fn shows_zeros(self) -> bool {
+        !matches!(self, Self::Data | Self::Compressed | Self::Shared)
     }
 
     /// Whether a write to a cluster needs a new one.
@@ -312,12 +319,13 @@ impl Maker {
         }
         let stamps: Vec<Value> = stamps(INITIAL, 0..SECTORS).collect();
         let raw: Vec<u8> = stamps.iter().flat_map(|value| value.bytes()).collect();
-        let base = raw[..BACKING_SECTORS * SECTOR].to_vec();
+        let base = raw[..BACKING_SECTORS * SECTOR + BACKING_REST].to_vec();
         let content: Vec<Value> = match initial {
             Initial::Data | Initial::Compressed | Initial::Shared => stamps,
             Initial::Backing => {
-                let zeros = vec![Value::Zero; SECTORS - BACKING_SECTORS];
-                stamps.into_iter().take(BACKING_SECTORS).chain(zeros).collect()
+                let zeros = vec![Value::Zero; SECTORS - BACKING_SECTORS - 1];
+                // A part of a stamp, which is none.
+                stamps.into_iter().take(BACKING_SECTORS).chain([Value::Foreign]).chain(zeros).collect()
             }
             _ => vec![Value::Zero; SECTORS],
         };
@@ -335,7 +343,10 @@ impl Maker {
             image: self.made(variant)?,
             can_discard: variant.compat == "1.1" || backing.is_none(),
             below: backing.iter().map(|bytes| Below { name: BASE, bytes: bytes.clone() }).collect(),
-            backing,
+            backing: backing.map(|mut bytes| {
+                bytes.resize(bytes.len().next_multiple_of(SECTOR), 0);
+                bytes
+            }),
             snapshots: if initial.is_shared() { vec![content.clone()] } else { Vec::new() },
             content,
             past: Past::Made,

@@ -13,7 +13,7 @@ use super::{
     rng::Rng,
     workload::Fixture,
 };
-use qcow2_format::{Version, header, l2};
+use qcow2_format::{L1Entry, Version, header, l2};
 use std::ops::Range;
 
 /// What is damaged: some of a kind.
@@ -23,6 +23,8 @@ pub enum Wound {
     NamesMetadata,
     /// L2 entries have bits that mean nothing.
     Meaningless,
+    /// The same, and what they seem to name is named by others.
+    MeaninglessAndShared,
     /// L2 entries name what is far beyond the end of the file.
     NamesBeyond,
     /// L2 tables have two references by their counts, and one by their L1 entries' flags.
@@ -33,9 +35,10 @@ pub enum Wound {
 
 impl Wound {
     /// All kinds.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::NamesMetadata,
         Self::Meaningless,
+        Self::MeaninglessAndShared,
         Self::NamesBeyond,
         Self::TableCountedTwice,
         Self::MetadataUncounted,
@@ -62,22 +65,30 @@ impl Wounded {
     /// The image cannot be read.
     pub(super) fn of(fixture: &Fixture, wound: Wound, rng: &mut Rng) -> Result<Self, String> {
         let mut fixture = fixture.clone();
+        let others = of_snapshots_and_bitmaps(&fixture.image)?;
         let mut wreck = Wreck::of(&mut fixture.image)?;
         let most = 1 + wreck.named_count() / ENTRIES_SHARE;
         let lost = match wound {
             Wound::NamesMetadata => {
-                let metadata = metadata(&wreck);
+                let all = metadata(&wreck, others.clone());
+                let metadata = if rng.below(2) == 0 && !others.is_empty() { others } else { all };
                 let any = |rng: &mut Rng| metadata[rng.below(metadata.len() as u64) as usize];
                 wreck.spoil(rng, most, |rng, _| any(rng) | l2::COPIED)
             }
             Wound::Meaningless => wreck.spoil(rng, most, |_, entry| entry | 1 << 57),
+            Wound::MeaninglessAndShared => {
+                let entries = wreck.named_entries();
+                let any = |rng: &mut Rng| entries[rng.below(entries.len() as u64) as usize];
+                // Of several in a part of a table none can be thrown away.
+                wreck.spoil(rng, 2, |rng, _| any(rng) | 1 << 57)
+            }
             Wound::NamesBeyond => wreck.spoil(rng, most, |_, entry| entry | 1 << 50),
             Wound::TableCountedTwice => {
                 let tables = wreck.tables().into_iter().map(|(_, at)| at).collect();
                 miscount(&mut wreck, rng, tables, 2)?
             }
             Wound::MetadataUncounted => {
-                let metadata = metadata(&wreck);
+                let metadata = metadata(&wreck, others);
                 miscount(&mut wreck, rng, metadata, 0)?
             }
         };
@@ -88,11 +99,30 @@ impl Wounded {
     }
 }
 
-/// Tables that entries may name, and that nobody may write to.
-fn metadata(wreck: &Wreck<'_>) -> Vec<u64> {
-    let mut places = vec![wreck.header.l1_table.0, wreck.header.refcount_table.0];
+/// What entries may name, and nobody may write to: the header, tables, and those `others`.
+fn metadata(wreck: &Wreck<'_>, others: Vec<u64>) -> Vec<u64> {
+    let mut places = vec![0, wreck.header.l1_table.0, wreck.header.refcount_table.0];
+    places.extend(others);
     places.extend(wreck.tables().into_iter().chain(wreck.blocks()).map(|(_, at)| at));
     places
+}
+
+/// The tables of snapshots, and the directories of these and of bitmaps.
+fn of_snapshots_and_bitmaps(image: &[u8]) -> Result<Vec<u64>, String> {
+    let mut reader = Reader::of(image)?;
+    let snapshots = reader.snapshots()?;
+    let mut places: Vec<u64> =
+        reader.header.consistent_bitmaps().iter().map(|bitmaps| bitmaps.directory.0).collect();
+    places.extend((!snapshots.is_empty()).then_some(reader.header.snapshot_table.0));
+    for snapshot in snapshots {
+        places.push(snapshot.l1_table.0);
+        for raw in reader.table(snapshot.l1_table.0, snapshot.l1_entries as usize)? {
+            if let Ok(L1Entry::Table { offset, .. }) = L1Entry::decode(raw, &reader.geometry) {
+                places.push(offset.0);
+            }
+        }
+    }
+    Ok(places)
 }
 
 /// Gives some of these clusters another count. No content is lost by it.
