@@ -10,7 +10,7 @@ use common::{
 };
 use futures_util::future::{join, join_all};
 use qcow2_engine::{
-    Error, ErrorKind, Lane, OpenOptions,
+    Error, ErrorKind, Lane, OpenOptions, Preallocation,
     io::{Buf, FileId, Io, mem::MemFiles},
 };
 use qcow2_format::CreateOptions;
@@ -390,6 +390,20 @@ fn an_image_on_a_block_device_can_use_all_of_it() {
         let image = host.open(16 * 512);
         fills_up(&host, &host.lane(&image), clusters * 512);
     }
+}
+
+/// On a block device, which cannot be truncated, an image whose preallocation had failed stayed behind.
+#[test]
+fn a_device_without_room_for_a_preallocated_image_holds_none_afterwards() {
+    let capacity = 1 << 20;
+    let host = Hooked::new(&MemFiles::default(), Device { capacity });
+    host.files.put(IMAGE, vec![0xee; capacity as usize]);
+    let options = CreateOptions { virtual_size: 4 << 20, ..CreateOptions::default() };
+    let made =
+        qcow2_engine::create::create(&host, &host.files, Path::new(IMAGE), &options, Preallocation::Full);
+    assert_eq!(run(made).map_err(|error| error.kind()), Err(ErrorKind::NoSpace));
+    let bytes = host.files.get(IMAGE).expect("kept");
+    assert!(qcow2_format::Header::decode(&bytes, capacity).is_err(), "an image is left");
 }
 
 /// The longer L1 table was to lie behind the end of the file, so that an image that fills a block device

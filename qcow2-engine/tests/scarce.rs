@@ -85,37 +85,6 @@ fn preallocation_over_old_content_that_stays_reads_as_zeros() {
     }
 }
 
-/// A block device: it keeps its length, and has an end.
-struct Device {
-    capacity: u64,
-}
-
-impl Hook for Device {
-    async fn before(&self, operation: Operation<'_>) -> io::Result<()> {
-        match operation {
-            Operation::Write { at, buf } if at + buf.len() as u64 > self.capacity => {
-                Err(io::Error::from_raw_os_error(libc::ENOSPC))
-            }
-            Operation::SetLen => Err(io::ErrorKind::InvalidInput.into()),
-            _ => Ok(()),
-        }
-    }
-}
-
-/// On a block device, which cannot be truncated, an image whose preallocation had failed stayed behind.
-#[test]
-fn a_device_without_room_for_a_preallocated_image_holds_none_afterwards() {
-    let capacity = 1 << 20;
-    let host = Hooked::new(&MemFiles::default(), Device { capacity });
-    host.files.put(IMAGE, vec![0xee; capacity as usize]);
-    let options = CreateOptions { virtual_size: 4 << 20, ..CreateOptions::default() };
-    let made =
-        qcow2_engine::create::create(&host, &host.files, Path::new(IMAGE), &options, Preallocation::Full);
-    assert_eq!(run(made).map_err(|error| error.kind()), Err(qcow2_engine::ErrorKind::NoSpace));
-    let bytes = host.files.get(IMAGE).expect("kept");
-    assert!(qcow2_format::Header::decode(&bytes, capacity).is_err(), "an image is left");
-}
-
 /// What was allocated or written of the file, and the first allocation waits until it is let go.
 #[derive(Default)]
 struct Slow {
