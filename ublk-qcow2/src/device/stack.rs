@@ -8,7 +8,7 @@
 //! Of partitions, and of what the kernel builds on a device and its claim, sysfs tells where that device is. A loop
 //! device, and a server of ours, have theirs open like anybody else, or a file on its file system. So that it is not
 //! taken from under them they are asked in turn what they are on: the kernel knows it of loop devices
-//! ([`loops`](super::loops)), or else sysfs, and the records of servers. They know devices by their numbers. Nothing is
+//! ([`loops`]), or else sysfs, and the records of servers. They know devices by their numbers. Nothing is
 //! asked of files outside /dev: the file system that they are on may be gone, and nobody answer. A file system that has
 //! a number of its own (Btrfs, overlayfs) hides what it is on.
 
