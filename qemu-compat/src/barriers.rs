@@ -6,12 +6,12 @@
 
 use crate::{
     command::{TOOL_LIMIT, run},
-    device::{Binary, Device, DeviceDisk, has_process},
+    device::{Binary, Device, DeviceDisk},
     disk::{Disk, Op},
-    patience,
     power::host::{Loop, Mapped},
     qemu_img,
     recovery::{only_leaks, wait_until_replaced},
+    stopping::wait_until_gone,
 };
 use anyhow::{Context, Result, ensure};
 use nix::{
@@ -83,8 +83,7 @@ fn killed_meanwhile(binary: &Binary, host: &Host) -> Result<()> {
     thread::sleep(ON_ITS_WAY);
     kill(Pid::from_raw(dead), Signal::SIGKILL)?;
     host.fail()?;
-    let otherwise = || format!("the server (process {dead}) was killed and stays");
-    patience::until(GONE, otherwise, || Ok(!has_process(dead)))?;
+    wait_until_gone(dead, GONE)?;
     thread::sleep(ON_ITS_WAY);
     host.mend()?;
     wait_until_replaced(disk.device(), dead)?;

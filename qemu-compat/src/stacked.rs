@@ -1,8 +1,8 @@
 //! Devices on which others are built that have them open without a claim: loop devices, and devices of ours whose
 //! image is a device, or on a file system on one.
 //!
-//! A lower one is not taken from under an upper one, and goes after it where all go, also when the host is shut down. What was written to the upper one
-//! is there afterwards.
+//! A lower one is not taken from under an upper one, and goes after it where all go, also when the host is shut down.
+//! What was written to the upper one is there afterwards.
 
 use crate::{
     command::{TOOL_LIMIT, run},

@@ -125,7 +125,7 @@ fn killed_while_it_stops(device: Device, mount_point: &Path, is_supervised: bool
     kill(Pid::from_raw(server), Signal::SIGKILL)?;
     thread::sleep(ON_ITS_WAY);
     drop(frozen);
-    wait_until_gone(server)?;
+    wait_until_gone(server, SETTLED)?;
     if is_supervised {
         wait_until_replaced_or_stopped(&device, server)?;
     }
@@ -155,7 +155,7 @@ pub fn killed_while_it_writes_back(binary: &Binary, dir: &Path) -> Result<()> {
     kill(Pid::from_raw(server), Signal::SIGKILL)?;
     thread::sleep(ON_ITS_WAY);
     drop(frozen);
-    wait_until_gone(server)?;
+    wait_until_gone(server, SETTLED)?;
     drop(user);
     let status = wait(&mut detaching, SETTLED)?.context("`del` does not end")?;
     ensure!(status.success(), "`del` ends with {status}");
@@ -229,9 +229,13 @@ fn wait_until_replaced_or_stopped(device: &Device, server: i32) -> Result<()> {
     }
 }
 
-fn wait_until_gone(server: i32) -> Result<()> {
+/// Waits so long at the most until a server that was killed is gone.
+///
+/// # Errors
+/// It stays.
+pub(crate) fn wait_until_gone(server: i32, limit: Duration) -> Result<()> {
     let otherwise = || format!("the server (process {server}) was killed and stays");
-    patience::until(SETTLED, otherwise, || Ok(!has_process(server)))
+    patience::until(limit, otherwise, || Ok(!has_process(server)))
 }
 
 fn write(device: &Path) -> io::Result<()> {

@@ -1,10 +1,6 @@
 //! What the systemd unit runs: its `del` is run as well when nobody of the unit is left, and tells how that came.
 
-use crate::{
-    command::Finished,
-    device::{Binary, has_process},
-    patience, qemu_img,
-};
+use crate::{command::Finished, device::Binary, qemu_img, stopping::wait_until_gone};
 use anyhow::{Context, Result, ensure};
 use std::{path::Path, time::Duration};
 
@@ -41,7 +37,7 @@ pub fn detached(binary: &Binary, dir: &Path) -> Result<()> {
         let device = ours.add(&["-n", &number, option], &image)?;
         let server = device.listed()?.pid;
         device.kill_server()?;
-        patience::until(GONE, || "the killed server stays".to_owned(), || Ok(!has_process(server)))?;
+        wait_until_gone(server, GONE)?;
         is_told_of_a_death(&stop(&ours)?).context(option)?;
         device.has_gone()?;
         stop(&ours)?.success().context("once more")?;

@@ -153,8 +153,7 @@ fn make(
     }
     device.describe(&shape)?;
     let witness = keep_new_log(&device, &image, config)?;
-    let search = if config.reclaims { Search::Later } else { Search::Never };
-    let service = service(image, files, device.open_char()?, search);
+    let service = service(image, files, device.open_char()?, Search::Later.if_wanted(config));
     keep_ways(namespace, &service);
     Ok(Ready { service, device, run_file, witness })
 }
@@ -215,8 +214,7 @@ fn take_over_as(
     let char_device = device.open_char()?;
     let files = Arc::new(config.files());
     let (image, witness) = take_image_over(&record, &device, &files)?;
-    let search = if config.reclaims { Search::AtOnce } else { Search::Never };
-    let service = service(image, files, char_device, search);
+    let service = service(image, files, char_device, Search::AtOnce.if_wanted(config));
     keep_ways(namespace, &service);
     Ok((service, device, witness))
 }
@@ -365,7 +363,7 @@ fn wind_up(
     let Service { image, files, char_device, search } = service;
     // While a queue may still write the image cannot be closed; it is then as after a crash.
     let closed = if drained.is_ok() {
-        let closed = close_image(&image, &files, search == Search::AtOnce);
+        let closed = close_image(&image, &files, search);
         drop(witness);
         closed
     } else {

@@ -16,6 +16,7 @@ mod payload;
 mod tags;
 
 use crate::{
+    config::Config,
     device::DataPath,
     errno::errno,
     request::{Bounds, DecodeError, Request},
@@ -81,6 +82,13 @@ pub(crate) enum Search {
     /// At once: the server before was killed, and has left what it had in reserve. The next one, or a `del`, may come
     /// soon.
     AtOnce,
+}
+
+impl Search {
+    /// This, unless leaks are left to others (`--no-reclaim`).
+    pub(crate) fn if_wanted(self, config: &Config) -> Self {
+        if config.reclaims { self } else { Self::Never }
+    }
 }
 
 /// Why a queue ended other than by the device being stopped.

@@ -18,8 +18,8 @@ use std::{
 
 /// Passes of maintenance, a second each, between two attempts at what cannot be given back, at the most.
 const MAX_PAUSE: u32 = 64;
-/// Batches that wait, at the most, where the caller does not say: there is one for each cut. Of more the oldest two become one, and wait as
-/// long as the younger one.
+/// Batches that wait, at the most, where the caller does not say: there is one for each cut. Of more the oldest two
+/// become one, and wait as long as the younger one.
 pub(crate) const MAX_BATCHES: usize = 64;
 
 /// Freed clusters.

@@ -348,7 +348,7 @@ mod tests {
                 ])
                 .spawn();
             let exported = Self(daemon.ok()?);
-            let is_there = || loses_direct_writes(&File::open(place).unwrap());
+            let is_there = || File::open(place).is_ok_and(|file| loses_direct_writes(&file));
             for _ in 0..100 {
                 if is_there() {
                     return Some(exported);

@@ -8,6 +8,7 @@ use crate::{
     crew,
     device::Device,
     identity::{self, KnownFile},
+    queue::Search,
     redofile::{RedoFile, Witness},
     runfile::Record,
     wait,
@@ -45,7 +46,9 @@ pub(super) fn open_image(
     let image = opened.map_err(ServeError::Open)?;
     for path in files.fallen_back() {
         let path = path.display();
-        tracing::info!("{path} goes through the page cache: no direct I/O of 512 bytes is possible there");
+        tracing::info!(
+            "{path} goes through the page cache: direct I/O of 512 bytes is not possible there, or not safe (FUSE)"
+        );
     }
     Ok(image)
 }
@@ -89,18 +92,14 @@ pub(super) fn keep_new_log(
     keep_log(image, new_log(device, image, config)?)
 }
 
-/// Makes everything durable and leaves no leak, when nobody serves the image any more. `was_killed`: nor of what the
-/// server before had in reserve, if the search for that has not come to its end and takes no longer than
-/// [`CLOSING_SEARCH`].
-pub(super) fn close_image(
-    image: &Arc<Image>,
-    files: &Arc<Files>,
-    was_killed: bool,
-) -> Result<(), ServeError> {
+/// Makes everything durable and leaves no leak, when nobody serves the image any more. Where a server has been
+/// killed before, nor of what that had in reserve, if the search for it has not come to its end and takes no longer
+/// than [`CLOSING_SEARCH`].
+pub(super) fn close_image(image: &Arc<Image>, files: &Arc<Files>, search: Search) -> Result<(), ServeError> {
     let ring = Uring::new(Arc::clone(files), OPENING_RING).map_err(ServeError::SetUp)?;
     let lane = Lane::new(image, ring.clone(), 1);
     let close = async {
-        if was_killed
+        if search == Search::AtOnce
             && !image.is_searched()
             && let Err(error) = lane.reclaim_leaks(&Until(Instant::now() + CLOSING_SEARCH)).await
         {
@@ -148,7 +147,7 @@ fn settle_log(record: &Record, file: RedoFile) -> Result<(), ServeError> {
     let files = Arc::new(record.config.files());
     // What is owed is owed to the image, whatever has become of the files below it.
     match open_as_left(record, &files, file, |_| Ok(())) {
-        Ok((image, _log)) => close_image(&image, &files, record.config.reclaims),
+        Ok((image, _log)) => close_image(&image, &files, Search::AtOnce.if_wanted(&record.config)),
         // It may be gone, or be none of ours any more.
         Err(error) if !owes => {
             tracing::info!(id = record.id, "nothing is owed to the image, which is left as it is: {error}");
@@ -358,7 +357,7 @@ mod tests {
             let files = Arc::new(record.config.files());
             let (image, _log) = open_as_left(&record, &files, file.clone(), |_| Ok(())).unwrap();
             image.keep_redo_log(RedoLog::open(file.memory()).unwrap());
-            let told = close_image(&image, &files, false).unwrap_err().to_string();
+            let told = close_image(&image, &files, Search::Never).unwrap_err().to_string();
             assert!(told.contains("an earlier flush failed") && told.contains("may be lost"), "{told}");
             assert!(file.has_failed(), "the next one knows it, too");
         });

@@ -1,12 +1,11 @@
 //! From a line to a command.
 
+use super::session::SECTOR;
 use crate::cli::parse_size;
 use std::path::PathBuf;
 
 /// The largest request, as QEMU's.
 const MAX_LEN: u64 = 2_147_483_136;
-/// What `alloc` looks at where no length is given, as qemu-io.
-const SECTOR: u64 = 512;
 /// What is written where no pattern is given, as qemu-io.
 const DEFAULT_PATTERN: u8 = 0xcd;
 
@@ -133,6 +132,7 @@ pub(super) fn command(line: &str) -> Result<Option<Command>, String> {
 
 fn alloc(words: &[&str]) -> Result<Command, String> {
     match words {
+        // As qemu-io.
         [at] => Ok(Command::Alloc { at: parse_size(at)?, len: SECTOR }),
         [at, len] => Ok(Command::Alloc { at: parse_size(at)?, len: parse_size(len)? }),
         _ => Err(bad_count("alloc")),

@@ -28,7 +28,7 @@ use std::{
 };
 
 /// The engine's unit, in bytes.
-const SECTOR: u64 = 512;
+pub(super) const SECTOR: u64 = 512;
 /// Requests in flight; more wait for their turn.
 const DEPTH: usize = 64;
 /// Bytes that are mapped at a time.
