@@ -7,7 +7,11 @@ use qcow2_engine::{
     io::files::{Caching, Locking},
 };
 use qcow2_format::{Backing, Compression, CreateOptions, Version};
-use std::path::Path;
+use std::{
+    ffi::OsString,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+};
 
 /// What `-o help` prints.
 pub(super) const LIST: &str = "\
@@ -36,7 +40,7 @@ pub(super) struct Options {
     compression: Option<Compression>,
     lazy_refcounts: Option<bool>,
     preallocation: Option<Preallocation>,
-    backing_file: Option<String>,
+    backing_file: Option<OsString>,
     backing_format: Option<String>,
 }
 
@@ -59,8 +63,7 @@ impl Options {
                 backing_format: options.backing_format.or(all.backing_format),
             };
         }
-        let name = args.backing_file.as_ref().map(|name| name.to_string_lossy().into_owned());
-        all.backing_file = name.or(all.backing_file);
+        all.backing_file = args.backing_file.clone().map(PathBuf::into_os_string).or(all.backing_file);
         all.backing_format = args.backing_format.clone().or(all.backing_format);
         if all.size.is_some() && args.size.is_some() {
             return Err(CommandError::Usage("the size of the image is given twice".into()));
@@ -74,7 +77,7 @@ impl Options {
             (None, None) => Ok(None),
             (None, Some(_)) => Err(CommandError::Usage("a backing format without a backing file".into())),
             (Some(name), Some(format)) => {
-                Ok(Some(Backing { name: name.clone().into_bytes(), format: format.clone() }))
+                Ok(Some(Backing { name: name.as_bytes().to_vec(), format: format.clone() }))
             }
             (Some(name), None) => Err(CommandError::Usage(format!(
                 "the format of the backing file {name:?} is not given, and guessing it would not be safe: \
@@ -145,7 +148,7 @@ impl Options {
             "compression_type" => self.compression = Some(one_of(COMPRESSIONS, key, value)?),
             "lazy_refcounts" => self.lazy_refcounts = Some(one_of(SWITCHES, key, value)?),
             "preallocation" => self.preallocation = Some(one_of(PREALLOCATIONS, key, value)?),
-            "backing_file" => self.backing_file = Some(value.to_owned()),
+            "backing_file" => self.backing_file = Some(value.into()),
             "backing_fmt" => self.backing_format = Some(value.to_owned()),
             "encryption" | "extended_l2" | "data_file_raw" => {
                 if one_of(SWITCHES, key, value) != Ok(false) {
@@ -209,6 +212,7 @@ pub(super) fn parse(text: &str) -> Result<Options, String> {
 mod tests {
     use super::*;
     use clap::Parser;
+    use std::ffi::OsStr;
 
     #[test]
     fn options_are_read_as_qemu_img_reads_them() {
@@ -216,7 +220,7 @@ mod tests {
         assert_eq!(options.cluster_size, Some(4096));
         assert_eq!(options.version, Some(Version::V2));
         assert_eq!(options.lazy_refcounts, Some(true));
-        assert_eq!(options.backing_file.as_deref(), Some("a,b"));
+        assert_eq!(options.backing_file.as_deref(), Some(OsStr::new("a,b")));
         assert_eq!(parse("encryption=off,extended_l2=off").unwrap(), Options::default());
         for bad in [
             "cluster_size=x",
@@ -251,5 +255,9 @@ mod tests {
         let backing =
             merged(&["", "-o", "backing_fmt=raw", "-b", "base", "image"]).unwrap().backing().unwrap();
         assert_eq!(backing.unwrap().format, "raw");
+        let line = ["", "-F", "raw", "-b"].map(OsStr::new).into_iter();
+        let line = line.chain([OsStr::from_bytes(b"b\xff"), OsStr::new("image")]);
+        let options = Options::merged(&Line::try_parse_from(line).unwrap().create).unwrap();
+        assert_eq!(options.backing().unwrap().unwrap().name, b"b\xff", "names are bytes");
     }
 }
