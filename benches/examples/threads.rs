@@ -3,13 +3,9 @@
 //! `cargo run --release -p benches --example threads`. On a machine that does other work, too, only the best
 //! round of each says something, and two processors must have been free for it.
 
-use benches::{fill, image};
+use benches::{fill, image, together};
 use qcow2_engine::{Image, Lane, io::mem::MemFiles};
-use std::{
-    hint::black_box,
-    sync::{Arc, Barrier},
-    time::{Duration, Instant},
-};
+use std::{hint::black_box, sync::Arc, time::Duration};
 
 const ROUNDS: usize = 400;
 const LOOK_UPS: u64 = 100_000;
@@ -33,24 +29,12 @@ fn main() {
 
 /// The time in which each of some threads does its look-ups, the slowest.
 fn round(image: &Arc<Image>, files: &MemFiles, threads: usize) -> Duration {
-    let start = Barrier::new(threads);
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads)
-            .map(|thread| {
-                let (start, files) = (&start, files.clone());
-                scope.spawn(move || {
-                    let lane = Lane::new(image, files, 1);
-                    start.wait();
-                    let begun = Instant::now();
-                    for step in 0..LOOK_UPS {
-                        let at = (step + thread as u64 * 311) * 17 * 65536 % SIZE;
-                        let direct = lane.direct_read(black_box(at), 4096).expect("it is all there");
-                        lane.end_direct(black_box(direct));
-                    }
-                    begun.elapsed()
-                })
-            })
-            .collect();
-        workers.into_iter().map(|worker| worker.join().expect("a worker")).max().unwrap_or_default()
+    let lane = |thread: usize| (Lane::new(image, files.clone(), 1), thread as u64 * 311);
+    together(threads, lane, |(lane, first)| {
+        for step in 0..LOOK_UPS {
+            let at = (step + first) * 17 * 65536 % SIZE;
+            let direct = lane.direct_read(black_box(at), 4096).expect("it is all there");
+            lane.end_direct(black_box(direct));
+        }
     })
 }

@@ -2,13 +2,20 @@
 //!
 //! I/O in memory completes at once, so what is measured is the engine's own work.
 
-pub use qcow2_engine::exec::run_at_once as run;
 use qcow2_engine::{
     Image, Lane, OpenOptions,
     io::{Buf, mem::MemFiles},
 };
 use qcow2_format::{Blueprint, CreateOptions};
-use std::{path::Path, sync::Arc};
+use std::{
+    future::Future,
+    path::Path,
+    pin::pin,
+    sync::{Arc, Barrier},
+    task::{Context, Poll, Waker},
+    thread,
+    time::{Duration, Instant},
+};
 
 const NAME: &str = "bench.qcow2";
 
@@ -38,4 +45,38 @@ pub fn fill(lane: &Lane<MemFiles>) {
         run(lane.write(at, Buf::zeroed(512))).expect("write");
     }
     run(lane.flush()).expect("flush");
+}
+
+/// Waits for a future which at most another thread keeps waiting.
+pub fn run<T>(future: impl Future<Output = T>) -> T {
+    let mut future = pin!(future);
+    loop {
+        if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(Waker::noop())) {
+            return output;
+        }
+        thread::yield_now();
+    }
+}
+
+/// Has some threads work at once, each on what it has made ready for itself, and says how long the slowest took.
+///
+/// # Panics
+/// When one of them does.
+pub fn together<T>(threads: usize, ready: impl Fn(usize) -> T + Sync, work: impl Fn(T) + Sync) -> Duration {
+    let start = Barrier::new(threads);
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..threads)
+            .map(|thread| {
+                let (start, ready, work) = (&start, &ready, &work);
+                scope.spawn(move || {
+                    let state = ready(thread);
+                    start.wait();
+                    let begun = Instant::now();
+                    work(state);
+                    begun.elapsed()
+                })
+            })
+            .collect();
+        workers.into_iter().map(|worker| worker.join().expect("a worker")).max().unwrap_or_default()
+    })
 }

@@ -170,12 +170,14 @@ drive() {
         --group_reporting --output-format=json --output="${FACTS%.facts}.json" "$@" >"$SCRATCH/said" 2>&1
 }
 
-# speed ROUND ENGINE ROW IMAGE WARM [FIO OPTION]…: of so many requests, before the ones that count, nothing is kept
+# speed ROUND ENGINE ROW IMAGE SETTLING WARM [FIO OPTION]…: after so many seconds; of so many requests, before the ones
+# that count, nothing is kept
 speed() {
-    local engine=$2 image=$4 warm=$5
+    local engine=$2 image=$4 settling=$5 warm=$6
     begin "$1" "$2" "$3" || return 0
-    shift 5
+    shift 6
     attached "$engine" "$image" || return 0
+    sleep "$settling"
     if { [ "$warm" = 0 ] || drive "$@" --number_ios="$warm"; } && drive "$@"; then
         resident
         printf '\n'

@@ -6,11 +6,14 @@
 //! report, plot, targets ◀── document (samples by row, engine, round) ◀──────────┘
 //! ```
 //!
+//! Beside these, `--engine` has criterion measure the engine alone (`engine`).
+//!
 //! Two modes: `count` lets guest time count instructions and repeats within a few per cent on any machine;
 //! `wall` measures real time and shows wake-ups and parallelism too, and swings on a shared machine. Hence
 //! medians of ratios, taken round by round. This file owns the command line and the order of events.
 
 mod document;
+mod engine;
 mod kit;
 mod matrix;
 mod plan;
@@ -101,6 +104,9 @@ pub(crate) struct Options {
     /// Use this program instead of building ublk-qcow2
     #[arg(long, value_name = "FILE", conflicts_with = "peers_only")]
     binary: Option<PathBuf>,
+    /// Not the devices, but the engine alone, on this host: cargo bench -p benches
+    #[arg(long, conflicts_with_all = ["quick", "filter", "list", "report", "rounds", "json", "binary", "peers_only"])]
+    engine: bool,
     /// Measure the peers without us
     #[arg(long)]
     peers_only: bool,
@@ -151,6 +157,9 @@ impl Options {
 /// # Errors
 /// Fails when the benchmark cannot run, or when we have no figure for a row.
 pub(crate) fn command(options: &Options) -> Result<ExitCode> {
+    if options.engine {
+        return engine::measure(options.out().as_deref(), load_average()).map(|()| ExitCode::SUCCESS);
+    }
     let sessions = matrix::sessions(options.extent(), &options.filter);
     if options.list {
         let rows = sessions.iter().flat_map(|session| &session.rows);
@@ -287,7 +296,7 @@ fn boot(options: &Options, commit: String, results: &Path, load: &str) -> Result
     };
     Ok(Boot {
         number: 0,
-        date: capture(program("date")?.args(["-u", "+%Y-%m-%d %H:%M"]))?.trim().to_owned(),
+        date: now()?,
         command: options.shown(),
         commit,
         rounds: options.rounds(),
@@ -298,16 +307,22 @@ fn boot(options: &Options, commit: String, results: &Path, load: &str) -> Result
     })
 }
 
+/// The date and the time, of Greenwich.
+fn now() -> Result<String> {
+    Ok(capture(program("date")?.args(["-u", "+%Y-%m-%d %H:%M"]))?.trim().to_owned())
+}
+
 fn load_average() -> String {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();
     text.split(' ').next().unwrap_or_default().to_owned()
 }
 
-/// The last commit that changed what is measured; `+` when the files differ from it.
 fn commit(options: &Options) -> Result<String> {
-    if options.binary.is_some() {
-        return Ok("unknown (--binary)".into());
-    }
+    if options.binary.is_some() { Ok("unknown (--binary)".into()) } else { commit_of_sources() }
+}
+
+/// The last commit that changed what is measured; `+` when the files differ from it.
+fn commit_of_sources() -> Result<String> {
     // Those at the root say which libraries are built in, and how.
     const MEASURED: [&str; 6] =
         ["--", "Cargo.toml", "Cargo.lock", "qcow2-format", "qcow2-engine", "ublk-qcow2"];

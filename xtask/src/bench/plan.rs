@@ -6,7 +6,7 @@
 use super::{
     DEVICE_DEPTH,
     kit::Kit,
-    matrix::{Engine, Extent, Image, Mapped, Measure, Row, Session, Workload},
+    matrix::{Begins, Engine, Extent, Image, Mapped, Measure, Row, SETTLING_SECONDS, Session, Workload},
 };
 use crate::process::quote;
 use std::fmt::Write;
@@ -89,7 +89,11 @@ impl Plan<'_> {
         let (verb, options) = match row.measure {
             Measure::Speed(workload) => {
                 let warm = if row.spoils_image() { 0 } else { warm_up(workload) };
-                ("speed", format!(" {warm}{}", self.fio(row.image, workload)))
+                let settling = match workload.begins {
+                    Begins::AtOnce => 0,
+                    Begins::Settled => SETTLING_SECONDS,
+                };
+                ("speed", format!(" {settling} {warm}{}", self.fio(row.image, workload)))
             }
             Measure::Attach => ("attach_time", String::new()),
             Measure::Memory(load) => {
@@ -100,7 +104,7 @@ impl Plan<'_> {
     }
 
     fn fio(&self, image: Image, workload: Workload) -> String {
-        let Workload { pattern, block_kib, depth, jobs, fsync_every } = workload;
+        let Workload { pattern, block_kib, depth, jobs, fsync_every, begins: _ } = workload;
         let mut options = format!(
             " --rw={} --bs={block_kib}k --iodepth={depth} --numjobs={jobs} --randseed={SEED}",
             pattern.name()
@@ -309,6 +313,17 @@ mod tests {
         let lines = script("preallocated/rw-512k/qd64/4jobs", 1);
         let run = lines.iter().find(|line| line.starts_with("speed")).unwrap();
         assert!(run.contains("--number_ios=100") && run.contains("--offset_increment=25%"), "{run}");
-        assert!(run.contains("preallocated.qcow2 640 --rw"), "large requests are warmed up: {run}");
+        assert!(run.contains("preallocated.qcow2 0 640 --rw"), "large requests are warmed up: {run}");
+    }
+
+    #[test]
+    fn every_engine_has_time_to_settle_where_the_row_says_so() {
+        let lines = script("mapped-1GiB/", 1);
+        let speed = |settled: bool| {
+            lines.iter().filter(move |line| line.starts_with("speed") && line.contains("-settled") == settled)
+        };
+        assert_eq!((speed(true).count(), speed(false).count()), (5, 5));
+        assert!(speed(true).all(|line| line.contains(&format!(" {SETTLING_SECONDS} 0 --rw=randread"))));
+        assert!(speed(false).all(|line| line.contains(" 0 0 --rw=randread")));
     }
 }

@@ -52,7 +52,8 @@ const RAND_RW: &str = "preallocated/randrw-4k/qd64/1job";
 const RW_512K: &str = "preallocated/rw-512k/qd64/1job";
 const CHAIN_32: &str = "chain-32/randread-4k/qd64/1job";
 const FOUR_TIB: &str = "mapped-4TiB/randread-4k/qd64/1job";
-const CRITERION: In = In::Elsewhere("`cargo bench -p benches`");
+const FOUR_TIB_SETTLED: &str = "mapped-4TiB/randread-4k-settled/qd64/1job";
+const CRITERION: In = In::Elsewhere("`--engine`, see [engine.md](engine.md)");
 
 /// The table of the plan, a line for each figure.
 pub(super) const TARGETS: &[Target] = &[
@@ -76,7 +77,9 @@ pub(super) const TARGETS: &[Target] = &[
     target(CHAIN_32, Against::OurRow("chain-1/randread-4k/qd64/1job"), 0.9, In::Any),
     target(CHAIN_32, NBD, 5.5, In::Any),
     target(FOUR_TIB, Against::OurRow("mapped-1GiB/randread-4k/qd64/1job"), 0.85, In::Any),
+    target(FOUR_TIB_SETTLED, Against::OurRow("mapped-1GiB/randread-4k-settled/qd64/1job"), 0.85, In::Count),
     target(FOUR_TIB, Against::ResidentMib, 64.0, In::Any),
+    target(FOUR_TIB_SETTLED, Against::ResidentMib, 64.0, In::Count),
     // On several threads, which instructions do not show.
     target("compressed-zlib/read-512k/qd64/1job", NBD, 2.0, In::Wall),
     target("compressed-zstd/read-512k/qd64/1job", NBD, 2.0, In::Wall),
