@@ -24,7 +24,7 @@ pub(crate) use nodes::{block_path, numbers};
 pub(crate) use removal::{delete_left, delete_orphan, unless_gone};
 pub(crate) use request::{DataPath, MAX_DEPTH, Request};
 pub(crate) use shape::Shape;
-pub(crate) use stack::{Machine, User};
+pub(crate) use stack::{MAX_STACK, Machine, User};
 pub(crate) use upper::await_upper;
 
 use crate::{

@@ -11,6 +11,7 @@
 //! are in use: the caller's mount of the image's file system is held ([`Hold`]), so that it cannot be
 //! unmounted under the image, as for everybody who has a file open.
 
+use crate::device::MAX_STACK;
 use nix::{
     mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
@@ -24,8 +25,6 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// Devices below devices below devices, at the most: partitions, LUKS, LVM.
-const MAX_STACK: usize = 16;
 /// Symbolic links on the way to a file, at the most: the kernel's own limit.
 const MAX_LINKS: usize = 40;
 /// What every server needs, beside its image.

@@ -26,7 +26,7 @@ use std::{
 };
 
 /// Devices on devices on devices, at the most: partitions, LUKS, LVM.
-const MAX_STACK: usize = 16;
+pub(crate) const MAX_STACK: usize = 16;
 /// Where the kernel tells of block devices.
 pub(super) const BLOCK_DEVICES: &str = "/sys/class/block";
 /// Where their nodes are.
