@@ -145,6 +145,52 @@ fn what_lies_in_an_l1_table_that_is_too_long_is_not_cleared() {
     assert!(report.refused.iter().any(|reason| reason.contains("L1 tables that overlap")));
 }
 
+/// Where a header's L1 table is elsewhere, what lies there may be somebody's data. Words of it that do not make
+/// sense as entries, and beyond the file if they did, were cleared as if they did: with the data the only trace of
+/// the mistake was gone, and the next repair freed everything.
+#[test]
+fn what_makes_no_sense_as_an_l1_table_is_not_cleared() {
+    let mut sound = Parts::with_snapshot("cluster_size=4096");
+    // Of the active disk alone.
+    let data = sound.data(8 * 4096);
+    sound.bytes[data as usize..][..4096].fill(0x11);
+    let mut parts = sound.clone();
+    parts.set(header::L1_TABLE_OFFSET, data);
+    for repair in [Repair::All, Repair::All] {
+        let (report, after) = repaired(&parts, repair);
+        assert!(after.bytes[data as usize..][..4096] == sound.bytes[data as usize..][..4096], "cleared");
+        assert!(report.refused.iter().any(|reason| reason.contains("L1 tables with entries that make no")));
+        parts = after;
+    }
+    parts.set(header::L1_TABLE_OFFSET, sound.header.l1_table.0);
+    let (_, parts) = repaired(&parts, Repair::All);
+    assert!(repaired(&parts, Repair::None).0.found.is_clean());
+    assert!(content(&parts) == content(&sound));
+}
+
+/// An entry of a sound table that makes no sense, and would name a table beyond the file if it did. A repair said
+/// in one breath that nobody knows what it should be and that it is cleared, and cleared it; the next one freed
+/// all that it had named.
+#[test]
+fn an_l1_entry_that_makes_no_sense_is_kept_wherever_it_points() {
+    let mut parts = Parts::with_snapshot("cluster_size=4096");
+    let (entry, far) = (parts.l1_entry(0), 1 << 40);
+    for table in [entry, parts.snapshot_l1()] {
+        let mut parts = parts.clone();
+        parts.set(table, parts.word(table) | far | 2);
+        let wrong = parts.word(table);
+        let (report, after) = repaired(&parts, Repair::All);
+        assert_eq!(after.word(table) & !COPIED, wrong & !COPIED);
+        let clears = |finding: &Finding| finding.to_string().contains("clear the entry");
+        assert!(!report.found.list.iter().any(clears), "{:?}", report.found.list);
+        let (report, again) = repaired(&after, Repair::All);
+        assert!(again.bytes == after.bytes && report.remaining.corruptions > 0);
+    }
+    // Of one that makes sense a repair knows that there is nothing.
+    parts.set(entry, far);
+    assert_eq!(repaired(&parts, Repair::All).1.word(entry), 0);
+}
+
 /// An entry that reads as zeros may keep a cluster, and one that names a table there was left as it is: the
 /// image stayed corrupt, although nobody loses anything when the entry keeps nothing.
 #[test]

@@ -123,13 +123,19 @@ impl Survey {
         let judged = self.rules.judge_l1(raw);
         if let Some(source) = judged.damage {
             self.findings.corruption(l1.owner, at, Problem::Entry(source), entry_remedy(judged.repaired));
-            self.doubts.hides_references |= judged.repaired.is_none();
+            if judged.repaired.is_none() {
+                self.doubts.hides_references = true;
+                self.doubts.senseless_l1.insert(l1.at);
+            }
         }
         let Some((table, _)) = judged.table else { return };
         let (host, len) = (self.geometry().host_offset(table).0, self.geometry().cluster_size());
         let (holder, owner) = (l1.owner, Owner::L2);
         if self.rules.is_table_beyond_file(table) {
-            let remedy = Remedy::WithAll("clear the entry");
+            let remedy = match self.doubts.senseless_l1.contains(&l1.at) {
+                true => Remedy::None("the table may be something else"),
+                false => Remedy::WithAll("clear the entry"),
+            };
             self.findings.corruption(holder, at, Problem::BeyondFile { owner, host, len }, remedy);
             self.doubts.lost_tables = true;
             return;
