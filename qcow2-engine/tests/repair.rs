@@ -191,6 +191,25 @@ fn an_l1_entry_that_makes_no_sense_is_kept_wherever_it_points() {
     assert_eq!(repaired(&parts, Repair::All).1.word(entry), 0);
 }
 
+/// Two entries of the active L1 table name one L2 table. When the counts said two a check found nothing, and the
+/// first write condemned the image, after each repair anew.
+#[test]
+fn a_table_with_two_names_is_reported_however_often_it_is_counted() {
+    let sound = Parts::with_snapshot("cluster_size=4096");
+    let mut parts = sound.clone();
+    let coverage = parts.geometry.l2_coverage_bytes();
+    let second = parts.l1_entry(2 * coverage);
+    parts.set(second, parts.l2_table(0));
+    let (_, after) = repaired(&parts, Repair::All);
+    let report = repaired(&after, Repair::None).0;
+    assert_eq!((report.found.corruptions, report.found.leaks), (1, 0), "{:?}", report.found.list);
+    let said = report.found.list[0].to_string();
+    assert!(said.contains(&format!("byte {second:#x}")) && said.contains("is also the L2 table"), "{said}");
+    let files = MemFiles::default();
+    files.put(IMAGE, after.bytes);
+    run(lane(&files).write(0, Buf::zeroed(4096))).expect_err("nor is it written to");
+}
+
 /// An entry that reads as zeros may keep a cluster, and one that names a table there was left as it is: the
 /// image stayed corrupt, although nobody loses anything when the entry keeps nothing.
 #[test]

@@ -141,7 +141,7 @@ impl Survey {
             return;
         }
         if self.count_structure(Reference { holder, at, owner, host, len }) {
-            self.note_table(l1.owner, table);
+            self.note_table(l1.owner, at, table);
         }
     }
 
@@ -226,13 +226,16 @@ impl Survey {
 
     /// An L1 entry names a table. While an image is served its active mapping is walked by itself,
     /// because a table that it shares with a snapshot may be replaced at any moment.
-    fn note_table(&mut self, l1: Owner, table: HostCluster) {
+    fn note_table(&mut self, l1: Owner, at: u64, table: HostCluster) {
         if self.window.is_some() && l1 == Owner::ActiveL1 {
             return;
         }
         *self.tables.unwalked.entry(table).or_default() += 1;
-        if l1 == Owner::ActiveL1 {
-            self.tables.active.insert(table);
+        if l1 == Owner::ActiveL1 && !self.tables.active.insert(table) {
+            // Whatever it is counted, nobody writes through it.
+            let (host, owner) = (self.geometry().host_offset(table).0, Owner::L2);
+            let remedy = Remedy::None("it is not known which of the two entries is right");
+            self.findings.corruption(l1, at, Problem::Overlap { host, owner, other: owner }, remedy);
         }
         if self.window.is_some() && self.tables.unwalked.len() > LIVE_TABLES {
             // More memory than a search may take.
