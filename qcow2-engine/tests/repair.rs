@@ -145,6 +145,71 @@ fn what_lies_in_an_l1_table_that_is_too_long_is_not_cleared() {
     assert!(report.refused.iter().any(|reason| reason.contains("L1 tables that overlap")));
 }
 
+/// Where a header's L1 table is elsewhere, what lies there may be somebody's data. Words of it that do not make
+/// sense as entries, and beyond the file if they did, were cleared as if they did: with the data the only trace of
+/// the mistake was gone, and the next repair freed everything.
+#[test]
+fn what_makes_no_sense_as_an_l1_table_is_not_cleared() {
+    let mut sound = Parts::with_snapshot("cluster_size=4096");
+    // Of the active disk alone.
+    let data = sound.data(8 * 4096);
+    sound.bytes[data as usize..][..4096].fill(0x11);
+    let mut parts = sound.clone();
+    parts.set(header::L1_TABLE_OFFSET, data);
+    for repair in [Repair::All, Repair::All] {
+        let (report, after) = repaired(&parts, repair);
+        assert!(after.bytes[data as usize..][..4096] == sound.bytes[data as usize..][..4096], "cleared");
+        assert!(report.refused.iter().any(|reason| reason.contains("L1 tables with entries that make no")));
+        parts = after;
+    }
+    parts.set(header::L1_TABLE_OFFSET, sound.header.l1_table.0);
+    let (_, parts) = repaired(&parts, Repair::All);
+    assert!(repaired(&parts, Repair::None).0.found.is_clean());
+    assert!(content(&parts) == content(&sound));
+}
+
+/// An entry of a sound table that makes no sense, and would name a table beyond the file if it did. A repair said
+/// in one breath that nobody knows what it should be and that it is cleared, and cleared it; the next one freed
+/// all that it had named.
+#[test]
+fn an_l1_entry_that_makes_no_sense_is_kept_wherever_it_points() {
+    let mut parts = Parts::with_snapshot("cluster_size=4096");
+    let (entry, far) = (parts.l1_entry(0), 1 << 40);
+    for table in [entry, parts.snapshot_l1()] {
+        let mut parts = parts.clone();
+        parts.set(table, parts.word(table) | far | 2);
+        let wrong = parts.word(table);
+        let (report, after) = repaired(&parts, Repair::All);
+        assert_eq!(after.word(table) & !COPIED, wrong & !COPIED);
+        let clears = |finding: &Finding| finding.to_string().contains("clear the entry");
+        assert!(!report.found.list.iter().any(clears), "{:?}", report.found.list);
+        let (report, again) = repaired(&after, Repair::All);
+        assert!(again.bytes == after.bytes && report.remaining.corruptions > 0);
+    }
+    // Of one that makes sense a repair knows that there is nothing.
+    parts.set(entry, far);
+    assert_eq!(repaired(&parts, Repair::All).1.word(entry), 0);
+}
+
+/// Two entries of the active L1 table name one L2 table. When the counts said two a check found nothing, and the
+/// first write condemned the image, after each repair anew.
+#[test]
+fn a_table_with_two_names_is_reported_however_often_it_is_counted() {
+    let sound = Parts::with_snapshot("cluster_size=4096");
+    let mut parts = sound.clone();
+    let coverage = parts.geometry.l2_coverage_bytes();
+    let second = parts.l1_entry(2 * coverage);
+    parts.set(second, parts.l2_table(0));
+    let (_, after) = repaired(&parts, Repair::All);
+    let report = repaired(&after, Repair::None).0;
+    assert_eq!((report.found.corruptions, report.found.leaks), (1, 0), "{:?}", report.found.list);
+    let said = report.found.list[0].to_string();
+    assert!(said.contains(&format!("byte {second:#x}")) && said.contains("is also the L2 table"), "{said}");
+    let files = MemFiles::default();
+    files.put(IMAGE, after.bytes);
+    run(lane(&files).write(0, Buf::zeroed(4096))).expect_err("nor is it written to");
+}
+
 /// An entry that reads as zeros may keep a cluster, and one that names a table there was left as it is: the
 /// image stayed corrupt, although nobody loses anything when the entry keeps nothing.
 #[test]

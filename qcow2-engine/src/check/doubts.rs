@@ -14,6 +14,9 @@ pub(super) struct Doubts {
     pub(super) tables: HashSet<HostCluster>,
     /// Clusters of L1 tables that are something else, too: what looks like an entry there may be that.
     pub(super) shared_l1: HashSet<HostCluster>,
+    /// L1 tables, by file offset, with an entry that cannot be: they may be something else. Nothing in them is
+    /// cleared.
+    pub(super) senseless_l1: HashSet<u64>,
     /// Clusters of L2 tables outside the active mapping that are data, too, and the first entry that says
     /// so. Shared and counted as often as they are referred to, they are copied before they change, so that
     /// nothing is lost.

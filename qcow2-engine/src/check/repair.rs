@@ -72,6 +72,9 @@ pub(super) async fn run(
     if repair == Repair::All && !survey.doubts.shared_l1.is_empty() {
         refused.push("entries of L1 tables that overlap something else are left as they are");
     }
+    if repair == Repair::All && !survey.doubts.senseless_l1.is_empty() {
+        refused.push("L1 tables with entries that make no sense are left as they are");
+    }
     clear_unknown_autoclear(file).await?;
     let had_corruptions = survey.findings.corruptions > 0;
     if repair == Repair::All && had_corruptions {
@@ -185,7 +188,7 @@ async fn edit_tables(file: &ImageFile<'_, impl Io>, survey: &mut Survey, pass: P
                 edit_l2_table(file, survey, pass, &l1, table).await?;
             }
         }
-        if pass != Pass::Entries || !survey.is_shared(&l1) {
+        if pass != Pass::Entries || !survey.is_doubtful(&l1) {
             file.write_changes(l1.at, &old, &new).await?;
         }
     }
@@ -193,11 +196,12 @@ async fn edit_tables(file: &ImageFile<'_, impl Io>, survey: &mut Survey, pass: P
 }
 
 impl Survey {
-    /// Whether an L1 table is something else, too, all of it or a part.
-    fn is_shared(&self, l1: &L1Place) -> bool {
+    /// Whether an L1 table is something else, too, all of it or a part, or may be.
+    fn is_doubtful(&self, l1: &L1Place) -> bool {
         let bytes = HostOffset(l1.at).bytes(l1.entries * TABLE_ENTRY_BYTES);
         let mut clusters = self.geometry().host_clusters(&bytes).each();
-        clusters.any(|cluster| self.doubts.shared_l1.contains(&cluster))
+        self.doubts.senseless_l1.contains(&l1.at)
+            || clusters.any(|cluster| self.doubts.shared_l1.contains(&cluster))
     }
 
     /// Whether an L2 table is that and nothing else, as far as can be known.

@@ -123,19 +123,25 @@ impl Survey {
         let judged = self.rules.judge_l1(raw);
         if let Some(source) = judged.damage {
             self.findings.corruption(l1.owner, at, Problem::Entry(source), entry_remedy(judged.repaired));
-            self.doubts.hides_references |= judged.repaired.is_none();
+            if judged.repaired.is_none() {
+                self.doubts.hides_references = true;
+                self.doubts.senseless_l1.insert(l1.at);
+            }
         }
         let Some((table, _)) = judged.table else { return };
         let (host, len) = (self.geometry().host_offset(table).0, self.geometry().cluster_size());
         let (holder, owner) = (l1.owner, Owner::L2);
         if self.rules.is_table_beyond_file(table) {
-            let remedy = Remedy::WithAll("clear the entry");
+            let remedy = match self.doubts.senseless_l1.contains(&l1.at) {
+                true => Remedy::None("the table may be something else"),
+                false => Remedy::WithAll("clear the entry"),
+            };
             self.findings.corruption(holder, at, Problem::BeyondFile { owner, host, len }, remedy);
             self.doubts.lost_tables = true;
             return;
         }
         if self.count_structure(Reference { holder, at, owner, host, len }) {
-            self.note_table(l1.owner, table);
+            self.note_table(l1.owner, at, table);
         }
     }
 
@@ -220,13 +226,16 @@ impl Survey {
 
     /// An L1 entry names a table. While an image is served its active mapping is walked by itself,
     /// because a table that it shares with a snapshot may be replaced at any moment.
-    fn note_table(&mut self, l1: Owner, table: HostCluster) {
+    fn note_table(&mut self, l1: Owner, at: u64, table: HostCluster) {
         if self.window.is_some() && l1 == Owner::ActiveL1 {
             return;
         }
         *self.tables.unwalked.entry(table).or_default() += 1;
-        if l1 == Owner::ActiveL1 {
-            self.tables.active.insert(table);
+        if l1 == Owner::ActiveL1 && !self.tables.active.insert(table) {
+            // Whatever it is counted, nobody writes through it.
+            let (host, owner) = (self.geometry().host_offset(table).0, Owner::L2);
+            let remedy = Remedy::None("it is not known which of the two entries is right");
+            self.findings.corruption(l1, at, Problem::Overlap { host, owner, other: owner }, remedy);
         }
         if self.window.is_some() && self.tables.unwalked.len() > LIVE_TABLES {
             // More memory than a search may take.
