@@ -210,6 +210,27 @@ fn a_table_with_two_names_is_reported_however_often_it_is_counted() {
     run(lane(&files).write(0, Buf::zeroed(4096))).expect_err("nor is it written to");
 }
 
+/// The bit that says that the data is in another file was set in an image whose data is its own. All of it was
+/// taken for leaks, and freed.
+#[test]
+fn data_is_not_freed_because_a_bit_says_that_it_is_elsewhere() {
+    let compressed = [false, true].map(|has_neighbour| Parts::compressed("cluster_size=4096", has_neighbour));
+    for sound in compressed.into_iter().chain([Parts::with_snapshot("cluster_size=4096")]) {
+        for repair in [Repair::Leaks, Repair::All] {
+            let mut parts = sound.clone();
+            let at = header::INCOMPATIBLE_OFFSET;
+            parts.set(at, header::EXTERNAL_DATA);
+            let (report, mut after) = repaired(&parts, repair);
+            assert!(report.found.corruptions > 0 && report.remaining.leaks > 0);
+            assert!(report.refused.iter().any(|reason| reason.contains("leaked clusters are kept")));
+            after.set(at, 0);
+            let (report, after) = repaired(&after, Repair::All);
+            assert!(report.remaining.is_clean(), "{:?}", report.remaining.list);
+            assert!(content(&after) == content(&sound));
+        }
+    }
+}
+
 /// An entry that reads as zeros may keep a cluster, and one that names a table there was left as it is: the
 /// image stayed corrupt, although nobody loses anything when the entry keeps nothing.
 #[test]

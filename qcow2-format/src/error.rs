@@ -114,6 +114,12 @@ pub enum FormatError {
     /// The raw external data bit without the external data bit.
     #[error("autoclear_features (byte 88) says that the data file is raw, but there is no data file")]
     RawWithoutDataFile,
+    /// Internal snapshots with the external data bit.
+    #[error("nb_snapshots (byte 60) is {count}, and an image with a data file has none")]
+    SnapshotsWithDataFile {
+        /// How many there are.
+        count: u32,
+    },
     /// A table does not start at a cluster boundary.
     #[error("{field} is {value:#x}, which is not a multiple of the cluster size {cluster_size}")]
     TableMisaligned {

@@ -37,7 +37,10 @@ mod wait;
 
 use clap::Parser;
 use cli::{Cli, Command};
-use std::process::ExitCode;
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
 use tracing_subscriber::util::SubscriberInitExt;
 
 fn main() -> ExitCode {
@@ -86,8 +89,24 @@ fn say(answer: &clap::Error) -> ExitCode {
 /// What servers have to say goes to standard error. Where that takes nothing (a full disk, a terminal that is
 /// gone) they say nothing: the library would complain about it in the same place, and panic when it cannot.
 fn log() -> impl tracing::Subscriber {
-    let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_target(false).with_ansi(false);
+    let log = tracing_subscriber::fmt().with_writer(|| Log).with_target(false).with_ansi(false);
     log.log_internal_errors(false).finish()
+}
+
+/// Standard error, for what is logged: each event is one line, whatever the names in it that an image has chosen.
+struct Log;
+
+impl Write for Log {
+    /// The library writes an event at a time.
+    fn write(&mut self, event: &[u8]) -> io::Result<usize> {
+        let line = event.strip_suffix(b"\n").unwrap_or(event);
+        io::stderr().write_all((commands::printable(line) + "\n").as_bytes())?;
+        Ok(event.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 #[cfg(test)]

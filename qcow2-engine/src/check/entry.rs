@@ -41,6 +41,7 @@ pub(super) enum Target {
     Compressed(CompressedRange),
     /// A cluster of the external data file.
     External {
+        host: u64,
         copied: bool,
     },
     /// It refers to something, but nobody can tell what.
@@ -160,7 +161,7 @@ impl Rules {
         // "The offset may only be 0 with bit 63 set (indicating a host cluster offset of 0) when an
         // external data file is used."
         if self.has_data_file && entry & !ZERO == COPIED {
-            return Ok(Target::External { copied: true });
+            return Ok(Target::External { host: 0, copied: true });
         }
         let mapping = if self.geometry.extended_l2 {
             match ExtendedEntry::decode(entry, bitmap, &self.geometry)? {
@@ -174,8 +175,10 @@ impl Rules {
         Ok(match mapping {
             Mapping::Unallocated | Mapping::Zero { host: None, .. } => Target::Nothing,
             Mapping::Compressed(range) => Target::Compressed(range),
-            Mapping::Data { copied, .. } | Mapping::Zero { copied, .. } if self.has_data_file => {
-                Target::External { copied }
+            Mapping::Data { host, copied } | Mapping::Zero { host: Some(host), copied }
+                if self.has_data_file =>
+            {
+                Target::External { host: host.0, copied }
             }
             Mapping::Data { host, copied } | Mapping::Zero { host: Some(host), copied } => {
                 Target::Cluster { host: self.geometry.host_cluster(host), copied }
@@ -273,8 +276,9 @@ mod tests {
     #[test]
     fn a_data_file_has_a_cluster_at_offset_0() {
         let rules = Rules { has_data_file: true, ..rules() };
-        assert_eq!(rules.judge(words(COPIED)).target, Target::External { copied: true });
-        assert_eq!(rules.judge(words(0x5_0000)).target, Target::External { copied: false });
+        assert_eq!(rules.judge(words(COPIED)).target, Target::External { host: 0, copied: true });
+        let there = Target::External { host: 0x5_0000, copied: false };
+        assert_eq!(rules.judge(words(0x5_0000)).target, there);
         assert_eq!(rules.judge(words(ZERO)).target, Target::Nothing);
     }
 

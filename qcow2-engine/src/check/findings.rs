@@ -61,6 +61,13 @@ pub enum Problem {
     },
     /// A compressed cluster in an image with an external data file.
     CompressedInDataFile,
+    /// A cluster of an external data file that is not where the guest has it.
+    MisplacedInDataFile {
+        /// Where the entry says that it is.
+        host: u64,
+        /// Where the guest has it.
+        guest: u64,
+    },
     /// A whole structure is damaged or cannot be read.
     Structure(Error),
 }
@@ -186,6 +193,12 @@ impl fmt::Display for Finding {
             }
             Problem::CompressedInDataFile => {
                 write!(f, "{table}, byte {at:#x}: compressed cluster in an image with a data file")?;
+            }
+            Problem::MisplacedInDataFile { host, guest } => {
+                write!(
+                    f,
+                    "{table}, byte {at:#x}: data cluster at {host:#x} of the data file, not at {guest:#x}"
+                )?;
             }
             Problem::Structure(error) => write!(f, "{table} at {at:#x}: {error}")?,
         }

@@ -295,7 +295,7 @@ async fn with_right_flag(
 ) -> Result<L2Words> {
     let flips = match survey.rules.judge(words).target {
         Target::Cluster { host, copied } => survey.flag_changes(file, pass, host, copied).await?,
-        Target::External { copied } => pass == Pass::SetCopied && !copied,
+        Target::External { copied, .. } => pass == Pass::SetCopied && !copied,
         _ => false,
     };
     Ok(L2Words { entry: words.entry ^ if flips { l2::COPIED } else { 0 }, ..words })

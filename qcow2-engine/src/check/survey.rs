@@ -96,12 +96,20 @@ impl Survey {
         }
     }
 
-    /// Feature bits that contradict each other: QEMU does not open such an image.
+    /// Feature bits that contradict each other, for which QEMU does not open an image; and snapshots where there
+    /// are none. Of what these hold nothing would be counted but their tables.
     fn features(&mut self, file: &ImageFile<'_, impl Io>) {
         if file.header().has_stray_raw_bit() {
             let problem = Problem::Structure(file.damaged(FormatError::RawWithoutDataFile));
             let remedy = Remedy::WithLeaks("clear the bit");
             self.findings.corruption(Owner::Header, header::AUTOCLEAR_OFFSET, problem, remedy);
+        }
+        let count = file.header().snapshot_count;
+        if self.rules.has_data_file && count > 0 {
+            let problem = Problem::Structure(file.damaged(FormatError::SnapshotsWithDataFile { count }));
+            let remedy = Remedy::None("what they refer to is in the one file or the other");
+            self.findings.corruption(Owner::Header, header::SNAPSHOT_COUNT_OFFSET, problem, remedy);
+            self.doubts.hides_references = true;
         }
     }
 

@@ -262,6 +262,9 @@ impl Survey {
             }
             let at = walk.start(&rules.geometry) + index * rules.l2_entry_bytes();
             let judged = rules.judge(words);
+            if let Target::External { host, .. } = judged.target {
+                self.placed(walk, at, index, host);
+            }
             if let Some(source) = judged.damage {
                 let remedy = entry_remedy(judged.repaired);
                 self.findings.corruption(Owner::L2, at, Problem::Entry(source), remedy);
@@ -279,6 +282,19 @@ impl Survey {
         }
     }
 
+    /// "The offset field in the Standard Cluster Descriptor must match the guest offset." Where it does not, the
+    /// clusters may be this file's own, and the bit that says otherwise wrong.
+    fn placed(&mut self, walk: Walk, at: u64, index: u64, host: u64) {
+        let geometry = self.geometry();
+        let in_table = walk.skip / geometry.l2_entry_bytes() + index;
+        let guest = walk.l1_index * geometry.l2_coverage_bytes() + in_table * geometry.cluster_size();
+        if host != guest {
+            let remedy = Remedy::None("what it should be is not known");
+            self.findings.corruption(Owner::L2, at, Problem::MisplacedInDataFile { host, guest }, remedy);
+            self.doubts.hides_references = true;
+        }
+    }
+
     async fn l2_entry(
         &mut self,
         file: &ImageFile<'_, impl Io>,
@@ -291,6 +307,7 @@ impl Survey {
         if matches!(target, Target::Compressed(_)) && self.rules.has_data_file {
             let remedy = Remedy::None("such an image cannot have compressed clusters");
             self.findings.corruption(holder, at, Problem::CompressedInDataFile, remedy);
+            self.doubts.hides_references = true;
             return Ok(());
         }
         if let Some(missing) = self.rules.missing(target) {
@@ -305,7 +322,7 @@ impl Survey {
         }
         let (owner, start, len) = match target {
             Target::Nothing | Target::Unknown => return Ok(()),
-            Target::External { copied } => {
+            Target::External { copied, .. } => {
                 if walk.is_active && !copied {
                     self.wrong_flag(holder, at, 0, 1, copied);
                 }

@@ -59,7 +59,7 @@ fn significant(value: f64) -> String {
 }
 
 /// Bytes that come from an image, for people: neither invalid nor able to steer a terminal.
-pub(super) fn printable(bytes: &[u8]) -> String {
+pub(crate) fn printable(bytes: &[u8]) -> String {
     let shown = |c: char| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c };
     String::from_utf8_lossy(bytes).chars().map(shown).collect()
 }

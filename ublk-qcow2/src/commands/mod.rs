@@ -23,9 +23,11 @@ use std::{
     io::{Write, stderr},
 };
 
-/// Says on standard error what failed. If nobody takes it there, the exit code has to do.
+pub(crate) use image::printable;
+
+/// Says on standard error what failed, on one line. If nobody takes it there, the exit code has to do.
 pub(crate) fn complain(error: &dyn Display) {
-    let _ = writeln!(stderr(), "ublk-qcow2: {error}");
+    let _ = writeln!(stderr(), "ublk-qcow2: {}", printable(error.to_string().as_bytes()));
 }
 
 /// Why a command failed.

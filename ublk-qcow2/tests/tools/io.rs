@@ -220,3 +220,41 @@ fn a_discard_over_an_entry_that_makes_no_sense_goes_on_as_in_qemu() {
         }
     }
 }
+
+/// Names of backing files are an image's to choose. In errors, warnings and what `io` says of failed reads they came
+/// as they are: one could steer the terminal, or put a line of its own into a server's log.
+#[test]
+fn names_in_an_image_neither_steer_a_terminal_nor_make_lines() {
+    const NAME: &str = "a\x1b[31m\nERROR b";
+    let dir = tempfile::tempdir().expect("a directory");
+    let path = dir.path();
+    let make = |name: &str, backing: &[&str]| {
+        let args =
+            [&["create", "-q", "-f", "qcow2", "-o", "cluster_size=4k"], backing, &[name, "1M"]].concat();
+        succeeds(run("qemu-img", path, &args));
+    };
+    make("image", &["-u", "-b", NAME, "-F", "qcow2"]);
+    let told = |args: &[&str]| {
+        let output = ours(path, args);
+        let all = [&output.stdout[..], &output.stderr].concat();
+        assert!(!all.iter().any(|byte| byte.is_ascii_control() && *byte != b'\n'), "{}", text(&output));
+        assert!(
+            !all.split(|byte| *byte == b'\n').any(|line| line.starts_with(b"ERROR b")),
+            "{}",
+            text(&output)
+        );
+        text(&output)
+    };
+    let read = ["io", "-r", "-c", "read 0 4k", "image"];
+    assert!(told(&read).contains("cannot open"));
+    // A name that is there, of an image whose refcount table cannot be one and whose L1 entry makes no sense.
+    make(NAME, &[]);
+    succeeds(run("qemu-io", path, &["-f", "qcow2", "-c", "write 0 4k", NAME]));
+    let file = fs::File::options().write(true).read(true).open(path.join(NAME)).expect("made");
+    let mut word = [0; 8];
+    file.read_exact_at(&mut word, 40).expect("the L1 table's offset");
+    file.write_all_at(&[0xff; 8], u64::from_be_bytes(word)).expect("damaged");
+    file.write_all_at(&[0, 0, 0, 0, 0, 0, 0, 1], 48).expect("damaged");
+    let said = told(&read);
+    assert!(said.contains("WARN") && said.contains("read failed"), "{said}");
+}

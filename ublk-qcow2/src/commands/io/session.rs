@@ -9,6 +9,7 @@ use super::{
     parse::{self, Action, Command, Done, Map, Source, Transfer, Verify},
     print,
 };
+use crate::commands::printable;
 use qcow2_engine::{
     Error, ErrorKind, Extent, Image, Lane, ZeroMode,
     exec::Executor,
@@ -114,7 +115,7 @@ impl Session {
     }
 
     fn fail(&self, reason: &str) {
-        self.print(format_args!("{reason}\n"));
+        self.print(format_args!("{}\n", printable(reason.as_bytes())));
         self.0.has_failed.set(true);
     }
 
