@@ -40,8 +40,11 @@ pub fn given_back(binary: &Binary, dir: &Path, queues: u16, seed: u64) -> Result
     let mut disk = attach("--no-recovery")?;
     player.play(&mut disk, &mut mirror, 4)?;
     disk.run(&[Op::Flush])?;
-    disk.device().kill_server()?;
-    disk.into_device().detach().context("removing the dead device")?;
+    let device = disk.into_device();
+    device.kill_server()?;
+    let said = binary.run(["del", "-n", &device.id().to_string()])?.success()?.text();
+    ensure!(said.contains("had no recovery"), "nobody is told what may be lost: {said}");
+    device.forget();
     leaks_in(&image).context("after the kill")?;
 
     let mut disk = attach("--no-reclaim")?;

@@ -265,10 +265,18 @@ fn clean_up(record: &Record, users: Users) -> Result<Cleaned, CommandError> {
 /// Removes the device, and writes to the image what its server has not.
 fn remove(record: &Record) -> Result<Settled, CommandError> {
     device::delete_left(&mut Control::open()?, record.id, record.cookie)?;
-    match record.config.recovery {
-        true => Ok(daemon::settle(record)?),
-        false => Ok(Settled::Whole),
+    if record.config.recovery {
+        return Ok(daemon::settle(record)?);
     }
+    if !record.config.read_only {
+        let image = record.config.image.display();
+        tracing::warn!(
+            id = record.id,
+            "its server died, and it had no recovery: what was written to {image} since the last flush may be lost, \
+             and clusters may be leaked until it is attached again"
+        );
+    }
+    Ok(Settled::Whole)
 }
 
 /// Detaches a device of which nothing is known. Somebody may serve it, and the kernel have something in memory

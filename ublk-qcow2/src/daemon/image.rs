@@ -148,9 +148,12 @@ fn settle_log(record: &Record, file: RedoFile) -> Result<(), ServeError> {
     // What is owed is owed to the image, whatever has become of the files below it.
     match open_as_left(record, &files, file, |_| Ok(())) {
         Ok((image, _log)) => close_image(&image, &files, Search::AtOnce.if_wanted(&record.config)),
-        // It may be gone, or be none of ours any more.
-        Err(error) if !owes => {
-            tracing::info!(id = record.id, "nothing is owed to the image, which is left as it is: {error}");
+        // What the error advises is for who is owed something.
+        Err(_) if !owes => {
+            tracing::info!(
+                id = record.id,
+                "nothing is owed to the image, which is left alone: it is gone, cannot be opened, or is not as its server had left it"
+            );
             Ok(())
         }
         Err(error) => Err(error),
