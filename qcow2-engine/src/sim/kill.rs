@@ -35,6 +35,10 @@ const TRAP_CHANCE: u64 = 20;
 /// which it has touched fewer times than this since the first of them. All others may where they have just
 /// noted that the refcount table has moved: that is as rare as it is delicate.
 const MAX_TOUCHES: u64 = 48;
+/// To note that a barrier has failed touches the log so many times,
+const NOTING_TOUCHES: u64 = 3;
+/// and to make one so many times.
+const MAKING_TOUCHES: u64 = 8;
 /// Operations fail under one replay in this many.
 const FAILING_CHANCE: u64 = 8;
 /// Processes that die one after the other, and the last one, which lives.
@@ -60,6 +64,19 @@ impl Life<'_> {
         }
         let moment = self.present();
         self.kill(moment)
+    }
+
+    /// Kills it where a barrier has just failed, of which it has not heard; and one that goes another way from here
+    /// while it notes that.
+    pub(super) fn kill_after_loss(&mut self) -> Result<(), String> {
+        if self.processes == MAX_PROCESSES {
+            return Ok(());
+        }
+        let moment = self.present();
+        self.kill(moment).map_err(|error| format!("before it has heard of a barrier's failure: {error}"))?;
+        let rng = Rng::new(self.rng.draw());
+        memory::set_trap(Some(self.rng.below(NOTING_TOUCHES)), &self.redo, &self.disk, &self.model, rng);
+        Ok(())
     }
 
     /// Sees to it that the process may die before the next operation of the disk completes.
@@ -118,6 +135,7 @@ impl Life<'_> {
             abandons_after: None,
             standing: None,
             told: Rc::default(),
+            old_leaks: 0,
         }
     }
 
@@ -261,6 +279,17 @@ impl Life<'_> {
         self.check_live_file()
     }
 
+    /// Begins a log of its own, and may be killed meanwhile: another one finds all that is durable.
+    fn new_log(&mut self) -> Result<RedoLog, String> {
+        let rng = Rng::new(self.rng.draw());
+        memory::set_trap(Some(self.rng.below(MAKING_TOUCHES)), &self.redo, &self.disk, &self.model, rng);
+        let log = self.redo.create();
+        if let Some(moment) = memory::take_trap().filter(|_| self.processes < MAX_PROCESSES) {
+            self.kill(moment).map_err(|error| format!("while it made its log: {error}"))?;
+        }
+        log.map_err(|error| error.to_string())
+    }
+
     /// The process serves what it has `found`, gives back what the dead one has leaked, and closes.
     fn serve_on(&mut self, image: &Arc<Image>, lane: &Lane<Disk>, found: &Buf) -> Result<(), String> {
         let flush = {
@@ -272,7 +301,7 @@ impl Life<'_> {
         let content: Vec<_> = found.to_vec().chunks_exact(SECTOR).map(Value::read).collect();
         self.model = Rc::new(RefCell::new(Model::new(&content)));
         self.judged = (u64::MAX, 0);
-        image.keep_redo_log(self.redo.create().map_err(|error| error.to_string())?);
+        image.keep_redo_log(self.new_log()?);
         let mut requests: Vec<_> =
             (0..self.rng.below(MAX_REQUESTS + 1)).map(|_| Request::random(&mut self.rng)).collect();
         requests.retain(|request| self.fixture.takes(request));
@@ -284,6 +313,8 @@ impl Life<'_> {
             model: Rc::clone(&self.model),
             shape: self.fixture.shape(),
             must_find_all: self.fixture.shows_leaks(),
+            must_find_nothing: false,
+            is_alone: true,
             told: Rc::default(),
         };
         self.drive(vec![play(player, requests, SUCCESSOR, false)], true)?;
