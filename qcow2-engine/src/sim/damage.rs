@@ -3,7 +3,6 @@
 //! Not the fuzzer's: here it is known what the image held, and all of it can be repaired.
 
 use super::rng::Rng;
-use crate::check::counts::CHUNK;
 use qcow2_format::{Geometry, Header, L1Entry, Mapping, RefcountTableEntry, header, l1, l2, refcount, word};
 
 /// What is damaged.
@@ -181,7 +180,7 @@ impl<'a> Wreck<'a> {
 
     fn lose_block(&mut self, rng: &mut Rng) {
         let blocks = self.blocks();
-        let behind = self.geometry.clusters_for(self.image.len() as u64).next_multiple_of(CHUNK);
+        let behind = self.geometry.clusters_for(self.image.len() as u64);
         if let Some(&(at, _)) = blocks.get(rng.below(blocks.len().max(1) as u64) as usize) {
             // It is nowhere, or where the file is going to grow.
             let place = if rng.below(3) == 0 { behind + rng.below(4) } else { 0 };
@@ -192,9 +191,8 @@ impl<'a> Wreck<'a> {
     fn name_what_is_behind(&mut self, rng: &mut Rng) -> Result<(), String> {
         let behind = self.geometry.clusters_for(self.image.len() as u64);
         let loses_block = rng.below(2) == 0;
-        // A rebuilt refcount structure begins where a chunk of counts does.
-        let first = if loses_block { behind.next_multiple_of(CHUNK) } else { behind };
-        let cluster = first + rng.below(4);
+        // There a rebuilt refcount structure begins, if it does not fit into the file.
+        let cluster = behind + rng.below(4);
         let entry = cluster << self.geometry.cluster_bits | l2::COPIED;
         self.spoil_entries(rng, |_| entry);
         if loses_block {

@@ -211,7 +211,11 @@ impl Life<'_> {
         image.keep_redo_log(self.redo.create().map_err(|error| error.to_string())?);
         let lane = Lane::new(&image, self.disk.clone(), 1);
         let found = self.read_all(&lane)?;
-        self.serve_on(&image, &lane, &found).map_err(|error| format!("attached anew: {error}"))
+        // Whoever followed it before all of this is durable would be asked for what the model takes to be there.
+        let processes = std::mem::replace(&mut self.processes, MAX_PROCESSES);
+        self.make_durable(&lane, &found)?;
+        self.processes = processes;
+        self.serve_on(&image, &lane).map_err(|error| format!("attached anew: {error}"))
     }
 
     fn read_all(&mut self, lane: &Lane<Disk>) -> Result<Buf, String> {
@@ -247,7 +251,10 @@ impl Life<'_> {
             self.check_live_file()?;
         }
         match self.rng.below(CLOSING_CHANCE) {
-            _ if serves => self.serve_on(&image, &lane, &buf),
+            _ if serves => {
+                self.make_durable(&lane, &buf)?;
+                self.serve_on(&image, &lane)
+            }
             0 => self.close_at_once(&lane),
             _ => Ok(()),
         }
@@ -290,8 +297,8 @@ impl Life<'_> {
         log.map_err(|error| error.to_string())
     }
 
-    /// The process serves what it has `found`, gives back what the dead one has leaked, and closes.
-    fn serve_on(&mut self, image: &Arc<Image>, lane: &Lane<Disk>, found: &Buf) -> Result<(), String> {
+    /// The process makes what it has `found` durable, which is what counts from then on.
+    fn make_durable(&mut self, lane: &Lane<Disk>, found: &Buf) -> Result<(), String> {
         let flush = {
             let lane = lane.clone();
             async move { lane.flush().await }
@@ -301,6 +308,11 @@ impl Life<'_> {
         let content: Vec<_> = found.to_vec().chunks_exact(SECTOR).map(Value::read).collect();
         self.model = Rc::new(RefCell::new(Model::new(&content)));
         self.judged = (u64::MAX, 0);
+        Ok(())
+    }
+
+    /// It serves, gives back what the dead one has leaked, and closes.
+    fn serve_on(&mut self, image: &Arc<Image>, lane: &Lane<Disk>) -> Result<(), String> {
         image.keep_redo_log(self.new_log()?);
         let mut requests: Vec<_> =
             (0..self.rng.below(MAX_REQUESTS + 1)).map(|_| Request::random(&mut self.rng)).collect();
