@@ -139,6 +139,8 @@ impl Life<'_> {
             model: Rc::clone(&self.model),
             shape: self.fixture.shape(),
             must_find_all: true,
+            must_find_nothing: false,
+            is_alone: true,
             told: Rc::default(),
         };
         self.drive(vec![play(player, requests, first, false)], false)

@@ -66,7 +66,7 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
     let fixture = plan.fixture(&mut rng, fixtures);
     let work = match plan {
         Plan::Tool => Work::Tool(tool(&mut rng, &fixtures[fixture])),
-        Plan::GrowRefused => Work::Tool(growing_over_more(&mut rng)),
+        Plan::GrowOverMore => Work::Tool(growing_over_more(&mut rng)),
         _ => Work::Lanes(plan.lanes(&mut rng)),
     };
     let case = Case {
@@ -76,7 +76,7 @@ pub fn case(fixtures: &[Fixture], seed: u64, number: u64) -> (usize, Case) {
         file_system: plan.file_system(&mut rng),
         held_back: plan.held_back(&mut rng),
         paging: plan.paging(&mut rng),
-        is_one_lane: plan == Plan::OldEndUnread || rng.below(ONE_LANE_SHARE) == 0,
+        is_one_lane: plan == Plan::OldEndUnread || rng.below(ONE_LANE_SHARE) == 0 && plan != Plan::FullLog,
         logged: plan.logged(&mut rng),
         abandons_after: plan.end(&mut rng),
         wound: (plan == Plan::Wounded).then(|| Wound::ALL[rng.below(Wound::ALL.len() as u64) as usize]),
@@ -94,13 +94,17 @@ fn growing_over_more(rng: &mut Rng) -> Tool {
 /// A tool that can be used on an image.
 fn tool(rng: &mut Rng, fixture: &Fixture) -> Tool {
     let is_v2 = fixture.variant.compat == "0.10";
-    match rng.below(8) {
-        0 => Tool::Repair(Repair::Leaks, Damage::None),
+    match rng.below(10) {
+        0 => Tool::Repair(Repair::Leaks, Damage::OF_LEAKS[rng.below(3) as usize]),
         // Version 2 has no dirty bit, and no room for a snapshot's size.
-        1..=2 if !is_v2 => Tool::OpenDirty(Damage::OF_COUNTS[rng.below(5) as usize]),
+        1..=2 if !is_v2 => {
+            Tool::OpenDirty(Damage::OF_COUNTS[rng.below(Damage::OF_COUNTS.len() as u64) as usize])
+        }
         1..=4 => {
             let less = if rng.below(3) == 0 { 0 } else { rng.below(300) };
-            Tool::Grow(1 + rng.below(1000) as usize, less as usize)
+            // So far that the L1 table is longer by a cluster.
+            let more = if fixture.variant == Variant::SMALL_BLOCKS && rng.below(4) == 0 { 3700 } else { 1 };
+            Tool::Grow(more + rng.below(1000) as usize, less as usize)
         }
         5 => {
             use Preallocation::{Falloc, Full, Metadata, Off};

@@ -3,8 +3,7 @@
 //! Not the fuzzer's: here it is known what the image held, and all of it can be repaired.
 
 use super::rng::Rng;
-use crate::check::counts::CHUNK;
-use qcow2_format::{Geometry, Header, L1Entry, Mapping, RefcountTableEntry, header, l2, refcount, word};
+use qcow2_format::{Geometry, Header, L1Entry, Mapping, RefcountTableEntry, header, l1, l2, refcount, word};
 
 /// What is damaged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +16,10 @@ pub enum Damage {
     Flags,
     /// Counts and flags.
     CountsAndFlags,
+    /// Both of the same clusters.
+    FlagsOfMiscounted,
+    /// Clusters in use are counted twice, and no entry says that they have one owner.
+    CountedTwice,
     /// A refcount block is lost: the structure has to be rebuilt.
     LostBlock,
     /// L2 entries name what is far beyond the end of the file.
@@ -28,14 +31,25 @@ pub enum Damage {
 
 impl Damage {
     /// What a writer with lazy refcounts may leave behind.
-    pub const OF_COUNTS: [Self; 5] =
-        [Self::None, Self::Counts, Self::Flags, Self::CountsAndFlags, Self::LostBlock];
-    /// All of it.
-    pub const ALL: [Self; 7] = [
+    pub const OF_COUNTS: [Self; 7] = [
         Self::None,
         Self::Counts,
         Self::Flags,
         Self::CountsAndFlags,
+        Self::FlagsOfMiscounted,
+        Self::CountedTwice,
+        Self::LostBlock,
+    ];
+    /// What a repair of leaks undoes.
+    pub const OF_LEAKS: [Self; 3] = [Self::None, Self::Flags, Self::CountedTwice];
+    /// All of it.
+    pub const ALL: [Self; 9] = [
+        Self::None,
+        Self::Counts,
+        Self::Flags,
+        Self::CountsAndFlags,
+        Self::FlagsOfMiscounted,
+        Self::CountedTwice,
         Self::LostBlock,
         Self::Entries,
         Self::JustBeyond,
@@ -59,6 +73,14 @@ pub(super) fn inflict(image: &mut [u8], damage: Damage, rng: &mut Rng) -> Result
             wreck.spoil_counts(rng)?;
             wreck.spoil_entries(rng, |entry| entry ^ l2::COPIED);
         }
+        Damage::FlagsOfMiscounted => {
+            for Named { at, .. } in wreck.some_named(rng, MAX) {
+                let (entry, count) = (wreck.entry(at), rng.below(4));
+                wreck.set_entry(at, if rng.below(2) == 0 { entry | l2::COPIED } else { entry & !l2::COPIED });
+                wreck.set_count((entry & l2::OFFSET) >> wreck.geometry.cluster_bits, |_| count)?;
+            }
+        }
+        Damage::CountedTwice => wreck.count_twice(1 + rng.below(8) as usize)?,
         Damage::LostBlock => wreck.lose_block(rng),
         Damage::Entries => wreck.spoil_entries(rng, |entry| entry | 1 << 50),
         Damage::JustBeyond => wreck.name_what_is_behind(rng)?,
@@ -66,11 +88,17 @@ pub(super) fn inflict(image: &mut [u8], damage: Damage, rng: &mut Rng) -> Result
     Ok(())
 }
 
-/// Sets the dirty bit.
-pub(super) fn mark_dirty(image: &mut [u8]) {
+/// Sets a bit that says that something may be wrong.
+pub(super) fn mark(image: &mut [u8], mark: u64) {
     let at = header::INCOMPATIBLE_OFFSET as usize;
-    let features = word::get(image, at).unwrap_or(0) | header::DIRTY;
+    let features = word::get(image, at).unwrap_or(0) | mark;
     word::set(image, at, features);
+}
+
+/// Whether an image of version 3 has one.
+pub(super) fn is_marked(image: &[u8]) -> bool {
+    let features = word::get(image, header::INCOMPATIBLE_OFFSET as usize).unwrap_or(0);
+    features & (header::DIRTY | header::CORRUPT) != 0
 }
 
 /// Damaged things of one kind, at the most.
@@ -83,6 +111,7 @@ pub(super) struct Wreck<'a> {
 }
 
 /// An entry of the active mapping that names a cluster.
+#[derive(Clone, Copy)]
 struct Named {
     /// Where it is.
     at: u64,
@@ -151,17 +180,19 @@ impl<'a> Wreck<'a> {
 
     fn lose_block(&mut self, rng: &mut Rng) {
         let blocks = self.blocks();
+        let behind = self.geometry.clusters_for(self.image.len() as u64);
         if let Some(&(at, _)) = blocks.get(rng.below(blocks.len().max(1) as u64) as usize) {
-            self.set_entry(at, 0);
+            // It is nowhere, or where the file is going to grow.
+            let place = if rng.below(3) == 0 { behind + rng.below(4) } else { 0 };
+            self.set_entry(at, place << self.geometry.cluster_bits);
         }
     }
 
     fn name_what_is_behind(&mut self, rng: &mut Rng) -> Result<(), String> {
         let behind = self.geometry.clusters_for(self.image.len() as u64);
         let loses_block = rng.below(2) == 0;
-        // A rebuilt refcount structure begins where a chunk of counts does.
-        let first = if loses_block { behind.next_multiple_of(CHUNK) } else { behind };
-        let cluster = first + rng.below(4);
+        // There a rebuilt refcount structure begins, if it does not fit into the file.
+        let cluster = behind + rng.below(4);
         let entry = cluster << self.geometry.cluster_bits | l2::COPIED;
         self.spoil_entries(rng, |_| entry);
         if loses_block {
@@ -180,6 +211,14 @@ impl<'a> Wreck<'a> {
             _ => None,
         });
         tables.collect()
+    }
+
+    /// Has all L1 entries say that their tables have one owner.
+    pub(super) fn flag_tables(&mut self) {
+        for (index, _) in self.tables() {
+            let at = self.header.l1_table.0 + index * 8;
+            self.set_entry(at, self.entry(at) | l1::COPIED);
+        }
     }
 
     /// How many entries of the active mapping name a cluster.
@@ -230,15 +269,19 @@ impl<'a> Wreck<'a> {
         most: u64,
         change: impl Fn(&mut Rng, u64) -> u64,
     ) -> Vec<u64> {
-        let named = self.named();
         let mut spoilt = Vec::new();
-        for _ in 0..1 + rng.below(most) {
-            if let Some(&Named { at, guest }) = named.get(rng.below(named.len().max(1) as u64) as usize) {
-                let entry = change(rng, self.entry(at));
-                self.set_entry(at, entry);
-                spoilt.push(guest);
-            }
+        for Named { at, guest } in self.some_named(rng, most) {
+            let entry = change(rng, self.entry(at));
+            self.set_entry(at, entry);
+            spoilt.push(guest);
         }
         spoilt
+    }
+
+    /// So many of the entries that name a cluster, at the most.
+    fn some_named(&self, rng: &mut Rng, most: u64) -> Vec<Named> {
+        let named = self.named();
+        let any = |rng: &mut Rng| named.get(rng.below(named.len().max(1) as u64) as usize).copied();
+        (0..1 + rng.below(most)).filter_map(|_| any(rng)).collect()
     }
 }

@@ -60,6 +60,8 @@ struct State {
     has_abandoned: bool,
     /// So many reads have.
     failed_reads: u64,
+    /// So many holes were to be punched.
+    punches: u64,
     file_system: FileSystem,
     /// The rule whose barriers are left out.
     disabled: Option<RuleName>,
@@ -174,6 +176,11 @@ impl Disk {
             HeldBack::Below => state.waiting.iter().position(|operation| operation.file > 0),
             HeldBack::Metadata => state.waiting.iter().position(|operation| operation.kind.is_metadata()),
         }
+    }
+
+    /// How many holes were to be punched so far.
+    pub(super) fn punch_count(&self) -> u64 {
+        self.0.borrow().punches
     }
 
     /// How many reads have failed so far.
@@ -300,7 +307,9 @@ impl Disk {
         let mut state = self.0.borrow_mut();
         state.next_id += 1;
         let id = state.next_id;
-        let kind = state.file_system.admit(kind(state.completed));
+        let kind = kind(state.completed);
+        state.punches += u64::from(matches!(kind, Kind::Change(Change::Punch { .. })));
+        let kind = state.file_system.admit(kind);
         assert!(file.0 == 0 || !matches!(kind, Kind::Change(_)), "what is below the image never changes");
         state.version += u64::from(matches!(kind, Kind::Change(_)));
         state.waiting.push(Operation { id, file: file.0 as usize, kind, is_direct, is_orphan: false });

@@ -30,10 +30,15 @@ impl Plan {
         match self {
             Self::Growing | Self::SearchWhileAllocating => HeldBack::Growth,
             Self::Reuse => [HeldBack::Oldest, HeldBack::Direct][rng.below(2) as usize],
-            Self::OldEndUnread => HeldBack::Below,
+            // What goes around a payload is read while another request finds its lane's next extent, or the
+            // other way round.
+            Self::OldEndUnread => [HeldBack::Below, HeldBack::Growth][rng.below(2) as usize],
+            // The counts of what is claimed are written, and have gone from memory, when the file cannot grow.
+            Self::NoRoomUnread => HeldBack::Growth,
             Self::FillingLog => HeldBack::Nothing,
             Self::Freeing | Self::FreeingAfterFailedCut => HeldBack::Punch,
-            Self::FreeingBesideCut | Self::GrowingFails => HeldBack::Metadata,
+            // While a cut takes long the log goes on filling.
+            Self::FreeingBesideCut | Self::GrowingFails | Self::FullLog => HeldBack::Metadata,
             Self::Search if rng.below(4) == 0 => HeldBack::Punch,
             _ if rng.below(STARVING_SHARE) == 0 => HeldBack::Oldest,
             _ => HeldBack::Nothing,
@@ -59,7 +64,7 @@ impl Plan {
         let refusal = [Fault::Enospc, Fault::Enospc, Fault::Eio, Fault::Done][rng.below(4) as usize];
         match self {
             Self::Faulty => Some(failing(rng)),
-            Self::Tool if rng.below(4) == 0 => Some(failing(rng)),
+            Self::Tool if rng.below(3) == 0 => Some(failing(rng)),
             Self::NoRoom => some(rng, Victim::Growth, refusal, 4),
             Self::NoRoomUnread => {
                 let (after, times) = (rng.below(12), 2 + rng.below(6));
@@ -67,7 +72,10 @@ impl Plan {
             }
             Self::FailedCut => some(rng, Victim::Metadata, refusal, 12),
             Self::GrowingFails => some(rng, Victim::Metadata, refusal, 8),
-            Self::OldEndUnread => some(rng, Victim::Below, Fault::Eio, 10),
+            Self::OldEndUnread => {
+                let (after, times) = (rng.below(10), 1 + rng.below(8));
+                Some(Failing { victim: Victim::Below, after, times, fault: Fault::Eio })
+            }
             Self::OldEnd => some(rng, Victim::Growth, refusal, 3),
             Self::TornWrite => some(rng, Victim::Write, Fault::Torn, 8),
             Self::FailedCopy => some(rng, Victim::Read, Fault::Eio, 12),

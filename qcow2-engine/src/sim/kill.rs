@@ -35,6 +35,10 @@ const TRAP_CHANCE: u64 = 20;
 /// which it has touched fewer times than this since the first of them. All others may where they have just
 /// noted that the refcount table has moved: that is as rare as it is delicate.
 const MAX_TOUCHES: u64 = 48;
+/// To note that a barrier has failed touches the log so many times,
+const NOTING_TOUCHES: u64 = 3;
+/// and to make one so many times.
+const MAKING_TOUCHES: u64 = 8;
 /// Operations fail under one replay in this many.
 const FAILING_CHANCE: u64 = 8;
 /// Processes that die one after the other, and the last one, which lives.
@@ -60,6 +64,19 @@ impl Life<'_> {
         }
         let moment = self.present();
         self.kill(moment)
+    }
+
+    /// Kills it where a barrier has just failed, of which it has not heard; and one that goes another way from here
+    /// while it notes that.
+    pub(super) fn kill_after_loss(&mut self) -> Result<(), String> {
+        if self.processes == MAX_PROCESSES {
+            return Ok(());
+        }
+        let moment = self.present();
+        self.kill(moment).map_err(|error| format!("before it has heard of a barrier's failure: {error}"))?;
+        let rng = Rng::new(self.rng.draw());
+        memory::set_trap(Some(self.rng.below(NOTING_TOUCHES)), &self.redo, &self.disk, &self.model, rng);
+        Ok(())
     }
 
     /// Sees to it that the process may die before the next operation of the disk completes.
@@ -118,6 +135,7 @@ impl Life<'_> {
             abandons_after: None,
             standing: None,
             told: Rc::default(),
+            old_leaks: 0,
         }
     }
 
@@ -193,7 +211,11 @@ impl Life<'_> {
         image.keep_redo_log(self.redo.create().map_err(|error| error.to_string())?);
         let lane = Lane::new(&image, self.disk.clone(), 1);
         let found = self.read_all(&lane)?;
-        self.serve_on(&image, &lane, &found).map_err(|error| format!("attached anew: {error}"))
+        // Whoever followed it before all of this is durable would be asked for what the model takes to be there.
+        let processes = std::mem::replace(&mut self.processes, MAX_PROCESSES);
+        self.make_durable(&lane, &found)?;
+        self.processes = processes;
+        self.serve_on(&image, &lane).map_err(|error| format!("attached anew: {error}"))
     }
 
     fn read_all(&mut self, lane: &Lane<Disk>) -> Result<Buf, String> {
@@ -229,7 +251,10 @@ impl Life<'_> {
             self.check_live_file()?;
         }
         match self.rng.below(CLOSING_CHANCE) {
-            _ if serves => self.serve_on(&image, &lane, &buf),
+            _ if serves => {
+                self.make_durable(&lane, &buf)?;
+                self.serve_on(&image, &lane)
+            }
             0 => self.close_at_once(&lane),
             _ => Ok(()),
         }
@@ -261,8 +286,19 @@ impl Life<'_> {
         self.check_live_file()
     }
 
-    /// The process serves what it has `found`, gives back what the dead one has leaked, and closes.
-    fn serve_on(&mut self, image: &Arc<Image>, lane: &Lane<Disk>, found: &Buf) -> Result<(), String> {
+    /// Begins a log of its own, and may be killed meanwhile: another one finds all that is durable.
+    fn new_log(&mut self) -> Result<RedoLog, String> {
+        let rng = Rng::new(self.rng.draw());
+        memory::set_trap(Some(self.rng.below(MAKING_TOUCHES)), &self.redo, &self.disk, &self.model, rng);
+        let log = self.redo.create();
+        if let Some(moment) = memory::take_trap().filter(|_| self.processes < MAX_PROCESSES) {
+            self.kill(moment).map_err(|error| format!("while it made its log: {error}"))?;
+        }
+        log.map_err(|error| error.to_string())
+    }
+
+    /// The process makes what it has `found` durable, which is what counts from then on.
+    fn make_durable(&mut self, lane: &Lane<Disk>, found: &Buf) -> Result<(), String> {
         let flush = {
             let lane = lane.clone();
             async move { lane.flush().await }
@@ -272,7 +308,12 @@ impl Life<'_> {
         let content: Vec<_> = found.to_vec().chunks_exact(SECTOR).map(Value::read).collect();
         self.model = Rc::new(RefCell::new(Model::new(&content)));
         self.judged = (u64::MAX, 0);
-        image.keep_redo_log(self.redo.create().map_err(|error| error.to_string())?);
+        Ok(())
+    }
+
+    /// It serves, gives back what the dead one has leaked, and closes.
+    fn serve_on(&mut self, image: &Arc<Image>, lane: &Lane<Disk>) -> Result<(), String> {
+        image.keep_redo_log(self.new_log()?);
         let mut requests: Vec<_> =
             (0..self.rng.below(MAX_REQUESTS + 1)).map(|_| Request::random(&mut self.rng)).collect();
         requests.retain(|request| self.fixture.takes(request));
@@ -284,6 +325,8 @@ impl Life<'_> {
             model: Rc::clone(&self.model),
             shape: self.fixture.shape(),
             must_find_all: self.fixture.shows_leaks(),
+            must_find_nothing: false,
+            is_alone: true,
             told: Rc::default(),
         };
         self.drive(vec![play(player, requests, SUCCESSOR, false)], true)?;

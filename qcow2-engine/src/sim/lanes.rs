@@ -5,7 +5,7 @@ use super::{
     request::Request,
     rng::Rng,
     sequences::{
-        allocating, changing_all, churn, crossing, discard, flushed, freeing, freeing_much, growing,
+        allocating, changing_all, churn, crossing, discard, filling, flushed, freeing, freeing_much, growing,
         long_write, meeting, random, recycling, sharing, short, tables_after_data, touches, using_up,
         with_flushes, writers, zeros,
     },
@@ -24,7 +24,11 @@ impl Plan {
                 1 => (0..1 + rng.below(2)).map(|_| flushed(rng)).collect(),
                 _ => (0..1 + rng.below(2)).map(|_| random(rng, 10)).collect(),
             },
-            Self::Reuse => vec![touches(rng, 4), churn(rng)],
+            Self::Reuse => {
+                let mut lanes = vec![touches(rng, 4), churn(rng)];
+                lanes.rotate_left(rng.below(2) as usize);
+                lanes
+            }
             Self::NoRoom | Self::TornWrite => (0..1 + rng.below(2)).map(|_| allocating(rng)).collect(),
             Self::FullHost => match rng.below(3) {
                 0 => writers(rng).into_iter().map(with_flushes).collect(),
@@ -48,6 +52,7 @@ impl Plan {
                 lanes.push(freeing(rng));
                 lanes
             }
+            Self::FullLog if rng.below(2) == 0 => filling(),
             Self::FullLog => (0..2 + rng.below(2)).map(|_| changing_all(rng)).collect(),
             Self::FailedCopy => (0..1 + rng.below(2)).map(|_| crossing(rng)).collect(),
             Self::ReuseForTables => vec![tables_after_data(rng)],
@@ -91,7 +96,12 @@ impl Plan {
             Self::QueueEndsInZeros => sharing(rng),
             Self::QueueEndsPunching => (0..2 + rng.below(2)).map(|_| recycling(rng)).collect(),
             Self::OldEnd => (0..1 + rng.below(2)).map(|_| using_up(rng)).collect(),
-            Self::OldEndUnread => (0..2 + rng.below(2)).map(|_| using_up(rng)).collect(),
+            Self::OldEndUnread => {
+                let mut lanes: Vec<_> = (0..2 + rng.below(2)).map(|_| using_up(rng)).collect();
+                // What is put back is no leak.
+                lanes.extend((rng.below(3) == 0).then(|| vec![Request::Reclaim(1 << 20); 2]));
+                lanes
+            }
             Self::Wounded => {
                 let mut lanes = match rng.below(5) {
                     0 => meeting(rng),
@@ -105,7 +115,7 @@ impl Plan {
                 }
                 lanes
             }
-            Self::Tool | Self::GrowRefused => Vec::new(),
+            Self::Tool | Self::GrowOverMore => Vec::new(),
             Self::SearchFullTable => vec![growing(rng), vec![Request::Reclaim(1 << 20)]],
         }
     }

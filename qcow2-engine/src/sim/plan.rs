@@ -89,8 +89,9 @@ pub(super) enum Plan {
     Wounded,
     /// A tool works on the image.
     Tool,
-    /// An image of version 2 is to grow over a backing file that is longer.
-    GrowRefused,
+    /// A disk that has been cut off is to grow over a backing file that is longer: with zeros where that would
+    /// show, which version 2 cannot say.
+    GrowOverMore,
 }
 
 /// Of so many cases, how many follow which plan.
@@ -127,10 +128,10 @@ const MIX: [(u64, Plan); 36] = [
     (12, Plan::QueueEndsPunching),
     (10, Plan::OldEnd),
     (14, Plan::OldEndUnread),
-    (30, Plan::Wounded),
+    (44, Plan::Wounded),
     (1, Plan::SearchFullTable),
-    (20, Plan::Tool),
-    (4, Plan::GrowRefused),
+    (40, Plan::Tool),
+    (14, Plan::GrowOverMore),
 ];
 /// One in so many cases is on an image with a tail.
 const TAILED_SHARE: u64 = 4;
@@ -174,10 +175,13 @@ impl Plan {
             Self::Freeing | Self::FullHost | Self::FailedCut => rng.below(2) == 0,
             _ => false,
         };
+        // Several references to one of them wait together.
+        let needs_sharing = self == Self::FreeingUnread && rng.below(2) == 0;
         let is_fit = |fixture: &Fixture| {
             self.suits(fixture)
                 && fixture.past == past
                 && (!needs_blocks || fixture.variant == Variant::SMALL_BLOCKS)
+                && (!needs_sharing || fixture.initial == Initial::Mixed)
         };
         let candidates: Vec<usize> = (0..fixtures.len()).filter(|&index| is_fit(&fixtures[index])).collect();
         candidates[rng.below(candidates.len() as u64) as usize]
@@ -197,7 +201,7 @@ impl Plan {
             Self::Search if rng.below(TWICE_SHARE) == 0 => Past::CountedTwice,
             Self::Search => Past::Crashed,
             Self::SearchWhileAllocating | Self::Tool if rng.below(2) == 0 => Past::Crashed,
-            Self::Tool | Self::GrowRefused => Past::Made,
+            Self::Tool | Self::GrowOverMore => Past::Made,
             // Its end is in a cluster that is free and has old content.
             Self::NoRoom if rng.below(2) == 0 => Past::Tailed,
             _ if rng.below(TAILED_SHARE) == 0 => Past::Tailed,
@@ -231,7 +235,7 @@ impl Plan {
             | Self::TornWrite => fixture.initial.makes_writes_allocate(),
             // They take too long on a large disk.
             Self::Tool => fixture.gap == 0,
-            Self::GrowRefused => fixture.variant.compat == "0.10" && fixture.backing.is_some(),
+            Self::GrowOverMore => fixture.gap == 0 && fixture.backing.is_some(),
             // What is zero already is not changed.
             Self::FullLog => fixture.initial == Initial::Data,
             _ if self.frees() || self == Self::QueueEndsPunching => {

@@ -28,6 +28,10 @@ pub(super) struct Player {
     pub(super) shape: Shape,
     /// Whether the search for leaks has to find all.
     pub(super) must_find_all: bool,
+    /// Whether it has to leave all as it is: nobody knows what may be counted.
+    pub(super) must_find_nothing: bool,
+    /// Nobody else carries requests out meanwhile.
+    pub(super) is_alone: bool,
     pub(super) told: Rc<Told>,
 }
 
@@ -47,6 +51,11 @@ impl Told {
     /// For a damaged image.
     pub(super) fn of_damage() -> Self {
         Self { is_wounded: true, ..Self::default() }
+    }
+
+    /// Whether a request has met the damage of the image.
+    pub(super) fn has_met_damage(&self) -> bool {
+        self.is_wounded && self.is_closed.get()
     }
 
     /// Whether the image has to say that it is corrupt.
@@ -115,6 +124,7 @@ impl Player {
             Request::Read(at, count) => self.read(number, at..at + count).await,
             Request::Flush => self.flush().await,
             Request::Reclaim(window) => self.reclaim(window).await,
+            Request::Maintain => self.maintain().await,
             _ => self.change(request).await.map_err(Trouble::Failed),
         };
         let is_change = !sectors.is_empty();
@@ -124,6 +134,8 @@ impl Player {
         }
         if self.told.is_wounded && is_change && outcome.is_err() {
             self.told.is_closed.set(true);
+            // Beside others the first to meet it may not have come to its end.
+            self.told.is_marked.set(self.told.is_marked.get() || self.is_alone);
         }
         outcome
     }
@@ -131,7 +143,7 @@ impl Player {
     /// None succeeds after a barrier has failed: what was lost is what it covers.
     async fn flush(&self) -> Result<(), Trouble> {
         let had_lost = self.lane.io().has_lost();
-        let had_met = self.told.is_wounded && self.told.is_closed.get();
+        let had_met = self.told.has_met_damage();
         let issued = self.model.borrow_mut().flush_issued();
         let flushed = self.lane.flush().await;
         if flushed.is_err() && self.lane.io().has_lost() {
@@ -155,13 +167,16 @@ impl Player {
     async fn change(&self, request: Request) -> Result<(), Error> {
         let lane = &self.lane;
         match request {
-            Request::Write(..) | Request::Read(..) | Request::Flush | Request::Reclaim(_) => Ok(()),
+            Request::Write(..)
+            | Request::Read(..)
+            | Request::Flush
+            | Request::Reclaim(_)
+            | Request::Maintain => Ok(()),
             Request::Zero(at, count, keep) => {
                 let mode = if keep { ZeroMode::Keep } else { ZeroMode::Unmap };
                 lane.write_zeroes(sector_bytes(at), sector_bytes(count), mode).await
             }
             Request::Discard(at, count) => lane.discard(sector_bytes(at), sector_bytes(count)).await,
-            Request::Maintain => lane.maintain().await,
         }
     }
 
@@ -213,13 +228,27 @@ impl Player {
     }
 
     /// Of an image whose damage has been met nothing is given back.
+    async fn maintain(&self) -> Result<(), Trouble> {
+        let had_met = self.is_alone && self.told.has_met_damage();
+        let punches = self.lane.io().punch_count();
+        self.lane.maintain().await?;
+        if had_met && self.lane.io().punch_count() > punches {
+            return Err(Trouble::Wrong("it gives clusters of a damaged image back".into()));
+        }
+        Ok(())
+    }
+
+    /// Of an image whose damage has been met nothing is given back.
     async fn reclaim(&self, window: u64) -> Result<(), Trouble> {
         let lane = &self.lane;
-        let had_met = self.told.is_wounded && self.told.is_closed.get();
+        let had_met = self.told.has_met_damage();
         let leisure = Leisure { disk: lane.io().clone(), rests: Cell::new(0) };
         let reclaimed = lane.reclaim_leaks_by(window, &leisure).await?;
         if had_met && reclaimed.freed + reclaimed.lowered > 0 {
             return Err(Trouble::Wrong("it gives clusters of a damaged image back".into()));
+        }
+        if self.must_find_nothing && reclaimed.freed + reclaimed.lowered > 0 {
+            return Err(Trouble::Wrong("it gives back what may be in use as nobody knows what".into()));
         }
         match reclaimed.verdict {
             Verdict::Complete if reclaimed.left == 0 => Ok(()),

@@ -93,6 +93,14 @@ pub(super) fn changing_all(rng: &mut Rng) -> Vec<Request> {
     (0..1 + rng.below(2)).map(|_| change(rng)).collect()
 }
 
+/// Lanes that change the entries of a slice each, all at once, and then all of them again: the log is full before a
+/// cut has made room, as none of them needs a cluster.
+pub(super) fn filling() -> Vec<Vec<Request>> {
+    let slices = || (0..SECTORS).step_by(64).map(|at| (at, 64.min(SECTORS - at)));
+    let zeros = slices().map(|(at, count)| vec![Request::Zero(at, count, true)]);
+    zeros.chain(slices().map(|(at, count)| vec![Request::Discard(at, count)])).collect()
+}
+
 /// Writes that reach into two L2 tables, or nearly: both are copied at the same time.
 pub(super) fn crossing(rng: &mut Rng) -> Vec<Request> {
     let write = |rng: &mut Rng| {

@@ -82,6 +82,8 @@ enum Attempt {
     Second,
 }
 
+/// One image in so many that is to be repaired says that something may be wrong.
+const MARKED_SHARE: u64 = 3;
 /// One crash state of a repair in so many is repaired by one that crashes in turn, at every moment.
 const SECOND_CHANCE: u64 = 256;
 
@@ -136,10 +138,15 @@ impl<'a> Work<'a> {
         let mut image = fixture.image.clone();
         let mut content = fixture.content.clone();
         match tool {
-            Tool::Repair(_, damage) => damage::inflict(&mut image, damage, rng)?,
+            Tool::Repair(_, damage) => {
+                damage::inflict(&mut image, damage, rng)?;
+                if fixture.variant.compat == "1.1" && rng.below(MARKED_SHARE) == 0 {
+                    damage::mark(&mut image, [header::DIRTY, header::CORRUPT][rng.below(2) as usize]);
+                }
+            }
             Tool::OpenDirty(damage) => {
                 damage::inflict(&mut image, damage, rng)?;
-                damage::mark_dirty(&mut image);
+                damage::mark(&mut image, header::DIRTY);
             }
             Tool::Grow(_, less) => {
                 Wreck::of(&mut image)?.fill_rest_of_l1();
@@ -278,10 +285,18 @@ impl<'a> Work<'a> {
 
     /// Judges what a crash has left while the tool was at work.
     fn judge(&self, bytes: &[u8]) -> Result<(), String> {
+        let is_repair = matches!(self.tool, Tool::Repair(..) | Tool::OpenDirty(_));
+        if is_repair && has_unknown_bits(bytes) && bytes.get(SECTOR..) != self.image.get(SECTOR..) {
+            return Err("it was changed, and says by a bit that nobody knows that it was not".to_owned());
+        }
         match self.tool {
             Tool::Repair(repair, _) => {
                 self.compare(bytes)?;
                 Standing::of(bytes)?.check_no_worse(&self.standing)?;
+                if self.is_marked(&self.image) && !self.is_marked(bytes) {
+                    has_no_corruption(bytes)
+                        .map_err(|error| format!("it says no more that something is wrong: {error}"))?;
+                }
                 let next = repaired(bytes, repair)?;
                 self.compare(&next).map_err(|error| format!("after the next repair {error}"))?;
                 self.judge_end(&next).map_err(|error| format!("after the next repair {error}"))?;
@@ -302,6 +317,11 @@ impl<'a> Work<'a> {
                 if !is_image || bytes == self.image { Ok(()) } else { Err(format!("half an image: {new}")) }
             }
         }
+    }
+
+    /// Whether an image says that something may be wrong. Version 2 cannot.
+    fn is_marked(&self, image: &[u8]) -> bool {
+        self.fixture.variant.compat == "1.1" && damage::is_marked(image)
     }
 
     /// The next repair crashes as well, now and then; the one after it must come to its end all the same.
@@ -345,7 +365,13 @@ impl<'a> Work<'a> {
         let may_leak = matches!(self.tool, Tool::Grow(..)) && self.fixture.past.leaks();
         match self.tool {
             // What was lost is zero now, or what the backing file has: the content is not the fixture's.
-            Tool::Repair(_, damage) if damage.hits_entries() => is_clean(bytes),
+            Tool::Repair(_, damage) if damage.hits_entries() => {
+                if self.is_marked(bytes) {
+                    Err("it still says that something is wrong".to_owned())
+                } else {
+                    is_clean(bytes)
+                }
+            }
             _ => match self.sound(bytes, &self.model)?.leaks {
                 leaks if leaks > 0 && !may_leak => Err(format!("{leaks} leaks are left")),
                 _ => Ok(()),
@@ -392,6 +418,12 @@ impl<'a> Work<'a> {
     }
 }
 
+/// Whether an image has autoclear bits that nobody knows.
+fn has_unknown_bits(image: &[u8]) -> bool {
+    let header = qcow2_format::Header::decode(image, image.len() as u64);
+    header.is_ok_and(|header| header.autoclear & !header::KNOWN_AUTOCLEAR != 0)
+}
+
 fn open_options() -> OpenOptions {
     OpenOptions { cache_bytes: 0, ..OpenOptions::default() }
 }
@@ -412,8 +444,20 @@ fn repaired(bytes: &[u8], repair: Repair) -> Result<Vec<u8>, String> {
     }
 }
 
-fn is_clean(bytes: &[u8]) -> Result<(), String> {
+fn found(bytes: &[u8]) -> Result<crate::check::Findings, String> {
     let files = MemFiles::default();
     files.put(IMAGE, bytes.to_vec());
-    checked(&files, Repair::None)?.found.list.first().map_or(Ok(()), |finding| Err(finding.to_string()))
+    Ok(checked(&files, Repair::None)?.found)
+}
+
+fn is_clean(bytes: &[u8]) -> Result<(), String> {
+    found(bytes)?.list.first().map_or(Ok(()), |finding| Err(finding.to_string()))
+}
+
+/// What could not be read for a moment may have leaked.
+fn has_no_corruption(bytes: &[u8]) -> Result<(), String> {
+    match found(bytes)? {
+        found if found.corruptions == 0 => Ok(()),
+        found => Err(format!("{:?}", found.list)),
+    }
 }

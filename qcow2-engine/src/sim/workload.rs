@@ -121,7 +121,8 @@ impl Variant {
     ];
     /// A refcount block counts 64 clusters only: new ones are made all the time.
     pub const SMALL_BLOCKS: Self = Self { refcount_bits: 64, cluster_sectors: 1, ..Self::COMMON };
-    /// Several lanes meet in one cluster, and it has an autoclear bit that nobody knows.
+    /// Several lanes meet in one cluster, it has an autoclear bit that nobody knows, and an incompatible one that
+    /// says how compressed clusters are packed.
     pub const LARGE: Self = Self { cluster_sectors: 8, ..Self::COMMON };
     const COMMON: Self = Self { compat: "1.1", refcount_bits: 16, lazy_refcounts: false, cluster_sectors: 2 };
 
@@ -139,13 +140,14 @@ impl Variant {
 
     /// What `qemu-img -o` takes.
     pub(super) fn options(&self) -> String {
-        format!(
+        let options = format!(
             "cluster_size={},compat={},refcount_bits={},lazy_refcounts={}",
             self.cluster_sectors * SECTOR,
             self.compat,
             self.refcount_bits,
             if self.lazy_refcounts { "on" } else { "off" }
-        )
+        );
+        if *self == Self::LARGE { options + ",compression_type=zstd" } else { options }
     }
 
     /// Whether QEMU can make an image of this variant in this state.

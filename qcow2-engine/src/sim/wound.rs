@@ -29,18 +29,21 @@ pub enum Wound {
     NamesBeyond,
     /// L2 tables have two references by their counts, and one by their L1 entries' flags.
     TableCountedTwice,
+    /// L1 entries say of tables that a snapshot shares that they have one owner.
+    TableFlagged,
     /// Tables and blocks of metadata are counted by nobody.
     MetadataUncounted,
 }
 
 impl Wound {
     /// All kinds.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::NamesMetadata,
         Self::Meaningless,
         Self::MeaninglessAndShared,
         Self::NamesBeyond,
         Self::TableCountedTwice,
+        Self::TableFlagged,
         Self::MetadataUncounted,
     ];
 }
@@ -86,6 +89,10 @@ impl Wounded {
             Wound::TableCountedTwice => {
                 let tables = wreck.tables().into_iter().map(|(_, at)| at).collect();
                 miscount(&mut wreck, rng, tables, 2)?
+            }
+            Wound::TableFlagged => {
+                wreck.flag_tables();
+                Vec::new()
             }
             Wound::MetadataUncounted => {
                 let metadata = metadata(&wreck, others);
