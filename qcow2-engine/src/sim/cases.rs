@@ -95,11 +95,9 @@ fn growing_over_more(rng: &mut Rng) -> Tool {
 fn tool(rng: &mut Rng, fixture: &Fixture) -> Tool {
     let is_v2 = fixture.variant.compat == "0.10";
     match rng.below(10) {
-        0 => Tool::Repair(Repair::Leaks, Damage::OF_LEAKS[rng.below(3) as usize]),
+        0 => Tool::Repair(Repair::Leaks, Damage::any(rng, Damage::is_of_leaks)),
         // Version 2 has no dirty bit, and no room for a snapshot's size.
-        1..=2 if !is_v2 => {
-            Tool::OpenDirty(Damage::OF_COUNTS[rng.below(Damage::OF_COUNTS.len() as u64) as usize])
-        }
+        1..=2 if !is_v2 => Tool::OpenDirty(Damage::any(rng, |damage| !damage.hits_entries())),
         1..=4 => {
             let less = if rng.below(3) == 0 { 0 } else { rng.below(300) };
             // So far that the L1 table is longer by a cluster.
@@ -111,7 +109,7 @@ fn tool(rng: &mut Rng, fixture: &Fixture) -> Tool {
             Tool::Create([Off, Metadata, Falloc, Full][rng.below(4) as usize], rng.below(3) == 0)
         }
         _ => {
-            let damage = Damage::ALL[rng.below(Damage::ALL.len() as u64) as usize];
+            let damage = Damage::any(rng, |_| true);
             // Version 2 cannot say "zero" where a backing file would show.
             let is_lasting = damage.hits_entries() && is_v2 && fixture.backing.is_some();
             Tool::Repair(Repair::All, if is_lasting { Damage::CountsAndFlags } else { damage })

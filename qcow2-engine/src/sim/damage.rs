@@ -30,20 +30,8 @@ pub enum Damage {
 }
 
 impl Damage {
-    /// What a writer with lazy refcounts may leave behind.
-    pub const OF_COUNTS: [Self; 7] = [
-        Self::None,
-        Self::Counts,
-        Self::Flags,
-        Self::CountsAndFlags,
-        Self::FlagsOfMiscounted,
-        Self::CountedTwice,
-        Self::LostBlock,
-    ];
-    /// What a repair of leaks undoes.
-    pub const OF_LEAKS: [Self; 3] = [Self::None, Self::Flags, Self::CountedTwice];
     /// All of it.
-    pub const ALL: [Self; 9] = [
+    const ALL: [Self; 9] = [
         Self::None,
         Self::Counts,
         Self::Flags,
@@ -55,7 +43,18 @@ impl Damage {
         Self::JustBeyond,
     ];
 
-    /// Whether content is lost with it.
+    /// Any that fits.
+    pub(super) fn any(rng: &mut Rng, fits: impl Fn(Self) -> bool) -> Self {
+        let fit: Vec<_> = Self::ALL.into_iter().filter(|damage| fits(*damage)).collect();
+        fit[rng.below(fit.len() as u64) as usize]
+    }
+
+    /// Whether a repair of leaks undoes it.
+    pub(super) fn is_of_leaks(self) -> bool {
+        matches!(self, Self::None | Self::Flags | Self::CountedTwice)
+    }
+
+    /// Whether content is lost with it. A writer with lazy refcounts leaves no such damage behind.
     #[must_use]
     pub fn hits_entries(self) -> bool {
         matches!(self, Self::Entries | Self::JustBeyond)

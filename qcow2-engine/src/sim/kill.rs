@@ -74,8 +74,7 @@ impl Life<'_> {
         }
         let moment = self.present();
         self.kill(moment).map_err(|error| format!("before it has heard of a barrier's failure: {error}"))?;
-        let rng = Rng::new(self.rng.draw());
-        memory::set_trap(Some(self.rng.below(NOTING_TOUCHES)), &self.redo, &self.disk, &self.model, rng);
+        self.trap(|rng| Some(rng.below(NOTING_TOUCHES)));
         Ok(())
     }
 
@@ -83,10 +82,14 @@ impl Life<'_> {
     pub(super) fn set_trap(&mut self) {
         memory::take_trap();
         if self.processes < MAX_PROCESSES {
-            let rng = Rng::new(self.rng.draw());
-            let passes = (self.rng.below(TRAP_CHANCE) == 0).then(|| self.rng.below(MAX_TOUCHES));
-            memory::set_trap(passes, &self.redo, &self.disk, &self.model, rng);
+            self.trap(|rng| (rng.below(TRAP_CHANCE) == 0).then(|| rng.below(MAX_TOUCHES)));
         }
+    }
+
+    /// Has the process die at its log, when it has touched that so many times.
+    fn trap(&mut self, passes: impl FnOnce(&mut Rng) -> Option<u64>) {
+        let rng = Rng::new(self.rng.draw());
+        memory::set_trap(passes(&mut self.rng), &self.redo, &self.disk, &self.model, rng);
     }
 
     /// Kills it then, if it has been at its log.
@@ -288,8 +291,7 @@ impl Life<'_> {
 
     /// Begins a log of its own, and may be killed meanwhile: another one finds all that is durable.
     fn new_log(&mut self) -> Result<RedoLog, String> {
-        let rng = Rng::new(self.rng.draw());
-        memory::set_trap(Some(self.rng.below(MAKING_TOUCHES)), &self.redo, &self.disk, &self.model, rng);
+        self.trap(|rng| Some(rng.below(MAKING_TOUCHES)));
         let log = self.redo.create();
         if let Some(moment) = memory::take_trap().filter(|_| self.processes < MAX_PROCESSES) {
             self.kill(moment).map_err(|error| format!("while it made its log: {error}"))?;

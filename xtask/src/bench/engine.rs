@@ -23,7 +23,7 @@ const HIT_LIMIT: f64 = 100.0;
 const HIT_GAIN: f64 = 1.9;
 
 /// What a benchmark gave, in nanoseconds for one piece of its work.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Serialize)]
 struct Figure {
     median: f64,
     /// Of the confidence interval.
