@@ -11,6 +11,7 @@ use crate::{
 use qcow2_format::{Clusters, Geometry, HostCluster, HostOffset, RefcountTableEntry, refcount, word};
 use std::{
     collections::HashMap,
+    hash::{BuildHasherDefault, DefaultHasher},
     ops::{ControlFlow, Range},
     sync::Arc,
 };
@@ -23,7 +24,9 @@ pub(crate) struct Refcounts {
     table: Vec<u64>,
     table_at: HostOffset,
     page_bytes: u64,
-    pages: HashMap<u64, Resident>,
+    /// Evicted in the order in which they lie there, which is the same in each process: a simulated life can be
+    /// lived again.
+    pages: HashMap<u64, Resident, BuildHasherDefault<DefaultHasher>>,
     /// Pages to keep, if not dirty.
     limit: usize,
     /// Pages in which no count was zero when they were looked through, a bit each, and none was set to zero
@@ -76,7 +79,16 @@ impl Refcounts {
         limit: usize,
     ) -> Self {
         let page_bytes = geometry.cluster_size().min(paging.page_bytes);
-        Self { file, geometry, table, table_at, page_bytes, pages: HashMap::new(), limit, full: Vec::new() }
+        Self {
+            file,
+            geometry,
+            table,
+            table_at,
+            page_bytes,
+            pages: HashMap::default(),
+            limit,
+            full: Vec::new(),
+        }
     }
 
     /// Bytes of a page.
