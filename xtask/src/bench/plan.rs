@@ -247,10 +247,10 @@ fn turn(engines: &[Engine], round: u32) -> impl Iterator<Item = Engine> {
     order.into_iter()
 }
 
-/// Requests that do not count, of each job: five for each buffer of a queue, so that nearly every one has been
+/// Requests that do not count, of each job: together five for each buffer of a queue, so that nearly every one has been
 /// written to as well as read from. Of small requests the first touch of memory is too small a part to matter.
 fn warm_up(workload: Workload) -> u32 {
-    if workload.block_kib >= 512 { 5 * DEVICE_DEPTH } else { 0 }
+    if workload.block_kib >= 512 { 5 * DEVICE_DEPTH / workload.jobs } else { 0 }
 }
 
 #[cfg(test)]
@@ -313,7 +313,7 @@ mod tests {
         let lines = script("preallocated/rw-512k/qd64/4jobs", 1);
         let run = lines.iter().find(|line| line.starts_with("speed")).unwrap();
         assert!(run.contains("--number_ios=100") && run.contains("--offset_increment=25%"), "{run}");
-        assert!(run.contains("preallocated.qcow2 0 640 --rw"), "large requests are warmed up: {run}");
+        assert!(run.contains("preallocated.qcow2 0 160 --rw"), "large requests are warmed up: {run}");
     }
 
     #[test]
