@@ -1,9 +1,9 @@
 # Measures the engines: a block device of an image by each of them, and the same fio on it.
 # xtask (bench/plan.rs) appends one line per image and per measurement, each a call of `image`, `speed`,
 # `attach_time` or `memory`, and reads what they leave: $RESULTS/ROUND.ENGINE.ROW.facts, lines of key=value, and
-# $RESULTS/ROUND.ENGINE.ROW.json, fio's account. Set by xtask: DEPTH, the depth of every device's one queue.
+# $RESULTS/ROUND.ENGINE.ROW.json, fio's account. Set by xtask: DEPTH, the depth of every device's one queue, and PATIENCE.
 set -u
-: "${DEPTH:?}"
+: "${DEPTH:?}" "${PATIENCE:?}"
 base=$SCRATCH/bench
 NODE=
 FACTS=
@@ -164,10 +164,21 @@ resident() {
     done | awk '/^VmRSS/ { now += $2 } /^VmHWM/ { most += $2 } END { print "rss_kib=" now + 0; print "peak_kib=" most + 0 }' >>"$FACTS"
 }
 
-# drive [FIO OPTION]…
+# drive [FIO OPTION]…: an engine that does not answer is killed after $PATIENCE seconds, or fio would wait for it for ever
 drive() {
-    timeout 900 fio --name=bench --filename="$NODE" --ioengine=libaio --direct=1 --norandommap --randrepeat=1 \
+    local watch status
+    (
+        sleep "$PATIENCE"
+        # shellcheck disable=SC2046 # there may be several
+        kill -9 $(pidof qemu-nbd rublk ublk-qcow2)
+    ) &
+    watch=$!
+    fio --name=bench --filename="$NODE" --ioengine=libaio --direct=1 --norandommap --randrepeat=1 \
         --group_reporting --output-format=json --output="${FACTS%.facts}.json" "$@" >"$SCRATCH/said" 2>&1
+    status=$?
+    kill "$watch"
+    wait "$watch" 2>/dev/null
+    return $status
 }
 
 # speed ROUND ENGINE ROW IMAGE SETTLING WARM [FIO OPTION]…: after so many seconds; of so many requests, before the ones

@@ -129,6 +129,14 @@ impl Options {
         }
     }
 
+    /// Seconds after which an engine is taken not to answer. One that spins makes a counted second last ten.
+    const fn patience(&self) -> u32 {
+        match self.mode {
+            Mode::Count => 30,
+            Mode::Wall => 900,
+        }
+    }
+
     fn out(&self) -> Option<PathBuf> {
         let default = || (!self.quick).then(|| workspace::root().join("docs/benchmarks"));
         self.out.clone().or_else(default)
@@ -268,7 +276,8 @@ fn run_session(session: &Session, options: &Options, place: Place, programs: &[P
     let script = format!("{SCRIPT}{}", plan.script());
     let measurements = u32::try_from(plan.measurements())?;
     let mut job = Job::new(&script, LIMIT_BASE + LIMIT_PER_MEASUREMENT * measurements)
-        .variable("DEPTH", &DEVICE_DEPTH.to_string());
+        .variable("DEPTH", &DEVICE_DEPTH.to_string())
+        .variable("PATIENCE", &options.patience().to_string());
     for program in programs {
         job = job.program(program);
     }
