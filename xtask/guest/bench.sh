@@ -42,7 +42,7 @@ storage() {
     modprobe nbd nbds_max=1 max_part=0 || die "no nbd"
     modprobe loop max_loop=1 || die "no loop"
     local tools
-    tools=$(fio --version; qemu-nbd --version | head -n 1; rublk --version)
+    tools=$(fio --version; qemu-nbd --version | head -n 1; ! command -v rublk >/dev/null || rublk --version)
     printf '%s\n' "$tools" >"$RESULTS/versions"
     uname -r >>"$RESULTS/versions"
 }

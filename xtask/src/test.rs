@@ -6,7 +6,7 @@
 //! `test_compat`.
 
 use crate::{
-    campaign,
+    bench, campaign,
     kernel::Kernel,
     place::{Job, Place},
     process::{capture, find_program, program, run, start},
@@ -73,12 +73,14 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
     });
     campaign::quick(&mut report);
     let of = places.len();
-    let quick = |number, place: Place| {
-        let console = if of == 1 { Console::Streamed } else { Console::Labelled(place.label()) };
+    let quick = |(number, place): (usize, Place)| {
+        let console = Console::Labelled(place.label());
         let lane = move || device_lane(place, Matrix::Quick { number, of }, console);
-        (format!("device tests on {place}"), lane)
+        (format!("device tests on {place}"), Box::new(lane) as Lane)
     };
-    report.lanes_at_once((1..).zip(places).map(|(number, place)| quick(number, place)));
+    let mut lanes: Vec<_> = (1..).zip(places).map(quick).collect();
+    lanes.push(("speed in instructions, against its floors".into(), Box::new(bench::gate)));
+    report.lanes_at_once(lanes);
     Ok(report.finish())
 }
 
@@ -170,6 +172,9 @@ impl fmt::Display for Count {
     }
 }
 
+/// What finds tests that pass or fail.
+type Lane = Box<dyn FnOnce() -> Result<Count> + Send>;
+
 /// Name, result and time of a lane.
 type Account = (String, Count, Duration);
 
@@ -196,13 +201,10 @@ impl Report {
     }
 
     /// Runs lanes side by side, as [`Self::lane`] would each.
-    fn lanes_at_once<L>(&mut self, lanes: impl Iterator<Item = (String, L)>)
-    where
-        L: FnOnce() -> Result<Count> + Send,
-    {
+    fn lanes_at_once(&mut self, lanes: Vec<(String, Lane)>) {
         thread::scope(|scope| {
             let running: Vec<_> =
-                lanes.map(|(name, lane)| scope.spawn(move || account(&name, lane))).collect();
+                lanes.into_iter().map(|(name, lane)| scope.spawn(move || account(&name, lane))).collect();
             for lane in running {
                 self.lanes.push(lane.join().unwrap_or_else(|panic| resume_unwind(panic)));
             }

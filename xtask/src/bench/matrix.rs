@@ -32,6 +32,11 @@ impl Engine {
         }
     }
 
+    /// Whether it is rublk's, which has to be built first.
+    pub(super) const fn is_rublk(self) -> bool {
+        matches!(self, Self::RublkQcow2 | Self::RublkLoop)
+    }
+
     pub(super) const fn reads_qcow2(self) -> bool {
         !matches!(self, Self::RublkLoop | Self::KernelLoop)
     }

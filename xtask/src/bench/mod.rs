@@ -6,7 +6,8 @@
 //! report, plot, targets ◀── document (samples by row, engine, round) ◀──────────┘
 //! ```
 //!
-//! Beside these, `--engine` has criterion measure the engine alone (`engine`).
+//! Beside these, `--engine` has criterion measure the engine alone (`engine`), and `--gate` holds a few rows
+//! against floors (`gate`), as `cargo xtask test` does.
 //!
 //! Two modes: `count` lets guest time count instructions and repeats within a few per cent on any machine;
 //! `wall` measures real time and shows wake-ups and parallelism too, and swings on a shared machine. Hence
@@ -14,6 +15,7 @@
 
 mod document;
 mod engine;
+mod gate;
 mod kit;
 mod matrix;
 mod plan;
@@ -27,7 +29,8 @@ use crate::{
     peers,
     place::{Job, Place},
     process::{capture, find_program, program, quote},
-    vm::accel::Accel,
+    test::Count,
+    vm::{accel::Accel, machine::Console},
     workspace,
 };
 use anyhow::{Context, Result, bail};
@@ -110,19 +113,46 @@ pub(crate) struct Options {
     /// Measure the peers without us
     #[arg(long)]
     peers_only: bool,
+    /// Hold the targets' workloads against floors below which no change may bring them: on Linux 6.12, in count
+    /// mode, against the peers that need no building; as `cargo xtask test` does
+    #[arg(long, conflicts_with_all = ["filter", "list", "report", "out", "mode", "kernel", "peers_only", "engine"])]
+    gate: bool,
 }
 
 impl Options {
+    /// What `--gate` says.
+    fn of_gate() -> Self {
+        Self {
+            quick: false,
+            kernel: Kernel::V6_12,
+            mode: Mode::Count,
+            rounds: None,
+            filter: Vec::new(),
+            list: false,
+            report: false,
+            out: None,
+            json: None,
+            binary: None,
+            engine: false,
+            peers_only: false,
+            gate: true,
+        }
+    }
+
+    const fn is_quick(&self) -> bool {
+        self.quick || self.gate
+    }
+
     const fn extent(&self) -> Extent {
-        if self.quick { Extent::Quick } else { Extent::Full }
+        if self.is_quick() { Extent::Quick } else { Extent::Full }
     }
 
     fn rounds(&self) -> u32 {
-        self.rounds.unwrap_or(if self.quick { 1 } else { 5 })
+        self.rounds.unwrap_or(if self.is_quick() { 1 } else { 5 })
     }
 
     const fn length(&self) -> Length {
-        match (self.mode, self.quick) {
+        match (self.mode, self.is_quick()) {
             (Mode::Count, _) => Length::Requests,
             (Mode::Wall, true) => Length::Seconds(2),
             (Mode::Wall, false) => Length::Seconds(5),
@@ -138,16 +168,22 @@ impl Options {
     }
 
     fn out(&self) -> Option<PathBuf> {
-        let default = || (!self.quick).then(|| workspace::root().join("docs/benchmarks"));
+        let default = || (!self.is_quick()).then(|| workspace::root().join("docs/benchmarks"));
         self.out.clone().or_else(default)
     }
 
     fn engines(&self) -> Vec<Engine> {
+        if self.gate {
+            return gate::ENGINES.to_vec();
+        }
         Engine::ALL.into_iter().filter(|engine| !(self.peers_only && *engine == Engine::Us)).collect()
     }
 
     /// The command line without the paths of this machine.
     fn shown(&self) -> String {
+        if self.gate {
+            return format!("cargo xtask bench --gate --rounds {}", self.rounds());
+        }
         let mut text = format!("cargo xtask bench --mode {} --kernel {}", self.mode.name(), self.kernel);
         if self.quick {
             text += " --quick";
@@ -165,6 +201,9 @@ impl Options {
 /// # Errors
 /// Fails when the benchmark cannot run, or when we have no figure for a row.
 pub(crate) fn command(options: &Options) -> Result<ExitCode> {
+    if options.gate {
+        return gate_with(options).map(|count| ExitCode::from(u8::from(count.failed > 0)));
+    }
     if options.engine {
         return engine::measure(options.out().as_deref(), load_average()).map(|()| ExitCode::SUCCESS);
     }
@@ -202,6 +241,27 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
         bail!("{US} has no figure for {}", silent.join(", "));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// `bench --gate` as a lane of tests: how many floors are kept.
+///
+/// # Errors
+/// Fails when the benchmark cannot run.
+pub(crate) fn gate() -> Result<Count> {
+    gate_with(&Options::of_gate())
+}
+
+fn gate_with(options: &Options) -> Result<Count> {
+    let place = Place::Machine(options.kernel);
+    place.prepare()?;
+    let Run { document, broken } = measure(&matrix::sessions(options.extent(), &[]), options, place)?;
+    if let Some(path) = &options.json {
+        write(path, &(serde_json::to_string_pretty(&document)? + "\n"))?;
+    }
+    if !broken.is_empty() {
+        bail!("sessions without a result: {}", broken.join("; "));
+    }
+    Ok(gate::judge(&document))
 }
 
 /// What came of all sessions.
@@ -246,7 +306,10 @@ fn silent(document: &Document, options: &Options) -> Vec<String> {
 /// What the machine brings along.
 fn programs(options: &Options) -> Result<Vec<PathBuf>> {
     let losetup = find_program("losetup").context("losetup (package mount) is not installed")?;
-    let mut programs = vec![peers::rublk()?, losetup];
+    let mut programs = vec![losetup];
+    if options.engines().iter().any(|engine| engine.is_rublk()) {
+        programs.push(peers::rublk()?);
+    }
     if !options.peers_only {
         programs.push(match &options.binary {
             Some(binary) if !binary.ends_with(US) => {
@@ -283,6 +346,9 @@ fn run_session(session: &Session, options: &Options, place: Place, programs: &[P
     }
     for disk in &kit.disks {
         job = job.disk(disk.clone());
+    }
+    if options.gate {
+        job.console = Console::Labelled("speed"); // other machines speak as well
     }
     job.accel = (options.mode == Mode::Count).then_some(Accel::InstructionCount);
     let results = tempfile::tempdir()?;
