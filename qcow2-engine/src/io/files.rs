@@ -159,6 +159,7 @@ impl Storage for Files {
         let file = open_regular_or_block(path, access)?;
         let metadata = file.metadata()?;
         let direct = set_up_caching(&file, path, self.caching)?;
+        leave_access_time(&file);
         let identity = (metadata.dev(), metadata.ino());
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let id = u32::try_from(table.len()).map_err(|_| io::Error::other("too many open files"))?;
@@ -290,8 +291,18 @@ fn try_direct(file: &File) -> Result<(), String> {
 }
 
 fn set_direct(file: &File, on: bool) -> io::Result<()> {
+    set_flag(file, OFlag::O_DIRECT, on)
+}
+
+/// Has reads leave the file's time of access alone, where this user may ask for that: when a disk was last read is
+/// nobody's question of its image, and answering it would cost every read.
+fn leave_access_time(file: &File) {
+    let _ = set_flag(file, OFlag::O_NOATIME, true);
+}
+
+fn set_flag(file: &File, flag: OFlag, on: bool) -> io::Result<()> {
     let mut flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
-    flags.set(OFlag::O_DIRECT, on);
+    flags.set(flag, on);
     fcntl(file, FcntlArg::F_SETFL(flags))?;
     Ok(())
 }
