@@ -407,7 +407,11 @@ mod tests {
         let flags = OFlag::from_bits_retain(
             fcntl(File::open(dir.path().join("image")).unwrap(), FcntlArg::F_GETFL).unwrap(),
         );
-        assert!(!flags.contains(OFlag::O_DIRECT), "another descriptor is not changed");
+        assert!(!flags.intersects(OFlag::O_DIRECT | OFlag::O_NOATIME), "another descriptor is not changed");
+        let ours = OFlag::from_bits_retain(
+            files.with(id, |open| Ok(fcntl(&open.file, FcntlArg::F_GETFL)?)).unwrap(),
+        );
+        assert!(ours.contains(OFlag::O_NOATIME), "it is this user's own file");
         let other = files.open(&dir.path().join("image"), Access::ReadOnly).unwrap();
         assert_ne!(files.fd(id).unwrap(), files.fd(other).unwrap());
         // Whether this file system can is for the kernel to say, to whoever insists.
