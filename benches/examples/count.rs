@@ -108,7 +108,7 @@ async fn serve(lane: &Lane<Uring>, ring: &Uring, times: u64) -> io::Result<()> {
                 match lane.direct_read(at, BLOCK) {
                     Some(direct) => {
                         let run = direct.runs()[0];
-                        ring.read_reporting(run.file, run.at, &bufs[tag], report.token);
+                        ring.read_reporting(run.file, run.at, &bufs[tag], 0..run.len as usize, report.token);
                         under_way[tag] = Some(direct);
                     }
                     None => {

@@ -8,21 +8,23 @@
 //! it twice is harmless, as it has not been answered.
 //!
 //! The same decisions as on the long way: `resolve` and `write::split`, which are asked for whatever is not data
-//! in one cluster of the top layer (`Image::own`), as most is. The request is in flight from before its look-up
+//! in one cluster of the top layer (`Qcow2Layer::own`), as most is. The request is in flight from before its look-up
 //! until [`Lane::end_direct`] (R5).
 
 use crate::{
+    cache::slices::SliceCache,
     image::Image,
     io::{FileId, Io},
     lane::{Flight, Lane},
+    layer::Qcow2Layer,
     resolve::{Extent, Extents, to_boundary},
     write::{Kind, Piece, split},
 };
 use qcow2_format::{HostOffset, Mapping};
 use smallvec::SmallVec;
 
-/// Runs of a request at most: a transfer costs something too, and small pieces are better gathered in a
-/// buffer.
+/// Runs of a request at most, fewer than 256: a transfer costs something too, and small pieces are better gathered
+/// in a buffer.
 const MAX_RUNS: usize = 16;
 
 /// Where the bytes of a request are, in its order.
@@ -100,13 +102,15 @@ impl<I: Io> Lane<I> {
         &self,
         at: u64,
         len: u64,
-        find: impl Fn(&Image, u64, u64) -> Option<Runs>,
+        find: impl Fn(&Image, &Qcow2Layer, u64, u64) -> Option<Runs>,
     ) -> Option<Direct> {
-        if !self.has_range(at, len) {
+        // Looked for once: of a request that is served here, each step counts.
+        let top = self.image().top();
+        if !top.has_range(at, len) {
             return None;
         }
         let flight = self.try_begin()?;
-        if let Some(runs) = find(self.image(), at, len) {
+        if let Some(runs) = find(self.image(), top, at, len) {
             return Some(Direct { runs, flight });
         }
         self.end(flight);
@@ -114,29 +118,29 @@ impl<I: Io> Lane<I> {
     }
 }
 
-impl Image {
-    /// What the top layer says of a range that lies in one of its clusters, if that is in memory.
+impl Qcow2Layer {
+    /// What the layer says of a range that lies in one of its clusters, if that is in memory.
     #[inline]
-    fn in_top(&self, at: u64, len: u64) -> Option<Mapping> {
-        let layer = self.top();
-        if len > to_boundary(at, layer.geometry.cluster_size()) {
+    fn in_cluster(&self, cache: &SliceCache, at: u64, len: u64) -> Option<Mapping> {
+        if len > to_boundary(at, self.geometry.cluster_size()) {
             return None;
         }
-        layer.resident(&self.cache, at)
+        self.resident(cache, at)
     }
 
-    /// The run that a range is which lies in one cluster of the top layer's own data.
+    /// The run that a range is which lies in one cluster of the layer's own data.
     #[inline]
     fn own(&self, host: HostOffset, at: u64, len: u64) -> Runs {
-        let layer = self.top();
-        Runs::One(Run { file: layer.file, at: host.0 + layer.geometry.in_cluster(at), len })
+        Runs::One(Run { file: self.file, at: host.0 + self.geometry.in_cluster(at), len })
     }
+}
 
+impl Image {
     /// Where a range can be read, if it is all data.
     #[inline]
-    fn runs_to_read(&self, at: u64, len: u64) -> Option<Runs> {
-        match self.in_top(at, len) {
-            Some(Mapping::Data { host, .. }) => Some(self.own(host, at, len)),
+    fn runs_to_read(&self, top: &Qcow2Layer, at: u64, len: u64) -> Option<Runs> {
+        match top.in_cluster(&self.cache, at, len) {
+            Some(Mapping::Data { host, .. }) => Some(top.own(host, at, len)),
             Some(Mapping::Unallocated) => self.runs_from(self.as_chain().below(at, len).ok()?, at, len),
             _ => self.runs_from(self.as_chain().step(at, len).ok()?, at, len),
         }
@@ -159,10 +163,10 @@ impl Image {
 
     /// Where a range can be overwritten, if all of it can.
     #[inline]
-    fn runs_to_write(&self, at: u64, len: u64) -> Option<Runs> {
-        match self.in_top(at, len) {
+    fn runs_to_write(&self, top: &Qcow2Layer, at: u64, len: u64) -> Option<Runs> {
+        match top.in_cluster(&self.cache, at, len) {
             Some(Mapping::Data { host, copied: true }) if !self.is_suspect(host) => {
-                Some(self.own(host, at, len))
+                Some(top.own(host, at, len))
             }
             _ => self.pieces_to_write(at, len),
         }

@@ -45,14 +45,14 @@ struct Inner<I> {
 }
 
 struct FreeSlots {
-    indices: Vec<usize>,
+    indices: Vec<u32>,
     waiting: Waiters,
 }
 
 /// A request in flight, by its slot. Dropping it instead of ending it leaves the request in flight.
 #[must_use = "a request that is not ended keeps freed clusters from being used"]
 #[derive(Debug)]
-pub struct Flight(usize);
+pub struct Flight(u32);
 
 impl<I> Clone for Lane<I> {
     fn clone(&self) -> Self {
@@ -70,7 +70,8 @@ impl<I: Io> Lane<I> {
             meta.lanes.push(LaneSpace::default());
             meta.lanes.len() - 1
         };
-        let free = FreeSlots { indices: (0..depth).rev().collect(), waiting: Waiters::default() };
+        // Far fewer requests than 2^32 fit in memory.
+        let free = FreeSlots { indices: (0..depth as u32).rev().collect(), waiting: Waiters::default() };
         Self(Rc::new(Inner {
             slots: image.epochs.register(depth),
             image: Arc::clone(image),
@@ -154,7 +155,7 @@ impl<I: Io> Lane<I> {
             }
         })
         .await;
-        inner.image.epochs.enter(&inner.slots, index);
+        inner.image.epochs.enter(&inner.slots, index as usize);
         Flight(index)
     }
 
@@ -163,7 +164,7 @@ impl<I: Io> Lane<I> {
     pub(crate) fn try_begin(&self) -> Option<Flight> {
         let inner = &*self.0;
         let index = inner.free.borrow_mut().indices.pop()?;
-        inner.image.epochs.enter(&inner.slots, index);
+        inner.image.epochs.enter(&inner.slots, index as usize);
         Some(Flight(index))
     }
 
@@ -171,7 +172,7 @@ impl<I: Io> Lane<I> {
     #[inline]
     pub(crate) fn end(&self, Flight(index): Flight) {
         let inner = &*self.0;
-        inner.slots.leave(index);
+        inner.slots.leave(index as usize);
         let waiting = {
             let mut free = inner.free.borrow_mut();
             free.indices.push(index);
@@ -185,14 +186,8 @@ impl<I: Io> Lane<I> {
 
     /// Checks that a request lies inside the virtual disk.
     pub(crate) fn check_range(&self, at: u64, len: u64) -> Result<()> {
-        let size = self.image().top().size();
-        if self.has_range(at, len) { Ok(()) } else { Err(Error::OutOfRange { at, len, size }) }
-    }
-
-    /// Whether a request lies inside the virtual disk.
-    #[inline]
-    pub(crate) fn has_range(&self, at: u64, len: u64) -> bool {
-        at.checked_add(len).is_some_and(|end| end <= self.image().top().size())
+        let top = self.image().top();
+        if top.has_range(at, len) { Ok(()) } else { Err(Error::OutOfRange { at, len, size: top.size() }) }
     }
 }
 

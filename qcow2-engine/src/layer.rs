@@ -112,6 +112,12 @@ impl Qcow2Layer {
         if self.index == 0 { whole_sectors(size) } else { size_below(size) }
     }
 
+    /// Whether a request lies inside the disk.
+    #[inline]
+    pub(crate) fn has_range(&self, at: u64, len: u64) -> bool {
+        at.checked_add(len).is_some_and(|end| end <= self.size())
+    }
+
     pub(crate) fn slices_per_table(&self) -> u64 {
         self.geometry.cluster_size() / self.slice_bytes
     }

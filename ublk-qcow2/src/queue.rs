@@ -251,14 +251,19 @@ impl Context {
     }
 
     /// The request that a descriptor stands for, or what the kernel is to be told instead of a result.
+    #[inline]
     fn request_of(&self, descriptor: &uapi::IoDesc) -> Result<Request, i32> {
-        Request::decode(descriptor, self.bounds).map_err(|error| {
-            self.report(&format_args!("request refused: {error}"));
-            match error {
-                DecodeError::Operation(_) => -libc::EOPNOTSUPP,
-                DecodeError::OutOfRange { .. } | DecodeError::TooLong(_) => -libc::EIO,
-            }
-        })
+        Request::decode(descriptor, self.bounds).map_err(|error| self.refused(error))
+    }
+
+    /// What the kernel is told of a request that it should not have made.
+    #[cold]
+    fn refused(&self, error: DecodeError) -> i32 {
+        self.report(&format_args!("request refused: {error}"));
+        match error {
+            DecodeError::Operation(_) => -libc::EOPNOTSUPP,
+            DecodeError::OutOfRange { .. } | DecodeError::TooLong(_) => -libc::EIO,
+        }
     }
 
     /// A fetch, or a commit with `result` that fetches again; its end is reported under the tag's

@@ -62,9 +62,32 @@ pub(super) struct Registration {
     pub(super) ring: usize,
     /// The part's number in the ring's table of buffers.
     pub(super) index: u16,
+    /// The number of the part's first [`ALIGNMENT`] bytes, which are in the table by themselves as well.
+    pub(super) head: u16,
     /// Byte offset in the allocation.
     start: usize,
     len: usize,
+}
+
+/// Memory as a submission names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Named {
+    pub(super) ptr: *mut u8,
+    /// Bytes.
+    pub(super) len: usize,
+    /// The number of the registered buffer in which it lies, if there is one.
+    pub(super) registered: Option<u16>,
+}
+
+impl Registration {
+    /// The number of the smallest buffer of `ring` in which these bytes of the allocation lie.
+    #[inline]
+    fn holding(self, bytes: Range<usize>, ring: usize) -> Option<u16> {
+        if self.ring != ring || bytes.start < self.start || bytes.end > self.start + self.len {
+            return None;
+        }
+        Some(if bytes.end <= self.start + ALIGNMENT { self.head } else { self.index })
+    }
 }
 
 impl Buf {
@@ -177,10 +200,11 @@ impl Buf {
         self.owner.keeper.get() == ring
     }
 
-    /// Notes that `ring` holds the window's pages as its buffer `index`.
-    pub(super) fn set_registered(&self, ring: usize, index: u16) {
+    /// Notes that `ring` holds the window's pages as its buffer `index`, and the first [`ALIGNMENT`] bytes of it
+    /// as its buffer `head`.
+    pub(super) fn set_registered(&self, ring: usize, index: u16, head: u16) {
         let Self { start, len, .. } = *self;
-        self.owner.registered.set(Some(Registration { ring, index, start, len }));
+        self.owner.registered.set(Some(Registration { ring, index, head, start, len }));
     }
 
     /// Takes [`Self::set_registered`] back.
@@ -188,12 +212,16 @@ impl Buf {
         self.owner.registered.set(None);
     }
 
-    /// The number of the registered buffer of `ring` in which the whole window lies, if there is one.
+    /// How an operation of `ring` names the window's part `range`.
+    ///
+    /// # Panics
+    /// When `range` does not lie inside the window.
     #[inline]
-    pub(super) fn registered_at(&self, ring: usize) -> Option<u16> {
-        let part = self.owner.registered.get()?;
-        let inside = self.start >= part.start && self.start + self.len <= part.start + part.len;
-        (inside && part.ring == ring).then_some(part.index)
+    pub(super) fn named(&self, range: Range<usize>, ring: usize) -> Named {
+        assert!(range.start <= range.end && range.end <= self.len, "part {range:?} of {} bytes", self.len);
+        let (start, end) = (self.start + range.start, self.start + range.end);
+        let registered = self.owner.registered.get().and_then(|part| part.holding(start..end, ring));
+        Named { ptr: self.as_ptr().wrapping_add(range.start), len: end - start, registered }
     }
 
     /// Where the window begins, for the kernel.

@@ -159,6 +159,7 @@ impl Storage for Files {
         let file = open_regular_or_block(path, access)?;
         let metadata = file.metadata()?;
         let direct = set_up_caching(&file, path, self.caching)?;
+        leave_access_time(&file);
         let identity = (metadata.dev(), metadata.ino());
         let mut table = self.table.write().unwrap_or_else(PoisonError::into_inner);
         let id = u32::try_from(table.len()).map_err(|_| io::Error::other("too many open files"))?;
@@ -290,8 +291,18 @@ fn try_direct(file: &File) -> Result<(), String> {
 }
 
 fn set_direct(file: &File, on: bool) -> io::Result<()> {
+    set_flag(file, OFlag::O_DIRECT, on)
+}
+
+/// Has reads leave the file's time of access alone, where this user may ask for that: when a disk was last read is
+/// nobody's question of its image, and answering it would cost every read.
+fn leave_access_time(file: &File) {
+    let _ = set_flag(file, OFlag::O_NOATIME, true);
+}
+
+fn set_flag(file: &File, flag: OFlag, on: bool) -> io::Result<()> {
     let mut flags = OFlag::from_bits_retain(fcntl(file, FcntlArg::F_GETFL)?);
-    flags.set(OFlag::O_DIRECT, on);
+    flags.set(flag, on);
     fcntl(file, FcntlArg::F_SETFL(flags))?;
     Ok(())
 }
@@ -396,7 +407,11 @@ mod tests {
         let flags = OFlag::from_bits_retain(
             fcntl(File::open(dir.path().join("image")).unwrap(), FcntlArg::F_GETFL).unwrap(),
         );
-        assert!(!flags.contains(OFlag::O_DIRECT), "another descriptor is not changed");
+        assert!(!flags.intersects(OFlag::O_DIRECT | OFlag::O_NOATIME), "another descriptor is not changed");
+        let ours = OFlag::from_bits_retain(
+            files.with(id, |open| Ok(fcntl(&open.file, FcntlArg::F_GETFL)?)).unwrap(),
+        );
+        assert!(ours.contains(OFlag::O_NOATIME), "it is this user's own file");
         let other = files.open(&dir.path().join("image"), Access::ReadOnly).unwrap();
         assert_ne!(files.fd(id).unwrap(), files.fd(other).unwrap());
         // Whether this file system can is for the kernel to say, to whoever insists.

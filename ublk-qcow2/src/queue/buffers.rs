@@ -14,7 +14,7 @@
 
 use super::Queue;
 use qcow2_engine::io::{Buf, Pages, uring::Uring};
-use std::{cell::RefCell, ops::Range};
+use std::cell::{Cell, RefCell};
 
 /// The part of each tag's own buffer whose pages are held for good, in bytes: 2 MiB per queue of 128 tags.
 /// A longer request is large.
@@ -24,71 +24,76 @@ const HUGE_PAGE: usize = 2 << 20;
 
 /// The buffers of all tags of a queue.
 pub(super) struct TagBuffers {
-    own: Box<[Buf]>,
-    chunks: RefCell<Chunks>,
-}
-
-struct Chunks {
-    /// The chunk of each tag that has one.
-    taken: Box<[Option<Buf>]>,
-    /// The others; the last one was used last, and is the likeliest to have memory.
-    spare: Vec<Buf>,
+    /// The tags' own, in their order, and as many chunks.
+    all: Box<[Buf]>,
+    /// The one that each tag has.
+    had: Box<[Cell<u16>]>,
+    /// Chunks that no tag has; the last one was used last, and is the likeliest to have memory.
+    spare: RefCell<Vec<u16>>,
 }
 
 impl TagBuffers {
     /// Makes the buffers, and registers the tags' own in part with the ring.
     pub(super) fn new(queue: &Queue, ring: &Uring) -> Self {
         let bytes = queue.bounds.buffer_bytes as usize;
-        let this = Self::sized(queue.depth.into(), bytes);
-        // All of them belong to one region.
-        ring.keep(
-            this.chunks.borrow().spare.first().cloned().into_iter().chain(this.own.iter().cloned()).collect(),
-        );
-        let held = this.own.iter().map(|buf| buf.slice(0..bytes.min(HELD_BYTES))).collect();
+        let this = Self::sized(queue.depth, bytes);
+        ring.keep(this.all.to_vec());
+        let own = &this.all[..usize::from(queue.depth)];
+        let held = own.iter().map(|buf| buf.slice(0..bytes.min(HELD_BYTES))).collect();
         if let Err(error) = ring.register_buffers(held) {
             tracing::info!(queue = queue.index, "no registered buffers, small requests cost more: {error}");
         }
         this
     }
 
-    fn sized(depth: usize, bytes: usize) -> Self {
-        let own: Box<[_]> = (0..depth).map(|_| Buf::zeroed(bytes)).collect();
-        own.iter().for_each(|buf| buf.advise(Pages::Small));
-        let region = Buf::zeroed(depth * bytes + HUGE_PAGE);
+    /// Of at most 4096 tags, as the driver allows.
+    fn sized(depth: u16, bytes: usize) -> Self {
+        let tags = usize::from(depth);
+        let own = (0..tags).map(|_| Buf::zeroed(bytes)).inspect(|buf| buf.advise(Pages::Small));
+        let region = Buf::zeroed(tags * bytes + HUGE_PAGE);
         let start = region.address().next_multiple_of(HUGE_PAGE as u64) - region.address();
-        let region = region.slice(start as usize..start as usize + depth * bytes);
+        let region = region.slice(start as usize..start as usize + tags * bytes);
         region.advise(Pages::Huge);
-        let spare = (0..depth).rev().map(|at| region.slice(at * bytes..(at + 1) * bytes)).collect();
-        Self { own, chunks: RefCell::new(Chunks { taken: vec![None; depth].into(), spare }) }
-    }
-
-    /// Part of the buffer that a tag has.
-    #[inline]
-    pub(super) fn part(&self, tag: u16, range: Range<usize>) -> Buf {
-        self.with(tag, |buf| buf.slice(range))
+        let chunks = (0..tags).map(|at| region.slice(at * bytes..(at + 1) * bytes));
+        Self {
+            all: own.chain(chunks).collect(),
+            had: (0..depth).map(Cell::new).collect(),
+            spare: RefCell::new((depth..2 * depth).rev().collect()),
+        }
     }
 
     /// Where the buffer is that a tag has.
+    #[inline]
     pub(super) fn address(&self, tag: u16) -> u64 {
-        self.with(tag, Buf::address)
+        self.of(tag).address()
     }
 
-    fn with<T>(&self, tag: u16, ask: impl FnOnce(&Buf) -> T) -> T {
-        let tag = usize::from(tag);
-        ask(self.chunks.borrow().taken[tag].as_ref().unwrap_or(&self.own[tag]))
+    /// The buffer that a tag has.
+    #[inline]
+    pub(super) fn of(&self, tag: u16) -> &Buf {
+        &self.all[usize::from(self.had[usize::from(tag)].get())]
     }
 
     /// Gives a tag the buffer for requests of `len` bytes: for a read before it is carried out, for a write
     /// when that is over, because its data is where the command before it said.
     #[inline]
     pub(super) fn suit(&self, tag: u16, len: u64) {
-        let Chunks { taken, spare } = &mut *self.chunks.borrow_mut();
-        let taken = &mut taken[usize::from(tag)];
-        match (len > HELD_BYTES as u64, taken.is_some()) {
+        let is_large = len > HELD_BYTES as u64;
+        if is_large == (self.had[usize::from(tag)].get() == tag) {
+            self.exchange(tag);
+        }
+    }
+
+    /// Gives a tag a chunk in place of its own buffer, or takes it back.
+    #[inline(never)]
+    fn exchange(&self, tag: u16) {
+        let had = &self.had[usize::from(tag)];
+        let mut spare = self.spare.borrow_mut();
+        if had.get() == tag {
             // There are as many as tags.
-            (true, false) => *taken = spare.pop(),
-            (false, true) => spare.extend(taken.take()),
-            _ => {}
+            had.set(spare.pop().unwrap_or(tag));
+        } else {
+            spare.push(had.replace(tag));
         }
     }
 }
@@ -116,7 +121,7 @@ mod tests {
         buffers.suit(0, 4096);
         assert_eq!(buffers.address(0), own[0]);
         buffers.suit(0, 1 << 19);
-        let chunk = buffers.part(0, 0..1 << 19);
+        let chunk = buffers.of(0).clone();
         assert_eq!(chunk.address() % HUGE_PAGE as u64, 0);
         buffers.suit(0, 1 << 18);
         assert_eq!(buffers.address(0), chunk.address(), "kept while requests are large");

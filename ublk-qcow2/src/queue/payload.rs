@@ -65,6 +65,7 @@ impl Payloads {
         Ok(Self { ring: ring.clone(), target, queue: queue.index, place })
     }
 
+    #[inline]
     pub(super) fn announce(&self, tag: u16) -> Announced {
         match &self.place {
             Place::Tags(buffers) => Announced { buffer: buffers.address(tag), registration: None },
@@ -96,26 +97,34 @@ impl Payloads {
     }
 
     /// Starts the transfers of a request's data, which are reported under the tag's number.
+    #[inline]
     pub(super) fn transfer(&self, tag: u16, way: Way, runs: &[Run]) {
+        let mut begin = 0;
+        for run in runs {
+            self.transfer_run(tag, way, begin, run);
+            begin += run.len;
+        }
+    }
+
+    /// Starts the transfer of a run, which begins at byte `begin` of the request.
+    #[inline]
+    fn transfer_run(&self, tag: u16, way: Way, begin: u64, run: &Run) {
+        let Run { file, at, len } = *run;
         let token = u32::from(tag);
         match &self.place {
             Place::Tags(buffers) => {
-                for (begin, run) in placed(runs) {
-                    let part = buffers.part(tag, begin as usize..(begin + run.len) as usize);
-                    match way {
-                        Way::FromFile => self.ring.read_reporting(run.file, run.at, &part, token),
-                        Way::ToFile => self.ring.write_reporting(run.file, run.at, &part, token),
-                    }
+                let (buf, part) = (buffers.of(tag), begin as usize..(begin + len) as usize);
+                match way {
+                    Way::FromFile => self.ring.read_reporting(file, at, buf, part, token),
+                    Way::ToFile => self.ring.write_reporting(file, at, buf, part, token),
                 }
             }
             Place::Pages(_) => {
-                for (offset, run) in placed(runs) {
-                    // At most the longest request, 1 MiB.
-                    let pages = KernelBuf { index: tag, offset, len: run.len as u32 };
-                    match way {
-                        Way::FromFile => self.ring.read_into_reporting(run.file, run.at, pages, token),
-                        Way::ToFile => self.ring.write_from_reporting(run.file, run.at, pages, token),
-                    }
+                // At most the longest request, 1 MiB.
+                let pages = KernelBuf { index: tag, offset: begin, len: len as u32 };
+                match way {
+                    Way::FromFile => self.ring.read_into_reporting(file, at, pages, token),
+                    Way::ToFile => self.ring.write_from_reporting(file, at, pages, token),
                 }
             }
         }
@@ -124,7 +133,7 @@ impl Payloads {
     /// A buffer for a request's data, to be given back with [`Self::give_back`].
     pub(super) fn take(&self, tag: u16, len: u64) -> Buf {
         match &self.place {
-            Place::Tags(buffers) => buffers.part(tag, 0..len as usize),
+            Place::Tags(buffers) => buffers.of(tag).slice(0..len as usize),
             Place::Pages(pool) => pool.take(len as usize),
         }
     }
@@ -165,15 +174,6 @@ impl Payloads {
         }
         Err(io::Error::other(format!("{copied} of {} bytes", buf.len())))
     }
-}
-
-/// Each run with where it begins in the request.
-fn placed(runs: &[Run]) -> impl Iterator<Item = (u64, &Run)> {
-    runs.iter().scan(0, |next, run| {
-        let begin = *next;
-        *next += run.len;
-        Some((begin, run))
-    })
 }
 
 /// Where in the character device the data of a tag's request begins.

@@ -44,14 +44,17 @@ pub(super) enum Failure {
     Copy(#[source] io::Error),
 }
 
-/// Who has the tag.
+/// Who has the tag. Two of these are passed for each request, so they are kept small: the request stays in its
+/// descriptor.
 enum Stage {
     /// The kernel: it has been told to fetch, or that and a result.
     Kernel,
-    /// Transfers that answer the request are under way. The request itself stays in its descriptor.
+    /// Transfers that answer the request are under way.
     Direct { flight: Flight, account: Account },
-    /// The tag's task, which has the request or is about to take it.
-    Task(Option<Request>),
+    /// The tag's task, which is to take the request up.
+    Waiting,
+    /// The tag's task, which has.
+    Task,
     /// Nobody: the device is being stopped, or the tag is lost.
     Ended,
 }
@@ -60,7 +63,7 @@ enum Stage {
 #[derive(Clone, Copy)]
 struct Account {
     way: Way,
-    under_way: u32,
+    under_way: u8,
     /// Bytes of the request that none of those that have ended has moved; some are left if one has failed.
     missing: u32,
     /// Bytes of the request.
@@ -91,13 +94,13 @@ impl Tag {
         }
     }
 
-    /// The next request for the tag's task; `None` when the tag has ended.
-    async fn next(&self) -> Option<Request> {
-        poll_fn(|context| match self.stage.replace(Stage::Task(None)) {
-            Stage::Task(Some(request)) => Poll::Ready(Some(request)),
+    /// Waits for the next request for the tag's task; `false` when the tag has ended.
+    async fn has_next(&self) -> bool {
+        poll_fn(|context| match self.stage.replace(Stage::Task) {
+            Stage::Waiting => Poll::Ready(true),
             Stage::Ended => {
                 self.set(Stage::Ended);
-                Poll::Ready(None)
+                Poll::Ready(false)
             }
             other => {
                 self.set(other);
@@ -131,20 +134,30 @@ impl Context {
     /// Serves what a tag cannot answer directly, until it has ended.
     pub(super) async fn serve_slowly(self: Rc<Self>, number: u16) {
         let tag = self.tag(number);
-        while let Some(request) = tag.next().await {
-            let result = match self.carry_out(number, request).await {
-                // At most the buffer's length.
-                Ok(bytes) => bytes as i32,
-                Err(error) => self.failed(&request, &error),
+        while tag.has_next().await {
+            let result = match self.request_of(&self.descriptors.get(number)) {
+                Ok(request) => self.serve_whole(number, request).await,
+                Err(refusal) => refusal,
             };
-            if let Request::Write { range, .. } = request {
-                self.payloads.end(number, Way::ToFile, range.len);
-            }
             self.commit(number, result);
         }
     }
 
+    /// Has the engine do all of a request. Returns what the kernel is to be told.
+    async fn serve_whole(&self, number: u16, request: Request) -> i32 {
+        let result = match self.carry_out(number, request).await {
+            // At most the buffer's length.
+            Ok(bytes) => bytes as i32,
+            Err(error) => self.failed(&request, &error),
+        };
+        if let Request::Write { range, .. } = request {
+            self.payloads.end(number, Way::ToFile, range.len);
+        }
+        result
+    }
+
     /// An operation of a tag has ended with `result`: the kernel's, or its transfer.
+    #[inline(always)] // into the loop over reports, which is all that it is called from
     fn advance(&self, number: u16, result: i32) {
         match self.tag(number).stage.replace(Stage::Kernel) {
             Stage::Kernel => self.fetched(number, result),
@@ -156,7 +169,7 @@ impl Context {
                 self.lane.end_direct(flight);
                 self.transferred(number, account);
             }
-            stage @ (Stage::Task(_) | Stage::Ended) => {
+            stage @ (Stage::Waiting | Stage::Task | Stage::Ended) => {
                 debug_assert!(false, "tag {number} has nothing under way, but {result} came of it");
                 self.tag(number).set(stage);
             }
@@ -164,16 +177,14 @@ impl Context {
     }
 
     /// All transfers of a request have ended.
+    #[inline]
     fn transferred(&self, number: u16, account: Account) {
         if account.missing == 0 {
             self.payloads.end(number, account.way, account.len.into());
             // At most the longest request.
             return self.commit(number, account.len as i32);
         }
-        match self.request_of(&self.descriptors.get(number)) {
-            Ok(request) => self.hand_over(number, request),
-            Err(refusal) => self.commit(number, refusal),
-        }
+        self.hand_over(number);
     }
 
     /// The kernel has answered a command: with a request, or with the end.
@@ -199,27 +210,27 @@ impl Context {
         let (way, Range { at, len }) = match request {
             Request::Read(range) => (Way::FromFile, range),
             Request::Write { range, fua: false } => (Way::ToFile, range),
-            _ => return self.hand_over(number, request),
+            _ => return self.hand_over(number),
         };
         self.payloads.begin(number, way, len);
         if !self.payloads.is_movable(op_flags) {
-            return self.hand_over(number, request);
+            return self.hand_over(number);
         }
         let direct = match way {
             Way::FromFile => self.lane.direct_read(at, len),
             Way::ToFile => self.lane.direct_write(at, len),
         };
-        let Some(direct) = direct else { return self.hand_over(number, request) };
+        let Some(direct) = direct else { return self.hand_over(number) };
         self.payloads.transfer(number, way, direct.runs());
-        // At most the longest request.
-        let (under_way, len) = (direct.runs().len() as u32, len as u32);
+        // A few, and at most the longest request.
+        let (under_way, len) = (direct.runs().len() as u8, len as u32);
         let account = Account { way, under_way, missing: len, len };
         self.tag(number).set(Stage::Direct { flight: direct.into(), account });
     }
 
-    fn hand_over(&self, number: u16, request: Request) {
+    fn hand_over(&self, number: u16) {
         let tag = self.tag(number);
-        tag.set(Stage::Task(Some(request)));
+        tag.set(Stage::Waiting);
         tag.wake();
     }
 

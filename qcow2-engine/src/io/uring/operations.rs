@@ -1,7 +1,7 @@
 //! The engine's operations on its files: how each becomes a submission, and what is done about its result.
 
 use super::{FIRST_GUEST_SLOT, Keep, MAX_RETRIES, OnDrop, Prepared, Target, Uring, entry_for};
-use crate::io::{Buf, FileId, Io};
+use crate::io::{Buf, FileId, Io, buf::Named};
 use io_uring::{opcode, squeue, types};
 use std::{io, time::Duration};
 
@@ -47,23 +47,30 @@ impl Uring {
     }
 
     #[inline]
-    pub(super) fn read_entry(&self, file: FileId, at: u64, buf: &Buf) -> io::Result<squeue::Entry> {
-        let len = buf.len().min(MAX_TRANSFER) as u32;
-        Ok(entry_for!(self.target(file)?, |fd| match buf.registered_at(self.id()) {
-            Some(index) => opcode::ReadFixed::new(fd, buf.as_ptr(), len, index).offset(at).build(),
-            None => opcode::Read::new(fd, buf.as_ptr(), len).offset(at).build(),
+    pub(super) fn read_entry(&self, file: FileId, at: u64, into: Named) -> io::Result<squeue::Entry> {
+        let Named { ptr, len, registered } = into;
+        let len = len.min(MAX_TRANSFER) as u32;
+        Ok(entry_for!(self.target(file)?, |fd| match registered {
+            Some(index) => opcode::ReadFixed::new(fd, ptr, len, index).offset(at).build(),
+            None => opcode::Read::new(fd, ptr, len).offset(at).build(),
         }))
     }
 
     #[inline]
-    pub(super) fn write_entry(&self, file: FileId, at: u64, buf: &Buf) -> io::Result<Prepared> {
-        let len = buf.len().min(MAX_TRANSFER) as u32;
+    pub(super) fn write_entry(&self, file: FileId, at: u64, from: Named) -> io::Result<Prepared> {
+        let Named { ptr, len, registered } = from;
+        let len = len.min(MAX_TRANSFER) as u32;
         let known = self.known(file)?;
-        let entry = entry_for!(known.target, |fd| match buf.registered_at(self.id()) {
-            Some(index) => opcode::WriteFixed::new(fd, buf.as_ptr(), len, index).offset(at).build(),
-            None => opcode::Write::new(fd, buf.as_ptr(), len).offset(at).build(),
+        let entry = entry_for!(known.target, |fd| match registered {
+            Some(index) => opcode::WriteFixed::new(fd, ptr, len, index).offset(at).build(),
+            None => opcode::Write::new(fd, ptr, len).offset(at).build(),
         });
         Ok(if known.is_direct { Prepared::DirectWrite(entry) } else { Prepared::Other(entry) })
+    }
+
+    /// How an operation names a whole window.
+    fn whole(&self, buf: &Buf) -> Named {
+        buf.named(0..buf.len(), self.id())
     }
 
     /// Runs a file operation, again if the kernel asks for that. The entry's memory lies in `buf`.
@@ -98,11 +105,11 @@ impl Uring {
 
 impl Io for Uring {
     async fn read(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
-        self.run(Prepared::Other(self.read_entry(file, at, &buf)?), Some(buf)).await
+        self.run(Prepared::Other(self.read_entry(file, at, self.whole(&buf))?), Some(buf)).await
     }
 
     async fn write(&self, file: FileId, at: u64, buf: Buf) -> io::Result<usize> {
-        self.run(self.write_entry(file, at, &buf)?, Some(buf)).await
+        self.run(self.write_entry(file, at, self.whole(&buf))?, Some(buf)).await
     }
 
     async fn sync(&self, file: FileId) -> io::Result<()> {

@@ -2,7 +2,7 @@
 //! and buffers of the kernel's.
 
 use super::{Inner, Target, Uring, entry_for, operations::Known, submit::Prepared};
-use crate::io::{Buf, FileId};
+use crate::io::{Buf, FileId, buf::ALIGNMENT};
 use io_uring::{opcode, squeue};
 use std::{
     io,
@@ -67,17 +67,26 @@ impl Uring {
     /// write that lies wholly inside one of them. They take up memory, used or not, until the ring
     /// is gone.
     ///
+    /// The beginning of each window is held by itself as well: of a buffer that is one page the kernel knows
+    /// without looking that a request in it need not be split.
+    ///
     /// # Errors
     /// The limit on locked memory; a second call for the same ring.
     pub fn register_buffers(&self, windows: Vec<Buf>) -> io::Result<()> {
-        let vectors: Vec<_> = windows
-            .iter()
-            .map(|window| libc::iovec { iov_base: window.as_ptr().cast(), iov_len: window.len() })
-            .collect();
+        let vector = |window: &Buf, most: usize| libc::iovec {
+            iov_base: window.as_ptr().cast(),
+            iov_len: window.len().min(most),
+        };
+        let whole = windows.iter().map(|window| vector(window, usize::MAX));
+        let heads = windows.iter().map(|window| vector(window, ALIGNMENT));
+        let vectors: Vec<_> = whole.chain(heads).collect();
         // SAFETY: the windows' memory stays allocated as long as the ring, which keeps them.
         unsafe { self.0.ring.borrow().submitter().register_buffers(&vectors)? };
-        // The kernel takes fewer than 2^14.
-        windows.iter().zip(0..).for_each(|(window, index)| window.set_registered(self.id(), index));
+        // The kernel takes 2^14 at most.
+        let numbers = (0..).zip(windows.len() as u16..);
+        for (window, (index, head)) in windows.iter().zip(numbers) {
+            window.set_registered(self.id(), index, head);
+        }
         self.keep(windows);
         Ok(())
     }

@@ -12,6 +12,7 @@ use std::{
     cell::{RefCell, RefMut},
     future::poll_fn,
     io, mem,
+    ops::Range,
     task::{Poll, Waker},
 };
 
@@ -59,22 +60,31 @@ impl Uring {
         self.start_reporting(token, |user_data| unsafe { self.push(&entry.user_data(user_data)) });
     }
 
-    /// Starts a read into `buf`, as [`crate::io::Io::read`] but without repetition where the kernel
-    /// asks for it (EAGAIN, EINTR).
-    pub fn read_reporting(&self, file: FileId, at: u64, buf: &Buf, token: u32) {
+    /// Starts a read into the part `range` of `buf`, as [`crate::io::Io::read`] but without repetition where the
+    /// kernel asks for it (EAGAIN, EINTR).
+    ///
+    /// # Panics
+    /// When `range` does not lie inside the buffer.
+    #[inline]
+    pub fn read_reporting(&self, file: FileId, at: u64, buf: &Buf, range: Range<usize>, token: u32) {
         self.keep_once(buf);
+        let into = buf.named(range, self.id());
         // SAFETY: the ring keeps `buf`.
         self.start_reporting(token, |user_data| unsafe {
-            self.push(&self.read_entry(file, at, buf)?.user_data(user_data))
+            self.push(&self.read_entry(file, at, into)?.user_data(user_data))
         });
     }
 
-    /// Starts a write of `buf`; see [`Uring::read_reporting`].
-    pub fn write_reporting(&self, file: FileId, at: u64, buf: &Buf, token: u32) {
+    /// Starts a write of the part `range` of `buf`; see [`Uring::read_reporting`].
+    ///
+    /// # Panics
+    /// When `range` does not lie inside the buffer.
+    pub fn write_reporting(&self, file: FileId, at: u64, buf: &Buf, range: Range<usize>, token: u32) {
         self.keep_once(buf);
+        let from = buf.named(range, self.id());
         // SAFETY: the ring keeps `buf`.
         self.start_reporting(token, |user_data| unsafe {
-            self.hand_over(self.write_entry(file, at, buf)?, user_data)
+            self.hand_over(self.write_entry(file, at, from)?, user_data)
         });
     }
 

@@ -250,11 +250,13 @@ fn registered_buffers_are_used_where_they_reach() {
     ring.register_buffers(vec![Buf::zeroed(4096), buf.slice(4096..16384)]).unwrap();
     assert!(ring.register_buffers(vec![buf.clone()]).is_err(), "once only");
 
-    assert_eq!(buf.slice(4096..8192).registered_at(ring.id()), Some(1));
-    assert_eq!(buf.slice(16384 - 512..16384).registered_at(ring.id()), Some(1));
-    assert_eq!(buf.slice(0..8192).registered_at(ring.id()), None);
-    assert_eq!(buf.slice(8192..20480).registered_at(ring.id()), None);
-    assert_eq!(buf.slice(4096..8192).registered_at(other.id()), None);
+    let held = |range, ring: &Uring| buf.named(range, ring.id()).registered;
+    assert_eq!(held(4096..8192, &ring), Some(3), "the second window's beginning, by itself");
+    assert_eq!(held(4096 + 512..8192 + 512, &ring), Some(1));
+    assert_eq!(held(16384 - 512..16384, &ring), Some(1));
+    assert_eq!(held(0..8192, &ring), None);
+    assert_eq!(held(8192..20480, &ring), None);
+    assert_eq!(held(4096..8192, &other), None);
 
     for ring in [&ring, &other] {
         for range in [4096..8192, 8704..9216, 0..8192, 8192..32768] {
@@ -272,7 +274,7 @@ fn registered_buffers_are_used_where_they_reach() {
         std::fs::write(&path, (0..32768_u32).map(|i| (i / 512) as u8).collect::<Vec<_>>()).unwrap();
     }
     drop(ring);
-    assert_eq!(buf.slice(4096..8192).registered_at(other.id()), None);
+    assert_eq!(buf.named(4096..8192, other.id()).registered, None);
 }
 
 /// More than the queues have room for, by twos and at once, good ones and bad ones.
@@ -289,9 +291,9 @@ fn operations_without_a_future_are_reported_once_each() {
             if index % 2 == 0 {
                 it.ring.keep(vec![data.clone()]);
             }
-            it.ring.write_reporting(it.file, u64::from(index) * 512, &data, index);
+            it.ring.write_reporting(it.file, u64::from(index) * 512, &data, 0..512, index);
         }
-        it.ring.read_reporting(FileId(77), 0, &Buf::zeroed(512), COUNT);
+        it.ring.read_reporting(FileId(77), 0, &Buf::zeroed(512), 0..512, COUNT);
         let mut reports = Vec::new();
         while seen.contains(&0) {
             it.ring.reports(&mut reports).await;
@@ -317,7 +319,7 @@ fn dropping_the_ring_does_not_lose_a_write() {
         if is_kept {
             it.ring.keep(vec![data.clone()]);
         }
-        it.ring.write_reporting(it.file, 512, &data, 0);
+        it.ring.write_reporting(it.file, 512, &data, 0..data.len(), 0);
         assert_eq!(it.ring.in_flight(), 1);
         drop(data);
         let Fixture { dir, ring, .. } = it;
