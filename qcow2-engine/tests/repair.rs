@@ -186,8 +186,15 @@ fn an_l1_entry_that_makes_no_sense_is_kept_wherever_it_points() {
         let (report, again) = repaired(&after, Repair::All);
         assert!(again.bytes == after.bytes && report.remaining.corruptions > 0);
     }
-    // Of one that makes sense a repair knows that there is nothing.
+    // Of one that makes sense a repair knows that there is nothing, but not beside one that does not: it was told
+    // of those before that one that they are cleared.
     parts.set(entry, far);
+    let mut beside = parts.clone();
+    beside.set(entry + 8, far | 2);
+    let (report, after) = repaired(&beside, Repair::All);
+    assert_eq!(after.word(entry), far);
+    let [of_first, ..] = &report.found.list[..] else { panic!("nothing is found") };
+    assert!(of_first.to_string().ends_with("[no repair: the table may be something else]"), "{of_first}");
     assert_eq!(repaired(&parts, Repair::All).1.word(entry), 0);
 }
 

@@ -4,7 +4,7 @@ pub use crate::owner::Owner;
 
 use crate::error::Error;
 use qcow2_format::Corruption;
-use std::fmt;
+use std::{fmt, ops::Range};
 
 /// Findings that a report holds where the caller does not say it; more are only counted.
 pub const DEFAULT_MAX_FINDINGS: usize = 1_000;
@@ -157,6 +157,16 @@ impl Findings {
     pub(super) fn corruption(&mut self, table: Owner, at: u64, problem: Problem, remedy: Remedy) {
         self.wrong_flags += u64::from(matches!(problem, Problem::CopiedFlag { .. }));
         self.push(Finding { severity: Severity::Corruption, table, at, problem, remedy });
+    }
+
+    /// Takes back what a repair of all would do about entries of `table` in these bytes of the file.
+    pub(super) fn take_back(&mut self, table: Owner, bytes: Range<u64>, why: &'static str) {
+        let theirs = |finding: &&mut Finding| finding.table == table && bytes.contains(&finding.at);
+        for finding in self.list.iter_mut().filter(theirs) {
+            if let Remedy::WithAll(_) = finding.remedy {
+                finding.remedy = Remedy::None(why);
+            }
+        }
     }
 
     /// A structure that cannot be used: damage where its content is to blame, else a check error.

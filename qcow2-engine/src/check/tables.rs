@@ -100,6 +100,10 @@ impl Survey {
                     return;
                 }
             }
+            if self.doubts.senseless_l1.contains(&l1.at) {
+                let bytes = l1.at..l1.at + l1.entries * TABLE_ENTRY_BYTES;
+                self.findings.take_back(l1.owner, bytes, "the table may be something else");
+            }
         }
     }
 
@@ -132,10 +136,7 @@ impl Survey {
         let (host, len) = (self.geometry().host_offset(table).0, self.geometry().cluster_size());
         let (holder, owner) = (l1.owner, Owner::L2);
         if self.rules.is_table_beyond_file(table) {
-            let remedy = match self.doubts.senseless_l1.contains(&l1.at) {
-                true => Remedy::None("the table may be something else"),
-                false => Remedy::WithAll("clear the entry"),
-            };
+            let remedy = Remedy::WithAll("clear the entry");
             self.findings.corruption(holder, at, Problem::BeyondFile { owner, host, len }, remedy);
             self.doubts.lost_tables = true;
             return;
