@@ -291,15 +291,19 @@ impl fmt::Display for Row {
     }
 }
 
-/// The sessions of `extent`, those that decide most first. A filter keeps the rows whose name it is a part
-/// of, and those that a kept row is held against.
+/// The sessions of `extent`, those that decide most first. Filters keep the rows whose name one of them is a part of.
 pub(super) fn sessions(extent: Extent, filters: &[String]) -> Vec<Session> {
+    chosen(extent, |name| filters.is_empty() || filters.iter().any(|part| name.contains(part)))
+}
+
+/// The sessions with the rows whose names are wanted, and those that such a row is held against.
+pub(super) fn chosen(extent: Extent, is_wanted: impl Fn(&str) -> bool) -> Vec<Session> {
     let mut sessions = match extent {
         Extent::Quick => quick(),
         Extent::Full => full(),
     };
     for session in &mut sessions {
-        let wanted = |row: &Row| filters.is_empty() || filters.iter().any(|part| row.name().contains(part));
+        let wanted = |row: &Row| is_wanted(&row.name());
         let references: Vec<_> =
             session.rows.iter().filter(|row| wanted(row)).filter_map(reference).collect();
         session.rows.retain(|row| wanted(row) || references.contains(row));

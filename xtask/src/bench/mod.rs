@@ -92,6 +92,9 @@ pub(crate) struct Options {
     /// Only rows whose name contains this (can be repeated; --list shows the names)
     #[arg(long, value_name = "PART")]
     filter: Vec<String>,
+    /// Only rows that --out has nothing of yet
+    #[arg(long, conflicts_with_all = ["filter", "quick", "report"])]
+    missing: bool,
     /// Show the rows that would be run
     #[arg(long)]
     list: bool,
@@ -115,7 +118,7 @@ pub(crate) struct Options {
     peers_only: bool,
     /// Hold the targets' workloads against floors below which no change may bring them: on Linux 6.12, in count
     /// mode, against the peers that need no building; as `cargo xtask test` does
-    #[arg(long, conflicts_with_all = ["filter", "list", "report", "out", "mode", "kernel", "peers_only", "engine"])]
+    #[arg(long, conflicts_with_all = ["filter", "missing", "list", "report", "out", "mode", "kernel", "peers_only", "engine"])]
     gate: bool,
 }
 
@@ -128,6 +131,7 @@ impl Options {
             mode: Mode::Count,
             rounds: None,
             filter: Vec::new(),
+            missing: false,
             list: false,
             report: false,
             out: None,
@@ -189,6 +193,9 @@ impl Options {
             text += " --quick";
         }
         text += &format!(" --rounds {}", self.rounds());
+        if self.missing {
+            text += " --missing";
+        }
         for part in &self.filter {
             text += &format!(" --filter {}", quote(part));
         }
@@ -207,7 +214,7 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
     if options.engine {
         return engine::measure(options.out().as_deref(), load_average()).map(|()| ExitCode::SUCCESS);
     }
-    let sessions = matrix::sessions(options.extent(), &options.filter);
+    let sessions = sessions(options)?;
     if options.list {
         let rows = sessions.iter().flat_map(|session| &session.rows);
         let list: String = rows.map(|row| format!("{row}\n")).collect();
@@ -218,6 +225,10 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
     if options.report {
         let out = options.out().context("--report needs --out")?;
         return save(&load(&out, options)?, &out).map(|()| ExitCode::SUCCESS);
+    }
+    if sessions.is_empty() && options.missing {
+        println!("bench: no row is missing");
+        return Ok(ExitCode::SUCCESS);
     }
     if sessions.is_empty() {
         bail!("no row has {:?} in its name; --list shows them", options.filter);
@@ -241,6 +252,15 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
         bail!("{US} has no figure for {}", silent.join(", "));
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// What is to be measured.
+fn sessions(options: &Options) -> Result<Vec<Session>> {
+    if !options.missing {
+        return Ok(matrix::sessions(options.extent(), &options.filter));
+    }
+    let kept = load(&options.out().context("--missing needs --out")?, options)?;
+    Ok(matrix::chosen(options.extent(), |name| !kept.rows.contains_key(name)))
 }
 
 /// `bench --gate` as a lane of tests: how many floors are kept.
