@@ -6,8 +6,9 @@
 //! report, plot, targets ◀── document (samples by row, engine, round) ◀──────────┘
 //! ```
 //!
-//! Beside these, `--engine` has criterion measure the engine alone (`engine`), and `--gate` holds a few rows
-//! against floors (`gate`), as `cargo xtask test` does.
+//! Beside these, `--engine` has criterion measure the engine alone (`engine`), `--gate` holds a few rows
+//! against floors (`gate`), as `cargo xtask test` does, and `--profile` tells of one row in which functions the
+//! instructions are (`profile`, `owner`).
 //!
 //! Two modes: `count` lets guest time count instructions and repeats within a few per cent on any machine;
 //! `wall` measures real time and shows wake-ups and parallelism too, and swings on a shared machine. Hence
@@ -18,8 +19,10 @@ mod engine;
 mod gate;
 mod kit;
 mod matrix;
+mod owner;
 mod plan;
 mod plot;
+mod profile;
 mod report;
 mod stats;
 mod targets;
@@ -30,13 +33,16 @@ use crate::{
     place::{Job, Place},
     process::{capture, find_program, program, quote},
     test::Count,
-    vm::{accel::Accel, machine::Console},
+    vm::{
+        accel::Accel,
+        machine::{Console, Counter},
+    },
     workspace,
 };
 use anyhow::{Context, Result, bail};
 use document::{Boot, Document};
 use kit::Kit;
-use matrix::{Engine, Extent, Session};
+use matrix::{Engine, Extent, Row, Session};
 use plan::{Length, Plan};
 use std::{
     fs,
@@ -45,6 +51,7 @@ use std::{
     process::ExitCode,
     time::Duration,
 };
+use tempfile::TempDir;
 
 const SCRIPT: &str = include_str!("../../guest/bench.sh");
 const US: &str = "ublk-qcow2";
@@ -117,6 +124,22 @@ pub(crate) struct Options {
     /// mode, against the peers that need no building; as `cargo xtask test` does
     #[arg(long, conflicts_with_all = ["filter", "list", "report", "out", "mode", "kernel", "peers_only", "engine"])]
     gate: bool,
+    /// How many instructions a request of this row (one of --list) costs in each function of the kernel and of the
+    /// server, as Markdown
+    #[arg(long, value_name = "ROW", value_parser = profile::parse_row, conflicts_with_all = [
+        "quick", "filter", "list", "report", "rounds", "mode", "out", "json", "engine", "gate", "peers_only",
+    ])]
+    profile: Option<Row>,
+    /// Whom --profile shows beside us
+    #[arg(
+        long,
+        value_name = "ENGINE",
+        value_enum,
+        value_delimiter = ',',
+        default_value = "rublk-loop",
+        requires = "profile"
+    )]
+    against: Vec<Engine>,
 }
 
 impl Options {
@@ -136,6 +159,8 @@ impl Options {
             engine: false,
             peers_only: false,
             gate: true,
+            profile: None,
+            against: Vec::new(),
         }
     }
 
@@ -148,11 +173,17 @@ impl Options {
     }
 
     fn rounds(&self) -> u32 {
-        self.rounds.unwrap_or(if self.is_quick() { 1 } else { 5 })
+        let default = match self.profile {
+            Some(_) => profile::RUNS,
+            None if self.is_quick() => 1,
+            None => 5,
+        };
+        self.rounds.unwrap_or(default)
     }
 
     const fn length(&self) -> Length {
         match (self.mode, self.is_quick()) {
+            (Mode::Count, _) if self.profile.is_some() => Length::Difference,
             (Mode::Count, _) => Length::Requests,
             (Mode::Wall, true) => Length::Seconds(2),
             (Mode::Wall, false) => Length::Seconds(5),
@@ -176,6 +207,9 @@ impl Options {
         if self.gate {
             return gate::ENGINES.to_vec();
         }
+        if self.profile.is_some() {
+            return [Engine::Us].into_iter().chain(self.against.iter().copied()).collect();
+        }
         Engine::ALL.into_iter().filter(|engine| !(self.peers_only && *engine == Engine::Us)).collect()
     }
 
@@ -183,6 +217,11 @@ impl Options {
     fn shown(&self) -> String {
         if self.gate {
             return format!("cargo xtask bench --gate --rounds {}", self.rounds());
+        }
+        if let Some(row) = &self.profile {
+            let against: Vec<_> = self.against.iter().map(|engine| engine.name()).collect();
+            let against = against.join(",");
+            return format!("cargo xtask bench --profile {row} --kernel {} --against {against}", self.kernel);
         }
         let mut text = format!("cargo xtask bench --mode {} --kernel {}", self.mode.name(), self.kernel);
         if self.quick {
@@ -206,6 +245,12 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
     }
     if options.engine {
         return engine::measure(options.out().as_deref(), load_average()).map(|()| ExitCode::SUCCESS);
+    }
+    if let Some(row) = options.profile {
+        let page = profile::measure(row, options)?;
+        // Whoever reads it may have seen enough.
+        let _ = std::io::stdout().write_all(page.as_bytes());
+        return Ok(ExitCode::SUCCESS);
     }
     let sessions = matrix::sessions(options.extent(), &options.filter);
     if options.list {
@@ -325,6 +370,19 @@ fn programs(options: &Options) -> Result<Vec<PathBuf>> {
 type Measured = (Boot, std::collections::BTreeMap<String, document::RowResult>);
 
 fn run_session(session: &Session, options: &Options, place: Place, programs: &[PathBuf]) -> Result<Measured> {
+    let (boot, results) = run_script(session, options, place, programs, None)?;
+    let rows = document::collect(results.path(), session, &options.engines(), options.rounds())?;
+    Ok((boot, rows))
+}
+
+/// A boot of the machine for a session, and what its script has left.
+fn run_script(
+    session: &Session,
+    options: &Options,
+    place: Place,
+    programs: &[PathBuf],
+    counter: Option<Counter>,
+) -> Result<(Boot, TempDir)> {
     let commit = commit(options)?; // of what is measured, whatever is committed meanwhile
     let kit = Kit::for_session(session)?;
     let engines = options.engines();
@@ -350,6 +408,10 @@ fn run_session(session: &Session, options: &Options, place: Place, programs: &[P
     if options.gate {
         job.console = Console::Labelled("speed"); // other machines speak as well
     }
+    if counter.is_some() {
+        job.console = Console::Aside;
+    }
+    job.counter = counter;
     job.accel = (options.mode == Mode::Count).then_some(Accel::InstructionCount);
     let results = tempfile::tempdir()?;
     job.results = Some(results.path().to_owned());
@@ -359,8 +421,7 @@ fn run_session(session: &Session, options: &Options, place: Place, programs: &[P
     if finished.status != 0 {
         eprintln!("bench: session {} ended early, with status {}", session.name, finished.status);
     }
-    let rows = document::collect(results.path(), session, &engines, options.rounds())?;
-    Ok((boot(options, commit, results.path(), &load)?, rows))
+    Ok((boot(options, commit, results.path(), &load)?, results))
 }
 
 fn boot(options: &Options, commit: String, results: &Path, load: &str) -> Result<Boot> {
