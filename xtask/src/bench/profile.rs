@@ -71,6 +71,7 @@ pub(super) fn measure(row: Row, options: &super::Options) -> Result<String> {
     let session = Session { name: row.name(), rows: vec![row] };
     let (boot, results) = super::run_script(&session, options, place, &programs, Some(counter))?;
     let (results, counts) = (results.path(), counts.path());
+    // They are missing where no run was made, of which the run's own account says more.
     let kernel = Symbols::parse(&fs::read_to_string(results.join("kallsyms")).unwrap_or_default());
 
     let mut engines: Vec<Engine> = Vec::new();
