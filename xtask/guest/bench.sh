@@ -50,10 +50,12 @@ storage() {
     uname -r >>"$RESULTS/versions"
 }
 
-# image COMMAND: makes an image. What is cached of it would make the first engine's direct I/O slow.
+# image COMMAND: makes an image. What is cached of it would make the first engine's direct I/O slow. Memory that null_blk has
+# for a file of before would make a run of few requests, and the one of many that comes after it, differ in more than that.
 image() {
     bash -c "$1" || die "cannot make an image: $1"
     sync
+    ! command -v qemu-mark >/dev/null || fstrim "$base" || die "cannot give back what images of before had"
     echo 1 >/proc/sys/vm/drop_caches
 }
 
