@@ -13,8 +13,8 @@
 //! the blocks there. Addresses are virtual: the plugin knows neither symbols nor processes. A block that an exception
 //! ends early counts as a whole.
 //!
-//! `cargo xtask bench --profile` builds and loads it, and makes a table of the files (`xtask/src/bench/profile.rs`). The
-//! interface needs QEMU 9.1. What QEMU brings is not there in a test, so the tests leave `plugin.rs` out.
+//! `cargo xtask bench --profile` builds and loads it, and makes a table of the files (`xtask/src/bench/profile.rs`).
+//! The interface needs QEMU 9.1. What QEMU brings is not there in a test, so the tests leave `plugin.rs` out.
 
 mod marker;
 #[cfg(not(test))]

@@ -45,13 +45,14 @@ storage() {
     modprobe nbd nbds_max=1 max_part=0 || die "no nbd"
     modprobe loop max_loop=1 || die "no loop"
     local tools
-    tools=$(fio --version; qemu-nbd --version | head -n 1 | sed 's,^/[^ ]*/,,'; ! command -v rublk >/dev/null || rublk --version)
+    tools=$(fio --version; qemu-nbd --version | sed 's,^/[^ ]*/,,; q'; ! command -v rublk >/dev/null || rublk --version)
     printf '%s\n' "$tools" >"$RESULTS/versions"
     uname -r >>"$RESULTS/versions"
 }
 
-# image COMMAND: makes an image. What is cached of it would make the first engine's direct I/O slow. Memory that null_blk has
-# for a file of before would make a run of few requests, and the one of many that comes after it, differ in more than that.
+# image COMMAND: makes an image. What is cached of it would make the first engine's direct I/O slow. Of two runs whose
+# instructions are held against one another, the second must not find the memory that null_blk has for the file of the
+# first.
 image() {
     bash -c "$1" || die "cannot make an image: $1"
     sync
@@ -187,7 +188,7 @@ drive() {
 }
 
 # set_apart: QEMU translates code once for all who have it in memory, at the address of the first, and that is what its
-# plugin is told. So that its address tells a server's code from all other, it is always at the same one, where others are
+# plugin is told. So that addresses tell a server's code from all other, it is always at the same ones, where others are
 # at random ones, and has its libraries to itself.
 set_apart() {
     local apart=$SCRATCH/apart name path

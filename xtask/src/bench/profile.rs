@@ -6,9 +6,9 @@
 //! ```
 //!
 //! The difference of the two runs is that of their requests: how fio and the device begin and end is in both. Every
-//! instruction of the machine is counted, none is sampled. What is not kernel is the server's where its mappings say so,
-//! which guest/bench.sh sets apart for this, and else somebody else's, mostly fio's; there, too, is what the server
-//! executes of the vDSO and the dynamic loader, of which the whole machine has one. The kernel's part has fio's
+//! instruction of the machine is counted, none is sampled. What is not kernel is the server's where its mappings say
+//! so, which guest/bench.sh sets apart for this, and else somebody else's, mostly fio's; there, too, is what the
+//! server executes of the vDSO and the dynamic loader, of which the whole machine has one. The kernel's part has fio's
 //! requests in it as well.
 
 use super::{
