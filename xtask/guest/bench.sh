@@ -50,13 +50,10 @@ storage() {
     uname -r >>"$RESULTS/versions"
 }
 
-# image COMMAND: makes an image. What is cached of it would make the first engine's direct I/O slow. Of two runs whose
-# instructions are held against one another, the second must not find the memory that null_blk has for the file of the
-# first.
+# image COMMAND: makes an image. What is cached of it would make the first engine's direct I/O slow.
 image() {
     bash -c "$1" || die "cannot make an image: $1"
     sync
-    ! command -v qemu-mark >/dev/null || fstrim "$base" || die "cannot give back what images of before had"
     echo 1 >/proc/sys/vm/drop_caches
 }
 
