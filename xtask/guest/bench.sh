@@ -2,11 +2,13 @@
 # xtask (bench/plan.rs) appends one line per image and per measurement, each a call of `image`, `speed`,
 # `attach_time` or `memory`, and reads what they leave: $RESULTS/ROUND.ENGINE.ROW.facts, lines of key=value, and
 # $RESULTS/ROUND.ENGINE.ROW.json, fio's account. Set by xtask: DEPTH, the depth of every device's one queue, and PATIENCE.
+# A machine that has qemu-mark counts what is executed (bench --profile, see `set_apart` and `marked`).
 set -u
 : "${DEPTH:?}" "${PATIENCE:?}"
 base=$SCRATCH/bench
 NODE=
 FACTS=
+marks=0
 
 die() {
     printf 'bench: %s\n' "$*"
@@ -39,10 +41,11 @@ storage() {
     # Without discard: of an image that was removed it would go on beneath the next measurement.
     mount "$disk" "$base" || die "cannot mount $disk"
     cd "$base" || die "no $base" # rublk looks for backing files in its working directory
+    ! command -v qemu-mark >/dev/null || set_apart
     modprobe nbd nbds_max=1 max_part=0 || die "no nbd"
     modprobe loop max_loop=1 || die "no loop"
     local tools
-    tools=$(fio --version; qemu-nbd --version | head -n 1; ! command -v rublk >/dev/null || rublk --version)
+    tools=$(fio --version; qemu-nbd --version | sed 's,^/[^ ]*/,,; q'; ! command -v rublk >/dev/null || rublk --version)
     printf '%s\n' "$tools" >"$RESULTS/versions"
     uname -r >>"$RESULTS/versions"
 }
@@ -181,6 +184,40 @@ drive() {
     return $status
 }
 
+# set_apart: QEMU translates code once for all who have it in memory, at the address of the first, and that is what its
+# plugin is told. So that addresses tell a server's code from all other, it is always at the same ones, where others are
+# at random ones, and has its libraries to itself.
+set_apart() {
+    local apart=$SCRATCH/apart name path
+    mkdir -p "$apart/bin" "$apart/lib"
+    for name in qemu-nbd rublk ublk-qcow2; do
+        path=$(command -v $name) || continue
+        LD_TRACE_LOADED_OBJECTS=1 "$path" | awk '$2 == "=>" && $3 ~ "^/" { print $3 }' | while read -r library; do
+            cp -L "$library" "$apart/lib/"
+        done
+        printf '#!/bin/sh\nexec setarch -R env LD_LIBRARY_PATH=%s %s "$@"\n' "$apart/lib" "$path" >"$apart/bin/$name"
+        chmod +x "$apart/bin/$name"
+    done
+    PATH=$apart/bin:$PATH
+}
+
+# marked [FIO OPTION]…: drive, and where the machine counts what is executed, between two marks. The plugin numbers its
+# files by the marks; that of the second is the one. The server's mappings and the kernel's symbols tell whose it is.
+marked() {
+    local pid
+    if ! command -v qemu-mark >/dev/null; then
+        drive "$@"
+        return
+    fi
+    for pid in $(pidof qemu-nbd rublk ublk-qcow2); do
+        cat "/proc/$pid/maps"
+    done >"${FACTS%.facts}.maps"
+    { qemu-mark && drive "$@" && qemu-mark; } || return
+    fact counted $((marks + 1))
+    marks=$((marks + 2))
+    cat /proc/kallsyms >"$RESULTS/kallsyms" # with all modules that there are by now
+}
+
 # speed ROUND ENGINE ROW IMAGE SETTLING WARM [FIO OPTION]…: after so many seconds; of so many requests, before the ones
 # that count, nothing is kept
 speed() {
@@ -189,7 +226,7 @@ speed() {
     shift 6
     attached "$engine" "$image" || return 0
     sleep "$settling"
-    if { [ "$warm" = 0 ] || drive "$@" --number_ios="$warm"; } && drive "$@"; then
+    if { [ "$warm" = 0 ] || drive "$@" --number_ios="$warm"; } && marked "$@"; then
         resident
         printf '\n'
     else

@@ -168,6 +168,7 @@ impl Lives {
             scratch_gib: SCRATCH_GIB,
             disks: [host].into_iter().chain(self.disks.iter().cloned()).collect(),
             report: Some(report),
+            counter: None,
             console: Console::Streamed,
             time_limit: self.limit,
             results: None,

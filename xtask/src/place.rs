@@ -13,7 +13,7 @@ use crate::{
     vm::{
         self,
         accel::Accel,
-        machine::{Console, Disk, Finished, Machine, collect},
+        machine::{Console, Counter, Disk, Finished, Machine, collect},
         tree::Tree,
     },
     workspace,
@@ -122,6 +122,8 @@ pub(crate) struct Job<'a> {
     pub console: Console,
     /// The machine's processor; chosen by a trial boot when None.
     pub accel: Option<Accel>,
+    /// What the machine counts beside.
+    pub counter: Option<Counter>,
     pub scratch_gib: u32,
     pub time_limit: Duration,
     pub results: Option<PathBuf>,
@@ -136,6 +138,7 @@ impl<'a> Job<'a> {
             disks: Vec::new(),
             console: Console::Streamed,
             accel: None,
+            counter: None,
             scratch_gib: 16,
             time_limit,
             results: None,
@@ -190,6 +193,7 @@ impl<'a> Job<'a> {
             scratch_gib: self.scratch_gib,
             disks: self.disks.clone(),
             report: None,
+            counter: self.counter.clone(),
             console: self.console,
             time_limit: self.time_limit,
             results: self.results.clone(),

@@ -252,14 +252,14 @@ fn measurement(dir: &Path, stem: &str, round: u32, row: &Row, result: &mut Engin
 }
 
 /// Lines of key=value.
-struct Facts<'a>(BTreeMap<&'a str, &'a str>);
+pub(super) struct Facts<'a>(BTreeMap<&'a str, &'a str>);
 
 impl<'a> Facts<'a> {
-    fn parse(text: &'a str) -> Self {
+    pub(super) fn parse(text: &'a str) -> Self {
         Self(text.lines().filter_map(|line| line.split_once('=')).collect())
     }
 
-    fn text(&self, key: &str) -> Option<&'a str> {
+    pub(super) fn text(&self, key: &str) -> Option<&'a str> {
         self.0.get(key).copied()
     }
 
@@ -270,12 +270,28 @@ impl<'a> Facts<'a> {
 
 /// Reads and writes per second in fio's account.
 fn requests_per_second(text: &str) -> Result<(f64, f64)> {
+    let jobs = jobs(text)?;
+    let iops = |side: &str| jobs[side]["iops"].as_f64().with_context(|| format!("no figure for {side}"));
+    Ok((iops("read")?, iops("write")?))
+}
+
+/// How many reads and writes are in fio's account.
+///
+/// # Errors
+/// Fails when it is none.
+pub(super) fn requests(text: &str) -> Result<u64> {
+    let jobs = jobs(text)?;
+    let total =
+        |side: &str| jobs[side]["total_ios"].as_u64().with_context(|| format!("no number for {side}"));
+    Ok(total("read")? + total("write")?)
+}
+
+/// All jobs together, as fio gives them with --group_reporting.
+fn jobs(text: &str) -> Result<serde_json::Value> {
     // fio puts its notes in front of the account.
     let json = text.find('{').map_or("", |start| &text[start..]);
     let fio: serde_json::Value = serde_json::from_str(json).context("fio wrote no JSON")?;
-    let job = &fio["jobs"][0];
-    let iops = |side: &str| job[side]["iops"].as_f64().with_context(|| format!("no figure for {side}"));
-    Ok((iops("read")?, iops("write")?))
+    Ok(fio["jobs"][0].clone())
 }
 
 #[cfg(test)]

@@ -7,13 +7,14 @@
 use std::fmt;
 
 /// Who serves the image.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, clap::ValueEnum)]
 pub(super) enum Engine {
     QemuNbd,
     RublkQcow2,
     /// The ublk driver on a raw file: the limit of what copying can reach.
     RublkLoop,
     KernelLoop,
+    #[value(skip)] // nobody is held against himself
     Us,
 }
 

@@ -6,8 +6,9 @@
 //! report, plot, targets ◀── document (samples by row, engine, round) ◀──────────┘
 //! ```
 //!
-//! Beside these, `--engine` has criterion measure the engine alone (`engine`), and `--gate` holds a few rows
-//! against floors (`gate`), as `cargo xtask test` does.
+//! Beside these, `--engine` has criterion measure the engine alone (`engine`), `--gate` holds a few rows
+//! against floors (`gate`), as `cargo xtask test` does, and `--profile` tells of one row in which functions the
+//! instructions are (`profile`, `owner`).
 //!
 //! Two modes: `count` lets guest time count instructions and repeats within a few per cent on any machine;
 //! `wall` measures real time and shows wake-ups and parallelism too, and swings on a shared machine. Hence
@@ -18,8 +19,10 @@ mod engine;
 mod gate;
 mod kit;
 mod matrix;
+mod owner;
 mod plan;
 mod plot;
+mod profile;
 mod report;
 mod stats;
 mod targets;
@@ -30,13 +33,17 @@ use crate::{
     place::{Job, Place},
     process::{capture, find_program, program, quote},
     test::Count,
-    vm::{accel::Accel, machine::Console},
+    vm::{
+        accel::Accel,
+        machine::{Console, Counter},
+    },
     workspace,
 };
 use anyhow::{Context, Result, bail};
+use clap::Parser;
 use document::{Boot, Document};
 use kit::Kit;
-use matrix::{Engine, Extent, Session};
+use matrix::{Engine, Extent, Row, Session};
 use plan::{Length, Plan};
 use std::{
     fs,
@@ -45,6 +52,7 @@ use std::{
     process::ExitCode,
     time::Duration,
 };
+use tempfile::TempDir;
 
 const SCRIPT: &str = include_str!("../../guest/bench.sh");
 const US: &str = "ublk-qcow2";
@@ -120,29 +128,25 @@ pub(crate) struct Options {
     /// mode, against the peers that need no building; as `cargo xtask test` does
     #[arg(long, conflicts_with_all = ["filter", "missing", "list", "report", "out", "mode", "kernel", "peers_only", "engine"])]
     gate: bool,
+    /// How many instructions a request of this row (one of --list) costs in each function of the kernel and of the
+    /// server, as Markdown
+    #[arg(long, value_name = "ROW", value_parser = profile::parse_row, conflicts_with_all = [
+        "quick", "filter", "missing", "list", "report", "rounds", "mode", "out", "json", "engine", "gate", "peers_only",
+    ])]
+    profile: Option<Row>,
+    /// Whom --profile shows beside us
+    #[arg(
+        long,
+        value_name = "ENGINE",
+        value_enum,
+        value_delimiter = ',',
+        default_value = "rublk-loop",
+        requires = "profile"
+    )]
+    against: Vec<Engine>,
 }
 
 impl Options {
-    /// What `--gate` says.
-    fn of_gate() -> Self {
-        Self {
-            quick: false,
-            kernel: Kernel::V6_12,
-            mode: Mode::Count,
-            rounds: None,
-            filter: Vec::new(),
-            missing: false,
-            list: false,
-            report: false,
-            out: None,
-            json: None,
-            binary: None,
-            engine: false,
-            peers_only: false,
-            gate: true,
-        }
-    }
-
     const fn is_quick(&self) -> bool {
         self.quick || self.gate
     }
@@ -152,11 +156,17 @@ impl Options {
     }
 
     fn rounds(&self) -> u32 {
-        self.rounds.unwrap_or(if self.is_quick() { 1 } else { 5 })
+        let default = match self.profile {
+            Some(_) => profile::RUNS,
+            None if self.is_quick() => 1,
+            None => 5,
+        };
+        self.rounds.unwrap_or(default)
     }
 
     const fn length(&self) -> Length {
         match (self.mode, self.is_quick()) {
+            (Mode::Count, _) if self.profile.is_some() => Length::Difference,
             (Mode::Count, _) => Length::Requests,
             (Mode::Wall, true) => Length::Seconds(2),
             (Mode::Wall, false) => Length::Seconds(5),
@@ -180,6 +190,9 @@ impl Options {
         if self.gate {
             return gate::ENGINES.to_vec();
         }
+        if self.profile.is_some() {
+            return [Engine::Us].into_iter().chain(self.against.iter().copied()).collect();
+        }
         Engine::ALL.into_iter().filter(|engine| !(self.peers_only && *engine == Engine::Us)).collect()
     }
 
@@ -187,6 +200,11 @@ impl Options {
     fn shown(&self) -> String {
         if self.gate {
             return format!("cargo xtask bench --gate --rounds {}", self.rounds());
+        }
+        if let Some(row) = &self.profile {
+            let against: Vec<_> = self.against.iter().map(|engine| engine.name()).collect();
+            let against = against.join(",");
+            return format!("cargo xtask bench --profile {row} --kernel {} --against {against}", self.kernel);
         }
         let mut text = format!("cargo xtask bench --mode {} --kernel {}", self.mode.name(), self.kernel);
         if self.quick {
@@ -213,6 +231,12 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
     }
     if options.engine {
         return engine::measure(options.out().as_deref(), load_average()).map(|()| ExitCode::SUCCESS);
+    }
+    if let Some(row) = options.profile {
+        let page = profile::measure(row, options)?;
+        // Whoever reads it may have seen enough.
+        let _ = std::io::stdout().write_all(page.as_bytes());
+        return Ok(ExitCode::SUCCESS);
     }
     let sessions = sessions(options)?;
     if options.list {
@@ -268,7 +292,13 @@ fn sessions(options: &Options) -> Result<Vec<Session>> {
 /// # Errors
 /// Fails when the benchmark cannot run.
 pub(crate) fn gate() -> Result<Count> {
-    gate_with(&Options::of_gate())
+    /// For the defaults of all the others.
+    #[derive(clap::Parser)]
+    struct Line {
+        #[command(flatten)]
+        options: Options,
+    }
+    gate_with(&Line::parse_from(["bench", "--gate"]).options)
 }
 
 fn gate_with(options: &Options) -> Result<Count> {
@@ -345,6 +375,19 @@ fn programs(options: &Options) -> Result<Vec<PathBuf>> {
 type Measured = (Boot, std::collections::BTreeMap<String, document::RowResult>);
 
 fn run_session(session: &Session, options: &Options, place: Place, programs: &[PathBuf]) -> Result<Measured> {
+    let (boot, results) = run_script(session, options, place, programs, None)?;
+    let rows = document::collect(results.path(), session, &options.engines(), options.rounds())?;
+    Ok((boot, rows))
+}
+
+/// A boot of the machine for a session, and what its script has left.
+fn run_script(
+    session: &Session,
+    options: &Options,
+    place: Place,
+    programs: &[PathBuf],
+    counter: Option<Counter>,
+) -> Result<(Boot, TempDir)> {
     let commit = commit(options)?; // of what is measured, whatever is committed meanwhile
     let kit = Kit::for_session(session)?;
     let engines = options.engines();
@@ -370,6 +413,10 @@ fn run_session(session: &Session, options: &Options, place: Place, programs: &[P
     if options.gate {
         job.console = Console::Labelled("speed"); // other machines speak as well
     }
+    if counter.is_some() {
+        job.console = Console::Aside;
+    }
+    job.counter = counter;
     job.accel = (options.mode == Mode::Count).then_some(Accel::InstructionCount);
     let results = tempfile::tempdir()?;
     job.results = Some(results.path().to_owned());
@@ -379,8 +426,7 @@ fn run_session(session: &Session, options: &Options, place: Place, programs: &[P
     if finished.status != 0 {
         eprintln!("bench: session {} ended early, with status {}", session.name, finished.status);
     }
-    let rows = document::collect(results.path(), session, &engines, options.rounds())?;
-    Ok((boot(options, commit, results.path(), &load)?, rows))
+    Ok((boot(options, commit, results.path(), &load)?, results))
 }
 
 fn boot(options: &Options, commit: String, results: &Path, load: &str) -> Result<Boot> {

@@ -19,6 +19,9 @@ pub(super) const SEED: u64 = 20_220_930;
 pub(super) enum Length {
     /// A number of requests; the same for every engine.
     Requests,
+    /// In the first round fewer; in the second as many more than those as a row has. What a run costs beside its
+    /// requests is not in the difference.
+    Difference,
     Seconds(u32),
 }
 
@@ -33,6 +36,9 @@ pub(super) struct Plan<'a> {
     /// What was made on the host.
     pub kit: &'a Kit,
 }
+
+/// Seconds that a server has before a run for a difference: its look for leaks must be in both runs or in none.
+const PAUSE_SECONDS: u32 = 5;
 
 /// The disk that carries the file system with the image of 4 TiB.
 pub(super) const HUGE_DISK: &str = "huge";
@@ -88,22 +94,23 @@ impl Plan<'_> {
         }
         let (verb, options) = match row.measure {
             Measure::Speed(workload) => {
-                let warm = if row.spoils_image() { 0 } else { warm_up(workload) };
+                let warm = if row.spoils_image() { 0 } else { self.warm_up(workload) };
                 let settling = match workload.begins {
+                    Begins::AtOnce if self.length == Length::Difference => PAUSE_SECONDS,
                     Begins::AtOnce => 0,
                     Begins::Settled => SETTLING_SECONDS,
                 };
-                ("speed", format!(" {settling} {warm}{}", self.fio(row.image, workload)))
+                ("speed", format!(" {settling} {warm}{}", self.fio(row.image, workload, round)))
             }
             Measure::Attach => ("attach_time", String::new()),
             Measure::Memory(load) => {
-                ("memory", load.map_or_else(String::new, |workload| self.fio(row.image, workload)))
+                ("memory", load.map_or_else(String::new, |workload| self.fio(row.image, workload, round)))
             }
         };
         let _ = writeln!(lines, "{verb} {round} {} {} {}{options}", engine.name(), file_part(row), file.name);
     }
 
-    fn fio(&self, image: Image, workload: Workload) -> String {
+    fn fio(&self, image: Image, workload: Workload, round: u32) -> String {
         let Workload { pattern, block_kib, depth, jobs, fsync_every, begins: _ } = workload;
         let mut options = format!(
             " --rw={} --bs={block_kib}k --iodepth={depth} --numjobs={jobs} --randseed={SEED}",
@@ -115,15 +122,27 @@ impl Plan<'_> {
         if jobs > 1 && pattern.is_sequential() {
             let _ = write!(options, " --offset_increment={}%", 100 / jobs);
         }
-        match self.length {
-            Length::Requests => {
-                let _ = write!(options, " --number_ios={}", self.requests(image, workload) / jobs);
-            }
+        let whole = self.requests(image, workload);
+        let fewer = whole * 2 / 5;
+        let requests = match self.length {
+            Length::Requests => whole,
+            Length::Difference if round == 1 => fewer,
+            Length::Difference => fewer + whole,
             Length::Seconds(seconds) => {
                 let _ = write!(options, " --time_based --runtime={seconds}");
+                return options;
             }
-        }
+        };
+        let _ = write!(options, " --number_ios={}", requests / jobs);
         options
+    }
+
+    /// Requests that do not count, of each job: together five for each buffer of a queue, so that nearly every one has
+    /// been written to as well as read from. Of small requests the first touch of memory is too small a part to matter,
+    /// but where every instruction is told apart.
+    fn warm_up(&self, workload: Workload) -> u32 {
+        let is_needed = workload.block_kib >= 512 || self.length == Length::Difference;
+        if is_needed { 5 * DEVICE_DEPTH / workload.jobs } else { 0 }
     }
 
     /// Enough that fio's clock of milliseconds tells 1 % in count mode.
@@ -247,24 +266,22 @@ fn turn(engines: &[Engine], round: u32) -> impl Iterator<Item = Engine> {
     order.into_iter()
 }
 
-/// Requests that do not count, of each job: together five for each buffer of a queue, so that nearly every one has been
-/// written to as well as read from. Of small requests the first touch of memory is too small a part to matter.
-fn warm_up(workload: Workload) -> u32 {
-    if workload.block_kib >= 512 { 5 * DEVICE_DEPTH / workload.jobs } else { 0 }
-}
-
 #[cfg(test)]
 mod tests {
     use super::{super::matrix::sessions, *};
 
     fn script(filter: &str, rounds: u32) -> Vec<String> {
+        script_of(filter, rounds, Length::Requests)
+    }
+
+    fn script_of(filter: &str, rounds: u32, length: Length) -> Vec<String> {
         let sessions = sessions(Extent::Full, &[filter.to_owned()]);
         let plan = Plan {
             session: &sessions[0],
             engines: &Engine::ALL,
             rounds,
             extent: Extent::Full,
-            length: Length::Requests,
+            length,
             kit: &Kit::default(),
         };
         plan.script().lines().map(str::to_owned).collect()
@@ -314,6 +331,23 @@ mod tests {
         let run = lines.iter().find(|line| line.starts_with("speed")).unwrap();
         assert!(run.contains("--number_ios=100") && run.contains("--offset_increment=25%"), "{run}");
         assert!(run.contains("preallocated.qcow2 0 160 --rw"), "large requests are warmed up: {run}");
+    }
+
+    #[test]
+    fn a_profile_is_of_two_runs_whose_difference_is_a_row() {
+        let speeds = |filter: &str| -> Vec<String> {
+            let lines = script_of(filter, 2, Length::Difference);
+            lines
+                .into_iter()
+                .filter(|line| line.starts_with("speed") && line.contains(" ublk-qcow2 "))
+                .collect()
+        };
+        let [few, many] = &speeds("preallocated/randread-4k/qd64/1job")[..] else { panic!("two runs") };
+        assert!(few.contains(" 5 640 --rw=randread") && few.ends_with("--number_ios=4000"), "{few}");
+        assert!(many.contains(" 5 640 --rw=randread") && many.ends_with("--number_ios=14000"), "{many}");
+        let [few, many] = &speeds("empty/randwrite-4k/qd64/4jobs")[..] else { panic!("two runs") };
+        assert!(few.contains(" 5 0 --rw=randwrite") && few.ends_with("--number_ios=800"), "{few}");
+        assert!(many.ends_with("--number_ios=2800"), "{many}");
     }
 
     #[test]

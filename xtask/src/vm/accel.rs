@@ -73,6 +73,7 @@ fn trial(kernel: &UnpackedKernel) -> Result<Accel> {
         scratch_gib: 1,
         disks: Vec::new(),
         report: None,
+        counter: None,
         console: Console::Silent,
         time_limit: TRIAL_LIMIT,
         results: None,

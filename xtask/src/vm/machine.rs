@@ -13,7 +13,7 @@ use crate::{
     process::{self, program, run},
     workspace,
 };
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, BufWriter, Read, Write},
@@ -63,6 +63,14 @@ pub(crate) enum Access {
     Volatile,
 }
 
+/// What counts the instructions that a guest executes: the plugin of `qemu-counter`.
+#[derive(Debug, Clone)]
+pub(crate) struct Counter {
+    pub library: PathBuf,
+    /// Its files are called so, with a full stop and a number behind it.
+    pub out: PathBuf,
+}
+
 /// Who talks to the guest's console.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Console {
@@ -70,7 +78,9 @@ pub(crate) enum Console {
     Interactive,
     /// The script's output is passed on as it comes.
     Streamed,
-    /// The same, line by line and behind a label: others speak meanwhile.
+    /// The same on standard error: standard output is for what is made of the results.
+    Aside,
+    /// Streamed line by line and behind a label: others speak meanwhile.
     Labelled(&'static str),
     /// The script's output is only kept.
     Silent,
@@ -88,6 +98,8 @@ pub(crate) struct Machine<'a> {
     /// A file of this host to which the guest can append, as /dev/port/report: what it has written is here
     /// when its call returns, however the machine ends.
     pub report: Option<PathBuf>,
+    /// Only for a processor that counts instructions.
+    pub counter: Option<Counter>,
     pub console: Console,
     pub time_limit: Duration,
     /// The host directory that receives what the script left in /results.
@@ -175,6 +187,14 @@ impl Machine<'_> {
         }
         for disk in &self.disks {
             add_disk(&mut qemu, disk);
+        }
+        if let Some(Counter { library, out }) = &self.counter {
+            ensure!(
+                self.accel == Accel::InstructionCount,
+                "what is executed can be counted only where the machine's time counts instructions"
+            );
+            let [library, out] = [library, out].map(|path| path.display().to_string().replace(',', ",,"));
+            qemu.arg("-plugin").arg(format!("file={library},out={out}"));
         }
         if let Some(report) = &self.report {
             let path = report.display().to_string().replace(',', ",,");
@@ -362,6 +382,10 @@ pub(crate) fn collect(mut pipe: impl Read + Send + 'static, console: Console) ->
 fn pass_on(new: &[u8], console: Console) -> io::Result<usize> {
     let mut stdout = io::stdout().lock();
     let passed = match console {
+        Console::Aside => {
+            io::stderr().write_all(new)?;
+            new.len()
+        }
         Console::Streamed => {
             stdout.write_all(new)?;
             new.len()
@@ -440,6 +464,7 @@ mod tests {
             scratch_gib: 1,
             disks: Vec::new(),
             report: None,
+            counter: None,
             console: Console::Silent,
             time_limit: Duration::from_secs(2400),
             results: None,

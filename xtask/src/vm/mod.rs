@@ -78,6 +78,7 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
         scratch_gib: options.scratch,
         disks: options.disk.iter().map(|word| parse_disk(word)).collect::<Result<_>>()?,
         report: None,
+        counter: None,
         console: if interactive { Console::Interactive } else { Console::Streamed },
         time_limit: if interactive { FOR_EVER } else { options.time_limit },
         results: options.results.clone(),
