@@ -79,6 +79,7 @@ pub(crate) fn run(
     announce: impl FnOnce(&Path, u32) -> io::Result<()>,
 ) -> Result<(), ServeError> {
     safety::prepare();
+    safety::hold_program();
     // While there is one thread, and nothing that it would keep.
     let deputy = Deputy::fork().map_err(ServeError::SetUp)?;
     let crew = Crew::new().map_err(ServeError::SetUp)?;

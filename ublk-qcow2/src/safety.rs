@@ -5,8 +5,8 @@
 //! killer may look for memory in the one process that is needed to free some. A limit on the size of files,
 //! meant for somebody's shell, would have the kernel kill it for a request. And while a core of it is dumped it
 //! has not ended, so nobody replaces it: dumped to a file system on its own device, which waits for its
-//! successor, the core would take for ever. [`prepare`] sees to these, for the supervisor too. And it reads what
-//! strangers wrote: [`keep_control`] and [`keep_nothing`] give up the privileges that serving does not need.
+//! successor, the core would take for ever. [`prepare`] sees to these, for the supervisor and the deputy too, and
+//! [`hold_program`] to what has not been used yet. And it reads what strangers wrote: [`keep_control`] and [`keep_nothing`] give up the privileges that serving does not need.
 //!
 //! Each of these is a precaution: where the system refuses it the log says what may follow, and the
 //! device is served all the same.
@@ -45,7 +45,7 @@ pub(crate) fn prepare() {
     }
 }
 
-/// Keeps in memory what is there now, and from now on whatever is touched.
+/// Keeps in memory whatever is touched. Buffers are mapped for the largest requests, and most are never used whole.
 fn lock_memory() -> io::Result<()> {
     // With a limit in force later mappings would fail.
     setrlimit(Resource::RLIMIT_MEMLOCK, RLIM_INFINITY, RLIM_INFINITY).or_else(|error| {
@@ -54,9 +54,24 @@ fn lock_memory() -> io::Result<()> {
             _ => Err(error),
         }
     })?;
-    // First the program itself, whole; then not the buffers, which are mapped for the largest requests.
-    mlockall(MlockAllFlags::CURRENT)?;
+    lock_what_is_touched()
+}
+
+fn lock_what_is_touched() -> io::Result<()> {
     Ok(mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT)?)
+}
+
+/// Keeps the program in memory whole, also what it has not come to yet: after [`prepare`], and before there are
+/// buffers. It takes some milliseconds. A deputy does without: it has no code that its server does not hold, and
+/// ends with that.
+pub(crate) fn hold_program() {
+    if let Err(error) =
+        mlockall(MlockAllFlags::CURRENT).map_err(io::Error::from).and_then(|()| lock_what_is_touched())
+    {
+        tracing::warn!(
+            "the program is not held in memory: {error}; with swap space on the device it may deadlock"
+        );
+    }
 }
 
 /// Asks the OOM killer to look elsewhere, unless somebody has given it another order.
