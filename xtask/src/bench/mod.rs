@@ -34,14 +34,10 @@ use crate::{
     place::{Job, Place},
     process::{capture, find_program, program},
     test::Count,
-    vm::{
-        accel::Accel,
-        machine::{Console, Counter},
-    },
+    vm::{accel::Accel, machine::Counter},
     workspace,
 };
 use anyhow::{Context, Result, bail};
-use clap::Parser;
 use document::{Boot, Document};
 use kit::Kit;
 use matrix::{Engine, Session};
@@ -104,14 +100,9 @@ pub(crate) fn command(options: &Options) -> Result<ExitCode> {
     }
     let place = Place::Machine(options.kernel);
     place.prepare()?;
-    let Run { document, broken } = measure(&sessions, options, place)?;
-    print!("\n{}", report::summary(&document));
-    if let Some(path) = &options.json {
-        write(path, &(serde_json::to_string_pretty(&document)? + "\n"))?;
-    }
-    if !broken.is_empty() {
-        bail!("sessions without a result: {}", broken.join("; "));
-    }
+    let run = measure(&sessions, options, place)?;
+    print!("\n{}", report::summary(&run.document));
+    let document = run.kept(options)?;
     let planned: usize = sessions.iter().map(|session| session.rows.len()).sum();
     if document.rows.len() < planned {
         bail!("{} of {planned} rows were not reached", planned - document.rows.len());
@@ -137,26 +128,14 @@ fn sessions(options: &Options) -> Result<Vec<Session>> {
 /// # Errors
 /// Fails when the benchmark cannot run.
 pub(crate) fn gate() -> Result<Count> {
-    /// For the defaults of all the others.
-    #[derive(clap::Parser)]
-    struct Line {
-        #[command(flatten)]
-        options: Options,
-    }
-    gate_with(&Line::parse_from(["bench", "--gate"]).options)
+    gate_with(&Options::parse("--gate")?)
 }
 
 fn gate_with(options: &Options) -> Result<Count> {
     let place = Place::Machine(options.kernel);
     place.prepare()?;
-    let Run { document, broken } = measure(&matrix::sessions(options.extent(), &[]), options, place)?;
-    if let Some(path) = &options.json {
-        write(path, &(serde_json::to_string_pretty(&document)? + "\n"))?;
-    }
-    if !broken.is_empty() {
-        bail!("sessions without a result: {}", broken.join("; "));
-    }
-    Ok(gate::judge(&document))
+    let run = measure(&matrix::sessions(options.extent(), &[]), options, place)?;
+    Ok(gate::judge(&run.kept(options)?))
 }
 
 /// What came of all sessions.
@@ -164,6 +143,23 @@ struct Run {
     document: Document,
     /// Sessions without a result.
     broken: Vec<String>,
+}
+
+impl Run {
+    /// Writes every figure where `--json` says.
+    ///
+    /// # Errors
+    /// Fails, too, when a session has no result.
+    fn kept(self, options: &Options) -> Result<Document> {
+        let Self { document, broken } = self;
+        if let Some(path) = &options.json {
+            write(path, &(serde_json::to_string_pretty(&document)? + "\n"))?;
+        }
+        if !broken.is_empty() {
+            bail!("sessions without a result: {}", broken.join("; "));
+        }
+        Ok(document)
+    }
 }
 
 /// Runs the sessions one after the other, and keeps what comes of each at once.
@@ -255,12 +251,7 @@ fn run_script(
     for disk in &kit.disks {
         job = job.disk(disk.clone());
     }
-    if options.gate {
-        job.console = Console::Labelled("speed"); // other machines speak as well
-    }
-    if counter.is_some() {
-        job.console = Console::Aside;
-    }
+    job.console = options.console();
     job.counter = counter;
     job.accel = (options.mode == Mode::Count).then_some(Accel::InstructionCount);
     let results = tempfile::tempdir()?;

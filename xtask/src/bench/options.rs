@@ -6,7 +6,8 @@ use super::{
     plan::Length,
     profile,
 };
-use crate::{kernel::Kernel, process::quote, workspace};
+use crate::{kernel::Kernel, process::quote, vm::machine::Console, workspace};
+use clap::Parser;
 use std::path::PathBuf;
 
 /// What a second is.
@@ -97,6 +98,17 @@ pub(crate) struct Options {
 }
 
 impl Options {
+    /// What these words say on the command line, a space between each two, and all else as it is by default.
+    pub(super) fn parse(words: &str) -> Result<Self, clap::Error> {
+        #[derive(clap::Parser)]
+        struct Line {
+            #[command(flatten)]
+            options: Options,
+        }
+        let words = ["bench"].into_iter().chain(words.split_ascii_whitespace());
+        Line::try_parse_from(words).map(|line| line.options)
+    }
+
     pub(super) const fn is_quick(&self) -> bool {
         self.quick || self.gate
     }
@@ -144,6 +156,15 @@ impl Options {
             return [Engine::Us].into_iter().chain(self.against.iter().copied()).collect();
         }
         Engine::ALL.into_iter().filter(|engine| !(self.peers_only && *engine == Engine::Us)).collect()
+    }
+
+    /// Who talks to the machine's console.
+    pub(super) const fn console(&self) -> Console {
+        match self.profile {
+            _ if self.gate => Console::Labelled("speed"), // other machines speak as well
+            Some(_) => Console::Aside,
+            None => Console::Streamed,
+        }
     }
 
     /// The command line without the paths of this machine.
