@@ -41,7 +41,7 @@ pub(crate) struct Options {
     /// Count instructions, or measure time
     #[arg(long, value_enum, default_value = "count")]
     pub(super) mode: Mode,
-    /// Rounds, each with every engine and workload [default: 5, quick: 1]
+    /// Rounds, each with every engine and workload [default: 5, quick: 1, gate: 2]
     #[arg(long, value_parser = clap::value_parser!(u32).range(1..))]
     pub(super) rounds: Option<u32>,
     /// Only rows whose name contains this (can be repeated; --list shows the names)
@@ -120,6 +120,7 @@ impl Options {
     pub(super) fn rounds(&self) -> u32 {
         let default = match self.profile {
             Some(_) => profile::RUNS,
+            None if self.gate => gate::ROUNDS,
             None if self.is_quick() => 1,
             None => 5,
         };

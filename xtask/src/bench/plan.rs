@@ -158,8 +158,9 @@ impl Plan<'_> {
         };
         match self.extent {
             Extent::Full if matches!(image, Image::Compressed(_)) => full / 2, // a smaller image, and dear requests
-            Extent::Full => full,
-            Extent::Quick => full / 2,
+            // Of fewer large ones the first touches of memory that are left would decide.
+            Extent::Quick if block_kib < 512 => full / 2,
+            Extent::Full | Extent::Quick => full,
         }
     }
 
