@@ -19,7 +19,7 @@ use crate::{
     request::{Range, Request},
     uapi,
 };
-use qcow2_engine::{Error, Flight, ZeroMode, exec::Executor};
+use qcow2_engine::{Error, Flight, MAX_RUNS, ZeroMode, exec::Executor};
 use std::{
     cell::{Cell, RefCell},
     future::poll_fn,
@@ -227,7 +227,8 @@ impl Context {
         };
         let Some(direct) = direct else { return self.hand_over(number) };
         self.payloads.transfer(number, way, direct.runs());
-        // A few, and at most the longest request.
+        const { assert!(MAX_RUNS <= u8::MAX as usize) };
+        // At most the longest request.
         let (under_way, len) = (direct.runs().len() as u8, len as u32);
         let account = Account { way, under_way, missing: len, len };
         self.tag(number).set(Stage::Direct { flight: direct.into(), account });
