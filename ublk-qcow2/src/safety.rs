@@ -149,11 +149,10 @@ mod tests {
         });
     }
 
-    /// Bytes that a field of the program's mappings comes to, those without access left out.
+    /// What a field of the program's mappings comes to, in bytes.
     fn of_the_program(field: &str) -> usize {
         let text = fs::read_to_string("/proc/self/smaps").unwrap();
-        let mut ranges: Vec<_> = program_in(&text).collect();
-        ranges.retain(|range| !range.is_empty());
+        let ranges: Vec<_> = program_in(&text).collect();
         let mut sum = 0;
         let mut is_counted = false;
         for line in text.lines() {
@@ -169,18 +168,14 @@ mod tests {
     }
 
     #[test]
-    fn the_program_is_in_memory_whole_and_stays() {
-        alone::run("safety::tests::the_program_is_in_memory_whole_and_stays", || {
+    fn the_program_is_in_memory_whole() {
+        alone::run("safety::tests::the_program_is_in_memory_whole", || {
             prepare();
             let before = of_the_program("Rss:");
             hold_program();
             let size = of_the_program("Size:");
             assert!(before < size && size > 1 << 20, "{before} of {size}");
             assert_eq!(of_the_program("Rss:"), size);
-            // A test may have a limit on locked memory, which is then said in the log.
-            if of_the_program("Locked:") > 0 {
-                assert_eq!(of_the_program("Locked:"), size);
-            }
         });
     }
 
