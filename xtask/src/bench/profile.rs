@@ -192,11 +192,13 @@ fn page(row: &Row, boot: &Boot, engines: &[Engine], profiles: &[Profile]) -> Str
         boot.versions.join("; ")
     );
     text.push('\n');
-    for (engine, Profile { requests: [few, many], .. }) in engines.iter().zip(profiles) {
-        if row.measure == Measure::Attach {
-            break; // the second time of two, whole
+    if row.measure == Measure::Attach {
+        text.push_str("- The second time of two, whole, and what waits for the device.\n");
+    } else {
+        for (engine, Profile { requests: [few, many], .. }) in engines.iter().zip(profiles) {
+            let name = engine.name();
+            let _ = writeln!(text, "- {name}: {many} requests less {few}, divided by {}.", many - few);
         }
-        let _ = writeln!(text, "- {}: {many} requests less {few}, divided by {}.", engine.name(), many - few);
     }
     let head = |text: &mut String, first: &str| {
         let names: Vec<_> = engines.iter().map(|engine| engine.name()).collect();
