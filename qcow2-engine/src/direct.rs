@@ -23,9 +23,9 @@ use crate::{
 use qcow2_format::{HostOffset, Mapping};
 use smallvec::SmallVec;
 
-/// Runs of a request at most, fewer than 256: a transfer costs something too, and small pieces are better gathered
+/// The most runs that a [`Direct`] request has: a transfer costs something too, and small pieces are better gathered
 /// in a buffer.
-const MAX_RUNS: usize = 16;
+pub const MAX_RUNS: usize = 16;
 
 /// Where the bytes of a request are, in its order.
 #[derive(Debug)]
@@ -62,7 +62,7 @@ enum Runs {
 }
 
 impl Direct {
-    /// One transfer for each; at least one.
+    /// One transfer for each; at least one, and at most [`MAX_RUNS`].
     #[inline]
     #[must_use]
     pub fn runs(&self) -> &[Run] {

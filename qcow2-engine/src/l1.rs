@@ -24,9 +24,10 @@ use std::{
 const PAGE: usize = 512;
 const PAGE_BYTES: usize = PAGE * size_of::<u64>();
 /// Bytes of a table that are read at a time. While it is being read they are in memory besides.
-const PART_BYTES: u64 = 256 << 10;
-/// Parts that are read at the same time.
-const PARTS_AT_A_TIME: usize = 16;
+const PART_BYTES: u64 = 64 << 10;
+/// Parts that are read at the same time, each into memory that the next one takes over: new memory costs more than
+/// what is read into it.
+const PARTS_AT_A_TIME: usize = 8;
 
 /// The entries of an L1 table, in host byte order.
 pub(crate) struct L1Table {
@@ -108,14 +109,14 @@ fn split(index: u64) -> (usize, usize) {
 pub(crate) async fn load_all(io: &impl Io, layers: &[Layer]) -> Result<()> {
     let tables = layers.iter().filter_map(Layer::as_qcow2);
     let parts = RefCell::new(tables.flat_map(parts));
-    let readers = (0..PARTS_AT_A_TIME).map(|_| async {
-        let mut buf = None;
+    // It takes memory as far as it is used.
+    let memory = Buf::zeroed(PARTS_AT_A_TIME * PART_BYTES as usize);
+    let readers = (0..PARTS_AT_A_TIME).map(async |reader| {
+        let begin = reader * PART_BYTES as usize;
         loop {
             let next = parts.borrow_mut().next();
             let Some(Part { layer, start, len }) = next else { return Ok(()) };
-            // Takes memory as far as it is used.
-            let whole = buf.get_or_insert_with(|| Buf::zeroed(PART_BYTES as usize));
-            let some = whole.slice(0..len as usize);
+            let some = memory.slice(begin..begin + len as usize);
             let at = layer.l1_at.0 + start;
             exact::read_zero_extended(io, layer.file, at, &some).await.map_err(|source| Error::Io {
                 operation: "L1 table read",

@@ -61,7 +61,7 @@ mod write;
 pub use backing::{BackingPolicy, Format, MAX_CHAIN, has_protocol};
 pub use check::{CheckOptions, CheckReport, Repair, check};
 pub use create::Preallocation;
-pub use direct::{Direct, Run};
+pub use direct::{Direct, MAX_RUNS, Run};
 pub use discard::ZeroMode;
 pub use error::{Error, ErrorKind, Result};
 pub use grow::{grow, grow_by};

@@ -24,6 +24,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
 };
+use zerocopy::FromZeros;
 
 /// Why a cluster cannot be what an entry says that it is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,7 +62,10 @@ impl Sieve {
     fn new(tables: u64, end: HostCluster) -> Self {
         let words = (tables.saturating_mul(BITS_PER_TABLE) / 64).next_power_of_two();
         let words = words.clamp(MIN_SIEVE_WORDS, MAX_SIEVE_WORDS);
-        Self { words: (0..words).map(|_| AtomicU64::new(0)).collect(), end: AtomicU64::new(end.0) }
+        // Pages of it take memory when something is marked there.
+        let words = <[AtomicU64]>::new_box_zeroed_with_elems(words as usize)
+            .unwrap_or_else(|_| (0..words).map(|_| AtomicU64::new(0)).collect());
+        Self { words, end: AtomicU64::new(end.0) }
     }
 
     /// Whether a cluster may hold metadata, or lie beyond the end of the file.

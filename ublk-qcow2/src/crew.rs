@@ -204,23 +204,30 @@ impl Crew {
         Ok(started?)
     }
 
+    /// Lets others go first, for a while, unless something happens.
+    pub(crate) fn rest(&mut self, limit: Duration) {
+        if let Ok(event) = self.events.recv_timeout(limit) {
+            self.note(event);
+        }
+    }
+
     /// Waits for what ends the service. Should it go on after a signal, that is forgotten.
     pub(crate) fn wait_for_end(&mut self) -> Result<End, ServeError> {
         loop {
             match self.signal.take() {
-                None => {}
                 Some(FORCING) => return Ok(End::Forced),
                 Some(_) => return Ok(End::Asked),
-            }
-            match self.events.recv() {
-                Ok(event) => self.note(event),
-                // It cannot be: a sender is among our fields.
-                Err(_) => return Err(ServeError::QueueFailed),
+                None => {}
             }
             match self.failure {
                 _ if !self.is_failing => {}
                 Some(_) => return Err(ServeError::QueueFailed),
                 None => return Ok(End::Stopped),
+            }
+            match self.events.recv() {
+                Ok(event) => self.note(event),
+                // It cannot be: a sender is among our fields.
+                Err(_) => return Err(ServeError::QueueFailed),
             }
         }
     }

@@ -79,7 +79,6 @@ pub(crate) fn run(
     announce: impl FnOnce(&Path, u32) -> io::Result<()>,
 ) -> Result<(), ServeError> {
     safety::prepare();
-    safety::hold_program();
     // While there is one thread, and nothing that it would keep.
     let deputy = Deputy::fork().map_err(ServeError::SetUp)?;
     let crew = Crew::new().map_err(ServeError::SetUp)?;
@@ -244,7 +243,11 @@ fn serve(
     let was_in_use = device.is_waiting();
     let started = crew.bring_up(&service, &mut device, &mut run_file, &mut deputy, announce);
     let is_announced = started.is_ok();
-    let ended = started.and_then(|()| attend(&mut crew, &device, &mut run_file, &mut deputy));
+    let ended = started.and_then(|()| {
+        crew.rest(safety::LEISURE);
+        safety::hold_program();
+        attend(&mut crew, &device, &mut run_file, &mut deputy)
+    });
     let (served, written) = match ended {
         Ok(written) => (Ok(()), written),
         Err(error) => (Err(error), Ok(())),

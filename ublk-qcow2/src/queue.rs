@@ -132,6 +132,7 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
         index: queue.index,
         target: registered.target(),
         tags: (0..queue.depth).map(|_| Tag::new()).collect(),
+        without_task: RefCell::default(),
         payloads,
         serving: Cell::new(queue.depth),
         drained: RefCell::new(None),
@@ -144,8 +145,7 @@ pub(crate) fn serve(queue: &Queue, notify: impl Fn(Notice) + 'static) -> Result<
     });
 
     let executor = Executor::new(ring.clone());
-    executor.spawn(Rc::clone(&context).serve_tags());
-    (0..queue.depth).for_each(|tag| executor.spawn(Rc::clone(&context).serve_slowly(tag)));
+    executor.spawn(Rc::clone(&context).serve_tags(executor.clone()));
     executor.spawn(Rc::clone(&context).report_fetching());
     if queue.index == 0 {
         executor.spawn(Rc::clone(&context).maintain());
@@ -166,6 +166,8 @@ struct Context {
     index: u16,
     target: Target,
     tags: Box<[Tag]>,
+    /// Tags that need a task for the first time.
+    without_task: RefCell<Vec<u16>>,
     payloads: Payloads,
     /// Tags that have not ended.
     serving: Cell<u16>,

@@ -39,7 +39,7 @@ use qcow2_engine::{REDO_BYTES, RedoLog, RedoMemory};
 use std::{
     fs::{File, OpenOptions},
     io,
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -225,9 +225,28 @@ fn make(path: &Path) -> io::Result<File> {
     }
     let mut options = OpenOptions::new();
     let file = options.read(true).write(true).create(true).truncate(false).mode(0o600).open(path)?;
+    let is_new = file.metadata()?.len() == 0;
+    // First of all: one that is found as long as this and not whole is allocated by whoever finds it.
     file.set_len(FILE_BYTES as u64)?;
-    allocate(&file)?;
+    if is_new {
+        fill(&file)?
+    } else {
+        allocate(&file)?
+    }
     Ok(file)
+}
+
+/// Allocates a new file by writing zeros: its pages, unlike those that are only allocated, can be mapped and locked many
+/// at a time.
+fn fill(file: &File) -> io::Result<()> {
+    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    let mut at = 0;
+    while at < FILE_BYTES {
+        let len = ZEROS.len().min(FILE_BYTES - at);
+        file.write_all_at(&ZEROS[..len], at as u64)?;
+        at += len;
+    }
+    Ok(())
 }
 
 /// Maps a file that another process has made. Nothing if it had only begun to: then nothing was acknowledged

@@ -6,24 +6,31 @@
 //! meant for somebody's shell, would have the kernel kill it for a request. And while a core of it is dumped it
 //! has not ended, so nobody replaces it: dumped to a file system on its own device, which waits for its
 //! successor, the core would take for ever. [`prepare`] sees to these, for the supervisor and the deputy too, and
-//! [`hold_program`] to what has not been used yet. And it reads what strangers wrote: [`keep_control`] and [`keep_nothing`] give up the privileges that serving does not need.
+//! [`hold_program`] to code that has not been used yet. And it reads what strangers wrote: [`keep_control`] and [`keep_nothing`] give up the privileges that serving does not need.
 //!
 //! Each of these is a precaution: where the system refuses it the log says what may follow, and the
 //! device is served all the same.
 
+#![allow(unsafe_code, reason = "advice about memory")]
+
 use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use rustix::{
     io::Errno,
-    mm::{MlockAllFlags, mlockall},
+    mm::{Advice, MlockAllFlags, madvise, mlockall},
     process::{DumpableBehavior, configure_io_flusher_behavior, set_dumpable_behavior},
     thread::{CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_no_new_privs},
 };
-use std::{fs, io};
+use std::{fs, io, ops::Range, ptr, time::Duration};
 
 /// What the OOM killer leaves alone.
 const OOM_EXEMPT: &str = "-1000";
 /// Where that is said.
 const OOM_SCORE: &str = "/proc/self/oom_score_adj";
+
+/// Where the kernel says what is mapped.
+const MAPS: &str = "/proc/self/maps";
+/// How long those who have just attached a device may have the processors for themselves: what can wait waits.
+pub(crate) const LEISURE: Duration = Duration::from_secs(1);
 
 /// Readies this process for serving: to be called while it has one thread, since threads inherit a part.
 pub(crate) fn prepare() {
@@ -54,24 +61,38 @@ fn lock_memory() -> io::Result<()> {
             _ => Err(error),
         }
     })?;
-    lock_what_is_touched()
-}
-
-fn lock_what_is_touched() -> io::Result<()> {
     Ok(mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT)?)
 }
 
-/// Keeps the program in memory whole, also what it has not come to yet: after [`prepare`], and before there are
-/// buffers. It takes some milliseconds. A deputy does without: it has no code that its server does not hold, and
-/// ends with that.
+/// Keeps the program and its libraries in memory whole, also what has not been used yet: after [`prepare`], and when
+/// nobody waits for it, because it takes a millisecond or two. A deputy does without: it has no code that its server
+/// does not hold, and ends with that.
 pub(crate) fn hold_program() {
-    if let Err(error) =
-        mlockall(MlockAllFlags::CURRENT).map_err(io::Error::from).and_then(|()| lock_what_is_touched())
-    {
+    let held = fs::read_to_string(MAPS).and_then(|maps| program_in(&maps).try_for_each(bring_into_memory));
+    if let Err(error) = held {
         tracing::warn!(
             "the program is not held in memory: {error}; with swap space on the device it may deadlock"
         );
     }
+}
+
+/// Where files are mapped for this process alone and can be read: its program, not what it shares with the driver or
+/// with its successor.
+fn program_in(maps: &str) -> impl Iterator<Item = Range<usize>> {
+    maps.lines().filter_map(|line| {
+        let mut words = line.split_ascii_whitespace();
+        let (begin, end) = words.next()?.split_once('-')?;
+        let is_private = words.next().is_some_and(|rights| rights.starts_with('r') && rights.ends_with('p'));
+        let is_file = words.nth(3).is_some_and(|path| path.starts_with('/'));
+        let address = |digits| usize::from_str_radix(digits, 16).ok();
+        (is_private && is_file).then_some(address(begin)?..address(end)?)
+    })
+}
+
+fn bring_into_memory(range: Range<usize>) -> io::Result<()> {
+    let start = ptr::with_exposed_provenance_mut(range.start);
+    // SAFETY: no byte in memory becomes another one, whatever is there.
+    Ok(unsafe { madvise(start, range.len(), Advice::LinuxPopulateRead) }?)
 }
 
 /// Asks the OOM killer to look elsewhere, unless somebody has given it another order.
@@ -126,6 +147,56 @@ mod tests {
             });
             assert_eq!(kept.join().unwrap(), DumpableBehavior::NotDumpable, "without privileges");
         });
+    }
+
+    /// Bytes that a field of the program's mappings comes to, those without access left out.
+    fn of_the_program(field: &str) -> usize {
+        let text = fs::read_to_string("/proc/self/smaps").unwrap();
+        let mut ranges: Vec<_> = program_in(&text).collect();
+        ranges.retain(|range| !range.is_empty());
+        let mut sum = 0;
+        let mut is_counted = false;
+        for line in text.lines() {
+            if let Some((begin, _)) = line.split_once('-')
+                && let Ok(begin) = usize::from_str_radix(begin, 16)
+            {
+                is_counted = ranges.iter().any(|range| range.start == begin);
+            } else if let (true, Some(kib)) = (is_counted, line.strip_prefix(field)) {
+                sum += kib.trim_end_matches("kB").trim().parse::<usize>().unwrap() << 10;
+            }
+        }
+        sum
+    }
+
+    #[test]
+    fn the_program_is_in_memory_whole_and_stays() {
+        alone::run("safety::tests::the_program_is_in_memory_whole_and_stays", || {
+            prepare();
+            let before = of_the_program("Rss:");
+            hold_program();
+            let size = of_the_program("Size:");
+            assert!(before < size && size > 1 << 20, "{before} of {size}");
+            assert_eq!(of_the_program("Rss:"), size);
+            // A test may have a limit on locked memory, which is then said in the log.
+            if of_the_program("Locked:") > 0 {
+                assert_eq!(of_the_program("Locked:"), size);
+            }
+        });
+    }
+
+    #[test]
+    fn what_others_share_is_no_part_of_the_program() {
+        const MAPS: &str = "\
+            1000-3000 r--p 00000000 00:02 77     /usr/bin/a program\n\
+            3000-4000 r-xp 00002000 00:02 77     /usr/bin/a program\n\
+            4000-5000 rw-p 00003000 00:02 77     /usr/bin/a program\n\
+            5000-6000 rw-p 00000000 00:00 0      [heap]\n\
+            6000-7000 r--s 00000000 00:05 9      /dev/ublkc0\n\
+            7000-8000 ---p 00001000 00:02 78     /lib/libc.so.6\n\
+            8000-9000 rw-p 00000000 00:00 0 \n\
+            9000-a000 rw-s 00000000 00:17 3      /run/ublk-qcow2/0.redo\n";
+        let ranges: Vec<_> = program_in(MAPS).collect();
+        assert_eq!(ranges, [0x1000..0x3000, 0x3000..0x4000, 0x4000..0x5000]);
     }
 
     #[test]

@@ -110,13 +110,16 @@ fn begin_again(id: u32, server: Attempt, namespace: Namespace, reporter: Reporte
 
 /// Watches a server, and its successors, until there is nothing more to be served, or by somebody else.
 fn watch(id: u32, mut server: Attempt, namespace: Namespace) {
-    // Nobody waits for this any more, and until the server dies it holds the same program.
-    safety::hold_program();
     let cookie = runfile::load(id).ok().flatten().map(|entry| entry.record.cookie);
     let is_over = || is_over(id, cookie);
     let mut setbacks = Setbacks::default();
     let mut kept = Kept::of(id);
     let write_back = WriteBack::of(id);
+    // Until the server dies it holds the same program, and who has attached the device may go first.
+    if let Err(error) = wait::until_end_of(server.pid, safety::LEISURE) {
+        tracing::warn!(id, "cannot wait for a while: {error}");
+    }
+    safety::hold_program();
     loop {
         let end = server.end(id);
         if end != End::Regular {

@@ -5,6 +5,10 @@ use nix::{
     sys::wait::{WaitPidFlag, WaitStatus, waitpid},
     unistd::Pid,
 };
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{PidfdFlags, pidfd_open},
+};
 use std::{
     io,
     sync::mpsc,
@@ -68,6 +72,17 @@ pub(crate) fn ends_within(child: Pid, limit: Duration, look: Duration) -> bool {
     !lives(&patiently(limit, look, lives, || waitpid(child, Some(WaitPidFlag::WNOHANG))))
 }
 
+/// Waits until a child of this process has ended, of which it may be asked afterwards, or its time is up.
+pub(crate) fn until_end_of(child: Pid, limit: Duration) -> io::Result<()> {
+    let child = rustix::process::Pid::from_raw(child.as_raw()).ok_or(io::ErrorKind::InvalidInput)?;
+    let descriptor = pidfd_open(child, PidfdFlags::empty())?;
+    let limit = Timespec::try_from(limit).map_err(io::Error::other)?;
+    match poll(&mut [PollFd::new(&descriptor, PollFlags::IN)], Some(&limit)) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -107,6 +122,26 @@ mod tests {
             let outcome = |bound| in_time(Duration::from_secs(60), bound, || 7);
             assert!(matches!(outcome(Bound::Here), Err(NoAnswer::NotBegun(_))));
             assert!(matches!(outcome(Bound::Elsewhere), Ok(7)));
+        });
+    }
+
+    #[test]
+    fn who_waits_for_a_child_s_end_for_a_while_has_not_heard_of_it() {
+        alone::run("wait::tests::who_waits_for_a_child_s_end_for_a_while_has_not_heard_of_it", || {
+            let of = |life: &str| {
+                let mut child = std::process::Command::new("sleep").arg(life).spawn().unwrap();
+                let begun = Instant::now();
+                until_end_of(Pid::from_raw(child.id() as i32), Duration::from_millis(300)).unwrap();
+                let waited = begun.elapsed();
+                let has_ended = child.try_wait().unwrap().map(|status| status.success());
+                let _ = child.kill();
+                let _ = child.wait();
+                (waited, has_ended)
+            };
+            let (waited, has_ended) = of("0");
+            assert_eq!(has_ended, Some(true), "after {waited:?}");
+            let (waited, has_ended) = of("60");
+            assert!(waited >= Duration::from_millis(300) && has_ended.is_none(), "{waited:?} {has_ended:?}");
         });
     }
 

@@ -2,7 +2,7 @@
 # xtask (bench/plan.rs) appends one line per image and per measurement, each a call of `image`, `speed`,
 # `attach_time` or `memory`, and reads what they leave: $RESULTS/ROUND.ENGINE.ROW.facts, lines of key=value, and
 # $RESULTS/ROUND.ENGINE.ROW.json, fio's account. Set by xtask: DEPTH, the depth of every device's one queue, and PATIENCE.
-# A machine that has qemu-mark counts what is executed (bench --profile, see `set_apart` and `marked`).
+# A machine that has qemu-mark counts what is executed (bench --profile, see `set_apart` and `mark`).
 set -u
 : "${DEPTH:?}" "${PATIENCE:?}"
 base=$SCRATCH/bench
@@ -201,20 +201,22 @@ set_apart() {
     PATH=$apart/bin:$PATH
 }
 
-# marked [FIO OPTION]…: drive, and where the machine counts what is executed, between two marks. The plugin numbers its
-# files by the marks; that of the second is the one. The server's mappings and the kernel's symbols tell whose it is.
-marked() {
+# mark: where the machine counts what is executed, its plugin writes a file of what was since the last mark, and numbers
+# them from 0
+mark() {
+    ! command -v qemu-mark >/dev/null && return
+    qemu-mark && marks=$((marks + 1))
+}
+
+# counted: a mark that ends what a profile is made of; the server's mappings and the kernel's symbols tell whose it is
+counted() {
     local pid
-    if ! command -v qemu-mark >/dev/null; then
-        drive "$@"
-        return
-    fi
+    ! command -v qemu-mark >/dev/null && return
+    mark || return
+    fact counted $((marks - 1))
     for pid in $(pidof qemu-nbd rublk ublk-qcow2); do
         cat "/proc/$pid/maps"
     done >"${FACTS%.facts}.maps"
-    { qemu-mark && drive "$@" && qemu-mark; } || return
-    fact counted $((marks + 1))
-    marks=$((marks + 2))
     cat /proc/kallsyms >"$RESULTS/kallsyms" # with all modules that there are by now
 }
 
@@ -226,7 +228,7 @@ speed() {
     shift 6
     attached "$engine" "$image" || return 0
     sleep "$settling"
-    if { [ "$warm" = 0 ] || drive "$@" --number_ios="$warm"; } && marked "$@"; then
+    if { [ "$warm" = 0 ] || drive "$@" --number_ios="$warm"; } && mark && drive "$@" && counted; then
         resident
         printf '\n'
     else
@@ -239,10 +241,12 @@ speed() {
 attach_time() {
     local engine=$2 image=$4 from to
     begin "$1" "$2" "$3" || return 0
+    mark || die "the machine does not count"
     from=$EPOCHREALTIME
     attached "$engine" "$image" || return 0
     if dd if=$NODE of=/dev/null bs=4096 count=1 iflag=direct 2>"$SCRATCH/said"; then
         to=$EPOCHREALTIME
+        counted
         fact attach_us $((${to/./} - ${from/./}))
         printf '\n'
     else

@@ -19,7 +19,7 @@ use crate::{
     request::{Range, Request},
     uapi,
 };
-use qcow2_engine::{Error, Flight, ZeroMode};
+use qcow2_engine::{Error, Flight, MAX_RUNS, ZeroMode, exec::Executor};
 use std::{
     cell::{Cell, RefCell},
     future::poll_fn,
@@ -31,6 +31,8 @@ use std::{
 /// One tag.
 pub(super) struct Tag {
     stage: Cell<Stage>,
+    /// Whether the tag has a task by now: many never need one, and it takes some kilobytes.
+    has_task: Cell<bool>,
     /// The tag's task, while it waits for work.
     task: RefCell<Option<Waker>>,
 }
@@ -80,7 +82,7 @@ impl Account {
 
 impl Tag {
     pub(super) fn new() -> Self {
-        Self { stage: Cell::new(Stage::Kernel), task: RefCell::default() }
+        Self { stage: Cell::new(Stage::Kernel), has_task: Cell::new(false), task: RefCell::default() }
     }
 
     fn set(&self, stage: Stage) {
@@ -113,8 +115,8 @@ impl Tag {
 }
 
 impl Context {
-    /// Moves all tags on until the last has ended.
-    pub(super) async fn serve_tags(self: Rc<Self>) {
+    /// Moves all tags on until the last has ended. Tags get their tasks from `executor`.
+    pub(super) async fn serve_tags(self: Rc<Self>, executor: Executor) {
         for number in 0..self.depth() {
             self.command(uapi::UBLK_U_IO_FETCH_REQ, number, 0);
         }
@@ -125,6 +127,9 @@ impl Context {
                 // A token is the number of a tag.
                 self.advance(report.token as u16, report.result);
             }
+            for number in self.without_task.borrow_mut().drain(..) {
+                executor.spawn(Rc::clone(&self).serve_slowly(number));
+            }
         }
         if let Some(waiting) = self.drained.take() {
             waiting.wake();
@@ -132,7 +137,7 @@ impl Context {
     }
 
     /// Serves what a tag cannot answer directly, until it has ended.
-    pub(super) async fn serve_slowly(self: Rc<Self>, number: u16) {
+    async fn serve_slowly(self: Rc<Self>, number: u16) {
         let tag = self.tag(number);
         while tag.has_next().await {
             let result = match self.request_of(&self.descriptors.get(number)) {
@@ -222,7 +227,8 @@ impl Context {
         };
         let Some(direct) = direct else { return self.hand_over(number) };
         self.payloads.transfer(number, way, direct.runs());
-        // A few, and at most the longest request.
+        const { assert!(MAX_RUNS <= u8::MAX as usize) };
+        // At most the longest request.
         let (under_way, len) = (direct.runs().len() as u8, len as u32);
         let account = Account { way, under_way, missing: len, len };
         self.tag(number).set(Stage::Direct { flight: direct.into(), account });
@@ -231,7 +237,11 @@ impl Context {
     fn hand_over(&self, number: u16) {
         let tag = self.tag(number);
         tag.set(Stage::Waiting);
-        tag.wake();
+        if tag.has_task.replace(true) {
+            tag.wake();
+        } else {
+            self.without_task.borrow_mut().push(number);
+        }
     }
 
     /// Tells the kernel the result of the tag's request, and to fetch the next.

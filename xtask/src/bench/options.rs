@@ -139,7 +139,7 @@ impl Options {
     /// Seconds after which an engine is taken not to answer. One that spins makes a counted second last ten.
     pub(super) const fn patience(&self) -> u32 {
         match self.mode {
-            Mode::Count => 30,
+            Mode::Count => 20,
             Mode::Wall => 900,
         }
     }

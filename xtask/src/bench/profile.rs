@@ -1,11 +1,13 @@
-//! `--profile ROW`: how many instructions a request of a row costs in each function of the kernel and of the server.
+//! `--profile ROW`: how many instructions a request of a row, or attaching, costs in each function of the kernel and of
+//! the server.
 //!
 //! ```text
 //! qemu-counter ─▶ instructions by address, of a run of few requests and one of many ┐
 //! kernel's symbols, server's mappings (guest/bench.sh), server's symbols (nm) ──────┴▶ by function ─▶ page
 //! ```
 //!
-//! The difference of the two runs is that of their requests: how fio and the device begin and end is in both. Every
+//! The difference of the two runs is that of their requests: how fio and the device begin and end is in both. Of
+//! attaching the second time is told, whole. Every
 //! instruction of the machine is counted, none is sampled. What is not kernel is the server's where its mappings say
 //! so, which guest/bench.sh sets apart for this, and else somebody else's, mostly fio's; there, too, is what the
 //! server executes of the vDSO and the dynamic loader, of which the whole machine has one. The kernel's part has fio's
@@ -40,15 +42,13 @@ const LEAST_SHARE: f64 = 0.002;
 /// The row of this name, for the command line.
 ///
 /// # Errors
-/// Fails where there is none, or none of requests.
+/// Fails where there is none, or none of work.
 pub(super) fn parse_row(name: &str) -> Result<Row, String> {
     let row = matrix::rows().into_iter().find(|row| row.name() == name);
     let row = row.ok_or("no row has this name; `cargo xtask bench --list` shows them all")?;
     match row.measure {
-        Measure::Speed(_) => Ok(row),
-        Measure::Attach | Measure::Memory(_) => {
-            Err("this row does not count requests; those without attach/ and memory/ do".into())
-        }
+        Measure::Speed(_) | Measure::Attach => Ok(row),
+        Measure::Memory(_) => Err("this row measures no work; those without memory/ do".into()),
     }
 }
 
@@ -82,10 +82,11 @@ pub(super) fn measure(row: Row, options: &super::Options) -> Result<String> {
         }
         let run = |number: u32| {
             let stem = format!("{number}.{}.{}", engine.name(), file_part(&row));
-            Run::read(results, counts, &stem, &kernel, &server)
+            Run::read(results, counts, &stem, &row, &kernel, &server)
                 .with_context(|| format!("{} has no profile: run {number} of {RUNS}", engine.name()))
         };
-        profiles.push(Profile::of(&run(1)?, &run(2)?).with_context(|| engine.name().to_owned())?);
+        let before = if row.measure == Measure::Attach { Run::default() } else { run(1)? };
+        profiles.push(Profile::of(&before, &run(2)?).with_context(|| engine.name().to_owned())?);
         engines.push(engine);
     }
     Ok(page(&row, &boot, &engines, &profiles))
@@ -98,15 +99,23 @@ fn build_counter() -> Result<(PathBuf, PathBuf)> {
     Ok((release.join("libqemu_counter.so"), release.join("qemu-mark")))
 }
 
-/// What was executed while fio ran.
-#[derive(Debug)]
+/// What was executed while fio ran, or a device was attached.
+#[derive(Debug, Default)]
 struct Run {
+    /// Or how often it was attached.
     requests: u64,
     executed: BTreeMap<Function, u64>,
 }
 
 impl Run {
-    fn read(results: &Path, counts: &Path, stem: &str, kernel: &Symbols, server: &Symbols) -> Result<Self> {
+    fn read(
+        results: &Path,
+        counts: &Path,
+        stem: &str,
+        row: &Row,
+        kernel: &Symbols,
+        server: &Symbols,
+    ) -> Result<Self> {
         let left = |suffix: &str| {
             let name = format!("{stem}.{suffix}");
             fs::read_to_string(results.join(&name)).with_context(|| format!("the machine left no {name}"))
@@ -121,7 +130,10 @@ impl Run {
         let counts =
             fs::read_to_string(&path).with_context(|| format!("QEMU's plugin left no {}", path.display()))?;
         Ok(Self {
-            requests: document::requests(&left("json")?)?,
+            requests: match row.measure {
+                Measure::Attach => 1,
+                _ => document::requests(&left("json")?)?,
+            },
             executed: by_function(&counts, kernel, &mappings(&left("maps")?), server)?,
         })
     }
@@ -169,7 +181,8 @@ impl Profile {
 
 /// The page: what was run, the sums, and the functions, the largest first.
 fn page(row: &Row, boot: &Boot, engines: &[Engine], profiles: &[Profile]) -> String {
-    let mut text = format!("# {row}: instructions of a request, by function\n\n");
+    let work = if row.measure == Measure::Attach { "attaching" } else { "a request" };
+    let mut text = format!("# {row}: instructions of {work}, by function\n\n");
     let _ = writeln!(
         text,
         "`{}`, {}; commit {}; {}.",
@@ -180,6 +193,9 @@ fn page(row: &Row, boot: &Boot, engines: &[Engine], profiles: &[Profile]) -> Str
     );
     text.push('\n');
     for (engine, Profile { requests: [few, many], .. }) in engines.iter().zip(profiles) {
+        if row.measure == Measure::Attach {
+            break; // the second time of two, whole
+        }
         let _ = writeln!(text, "- {}: {many} requests less {few}, divided by {}.", engine.name(), many - few);
     }
     let head = |text: &mut String, first: &str| {
@@ -288,15 +304,15 @@ mod tests {
             assert!(parse(&format!("--profile {row} {wrong}")).is_err(), "{wrong}");
         }
         assert!(parse("--against qemu-nbd").is_err(), "of no row");
-        assert!(parse("--profile attach/64TiB").is_err());
+        assert!(parse("--profile memory/64TiB-idle").is_err());
         assert_eq!(parse("").unwrap().1, Engine::ALL, "which leaves the other ways as they are");
     }
 
     #[test]
-    fn a_row_is_one_that_counts_requests() {
+    fn a_row_is_one_of_work() {
         for (name, row) in matrix::rows().into_iter().map(|row| (row.name(), row)) {
-            let is_speed = matches!(row.measure, Measure::Speed(_));
-            assert_eq!(parse_row(&name).ok(), is_speed.then_some(row), "{name}");
+            let is_work = !matches!(row.measure, Measure::Memory(_));
+            assert_eq!(parse_row(&name).ok(), is_work.then_some(row), "{name}");
         }
         assert!(parse_row("preallocated/randread-4k").unwrap_err().contains("--list"), "a part is none");
     }

@@ -1,7 +1,7 @@
 //! What an image says of itself, as `qemu-img info --output=json` has it.
 
 use super::{FeatureBits, Info, bitmap_flags, granularity};
-use crate::commands::image::printable;
+use crate::commands::printable;
 use qcow2_format::{Snapshot, Version, header};
 use serde_json::{Map, Value, json};
 

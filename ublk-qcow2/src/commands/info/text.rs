@@ -1,7 +1,7 @@
 //! What an image says of itself, for people.
 
 use super::{FeatureBits, Info, bitmap_flags, granularity};
-use crate::commands::image::{human_size, printable};
+use crate::commands::{image::human_size, printable};
 use qcow2_format::{Snapshot, Version, bitmap::Bitmap, header};
 
 /// What the other lines tell of; of the rest nobody here knows more than the bit.

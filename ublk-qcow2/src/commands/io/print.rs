@@ -1,6 +1,6 @@
 //! The words of qemu-io.
 
-use super::super::image::printable;
+use crate::commands::printable;
 use std::{fmt::Write as _, time::Duration};
 
 /// The two lines about a finished request.
