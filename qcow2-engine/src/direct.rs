@@ -97,6 +97,11 @@ impl<I: Io> Lane<I> {
         self.end(direct.into());
     }
 
+    /// Whether all of a range is known to read as zeros: its mapping is in memory, and there is data nowhere in the chain.
+    pub fn is_zero(&self, at: u64, len: u64) -> bool {
+        self.image().top().has_range(at, len) && self.image().has_only_zeros(at, len)
+    }
+
     #[inline]
     fn begin_direct(
         &self,
@@ -159,6 +164,17 @@ impl Image {
         let mut extents = Extents::from_slice(&[first]);
         self.resolve(at, len, &mut extents).ok()?;
         few(&extents, run_of)
+    }
+
+    fn has_only_zeros(&self, at: u64, len: u64) -> bool {
+        let mut done = 0;
+        while done < len {
+            let Ok(Extent::Zero { len: more }) = self.as_chain().step(at + done, len - done) else {
+                return false;
+            };
+            done += more;
+        }
+        true
     }
 
     /// Where a range can be overwritten, if all of it can.
@@ -267,6 +283,23 @@ mod tests {
         let many = |clusters: u64| lane.direct_read(2 * CLUSTER, clusters * CLUSTER);
         lane.end_direct(many(MAX_RUNS as u64).expect("as many as allowed"));
         assert!(lane.direct_read(0, (2 + MAX_RUNS as u64) * CLUSTER).is_none(), "too many");
+    }
+
+    #[test]
+    fn zeros_are_known_where_the_mapping_is() {
+        let files = new_image();
+        let lane = open(&files, false);
+        assert!(lane.is_zero(0, 32 * CLUSTER), "no table");
+        assert!(!lane.is_zero(31 * CLUSTER, CLUSTER + 512), "beyond the end");
+        run(lane.write(4 * CLUSTER, Buf::zeroed(512))).unwrap();
+        run(lane.write_zeroes(5 * CLUSTER, 2 * CLUSTER, crate::ZeroMode::Keep)).unwrap();
+        assert!(lane.is_zero(0, 4 * CLUSTER) && lane.is_zero(5 * CLUSTER, 27 * CLUSTER));
+        assert!(!lane.is_zero(3 * CLUSTER, 2 * CLUSTER), "data, though it is zeros");
+        run(lane.flush()).unwrap();
+        let reader = open(&files, true);
+        assert!(!reader.is_zero(0, 512), "not in memory yet");
+        run(reader.read(0, Buf::zeroed(512))).unwrap();
+        assert!(reader.is_zero(0, 512));
     }
 
     /// R5: what a transfer under way may touch is not given to another.

@@ -6,13 +6,13 @@
 
 use crate::{
     device::{Binary, DeviceDisk},
-    disk::Server,
+    disk::{Disk, Op, Server},
     fixture::{Backing, Compression, Recipe},
     journey::{Effort, journey},
     refusals::refuse,
 };
-use anyhow::{Context, Result};
-use std::{fs, path::Path};
+use anyhow::{Context, Result, ensure};
+use std::{fs, path::Path, slice};
 
 /// The driver's feature that zero copy takes; Linux 6.16 has it.
 const FEATURE: &str = "auto-buf-reg";
@@ -62,6 +62,37 @@ pub fn both(binary: &Binary, dir: &Path, seed: u64) -> Result<()> {
                 .with_context(|| format!("{option}, memory at {skew}, {}", recipe.name()))?;
             fs::remove_dir_all(&dir)?;
         }
+        zeros_beside_data(binary, option, dir).context(option)?;
     }
+    Ok(())
+}
+
+/// Demands that what the image has no data for reads as zeros, whatever was in a tag's memory before: two tags take
+/// turns with data read, data written and holes read, in requests of all sizes.
+fn zeros_beside_data(binary: &Binary, option: &str, dir: &Path) -> Result<()> {
+    const DATA: u8 = 0xa5;
+    const HOLE: u64 = 2 << 20;
+    let image = dir.join("zeros.qcow2");
+    crate::qemu_img::create(&image, "cluster_size=64k", None, 2 * HOLE)?;
+    let mut disk = DeviceDisk::open(binary.add(&["-d", "2", option], &image)?)?;
+    let write = |len: u64| Op::Write { at: 0, bytes: vec![DATA; len as usize].into() };
+    disk.run(&[write(1 << 20)])?;
+    let read = |disk: &mut DeviceDisk, at: u64, len: u64, wanted: u8| {
+        let op = Op::Read { at, len };
+        let bytes = disk.run(slice::from_ref(&op))?.concat();
+        ensure!(bytes.iter().all(|byte| *byte == wanted), "{op:?}: not all of it is {wanted:#x}");
+        Ok(())
+    };
+    for round in 0..24 {
+        for len in [4 << 10, 512 << 10, 16 << 10, 64 << 10] {
+            read(&mut disk, 0, len, DATA)?;
+            if round % 2 == 0 {
+                disk.run(&[write(len)])?;
+            }
+            read(&mut disk, HOLE, len, 0)?;
+        }
+    }
+    disk.detach()?;
+    fs::remove_file(&image)?;
     Ok(())
 }

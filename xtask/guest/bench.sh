@@ -264,7 +264,7 @@ memory() {
     if [ $# -gt 0 ] && ! drive "$@"; then
         failed "fio fails"
     else
-        sleep 1
+        sleep 3 # a second after attaching ours takes what it holds of itself
         resident
         printf '\n'
     fi

@@ -11,6 +11,9 @@
 //! In huge pages alone an idle queue would hold all of its buffers; with its own alone a request of 512 KiB
 //! costs a tenth more. Either has room for the longest request, because nothing tells how long the next write
 //! is.
+//!
+//! Of each buffer it is known how many of its first bytes are zeros, so that reads of what the image has no data for
+//! need not make them again. Whoever is about to put something else there says so ([`TagBuffers::spoil`]).
 
 use super::Queue;
 use qcow2_engine::io::{Buf, Pages, uring::Uring};
@@ -26,6 +29,8 @@ const HUGE_PAGE: usize = 2 << 20;
 pub(super) struct TagBuffers {
     /// The tags' own, in their order, and as many chunks.
     all: Box<[Buf]>,
+    /// How many bytes at the beginning of each are known to be zeros.
+    zeros: Box<[Cell<usize>]>,
     /// The one that each tag has.
     had: Box<[Cell<u16>]>,
     /// Chunks that no tag has; the last one was used last, and is the likeliest to have memory.
@@ -57,6 +62,7 @@ impl TagBuffers {
         let chunks = (0..tags).map(|at| region.slice(at * bytes..(at + 1) * bytes));
         Self {
             all: own.chain(chunks).collect(),
+            zeros: (0..2 * tags).map(|_| Cell::new(bytes)).collect(),
             had: (0..depth).map(Cell::new).collect(),
             spare: RefCell::new((depth..2 * depth).rev().collect()),
         }
@@ -82,6 +88,30 @@ impl TagBuffers {
         if is_large == (self.had[usize::from(tag)].get() == tag) {
             self.exchange(tag);
         }
+    }
+
+    /// Notes that the buffer that a tag has may have any content from now on.
+    #[inline]
+    pub(super) fn spoil(&self, tag: u16) {
+        self.zeros_of(tag).set(0);
+    }
+
+    /// Makes the first `len` bytes of the buffer that a tag has zeros.
+    pub(super) fn clear(&self, tag: u16, len: usize) {
+        let zeros = self.zeros_of(tag);
+        if zeros.get() < len {
+            self.of(tag).slice(0..len).fill(0);
+            zeros.set(len);
+        } else {
+            // Memory that has never been written to would become the kernel's page of zeros, and the huge page in its
+            // place be small ones by the next write.
+            self.of(tag).slice(0..len.min(1)).fill(0);
+        }
+    }
+
+    #[inline]
+    fn zeros_of(&self, tag: u16) -> &Cell<usize> {
+        &self.zeros[usize::from(self.had[usize::from(tag)].get())]
     }
 
     /// Gives a tag a chunk in place of its own buffer, or takes it back.
@@ -132,5 +162,36 @@ mod tests {
         assert_eq!([buffers.address(0), buffers.address(1)], own);
         buffers.suit(0, 1 << 19);
         assert_eq!(buffers.address(0), chunk.address() + (1 << 19), "the warm one first");
+    }
+
+    #[test]
+    fn zeros_are_made_where_they_are_not_known() {
+        let buffers = TagBuffers::sized(2, 1 << 19);
+        let is_zero =
+            |tag: u16, len: usize| buffers.of(tag).slice(0..len).to_vec().iter().all(|byte| *byte == 0);
+        let land = |tag: u16, len: usize| {
+            buffers.spoil(tag);
+            buffers.of(tag).slice(0..len).fill(1);
+        };
+        // A large write into its own buffer, and one into a chunk, then reads of zeros in the same memory.
+        land(0, 1 << 19);
+        buffers.suit(0, 1 << 19);
+        land(0, 1 << 19);
+        buffers.clear(0, 1 << 17);
+        assert!(is_zero(0, 1 << 17) && !is_zero(0, (1 << 17) + 1));
+        buffers.clear(0, 1 << 18);
+        assert!(is_zero(0, 1 << 18));
+        // In its own again; the chunk goes to another tag.
+        buffers.suit(0, 4096);
+        buffers.clear(0, 4096);
+        assert!(is_zero(0, 4096) && !is_zero(0, 4097));
+        buffers.suit(1, 1 << 19);
+        buffers.clear(1, 1 << 18);
+        assert!(is_zero(1, 1 << 18) && !is_zero(1, (1 << 18) + 1));
+        buffers.clear(1, 1 << 19);
+        assert!(is_zero(1, 1 << 19));
+        land(0, 4096);
+        buffers.clear(0, 512);
+        assert!(is_zero(0, 512) && !is_zero(0, 513));
     }
 }

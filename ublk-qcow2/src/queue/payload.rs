@@ -89,6 +89,22 @@ impl Payloads {
         }
     }
 
+    /// Notes that a request has been fetched that is no read: the driver may have copied something to where the tag's data
+    /// is.
+    #[inline]
+    pub(super) fn spoil(&self, tag: u16) {
+        if let Place::Tags(buffers) = &self.place {
+            buffers.spoil(tag);
+        }
+    }
+
+    /// Answers a read of `len` bytes with zeros, if nothing has to be waited for.
+    pub(super) fn clear(&self, tag: u16, len: u64) -> bool {
+        let Place::Tags(buffers) = &self.place else { return false };
+        buffers.clear(tag, len as usize);
+        true
+    }
+
     /// Gets ready for whatever comes after a request that has moved `len` bytes.
     pub(super) fn end(&self, tag: u16, way: Way, len: u64) {
         if let (Place::Tags(buffers), Way::ToFile) = (&self.place, way) {
@@ -99,6 +115,9 @@ impl Payloads {
     /// Starts the transfers of a request's data, which are reported under the tag's number.
     #[inline]
     pub(super) fn transfer(&self, tag: u16, way: Way, runs: &[Run]) {
+        if way == Way::FromFile {
+            self.spoil(tag);
+        }
         let mut begin = 0;
         for run in runs {
             self.transfer_run(tag, way, begin, run);
@@ -133,7 +152,10 @@ impl Payloads {
     /// A buffer for a request's data, to be given back with [`Self::give_back`].
     pub(super) fn take(&self, tag: u16, len: u64) -> Buf {
         match &self.place {
-            Place::Tags(buffers) => buffers.of(tag).slice(0..len as usize),
+            Place::Tags(buffers) => {
+                buffers.spoil(tag);
+                buffers.of(tag).slice(0..len as usize)
+            }
             Place::Pages(pool) => pool.take(len as usize),
         }
     }

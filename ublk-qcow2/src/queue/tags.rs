@@ -3,8 +3,8 @@
 //! One task, [`Context::serve_tags`], moves all tags on as their operations end; each tag is in one
 //! [`Stage`]. What a few transfers answer ([`Lane::direct_read`](qcow2_engine::Lane::direct_read) and its
 //! kin) is done right there: the transfers are started when the request has been fetched, and the result
-//! committed when the last has ended. Everything else, and a request of which a transfer ended otherwise than
-//! whole, is handed to the tag's own task ([`Context::serve_slowly`]), which waits for the engine.
+//! committed when the last has ended. Zeros need no transfer. Everything else, and a request of which a transfer ended
+//! otherwise than whole, is handed to the tag's own task ([`Context::serve_slowly`]), which waits for the engine.
 //!
 //! ```text
 //!        fetched             transfers ended
@@ -196,7 +196,11 @@ impl Context {
     fn fetched(&self, number: u16, result: i32) {
         if result >= 0 {
             let descriptor = self.descriptors.get(number);
-            match self.request_of(&descriptor) {
+            let request = self.request_of(&descriptor);
+            if !matches!(request, Ok(Request::Read(_))) {
+                self.payloads.spoil(number);
+            }
+            match request {
                 Ok(request) => self.begin(number, request, descriptor.op_flags),
                 Err(refusal) => self.commit(number, refusal),
             }
@@ -225,13 +229,23 @@ impl Context {
             Way::FromFile => self.lane.direct_read(at, len),
             Way::ToFile => self.lane.direct_write(at, len),
         };
-        let Some(direct) = direct else { return self.hand_over(number) };
+        let Some(direct) = direct else { return self.begin_indirect(number, way, at, len) };
         self.payloads.transfer(number, way, direct.runs());
         const { assert!(MAX_RUNS <= u8::MAX as usize) };
         // At most the longest request.
         let (under_way, len) = (direct.runs().len() as u8, len as u32);
         let account = Account { way, under_way, missing: len, len };
         self.tag(number).set(Stage::Direct { flight: direct.into(), account });
+    }
+
+    /// Answers a read of zeros, or leaves the request to the tag's task.
+    #[inline(never)]
+    fn begin_indirect(&self, number: u16, way: Way, at: u64, len: u64) {
+        if way == Way::FromFile && self.lane.is_zero(at, len) && self.payloads.clear(number, len) {
+            // At most the longest request.
+            return self.commit(number, len as i32);
+        }
+        self.hand_over(number);
     }
 
     fn hand_over(&self, number: u16) {
