@@ -97,9 +97,13 @@ impl<I: Io> Lane<I> {
         self.end(direct.into());
     }
 
-    /// Whether all of a range is known to read as zeros: its mapping is in memory, and there is data nowhere in the chain.
+    /// Whether all of a range is known to read as zeros: its mapping is in memory, and there is data nowhere in the
+    /// chain.
     pub fn is_zero(&self, at: u64, len: u64) -> bool {
-        self.image().top().has_range(at, len) && self.image().has_only_zeros(at, len)
+        let mut extents = Extents::new();
+        self.image().top().has_range(at, len)
+            && self.image().resolve(at, len, &mut extents).is_ok()
+            && extents.iter().all(Extent::is_zero)
     }
 
     #[inline]
@@ -164,17 +168,6 @@ impl Image {
         let mut extents = Extents::from_slice(&[first]);
         self.resolve(at, len, &mut extents).ok()?;
         few(&extents, run_of)
-    }
-
-    fn has_only_zeros(&self, at: u64, len: u64) -> bool {
-        let mut done = 0;
-        while done < len {
-            let Ok(Extent::Zero { len: more }) = self.as_chain().step(at + done, len - done) else {
-                return false;
-            };
-            done += more;
-        }
-        true
     }
 
     /// Where a range can be overwritten, if all of it can.

@@ -87,7 +87,7 @@ impl<I: Io> Lane<I> {
     async fn write_zeros_in_cluster(&self, Range { start, end }: Range<u64>) -> Result<()> {
         self.begin_mutation().await?;
         let extents = self.resolve(start, end - start).await?;
-        if extents.iter().all(|extent| matches!(extent, Extent::Zero { .. })) {
+        if extents.iter().all(Extent::is_zero) {
             return Ok(());
         }
         self.write_entered(start, Buf::zeroed((end - start) as usize)).await

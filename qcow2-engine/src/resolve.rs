@@ -77,6 +77,11 @@ impl Extent {
         self.len() == 0
     }
 
+    /// Whether it reads as zeros because there is no data.
+    pub(crate) fn is_zero(&self) -> bool {
+        matches!(self, Self::Zero { .. })
+    }
+
     /// Appends `next` when it goes on where this one ends.
     fn join(&mut self, next: &Self) -> bool {
         match (self, *next) {

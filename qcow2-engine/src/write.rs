@@ -225,7 +225,7 @@ impl<I: Io> Lane<I> {
             }
             let inside = edge.end.min(whole_sectors(self.image().virtual_size())).saturating_sub(edge.start);
             let extents = self.resolve(edge.start, inside).await?;
-            if fresh && extents.iter().all(|extent| matches!(extent, Extent::Zero { .. })) {
+            if fresh && extents.iter().all(Extent::is_zero) {
                 continue;
             }
             let buf = Buf::zeroed((edge.end - edge.start) as usize);

@@ -236,8 +236,8 @@ fn make(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Allocates a new file by writing zeros: its pages, unlike those that are only allocated, can be mapped and locked many
-/// at a time.
+/// Allocates a new file by writing zeros: its pages, unlike those that are only allocated, can be mapped and locked
+/// many at a time.
 fn fill(file: &File) -> io::Result<()> {
     static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
     let mut at = 0;

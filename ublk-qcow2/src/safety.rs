@@ -6,7 +6,8 @@
 //! meant for somebody's shell, would have the kernel kill it for a request. And while a core of it is dumped it
 //! has not ended, so nobody replaces it: dumped to a file system on its own device, which waits for its
 //! successor, the core would take for ever. [`prepare`] sees to these, for the supervisor and the deputy too, and
-//! [`hold_program`] to code that has not been used yet. And it reads what strangers wrote: [`keep_control`] and [`keep_nothing`] give up the privileges that serving does not need.
+//! [`hold_program`] to code that has not been used yet. And it reads what strangers wrote: [`keep_control`] and
+//! [`keep_nothing`] give up the privileges that serving does not need.
 //!
 //! Each of these is a precaution: where the system refuses it the log says what may follow, and the
 //! device is served all the same.

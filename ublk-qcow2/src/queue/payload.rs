@@ -89,20 +89,18 @@ impl Payloads {
         }
     }
 
-    /// Notes that a request has been fetched that is no read: the driver may have copied something to where the tag's data
-    /// is.
+    /// Notes that where the tag's data is there may be anything from now on.
     #[inline]
     pub(super) fn spoil(&self, tag: u16) {
-        if let Place::Tags(buffers) = &self.place {
+        if let Some(buffers) = self.buffers() {
             buffers.spoil(tag);
         }
     }
 
-    /// Answers a read of `len` bytes with zeros, if nothing has to be waited for.
-    pub(super) fn clear(&self, tag: u16, len: u64) -> bool {
-        let Place::Tags(buffers) = &self.place else { return false };
-        buffers.clear(tag, len as usize);
-        true
+    /// The tags' buffers, if there are any.
+    #[inline]
+    pub(super) fn buffers(&self) -> Option<&TagBuffers> {
+        if let Place::Tags(buffers) = &self.place { Some(buffers) } else { None }
     }
 
     /// Gets ready for whatever comes after a request that has moved `len` bytes.

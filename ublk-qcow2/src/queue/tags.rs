@@ -197,6 +197,7 @@ impl Context {
         if result >= 0 {
             let descriptor = self.descriptors.get(number);
             let request = self.request_of(&descriptor);
+            // The driver may have copied something there.
             if !matches!(request, Ok(Request::Read(_))) {
                 self.payloads.spoil(number);
             }
@@ -241,7 +242,10 @@ impl Context {
     /// Answers a read of zeros, or leaves the request to the tag's task.
     #[inline(never)]
     fn begin_indirect(&self, number: u16, way: Way, at: u64, len: u64) {
-        if way == Way::FromFile && self.lane.is_zero(at, len) && self.payloads.clear(number, len) {
+        if let (Way::FromFile, Some(buffers)) = (way, self.payloads.buffers())
+            && self.lane.is_zero(at, len)
+        {
+            buffers.clear(number, len as usize);
             // At most the longest request.
             return self.commit(number, len as i32);
         }

@@ -7,11 +7,10 @@
 //! ```
 //!
 //! The difference of the two runs is that of their requests: how fio and the device begin and end is in both. Of
-//! attaching the second time is told, whole. Every
-//! instruction of the machine is counted, none is sampled. What is not kernel is the server's where its mappings say
-//! so, which guest/bench.sh sets apart for this, and else somebody else's, mostly fio's; there, too, is what the
-//! server executes of the vDSO and the dynamic loader, of which the whole machine has one. The kernel's part has fio's
-//! requests in it as well.
+//! attaching the second time is told, whole. Every instruction of the machine is counted, none is sampled. What is not
+//! kernel is the server's where its mappings say so, which guest/bench.sh sets apart for this, and else somebody
+//! else's, mostly fio's; there, too, is what the server executes of the vDSO and the dynamic loader, of which the whole
+//! machine has one. The kernel's part has fio's requests in it as well.
 
 use super::{
     US,
@@ -306,7 +305,7 @@ mod tests {
             assert!(parse(&format!("--profile {row} {wrong}")).is_err(), "{wrong}");
         }
         assert!(parse("--against qemu-nbd").is_err(), "of no row");
-        assert!(parse("--profile memory/64TiB-idle").is_err());
+        assert!(parse("--profile memory/preallocated/idle").is_err());
         assert_eq!(parse("").unwrap().1, Engine::ALL, "which leaves the other ways as they are");
     }
 
